@@ -1,0 +1,46 @@
+# The environment is .venv; every target sets it up first. One thread: on two busy cores it beats two for small models.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint bench gpu clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch first and pinned: an unpinned one, or another package's, can fetch several GB of CUDA packages.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "proxstep needs Python 3.11 or newer; set PYTHON=..."'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[train,dev]"
+	touch $@
+
+setup: $(VENV)/.installed  ## Create .venv with proxstep and its development tools
+
+demo: setup  ## Train REINFORCE, GRPO, ISOPO and OPO on arithmetic; print a table, write a report page
+	$(BIN)/proxstep compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 2 --output outputs/demo --overwrite
+
+test: setup  ## The test suite (under 10 minutes on two cores)
+	$(BIN)/python -m pytest -q -n 2
+
+test-all: test  ## The test suite and the slow tests
+	$(BIN)/python -m pytest -q -n 2 -m slow
+
+lint: setup  ## Formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: setup  ## Time ISOPO against plain REINFORCE in one run, on one thread
+	$(BIN)/python benchmarks/overhead.py
+
+gpu: setup  ## The accelerator's tests and benchmark (needs CUDA)
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python benchmarks/overhead.py --device cuda
+
+clean:  ## Delete the environment, the outputs and the caches in this folder
+	rm -rf $(VENV) outputs runs .pytest_cache .ruff_cache .hypothesis
