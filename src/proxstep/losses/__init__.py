@@ -1,0 +1,55 @@
+"""The objectives, one pure function each, and the table that names them.
+
+Every objective is (log_probs, old_log_probs, advantages, response_mask, *, hyper-parameters,
+aggregation) -> (scalar loss, metrics); metrics are detached and have one entry per sequence, so
+that their mean over a batch does not depend on how it was split into microbatches.
+"""
+
+from proxstep.losses.aggregate import (
+    LOSS_AGG_MODES,
+    SEQ_MEAN_TOKEN_MEAN,
+    SEQ_MEAN_TOKEN_SUM,
+    TOKEN_MEAN,
+    Aggregation,
+    aggregate,
+)
+from proxstep.losses.cispo import cispo
+from proxstep.losses.composition import sequence_coefficients
+from proxstep.losses.dro import dro
+from proxstep.losses.gspo import gspo
+from proxstep.losses.opo import (
+    adaptive_tau,
+    drive,
+    escort_weights,
+    opo,
+    positivity,
+    regression_target,
+)
+from proxstep.losses.ppo import dapo, grpo
+from proxstep.losses.reinforce import reinforce
+from proxstep.losses.table import LOSSES, Objective, find_objective
+
+__all__ = [
+    "LOSSES",
+    "LOSS_AGG_MODES",
+    "SEQ_MEAN_TOKEN_MEAN",
+    "SEQ_MEAN_TOKEN_SUM",
+    "TOKEN_MEAN",
+    "Aggregation",
+    "Objective",
+    "adaptive_tau",
+    "aggregate",
+    "cispo",
+    "dapo",
+    "drive",
+    "dro",
+    "escort_weights",
+    "find_objective",
+    "grpo",
+    "gspo",
+    "opo",
+    "positivity",
+    "regression_target",
+    "reinforce",
+    "sequence_coefficients",
+]
