@@ -1,0 +1,1 @@
+"""Comparing algorithms: run folders, their statistics, their curves and the report page."""
