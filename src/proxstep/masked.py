@@ -10,7 +10,8 @@ def masked_sum(
 ) -> Float[Tensor, " batch"]:
     """Return each row's sum over the positions where the mask is true.
 
-    Masked-out values may be anything, infinities and NaN included: they reach neither the sum nor its gradient.
+    Masked-out values may be anything, infinities and NaN included: they reach neither the sum nor
+    its gradient.
 
     Args:
         values: One value per token position.

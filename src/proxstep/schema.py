@@ -1,7 +1,8 @@
 """The one schema of metrics.jsonl: what each field is and in which unit.
 
-Every line has every field of `FIELDS`; what was not measured in that step is null. Fields whose names
-depend on the run (one per reward function, objective or geometry statistic) begin with a prefix of `PREFIXES`.
+Every line has every field of `FIELDS`; what was not measured in that step is null. Fields whose
+names depend on the run (one per reward function, objective or geometry statistic) begin with a
+prefix of `PREFIXES`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,34 @@ FIELDS: dict[str, str] = {
     "step": "Rollout steps done. Step 0 is the evaluation before any training.",
     "num_updates": "Optimizer steps done.",
     "num_sequences": "Completions sampled for training so far.",
-    "elapsed_seconds": "Wall-clock seconds since the run began, pauses between resumed parts left out.",
+    "elapsed_seconds": "Wall-clock seconds since the run began, pauses between resumed parts left "
+    "out.",
     "reward": "Mean reward of this step's sampled completions, in reward units.",
     "reward_std": "Mean over groups of the standard deviation of the rewards in the group.",
     "frac_reward_zero_std": "Share of groups whose rewards are all equal; they give no gradient.",
-    "frac_invalid_reward": "Share of completions left out because no reward function gave a finite number.",
+    "frac_invalid_reward": "Share of completions left out because no reward function gave a finite "
+    "number.",
     "advantage_range": "Largest minus smallest advantage of the step.",
-    "score": "Greedy validation score: mean of the first reward function over the validation prompts.",
+    "score": "Greedy validation score: mean of the first reward function over the validation "
+    "prompts.",
     "score_mean_length": "Mean length of the greedy validation completions, in tokens.",
-    "kl_initial_policy": "KL(initial || policy) in nats per token, estimated on a frozen probe set that the "
+    "kl_initial_policy": "KL(initial || policy) in nats per token, estimated on a frozen probe set "
+    "that the "
     "initial policy sampled once.",
-    "kl_policy_initial": "KL(policy || initial) in nats per token, exact over the vocabulary at each position "
+    "kl_policy_initial": "KL(policy || initial) in nats per token, exact over the vocabulary at "
+    "each position "
     "of this step's own samples.",
-    "entropy": "Policy entropy in nats per token, exact over the vocabulary at the sampled positions.",
-    "loss": "Value of the objective, summed over the step's microbatches, averaged over its updates.",
-    "grad_norm": "Norm of the gradient before clipping (after the geometry), averaged over the step's updates.",
-    "grad_response_efficiency": "grad_norm / (advantage_range / 2): the gradient per unit of advantage signal.",
+    "entropy": "Policy entropy in nats per token, exact over the vocabulary at the sampled "
+    "positions.",
+    "loss": "Value of the objective, summed over the step's microbatches, averaged over its "
+    "updates.",
+    "grad_norm": "Norm of the gradient before clipping (after the geometry), averaged over the "
+    "step's updates.",
+    "grad_response_efficiency": "grad_norm / (advantage_range / 2): the gradient per unit of "
+    "advantage signal.",
     "learning_rate": "Learning rate of the step's last update.",
-    "completions_mean_length": "Mean length of the sampled completions, in tokens, end token included.",
+    "completions_mean_length": "Mean length of the sampled completions, in tokens, end token "
+    "included.",
     "completions_max_length": "Longest sampled completion, in tokens.",
     "completions_clipped_ratio": "Share of sampled completions cut off at max_completion_length.",
     "seconds_rollout": "Seconds spent sampling completions.",
@@ -40,7 +51,8 @@ FIELDS: dict[str, str] = {
 
 PREFIXES: dict[str, str] = {
     "rewards/": "Mean of one reward function over the step's completions: rewards/NAME.",
-    "objective/": "What the objective reports, averaged over sequences and updates: clip_ratio, ratio, ...",
+    "objective/": "What the objective reports, averaged over sequences and updates: clip_ratio, "
+    "ratio, ...",
     "geometry/": "What ISOPO reports, averaged over layers and updates: weight_spread, ...",
 }
 

@@ -1,7 +1,7 @@
 """Shaped tensor annotations.
 
-`Float[Tensor, "batch tokens"]` documents a shape and, under the test suite, is checked at every call.
-jaxtyping is a development dependency: without it the annotations stand for a plain tensor.
+`Float[Tensor, "batch tokens"]` documents a shape and, under the test suite, is checked at every
+call. jaxtyping is a development dependency: without it the annotations stand for a plain tensor.
 """
 
 from __future__ import annotations

@@ -1,0 +1,8 @@
+"""`python -m proxstep` is the `proxstep` command."""
+
+import sys
+
+from proxstep.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

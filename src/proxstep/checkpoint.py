@@ -1,0 +1,88 @@
+"""Checkpoints: a folder that `from_pretrained` loads, plus what the trainer needs to go on,
+written all or nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from proxstep.errors import ProxstepError
+
+STATE_FILE = "trainer_state.pt"
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, tokenizer: Any, state: dict[str, Any]
+) -> Path:
+    """Write checkpoints/step-N and delete the ones before it.
+
+    The new folder appears under its name only when it is complete, and the old ones go only then.
+
+    Args:
+        folder: The run folder.
+        step: Rollout steps done.
+        model: Saved with save_pretrained (safetensors); adapters alone, where it has them.
+        tokenizer: Saved beside it.
+        state: Tensors, numbers, strings, and containers of them.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    parent = folder / "checkpoints"
+    parent.mkdir(exist_ok=True)
+    final = parent / f"step-{step:06d}"
+    scratch = parent / f"{final.name}.incomplete"
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)  # type: ignore[operator]
+    tokenizer.save_pretrained(scratch)
+    torch.save(state, scratch / STATE_FILE)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(scratch, final)
+    for other in checkpoints(folder):
+        if other != final:
+            shutil.rmtree(other)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return a run's complete checkpoints, oldest first."""
+    found = (folder / "checkpoints").glob("step-[0-9]*")
+    return sorted(path for path in found if path.name.removeprefix("step-").isdigit())
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """Return a run's newest checkpoint.
+
+    Raises:
+        ProxstepError: If it has none.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise ProxstepError(
+            f"{folder}: no checkpoint there; a run writes one when it ends or is interrupted, and "
+            f"every "
+            "logging.checkpoint_every steps"
+        )
+    return found[-1]
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the trainer's state; tensors and plain data only, no code is run.
+
+    Raises:
+        ProxstepError: If the file is missing or damaged.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise ProxstepError(
+            f"{path}: cannot be read ({type(error).__name__}); use an older checkpoint"
+        ) from None

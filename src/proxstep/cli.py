@@ -1,0 +1,316 @@
+"""The `proxstep` command: train, eval, compare, report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from proxstep import __version__
+from proxstep.errors import ProxstepError
+
+OVERRIDES = """\
+Any key of the recipe can follow as --key value, with dots for sections and YAML for values:
+  --algorithm opo --objective.mu 2.0 --optimizer.learning_rate 1e-5 --rollout.num_generations 16
+`proxstep train --keys` lists all of them with their defaults.
+"""
+EXAMPLES = {
+    "train": """\
+examples:
+  proxstep train recipes/arithmetic.yaml
+  proxstep train recipes/arithmetic.yaml --algorithm isopo-natural --steps 100 --output_dir runs/natural
+  proxstep train recipes/gsm8k.yaml --model.name ./my-model --task.train gsm8k_train.jsonl --dry-run
+  proxstep train --resume runs/natural
+
+The run folder holds recipe.yaml (every value resolved), metrics.jsonl, samples.jsonl and checkpoints/, whose newest
+`transformers.AutoModelForCausalLM.from_pretrained` loads. Ctrl-C stops after the current step and writes a checkpoint.
+""",
+    "eval": """\
+examples:
+  proxstep eval runs/arithmetic                      the newest checkpoint of a run, on its validation prompts
+  proxstep eval recipes/gsm8k.yaml                   a recipe's model as it is, before any training
+  proxstep eval runs/arithmetic --task.difficulty 4  the same checkpoint on something harder
+""",
+    "compare": """\
+examples:
+  proxstep compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 3
+  proxstep compare recipes/arithmetic.yaml --algorithms isopo,isopo+opo --seeds 5 --steps 80
+
+Every algorithm gets the same recipe, prompts and seeds. Settings of one algorithm alone go under the recipe's key
+per_algorithm, such as a learning rate tuned for it; the report says what differs between the runs.
+""",
+    "report": """\
+examples:
+  proxstep report outputs/demo                                a folder of runs
+  proxstep report runs/a runs/b --output ab.html --figure ab.png
+""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        0 for success, 2 for a mistake in the input, 130 after Ctrl-C.
+    """
+    arguments, rest = _parser().parse_known_args(argv)
+    for package in ("pydantic", "yaml", "rich", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            sys.stderr.write(f'error: {package} is missing: pip install "proxstep[train]"\n')
+            return 2
+    from rich.console import Console
+
+    try:
+        return arguments.run(arguments, _overrides(rest, arguments), Console())
+    except ProxstepError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="proxstep",
+        description="Proximal policy steps for language models: ISOPO, OPO and their baselines.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"proxstep {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(
+        name: str, summary: str, run: Any, *, overrides: bool = True
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=EXAMPLES[name] + ("\n" + OVERRIDES if overrides else ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.set_defaults(run=run, takes_overrides=overrides)
+        return command
+
+    train = add("train", "train a policy by a recipe", _train)
+    train.add_argument("recipe", nargs="?", help="a YAML file; recipes/ has examples")
+    train.add_argument(
+        "--engine",
+        choices=["local"],
+        default="local",
+        help="what runs the training (default: local)",
+    )
+    train.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe")
+    train.add_argument("--resume", metavar="RUN", help="continue a run from its newest checkpoint")
+    train.add_argument(
+        "--overwrite", action="store_true", help="delete the run in the output folder"
+    )
+    train.add_argument("--keys", action="store_true", help="list every key of a recipe and exit")
+
+    evaluate = add("eval", "score a checkpoint or a model greedily", _eval)
+    evaluate.add_argument("target", help="a run folder, or a recipe")
+    evaluate.add_argument("--output", type=Path, help="write the completions to this JSONL file")
+
+    compare = add("compare", "train several algorithms on one recipe and report", _compare)
+    compare.add_argument("recipe", help="a YAML file")
+    compare.add_argument("--algorithms", required=True, help="names, separated by commas")
+    compare.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)"
+    )
+    compare.add_argument(
+        "--jobs", type=int, help="runs at a time (default: the number of cores, on a CPU)"
+    )
+    compare.add_argument(
+        "--output", type=Path, default=Path("outputs/compare"), help="folder of the runs"
+    )
+    compare.add_argument("--overwrite", action="store_true", help="delete the runs in that folder")
+
+    report = add("report", "write a page with the curves of runs", _report, overrides=False)
+    report.add_argument("runs", nargs="+", help="run folders, or folders of them")
+    report.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+    )
+    report.add_argument("--figure", type=Path, help="also draw the curves to this PNG or SVG file")
+    return parser
+
+
+def _overrides(rest: Sequence[str], arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return the recipe keys among the arguments that the command itself does not know."""
+    if rest and not arguments.takes_overrides:
+        raise ProxstepError(
+            f"{arguments.command} does not know {rest[0]}; see proxstep {arguments.command} --help"
+        )
+    pairs, waiting = [], list(rest)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("--"):
+            raise ProxstepError(
+                f"{word!r} is not expected here; recipe keys are written --key value"
+            )
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not waiting:
+                raise ProxstepError(f"--{key} has no value; recipe keys are written --key value")
+            value = waiting.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+    from proxstep import session
+    from proxstep.console import make_progress
+    from proxstep.recipes import dump_recipe, load_recipe
+
+    if arguments.keys:
+        _print_keys(console)
+        return 0
+    progress = make_progress(console)
+    if arguments.resume:
+        if arguments.recipe or overrides:
+            raise ProxstepError(
+                "--resume continues a run by its own recipe: give neither a recipe nor keys"
+            )
+        folder = arguments.resume
+        begin = lambda: session.resume(folder, progress)  # noqa: E731
+    else:
+        if not arguments.recipe:
+            raise ProxstepError("which recipe? Try proxstep train recipes/arithmetic.yaml")
+        recipe = load_recipe(arguments.recipe, overrides)
+        if arguments.dry_run:
+            console.out(dump_recipe(recipe), end="", highlight=False)
+            return 0
+        folder = recipe.output_dir
+        _warm_up(recipe, console)
+        begin = lambda: session.train(recipe, progress, overwrite=arguments.overwrite)  # noqa: E731
+    try:
+        status = begin()
+    finally:
+        progress.end()
+    if status == "interrupted":
+        console.out(
+            f"interrupted; the run is complete up to here: proxstep train --resume {folder}"
+        )
+        return 130
+    console.out(f"done: {folder}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+    from proxstep import session
+    from proxstep.checkpoint import latest_checkpoint
+    from proxstep.recipes import load_recipe
+
+    checkpoint = None
+    if Path(arguments.target).is_dir():
+        session.load_run_recipe(arguments.target)
+        recipe = load_recipe(Path(arguments.target) / "recipe.yaml", overrides)
+        checkpoint = latest_checkpoint(Path(arguments.target))
+    else:
+        recipe = load_recipe(arguments.target, overrides)
+    result, validation = session.evaluate(recipe, checkpoint)
+    error = (max(result.score * (1 - result.score), 0) / len(validation)) ** 0.5
+    console.out(
+        f"greedy score {result.score:.4f} +- {error:.4f} (binomial standard error) on "
+        f"{len(validation)} prompts of "
+        f"{recipe.task.name}, mean length {result.mean_length:.1f} tokens, "
+        f"{checkpoint or recipe.model.name}"
+    )
+    if arguments.output:
+        rows = zip(validation.examples, result.completions, result.rewards, strict=True)
+        with arguments.output.open("w", encoding="utf-8") as file:
+            for example, completion, reward in rows:
+                row = {
+                    "prompt": example.prompt,
+                    "completion": completion,
+                    "answer": example.answer,
+                    "reward": reward,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+    from proxstep.lab.compare import check_output, plan, run_jobs
+    from proxstep.recipes import load_recipe
+
+    names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise ProxstepError("--algorithms needs distinct names, separated by commas")
+    if arguments.seeds < 1:
+        raise ProxstepError("--seeds must be at least 1")
+    recipes = [load_recipe(arguments.recipe, [*overrides, ("algorithm", name)]) for name in names]
+    check_output(arguments.output, overwrite=arguments.overwrite)
+    _warm_up(recipes[0], console)
+    on_cpu = recipes[0].device in ("auto", "cpu")
+    num_parallel = arguments.jobs or (os.cpu_count() or 1 if on_cpu else 1)
+    jobs = plan(recipes, arguments.seeds, arguments.output)
+    run_jobs(jobs, num_parallel, console)
+    return _summarize(
+        [str(job.folder) for job in jobs], arguments.output / "report.html", None, console
+    )
+
+
+def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+    del overrides
+    return _summarize(arguments.runs, arguments.output, arguments.figure, console)
+
+
+def _summarize(paths: Sequence[str], page: Path, figure: Path | None, console: Any) -> int:
+    from proxstep.lab.plots import overview_figure
+    from proxstep.lab.report import comparison_table, summarize, write_report
+    from proxstep.lab.runs import fairness_notes, find_runs
+
+    runs = find_runs(paths)
+    console.print(comparison_table(summarize(runs)))
+    for note in fairness_notes(runs):
+        console.out(note)
+    write_report(runs, page)
+    console.out(f"report: {page}")
+    if figure:
+        overview_figure(runs).savefig(figure, dpi=160)
+        console.out(f"figure: {figure}")
+    return 0
+
+
+def _warm_up(recipe: Any, console: Any) -> None:
+    """Warm the embedded model up where it is not cached, and say so: it takes a minute."""
+    from proxstep.embedded import ensure_embedded_model, is_cached
+    from proxstep.models import quiet_transformers
+
+    difficulty, score = recipe.task.difficulty, recipe.model.warmup_score
+    if recipe.model.name != "embedded" or is_cached(difficulty, score):
+        return
+    quiet_transformers()
+    console.out(
+        f"warming the embedded model up once, with supervised steps on difficulty {difficulty}, "
+        f"until it solves {score:.0%} of new problems"
+    )
+    with console.status("warm-up") as status:
+
+        def report(step: int, reached: float) -> None:
+            status.update(f"step {step}: {reached:.0%} solved")
+
+        ensure_embedded_model(difficulty, score, report)
+
+
+def _print_keys(console: Any) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from proxstep.recipes import describe_keys
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("key", "type", "default", "what it does"):
+        table.add_column(heading, overflow="fold")
+    for key, kind, default, text in describe_keys():
+        table.add_row(*map(escape, (f"--{key}", kind, default, text)))
+    console.print(table)

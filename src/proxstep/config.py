@@ -1,0 +1,443 @@
+"""The recipe: one YAML file that says what a run does, checked before any work starts.
+
+Every key has a type, a default and a sentence; `proxstep train --help` prints them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from proxstep.advantages import ADVANTAGES
+from proxstep.isopo import PRESETS, IsometricRule, Isopo, Rule
+from proxstep.losses import LOSSES, escort_weights
+
+AdvantageName = Literal["group-zscore", "group-centered", "leave-one-out", "batch-normalized"]
+AggregationName = Literal[
+    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _default_of(function: Callable[..., Any], name: str) -> Any:
+    """Return a keyword's default, so that no default stands in two places."""
+    return inspect.signature(function).parameters[name].default
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, without unknown keys, and strict about types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Lora(Section):
+    """Low-rank adapters through peft; the base weights stay frozen."""
+
+    rank: Positive = Field(16, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Scale of the adapters: alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    target_modules: list[str] | str = Field(
+        "all-linear", description='Names of the modules to adapt, or "all-linear".'
+    )
+
+
+class ModelSection(Section):
+    """The policy."""
+
+    name: str = Field(
+        "embedded",
+        description='"embedded" (a 0.8 M parameter character model for the arithmetic task, warmed up once and '
+        "cached), a model's name on the Hugging Face hub, or the path of a local one.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the weights. Small learning rates get lost in bfloat16 weights."
+    )
+    lora: Lora | None = Field(None, description="Train low-rank adapters instead of the weights.")
+    warmup_score: float = Field(
+        0.3, ge=0, lt=1, description="Greedy score at which the embedded model's warm-up stops."
+    )
+
+
+class TaskSection(Section):
+    """Prompts, answers and rewards."""
+
+    name: Literal["arithmetic", "gsm8k", "svamp", "table"] = Field(
+        "arithmetic", description='The data set; "table" is your own JSONL or Parquet file.'
+    )
+    difficulty: int = Field(
+        3, ge=1, le=5, description="arithmetic: 1 (one-digit sums) to 5 (products)."
+    )
+    train: str | None = Field(
+        None, description="Local JSONL or Parquet file, or a hub data set; null for the task's own."
+    )
+    validation: str | None = Field(
+        None, description="The same for validation; null holds out rows of the training file."
+    )
+    prompt_column: str = Field("prompt", description="table: the prompts, strings or chat lists.")
+    answer_column: str = Field("answer", description="table: the reference answers.")
+    num_train: Positive | None = Field(None, description="Use only the first rows.")
+    num_validation: Positive = Field(256, description="Number of validation rows.")
+    prompt_format: Literal["auto", "chat", "plain"] = Field(
+        "auto", description='gsm8k, svamp: "auto" is chat where the tokenizer has a template.'
+    )
+    max_prompt_length: Positive = Field(
+        512, description="Longer prompts, in tokens, are an error before training starts."
+    )
+    rewards: list[str] | None = Field(
+        None,
+        description="Reward functions: numeric_answer, exact_match or FILE.py:FUNCTION with TRL's signature; "
+        "null for the task's own. The first is the validation score.",
+    )
+    reward_weights: list[float] | None = Field(None, description="One per reward; null for 1.")
+
+
+class _Objective(Section):
+    advantage: AdvantageName = Field("group-zscore", description="How rewards become advantages.")
+
+
+class ReinforceSection(_Objective):
+    """Policy gradient without ratio and clipping."""
+
+    name: Literal["reinforce"]
+    loss_agg_mode: AggregationName = LOSSES["reinforce"].default_loss_agg_mode
+
+
+class GrpoSection(_Objective):
+    """Token ratios, clipped (arXiv 2402.03300)."""
+
+    name: Literal["grpo"]
+    clip_ratio_low: float = Field(
+        _default_of(LOSSES["grpo"].loss, "clip_ratio_low"),
+        ge=0,
+        description="Ratios are clipped at 1 - this.",
+    )
+    clip_ratio_high: float = Field(
+        _default_of(LOSSES["grpo"].loss, "clip_ratio_high"),
+        ge=0,
+        description="Ratios are clipped at 1 + this.",
+    )
+    loss_agg_mode: AggregationName = LOSSES["grpo"].default_loss_agg_mode
+
+
+class DapoSection(_Objective):
+    """GRPO with a higher upper bound and a token mean (arXiv 2503.14476)."""
+
+    name: Literal["dapo"]
+    clip_ratio_low: float = Field(
+        _default_of(LOSSES["dapo"].loss, "clip_ratio_low"),
+        ge=0,
+        description="Ratios are clipped at 1 - this.",
+    )
+    clip_ratio_high: float = Field(
+        _default_of(LOSSES["dapo"].loss, "clip_ratio_high"),
+        ge=0,
+        description="Ratios are clipped at 1 + this.",
+    )
+    loss_agg_mode: AggregationName = LOSSES["dapo"].default_loss_agg_mode
+
+
+class GspoSection(_Objective):
+    """The sequence's mean ratio, clipped (arXiv 2507.18071)."""
+
+    name: Literal["gspo"]
+    clip_ratio_low: float = Field(
+        _default_of(LOSSES["gspo"].loss, "clip_ratio_low"),
+        ge=0,
+        description="Ratios are clipped at 1 - this.",
+    )
+    clip_ratio_high: float = Field(
+        _default_of(LOSSES["gspo"].loss, "clip_ratio_high"),
+        ge=0,
+        description="Ratios are clipped at 1 + this.",
+    )
+    loss_agg_mode: AggregationName = LOSSES["gspo"].default_loss_agg_mode
+
+
+class CispoSection(_Objective):
+    """Detached, clipped importance weights (arXiv 2506.13585)."""
+
+    name: Literal["cispo"]
+    clip_ratio_low: float = Field(
+        _default_of(LOSSES["cispo"].loss, "clip_ratio_low"),
+        ge=0,
+        description="Weights are clipped at 1 - this.",
+    )
+    clip_ratio_high: float = Field(
+        _default_of(LOSSES["cispo"].loss, "clip_ratio_high"),
+        ge=0,
+        description="Weights are clipped at 1 + this.",
+    )
+    loss_agg_mode: AggregationName = LOSSES["cispo"].default_loss_agg_mode
+
+
+class DroSection(_Objective):
+    """Quadratic penalty on each token's log-ratio, as verl ships it."""
+
+    name: Literal["dro"]
+    beta: float = Field(
+        _default_of(LOSSES["dro"].loss, "beta"), gt=0, description="Weight of the penalty."
+    )
+    loss_agg_mode: AggregationName = LOSSES["dro"].default_loss_agg_mode
+
+
+class OpoSection(_Objective):
+    """Escort-weighted drive with a quadratic penalty (arXiv 2601.12415)."""
+
+    name: Literal["opo"]
+    alpha: float = Field(
+        _default_of(escort_weights, "alpha"),
+        ge=0,
+        le=1,
+        description="Escort exponent: 1 is uniform (conservative), 0 aggressive.",
+    )
+    tau: float = Field(
+        _default_of(escort_weights, "tau"),
+        gt=0,
+        description="Temperature of the advantage in the escort weight.",
+    )
+    mu: float = Field(
+        _default_of(LOSSES["opo"].loss, "mu"),
+        gt=0,
+        description="Curvature of the chi-square penalty.",
+    )
+    surrogate: Literal["log", "ratio"] = Field(
+        _default_of(LOSSES["opo"].loss, "surrogate"), description="Eq. 19 (log) or eq. 10 (ratio)."
+    )
+    drive: Literal["center", "zscore", "none"] = Field(
+        "center", description="omega - 1, z-scored omega, or omega as in algorithm 1."
+    )
+    anchor_correction: Literal["absorbed", "length", "sequence"] = Field(
+        "absorbed", description="The anchor's factor in eq. 7; see docs/algorithms.md."
+    )
+    length_normalize: bool = Field(False, description="Log-ratios per token.")
+
+
+ObjectiveSection = Annotated[
+    ReinforceSection
+    | GrpoSection
+    | DapoSection
+    | GspoSection
+    | CispoSection
+    | DroSection
+    | OpoSection,
+    Field(discriminator="name"),
+]
+
+
+class GeometrySection(Section):
+    """What happens to the gradient between the objective and the optimizer (arXiv 2512.23353)."""
+
+    rule: Literal[
+        "none",
+        "isopo",
+        "isopo-npg",
+        "isopo-figure4",
+        "isopo-euclidean",
+        "isopo-natural",
+        "reinforce",
+    ] = Field("none", description='"none" or a preset of ISOPO; null keys below are the preset\'s.')
+    fisher_power: float | None = Field(None, description="p, isometric rule.")
+    norm_power: float | None = Field(None, description="q, isometric rule.")
+    relative_fisher_power: float | None = Field(None, description="r, isometric rule.")
+    damping: float | None = Field(None, ge=0, description="c, isometric rule.")
+    ntk_damping: float | None = Field(None, gt=0, description="c, natural rule.")
+    damping_form: Literal["additive", "relative"] | None = Field(
+        None, description="As printed in the paper, or as in its author's code."
+    )
+    scale: Literal["paper", "preserved"] = Field(
+        "preserved",
+        description='"preserved" keeps an average sequence at its REINFORCE weight, so that learning rate and '
+        'clipping carry over; "paper" does not.',
+    )
+    other_parameters: Literal["transform", "reinforce", "freeze"] = Field(
+        "transform", description="For what is not a linear layer's weight."
+    )
+    num_overlap_positions: Positive | None = Field(
+        _default_of(Isopo, "num_overlap_positions"),
+        description="K, positions that estimate the Fisher norm; null for all.",
+    )
+    overlap_positions: Literal["all", "completion"] = Field("all", description="Where they lie.")
+    decay: float = Field(
+        _default_of(Isopo, "decay"), ge=0, lt=1, description="Of the trailing means."
+    )
+
+    def to_rule(self) -> Rule:
+        """Return the preset with this section's values in place of its own."""
+        preset = PRESETS[self.rule]
+        names = {field.name for field in dataclasses.fields(preset)}
+        given = {
+            name: getattr(self, name) for name in _RULE_KEYS if getattr(self, name) is not None
+        }
+        foreign = sorted(set(given) - names)
+        if foreign:
+            kind = "an isometric" if isinstance(preset, IsometricRule) else "the natural"
+            raise ValueError(f"geometry.{foreign[0]} is not an option of {self.rule}, {kind} rule")
+        return dataclasses.replace(preset, scale=self.scale, **given)
+
+
+ADVANTAGES_OF_GROUPS = tuple(name for name in ADVANTAGES if name != "batch-normalized")
+_RULE_KEYS = (
+    "fisher_power",
+    "norm_power",
+    "relative_fisher_power",
+    "damping",
+    "ntk_damping",
+    "damping_form",
+)
+
+
+class RolloutSection(Section):
+    """Sampling."""
+
+    num_prompts: Positive = Field(16, description="P, prompts per step.")
+    num_generations: Positive = Field(8, description="G, completions per prompt.")
+    max_completion_length: Positive = Field(64, description="In tokens.")
+    temperature: float = Field(1.0, gt=0, description="Also of the log-probabilities in the loss.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; below 1 is off-policy.")
+    top_k: int = Field(0, ge=0, description="0 for the whole vocabulary; else off-policy.")
+
+
+class UpdateSection(Section):
+    """How a rollout becomes optimizer steps."""
+
+    num_minibatches: Positive = Field(1, description="Optimizer steps per pass over the rollout.")
+    num_iterations: Positive = Field(1, description="Passes over the rollout.")
+    microbatch_size: Positive | None = Field(
+        None, description="Sequences per forward and backward; null for the whole minibatch."
+    )
+
+
+class OptimizerSection(Section):
+    """The optimizer."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="From torch.optim.")
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled for adamw.")
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="adamw.")
+    eps: float = Field(1e-8, gt=0, description="adamw.")
+    momentum: float = Field(0.0, ge=0, description="sgd.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient; null for never.")
+    warmup_updates: int = Field(0, ge=0, description="Linear warm-up, in optimizer steps.")
+
+
+class EvaluationSection(Section):
+    """What is measured, and how often."""
+
+    every: Positive = Field(
+        10, description="Steps between evaluations; the first is before step 1."
+    )
+    batch_size: Positive = Field(128, description="Prompts per generation batch.")
+    num_probe_prompts: Positive = Field(64, description="Prompts on which KL drift is measured.")
+    kl_policy_initial: bool = Field(
+        True,
+        description="KL(policy || initial); keeps a copy of the initial weights, except with LoRA.",
+    )
+
+
+class LoggingSection(Section):
+    """Where metrics go besides metrics.jsonl, and checkpoints."""
+
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
+        "none", description="A second destination for the metrics."
+    )
+    project: str = Field("proxstep", description="The tracker's project.")
+    num_samples: int = Field(4, ge=0, description="Completions per evaluation in samples.jsonl.")
+    checkpoint_every: Positive | None = Field(
+        None, description="Steps between checkpoints; the last step always writes one."
+    )
+
+
+ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
+    **{name: {"objective": {"name": name}, "geometry": {"rule": "none"}} for name in LOSSES},
+    **{
+        rule: {"objective": {"name": "reinforce"}, "geometry": {"rule": rule}}
+        for rule in PRESETS
+        if rule != "reinforce"
+    },
+}
+"""What `algorithm` stands for; RULE+OBJECTIVE, as in isopo+opo, composes any other pair."""
+
+
+def meaning_of(algorithm: str) -> dict[str, dict[str, Any]] | None:
+    """Return the objective and geometry that an algorithm's name stands for, or None if it is
+    unknown.
+
+    >>> meaning_of("isopo-natural+opo")
+    {'objective': {'name': 'opo'}, 'geometry': {'rule': 'isopo-natural'}}
+    """
+    rule, plus, objective = algorithm.partition("+")
+    if plus and rule in PRESETS and objective in LOSSES:
+        return {"objective": {"name": objective}, "geometry": {"rule": rule}}
+    return ALGORITHMS.get(algorithm)
+
+
+def undefined_composition(rule: str, objective: str) -> str | None:
+    """Return why a rule cannot transform an objective's gradient, or None if it can."""
+    if rule == "none" or LOSSES[objective].level == "sequence":
+        return None
+    able = ", ".join(name for name, loss in LOSSES.items() if loss.level == "sequence")
+    return (
+        f"geometry.rule {rule} with objective {objective}: a token-level objective has no "
+        f"coefficient per sequence "
+        f"to transform; use one of {able}, or geometry.rule none"
+    )
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    algorithm: str = Field(
+        description="An objective, a preset of ISOPO on REINFORCE, or RULE+OBJECTIVE such as isopo+opo."
+    )
+    seed: int = Field(0, ge=0, description="Of everything random.")
+    steps: Positive = Field(100, description="Rollout steps.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    output_dir: str = Field("runs/latest", description="The run folder.")
+    model: ModelSection = Field(default_factory=ModelSection)
+    task: TaskSection = Field(default_factory=TaskSection)
+    objective: ObjectiveSection
+    geometry: GeometrySection = Field(default_factory=GeometrySection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    update: UpdateSection = Field(default_factory=UpdateSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    logging: LoggingSection = Field(default_factory=LoggingSection)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        rollout, update = self.rollout, self.update
+        if rollout.num_generations == 1 and self.objective.advantage in ADVANTAGES_OF_GROUPS:
+            raise ValueError(
+                f"rollout.num_generations is 1, but objective.advantage {self.objective.advantage} "
+                f"compares the "
+                "completions of a prompt: use at least 2, or batch-normalized advantages"
+            )
+        if rollout.num_prompts % update.num_minibatches:
+            raise ValueError(
+                f"update.num_minibatches {update.num_minibatches} does not divide "
+                f"rollout.num_prompts "
+                f"{rollout.num_prompts}: a prompt's group stays in one minibatch"
+            )
+        if self.geometry.rule != "none":
+            undefined = undefined_composition(self.geometry.rule, self.objective.name)
+            if undefined:
+                raise ValueError(undefined)
+            self.geometry.to_rule()
+        if self.task.name == "table" and self.task.train is None:
+            raise ValueError("task.train is needed: a JSONL or Parquet file, or a hub data set")
+        if self.task.name != "arithmetic" and self.model.name == "embedded":
+            raise ValueError(
+                f"model.name embedded knows only arithmetic's characters, not {self.task.name}'s: "
+                f"name a model of "
+                "the hub or a local folder"
+            )
+        weights, rewards = self.task.reward_weights, self.task.rewards
+        if weights is not None and (rewards is None or len(weights) != len(rewards)):
+            raise ValueError("task.reward_weights needs task.rewards, with one weight for each")
+        if self.optimizer.name == "adamw" and self.optimizer.momentum:
+            raise ValueError("optimizer.momentum is sgd's: adamw has optimizer.betas")
+        return self

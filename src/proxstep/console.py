@@ -1,0 +1,114 @@
+"""What a person sees of a run: a live table in a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from proxstep.config import Recipe
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "step": ("step", "d"),
+    "reward": ("reward", ".3f"),
+    "score": ("greedy score", ".3f"),
+    "kl_policy_initial": ("KL(policy‖initial)", ".4f"),
+    "kl_initial_policy": ("KL(initial‖policy)", ".4f"),
+    "entropy": ("entropy", ".3f"),
+    "grad_norm": ("grad norm", ".3g"),
+    "completions_mean_length": ("length", ".1f"),
+    "seconds_step": ("s/step", ".2f"),
+}
+"""Field of the metrics: heading and format."""
+NUM_SHOWN = 12
+
+
+def cell(record: Mapping[str, Any], field: str) -> str:
+    """Return a field's text, a dash where it was not measured."""
+    value = record.get(field)
+    return "–" if value is None else format(value, COLUMNS[field][1])
+
+
+class TerminalProgress:
+    """A progress bar over the last evaluated steps and the newest one, redrawn in place.
+
+    Args:
+        console: Where to draw.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+            TimeElapsedColumn(),
+            TextColumn("·"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._rows: list[Mapping[str, Any]] = []
+        self._live = Live(console=console, auto_refresh=False, transient=False)
+
+    def begin(self, recipe: Recipe) -> None:
+        """Draw the empty table."""
+        self._task = self._bar.add_task(
+            f"{recipe.algorithm} on {recipe.task.name}", total=recipe.steps
+        )
+        self._live.start()
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Show a step; steps without an evaluation make room for the next."""
+        if self._rows and self._rows[-1].get("score") is None:
+            self._rows.pop()
+        self._rows.append(record)
+        self._bar.update(self._task, completed=record["step"])
+        self._live.update(Group(self._table(), self._bar), refresh=True)
+
+    def end(self) -> None:
+        """Leave the last state on the screen."""
+        self._live.stop()
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for heading, _ in COLUMNS.values():
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self._rows[-NUM_SHOWN:]:
+            table.add_row(*(cell(row, field) for field in COLUMNS))
+        return table
+
+
+class PlainProgress:
+    """One line for each step, for logs and pipes.
+
+    Args:
+        console: Where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def begin(self, recipe: Recipe) -> None:
+        """Say what runs."""
+        self._console.out(f"{recipe.algorithm} on {recipe.task.name}, {recipe.steps} steps")
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Write one line of what was measured."""
+        parts = [
+            f"{heading} {cell(record, field)}"
+            for field, (heading, _) in COLUMNS.items()
+            if record.get(field) is not None
+        ]
+        self._console.out("  ".join(parts))
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def make_progress(console: Console) -> TerminalProgress | PlainProgress:
+    """Return the live table in a terminal, plain lines otherwise."""
+    return TerminalProgress(console) if console.is_terminal else PlainProgress(console)

@@ -1,0 +1,175 @@
+"""The embedded model: Qwen3's architecture at 0.8 M parameters over characters, warmed up on
+arithmetic and cached.
+
+It exists so that reinforcement learning visibly learns on a laptop in a minute, with nothing
+downloaded. The warm-up is supervised and stops long before mastery: the rest is left to RL.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from proxstep.errors import ProxstepError
+from proxstep.rollout import sample
+from proxstep.tasks import Example, arithmetic_task
+from proxstep.tasks.arithmetic import ALPHABET
+
+_VERSION = 1
+"""Part of the cache's name: raise it when anything below changes what comes out."""
+_BATCH_SIZE = 128
+_LEARNING_RATE = 2e-3
+_MAX_STEPS = 2000
+_STEPS_BETWEEN_TESTS = 10
+_NUM_TESTED = 128
+
+
+def cache_folder() -> Path:
+    """Return where warmed-up models are kept: $PROXSTEP_CACHE, else the user's cache folder."""
+    if "PROXSTEP_CACHE" in os.environ:
+        return Path(os.environ["PROXSTEP_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "proxstep"
+
+
+def is_cached(difficulty: int, score: float) -> bool:
+    """Whether the embedded model for a difficulty was warmed up on this machine before."""
+    return (_folder(difficulty, score) / "config.json").is_file()
+
+
+def _folder(difficulty: int, score: float) -> Path:
+    return cache_folder() / f"embedded-v{_VERSION}-difficulty{difficulty}-score{score:g}"
+
+
+def ensure_embedded_model(
+    difficulty: int, score: float, report: Callable[[int, float], None] | None = None
+) -> Path:
+    """Return the folder of the embedded model for a difficulty; warm it up if it is not cached.
+
+    Args:
+        difficulty: Of the arithmetic task, 1 to 5.
+        score: Greedy score on unseen training problems at which the warm-up stops; 0 for none.
+        report: Called with the steps done and the score reached.
+
+    Returns:
+        A folder that `from_pretrained` loads, model and tokenizer.
+
+    Raises:
+        ProxstepError: If the score is not reached.
+    """
+    folder = _folder(difficulty, score)
+    if is_cached(difficulty, score):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer, model = build_embedded_model()
+    if score > 0:
+        warm_up(model, tokenizer, difficulty, score, report)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    model.save_pretrained(scratch)  # type: ignore[operator]
+    tokenizer.save_pretrained(scratch)
+    try:
+        scratch.rename(folder)
+    except OSError:  # another process was faster; its model is the same
+        shutil.rmtree(scratch)
+    return folder
+
+
+def build_embedded_model(seed: int = 0) -> tuple[Any, nn.Module]:
+    """Return the character tokenizer and the untrained model."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABET])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # type: ignore[assignment]
+    characters.decoder = decoders.Fuse()  # type: ignore[assignment]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    config = Qwen3Config(
+        vocab_size=len(vocabulary),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    return tokenizer, model
+
+
+def warm_up(
+    model: nn.Module,
+    tokenizer: Any,
+    difficulty: int,
+    score: float,
+    report: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train on worked problems, next-token loss on the answers alone, until a score is reached.
+
+    Raises:
+        ProxstepError: If the score is not reached in 2,000 steps.
+    """
+    problems = arithmetic_task(difficulty).train
+    tested = [problems[len(problems) - 1 - i] for i in range(_NUM_TESTED)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
+    reached = 0.0
+    for step in range(_MAX_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = _LEARNING_RATE * min(1.0, (step + 1) / 50)
+        examples = [problems[step * _BATCH_SIZE + i] for i in range(_BATCH_SIZE)]
+        loss = _answer_loss(model, tokenizer, examples)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % _STEPS_BETWEEN_TESTS == 0:
+            reached = _greedy_score(model, tokenizer, tested)
+            if report is not None:
+                report(step + 1, reached)
+            if reached >= score:
+                return
+    raise ProxstepError(
+        f"the embedded model reached {reached:.2f} after {_MAX_STEPS} warm-up steps on difficulty "
+        f"{difficulty}: lower model.warmup_score, or task.difficulty"
+    )
+
+
+def _answer_loss(model: nn.Module, tokenizer: Any, examples: list[Example]) -> torch.Tensor:
+    """Return the mean loss of the answers' tokens, in nats."""
+    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
+    answers = tokenizer([f"{e.solution}{tokenizer.eos_token}" for e in examples])["input_ids"]
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    token = torch.full((len(examples), width), tokenizer.pad_token_id)
+    label = torch.full((len(examples), width), -100)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer)
+        token[row, :end] = torch.tensor(prompt + answer)
+        label[row, len(prompt) : end] = torch.tensor(answer)
+    mask = (token != tokenizer.pad_token_id).long()
+    logits = model(input_ids=token, attention_mask=mask).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), label[:, 1:].flatten())
+
+
+def _greedy_score(model: nn.Module, tokenizer: Any, examples: list[Example]) -> float:
+    """Return the share of problems that are solved greedily."""
+    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
+    longest = max(len(e.answer) for e in examples) + 1
+    completions = sample(model, tokenizer, prompts, max_new_tokens=longest, greedy=True)
+    texts = completions.texts(tokenizer)
+    return sum(t == e.answer for t, e in zip(texts, examples, strict=True)) / len(examples)

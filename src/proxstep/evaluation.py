@@ -1,0 +1,150 @@
+"""What is measured between steps: the greedy validation score and how far the policy has drifted.
+
+Legend for shape suffixes: B sequences, T token positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from proxstep.data import Prompts
+from proxstep.metrics import kl_divergence, kl_from_samples, token_log_probs
+from proxstep.rollout import Completions, response_logits, sample
+from proxstep.types import Float, Tensor
+
+
+@dataclass(frozen=True)
+class GreedyResult:
+    """Greedy completions of the validation prompts.
+
+    Attributes:
+        score: Mean of the first reward function.
+        mean_length: Of the completions, in tokens.
+        completions: Their texts.
+        rewards: Each one's first reward; None where the function gave none.
+    """
+
+    score: float
+    mean_length: float
+    completions: list[str]
+    rewards: list[float | None]
+
+
+def greedy_score(
+    model: nn.Module, tokenizer: Any, prompts: Prompts, *, max_new_tokens: int, batch_size: int
+) -> GreedyResult:
+    """Complete every prompt greedily and grade the completions."""
+    texts: list[str] = []
+    lengths: list[int] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = range(start, min(start + batch_size, len(prompts)))
+        completions = sample(
+            model,
+            tokenizer,
+            [prompts.tokens(i) for i in rows],
+            max_new_tokens=max_new_tokens,
+            greedy=True,
+        )
+        texts += completions.texts(tokenizer)
+        lengths += completions.lengths().tolist()
+    table = prompts.grade(range(len(prompts)), texts)
+    rewards = next(iter(table.per_function.values()))
+    given = [reward for reward in rewards if reward is not None]
+    score = sum(given) / len(given) if given else float("nan")
+    return GreedyResult(score, sum(lengths) / len(lengths), texts, rewards)
+
+
+@torch.no_grad()
+def completion_log_probs(
+    model: nn.Module, completions: Completions, temperature: float, batch_size: int
+) -> Float[Tensor, "batch tokens"]:
+    """Return log pi of the tokens from the second position on, in nats; meaningful at
+    completions.
+    """
+    was_training = model.training
+    model.eval()
+    parts = []
+    for rows in torch.arange(len(completions)).split(batch_size):
+        part = Completions(
+            completions.token_BT[rows],
+            completions.attention_BT[rows],
+            completions.response_BT[rows],
+            completions.truncated_B[rows],
+        )
+        logits = response_logits(model, part, temperature)
+        parts.append(token_log_probs(logits, part.token_BT[:, 1:]))
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Completions that the initial policy sampled once, with their log-probabilities under it.
+
+    Measures KL(initial || policy) with one forward pass and without the initial weights.
+    """
+
+    completions: Completions
+    initial_log_prob_BT: Float[Tensor, "batch tokens"]
+
+    @classmethod
+    def draw(
+        cls, model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int
+    ) -> Probe:
+        """Sample one completion for each prompt at temperature 1."""
+        completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        return cls(completions, completion_log_probs(model, completions, 1.0, len(completions)))
+
+    def kl(self, model: nn.Module) -> float:
+        """Return KL(initial || policy) in nats per token."""
+        log_prob_BT = completion_log_probs(model, self.completions, 1.0, len(self.completions))
+        kl_BT = kl_from_samples(self.initial_log_prob_BT, log_prob_BT)
+        return kl_BT[self.completions.response_BT[:, 1:]].mean().item()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors."""
+        return {**vars(self.completions), "initial_log_prob_BT": self.initial_log_prob_BT}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], device: torch.device) -> Probe:
+        """Return the probe that `state_dict` described."""
+        moved = {name: value.to(device) for name, value in state.items()}
+        initial_log_prob_BT = moved.pop("initial_log_prob_BT")
+        return cls(Completions(**moved), initial_log_prob_BT)
+
+
+@torch.no_grad()
+def kl_from_initial(
+    model: nn.Module,
+    initial: nn.Module | None,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+) -> float:
+    """Return KL(policy || initial) in nats per token, exact over the vocabulary at each sampled
+    position.
+
+    Args:
+        model: The policy; it samples one completion for each prompt at temperature 1.
+        initial: The initial policy, or None for a model whose adapters can be switched off.
+        tokenizer: Of both.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Longest completion, in tokens.
+    """
+    completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    was_training = model.training
+    model.eval()
+    logits = response_logits(model, completions, 1.0)
+    adapters_off = contextlib.nullcontext() if initial is not None else model.disable_adapter()  # type: ignore[operator]
+    with adapters_off:
+        initial_logits = response_logits(
+            initial if initial is not None else model, completions, 1.0
+        )
+    model.train(was_training)
+    return kl_divergence(logits, initial_logits)[completions.response_BT[:, 1:]].mean().item()

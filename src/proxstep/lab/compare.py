@@ -1,0 +1,202 @@
+"""Several algorithms and seeds of one recipe, each in a process of its own, as many at a time as
+there are cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from proxstep.config import Recipe
+from proxstep.console import cell
+from proxstep.errors import ProxstepError
+from proxstep.recipes import dump_recipe
+from proxstep.runfolder import RunFolder
+
+
+@dataclass
+class Job:
+    """One run of the comparison.
+
+    Attributes:
+        recipe: Its resolved recipe; the output folder is its own.
+        process: Its process, once started.
+        code: Its exit code, once ended.
+    """
+
+    recipe: Recipe
+    process: subprocess.Popen[bytes] | None = None
+    code: int | None = field(default=None)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.recipe.output_dir)
+
+    @property
+    def log(self) -> Path:
+        """What the process printed."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def state(self) -> str:
+        """Waiting, running, done or failed."""
+        if self.process is None:
+            return "waiting"
+        if self.code is None:
+            return "running"
+        return "done" if self.code == 0 else "failed"
+
+    def last_record(self) -> dict[str, Any]:
+        """Return the newest complete line of the run's metrics, with the last score that was
+        measured.
+        """
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return {}
+        lines = path.read_bytes().split(b"\n")[:-1]
+        records = [json.loads(line) for line in lines]
+        scores = [record["score"] for record in records if record["score"] is not None]
+        return {**records[-1], "score": scores[-1]} if scores else {}
+
+
+def plan(recipes: Sequence[Recipe], seeds: int, output: Path) -> list[Job]:
+    """Return the jobs of a comparison, seed by seed, so that every algorithm is seen early."""
+    return [
+        Job(
+            recipe.model_copy(
+                update={"seed": seed, "output_dir": str(output / f"{recipe.algorithm}-seed{seed}")}
+            )
+        )
+        for seed in range(seeds)
+        for recipe in recipes
+    ]
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds runs, or delete them where that is asked for.
+
+    Raises:
+        ProxstepError: With the ways out.
+    """
+    held = sorted(path.parent for path in output.glob("*/run.json"))
+    if held and not overwrite:
+        raise ProxstepError(
+            f"output {output} already holds {len(held)} runs: choose another folder, or delete "
+            f"them with --overwrite"
+        )
+    for path in held:
+        RunFolder(path).clear()
+
+
+def run_jobs(jobs: Sequence[Job], num_parallel: int, console: Console) -> None:
+    """Run every job, showing how far each of them is.
+
+    Ctrl-C asks the running ones to stop at their step's end; what they wrote stays.
+
+    Raises:
+        ProxstepError: If a run failed, with the last line that it printed; the others are finished
+            first.
+        KeyboardInterrupt: After Ctrl-C, once the runs have stopped.
+    """
+    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    seen: dict[str, str] = {}
+    if live:
+        live.start()
+    try:
+        while any(job.code is None for job in jobs):
+            _advance(jobs, num_parallel)
+            if live:
+                live.update(_overview(jobs), refresh=True)
+            else:
+                _announce(jobs, seen, console)
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        _stop(jobs)
+        raise
+    finally:
+        if live:
+            live.update(_overview(jobs), refresh=True)
+            live.stop()
+    failed = [job for job in jobs if job.code]
+    if failed:
+        raise ProxstepError(
+            "\n".join(
+                f"{job.folder.name} failed: {_last_line(job.log)} (see {job.log})" for job in failed
+            )
+        )
+
+
+def _advance(jobs: Sequence[Job], num_parallel: int) -> None:
+    for job in jobs:
+        if job.process is not None and job.code is None:
+            job.code = job.process.poll()
+    free = num_parallel - sum(job.state == "running" for job in jobs)
+    for job in [job for job in jobs if job.process is None][: max(free, 0)]:
+        job.process = _start(job)
+
+
+def _start(job: Job) -> subprocess.Popen[bytes]:
+    recipe = job.folder.with_name(f"{job.folder.name}.yaml")
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(dump_recipe(job.recipe), encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    with job.log.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "proxstep", "train", str(recipe)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _stop(jobs: Sequence[Job]) -> None:
+    running = [job.process for job in jobs if job.process is not None and job.code is None]
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    for process in running:
+        process.wait()
+
+
+def _overview(jobs: Sequence[Job]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("run", "state"):
+        table.add_column(heading)
+    for heading in ("step", "reward", "greedy score", "s/step"):
+        table.add_column(heading, justify="right")
+    for job in jobs:
+        record = job.last_record()
+        step = f"{record.get('step', 0)}/{job.recipe.steps}"
+        fields = (cell(record, name) for name in ("reward", "score", "seconds_step"))
+        table.add_row(job.folder.name, job.state, step, *fields)
+    return table
+
+
+def _announce(jobs: Sequence[Job], seen: dict[str, str], console: Console) -> None:
+    for job in jobs:
+        name = job.folder.name
+        if job.state not in ("waiting", seen.get(name)):
+            seen[name] = job.state
+            score = cell(job.last_record(), "score")
+            console.out(
+                f"{name}: {job.state}" + (f", greedy score {score}" if job.code == 0 else "")
+            )
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"

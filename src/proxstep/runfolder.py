@@ -1,0 +1,100 @@
+"""The run folder: recipe.yaml, run.json, metrics.jsonl, samples.jsonl and checkpoints/."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import proxstep
+from proxstep.config import Recipe
+from proxstep.errors import ProxstepError
+from proxstep.recipes import dump_recipe
+
+
+class RunFolder:
+    """One run's files.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self._info = self.path / "run.json"
+
+    def check_free(self) -> None:
+        """Refuse a folder that holds a run or anything else.
+
+        Raises:
+            ProxstepError: With the ways out.
+        """
+        if self._info.exists():
+            raise ProxstepError(
+                f"output_dir {self.path} already holds a run: choose another, continue it with "
+                f"--resume, or delete it "
+                "with --overwrite"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ProxstepError(
+                f"output_dir {self.path} exists and is not a run: choose another folder"
+            )
+
+    def clear(self) -> None:
+        """Delete the run that the folder holds; nothing but a run is ever deleted."""
+        if self._info.exists():
+            shutil.rmtree(self.path)
+
+    def create(self, recipe: Recipe, device: torch.device, num_parameters: int) -> None:
+        """Begin a run: write the resolved recipe and what it runs on."""
+        import transformers
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        self.update_info(
+            status="running",
+            proxstep_version=proxstep.__version__,
+            torch_version=torch.__version__,
+            transformers_version=transformers.__version__,
+            machine=describe_machine(device),
+            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            num_parameters=num_parameters,
+        )
+
+    def update_info(self, **changes: Any) -> None:
+        """Change fields of run.json, all or nothing."""
+        info = {**self.info(), **changes}
+        scratch = self._info.with_suffix(".tmp")
+        scratch.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, self._info)
+
+    def info(self) -> dict[str, Any]:
+        """Return run.json, empty if there is none."""
+        return json.loads(self._info.read_text(encoding="utf-8")) if self._info.exists() else {}
+
+    def add_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Append completions to samples.jsonl."""
+        with self.samples.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+
+
+def describe_machine(device: torch.device) -> str:
+    """Return the processor or accelerator and the number of threads in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device.type}"
