@@ -9,7 +9,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 
 
 class ExactRMSNorm(Qwen3RMSNorm):
-    """Qwen3's RMSNorm without its cast to float32, which would put a floor of 4e-7 under every comparison."""
+    """Qwen3's RMSNorm without its cast to float32, which would put a floor of 4e-7 under every
+    comparison.
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
@@ -63,5 +65,7 @@ def tiny_gpt2(vocab: int = 19, dtype: torch.dtype = torch.float64) -> nn.Module:
     model = GPT2LMHeadModel(config).to(dtype)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            nn.init.normal_(parameter, mean=1.0 if "ln" in name and "weight" in name else 0.0, std=0.2)
+            nn.init.normal_(
+                parameter, mean=1.0 if "ln" in name and "weight" in name else 0.0, std=0.2
+            )
     return model.eval()

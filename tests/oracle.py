@@ -1,4 +1,5 @@
-"""The slow, obvious ISOPO: one sequence at a time, every parameter copied once per token position, plain autograd.
+"""The slow, obvious ISOPO: one sequence at a time, every parameter copied once per token position,
+plain autograd.
 
 Nothing here is shared with `proxstep.isopo`, except that the sampled positions are handed over.
 """
@@ -26,14 +27,17 @@ def log_prob_of_completion(model: nn.Module, sequence: Sequence) -> Tensor:
     logits = model(input_ids=token).logits[0]
     log_prob = logits.log_softmax(-1)
     return sum(
-        log_prob[t - 1, sequence.tokens[t]] for t in range(sequence.num_prompt, len(sequence.tokens))
+        log_prob[t - 1, sequence.tokens[t]]
+        for t in range(sequence.num_prompt, len(sequence.tokens))
     )
 
 
 def position_gradients(model: nn.Module, sequence: Sequence) -> dict[str, Tensor]:
-    """d log pi / d theta^(t) for every parameter use and token position t: shape (tokens, *parameter).
+    """d log pi / d theta^(t) for every parameter use and token position t: shape (tokens,
+    *parameter).
 
-    The parameter is copied for each position, so that each copy's gradient is that position's contribution.
+    The parameter is copied for each position, so that each copy's gradient is that position's
+    contribution.
     """
     num_tokens = len(sequence.tokens)
     copies: dict[str, Tensor] = {}
@@ -122,7 +126,8 @@ def isopo_gradient(
     formula: Formula,
     trailing: dict[str, dict[str, float]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-    """The ISOPO gradient of every parameter use, and the means that an optimizer step would fold in.
+    """The ISOPO gradient of every parameter use, and the means that an optimizer step would fold
+    in.
 
     Args:
         per_sequence: `position_gradients` of each sequence.

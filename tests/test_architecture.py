@@ -10,12 +10,13 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "proxstep"
 
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "types", "schema"),
+    ("errors", "types", "schema", "clock", "interrupt"),
     ("masked", "metrics", "advantages", "losses", "rewards"),
     ("isopo", "tasks"),
     ("config",),
     ("recipes", "algorithm", "rollout", "data", "checkpoint", "tracking", "embedded"),
     ("models", "evaluation", "runfolder", "console"),
+    ("experience",),
     ("trainer",),
     ("session",),
     ("engines",),

@@ -5,7 +5,6 @@ Legend for shape suffixes: B sequences, T token positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,9 +136,7 @@ def make_isopo(recipe: Recipe, model: torch.nn.Module) -> Isopo | None:
 def make_optimizer(
     recipe: Recipe, model: torch.nn.Module
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return the recipe's optimizer over the trainable parameters, and its learning-rate
-    schedule.
-    """
+    """Return the recipe's optimizer over the trainable parameters, and its schedule."""
     section = recipe.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer
@@ -158,7 +155,8 @@ def make_optimizer(
             momentum=section.momentum,
             weight_decay=section.weight_decay,
         )
-    ramp: Callable[[int], float] = lambda update: min(
-        1.0, (update + 1) / (section.warmup_updates + 1)
-    )  # noqa: E731
+
+    def ramp(update: int) -> float:
+        return min(1.0, (update + 1) / (section.warmup_updates + 1))
+
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)

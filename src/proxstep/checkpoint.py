@@ -1,6 +1,4 @@
-"""Checkpoints: a folder that `from_pretrained` loads, plus what the trainer needs to go on,
-written all or nothing.
-"""
+"""Checkpoints: what `from_pretrained` loads and the trainer's state, all or nothing."""
 
 from __future__ import annotations
 

@@ -23,17 +23,18 @@ EXAMPLES = {
     "train": """\
 examples:
   proxstep train recipes/arithmetic.yaml
-  proxstep train recipes/arithmetic.yaml --algorithm isopo-natural --steps 100 --output_dir runs/natural
+  proxstep train recipes/arithmetic.yaml --algorithm isopo-natural --output_dir runs/natural
   proxstep train recipes/gsm8k.yaml --model.name ./my-model --task.train gsm8k_train.jsonl --dry-run
   proxstep train --resume runs/natural
 
-The run folder holds recipe.yaml (every value resolved), metrics.jsonl, samples.jsonl and checkpoints/, whose newest
-`transformers.AutoModelForCausalLM.from_pretrained` loads. Ctrl-C stops after the current step and writes a checkpoint.
+The run folder holds recipe.yaml (every value resolved), metrics.jsonl, samples.jsonl and
+checkpoints/, whose newest `transformers.AutoModelForCausalLM.from_pretrained` loads.
+Ctrl-C stops after the current step and writes a checkpoint.
 """,
     "eval": """\
 examples:
-  proxstep eval runs/arithmetic                      the newest checkpoint of a run, on its validation prompts
-  proxstep eval recipes/gsm8k.yaml                   a recipe's model as it is, before any training
+  proxstep eval runs/arithmetic                      the newest checkpoint of a run
+  proxstep eval recipes/gsm8k.yaml                   a recipe's model, before any training
   proxstep eval runs/arithmetic --task.difficulty 4  the same checkpoint on something harder
 """,
     "compare": """\
@@ -41,8 +42,8 @@ examples:
   proxstep compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 3
   proxstep compare recipes/arithmetic.yaml --algorithms isopo,isopo+opo --seeds 5 --steps 80
 
-Every algorithm gets the same recipe, prompts and seeds. Settings of one algorithm alone go under the recipe's key
-per_algorithm, such as a learning rate tuned for it; the report says what differs between the runs.
+Every algorithm gets the same recipe, prompts and seeds. Settings of one algorithm alone, such as a
+learning rate tuned for it, go under the recipe's key per_algorithm; the report says what differs.
 """,
     "report": """\
 examples:

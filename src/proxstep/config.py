@@ -28,6 +28,11 @@ def _default_of(function: Callable[..., Any], name: str) -> Any:
     return inspect.signature(function).parameters[name].default
 
 
+def _mode_of(objective: str) -> Any:
+    """Return the aggregation that an objective's paper uses."""
+    return LOSSES[objective].default_loss_agg_mode
+
+
 class Section(BaseModel):
     """A part of the recipe: immutable, without unknown keys, and strict about types."""
 
@@ -37,11 +42,11 @@ class Section(BaseModel):
 class Lora(Section):
     """Low-rank adapters through peft; the base weights stay frozen."""
 
-    rank: Positive = Field(16, description="Rank of the adapters.")
-    alpha: float = Field(32.0, gt=0, description="Scale of the adapters: alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    rank: Positive = Field(default=16, description="Rank of the adapters.")
+    alpha: int = Field(default=32, gt=0, description="Scale of the adapters: alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapters.")
     target_modules: list[str] | str = Field(
-        "all-linear", description='Names of the modules to adapt, or "all-linear".'
+        default="all-linear", description='Names of the modules to adapt, or "all-linear".'
     )
 
 
@@ -49,16 +54,22 @@ class ModelSection(Section):
     """The policy."""
 
     name: str = Field(
-        "embedded",
-        description='"embedded" (a 0.8 M parameter character model for the arithmetic task, warmed up once and '
-        "cached), a model's name on the Hugging Face hub, or the path of a local one.",
+        default="embedded",
+        description='"embedded" (a 0.8 M parameter character model for the arithmetic task, warmed '
+        "up once and cached), a model's name on the Hugging Face hub, or the path of a local one.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Of the weights. Small learning rates get lost in bfloat16 weights."
+        default="float32",
+        description="Of the weights. Small learning rates get lost in bfloat16 weights.",
     )
-    lora: Lora | None = Field(None, description="Train low-rank adapters instead of the weights.")
+    lora: Lora | None = Field(
+        default=None, description="Train low-rank adapters instead of the weights."
+    )
     warmup_score: float = Field(
-        0.3, ge=0, lt=1, description="Greedy score at which the embedded model's warm-up stops."
+        default=0.3,
+        ge=0,
+        lt=1,
+        description="Greedy score at which the embedded model's warm-up stops.",
     )
 
 
@@ -66,44 +77,53 @@ class TaskSection(Section):
     """Prompts, answers and rewards."""
 
     name: Literal["arithmetic", "gsm8k", "svamp", "table"] = Field(
-        "arithmetic", description='The data set; "table" is your own JSONL or Parquet file.'
+        default="arithmetic", description='The data set; "table" is your own JSONL or Parquet file.'
     )
     difficulty: int = Field(
-        3, ge=1, le=5, description="arithmetic: 1 (one-digit sums) to 5 (products)."
+        default=3, ge=1, le=5, description="arithmetic: 1 (one-digit sums) to 5 (products)."
     )
     train: str | None = Field(
-        None, description="Local JSONL or Parquet file, or a hub data set; null for the task's own."
+        default=None,
+        description="Local JSONL or Parquet file, or a hub data set; null for the task's own.",
     )
     validation: str | None = Field(
-        None, description="The same for validation; null holds out rows of the training file."
+        default=None,
+        description="The same for validation; null holds out rows of the training file.",
     )
-    prompt_column: str = Field("prompt", description="table: the prompts, strings or chat lists.")
-    answer_column: str = Field("answer", description="table: the reference answers.")
-    num_train: Positive | None = Field(None, description="Use only the first rows.")
-    num_validation: Positive = Field(256, description="Number of validation rows.")
+    prompt_column: str = Field(
+        default="prompt", description="table: the prompts, strings or chat lists."
+    )
+    answer_column: str = Field(default="answer", description="table: the reference answers.")
+    num_train: Positive | None = Field(default=None, description="Use only the first rows.")
+    num_validation: Positive = Field(default=256, description="Number of validation rows.")
     prompt_format: Literal["auto", "chat", "plain"] = Field(
-        "auto", description='gsm8k, svamp: "auto" is chat where the tokenizer has a template.'
+        default="auto",
+        description='gsm8k, svamp: "auto" is chat where the tokenizer has a template.',
     )
     max_prompt_length: Positive = Field(
-        512, description="Longer prompts, in tokens, are an error before training starts."
+        default=512, description="Longer prompts, in tokens, are an error before training starts."
     )
     rewards: list[str] | None = Field(
-        None,
-        description="Reward functions: numeric_answer, exact_match or FILE.py:FUNCTION with TRL's signature; "
-        "null for the task's own. The first is the validation score.",
+        default=None,
+        description="Reward functions: numeric_answer, exact_match or FILE.py:FUNCTION with TRL's "
+        "signature; null for the task's own. The first is the validation score.",
     )
-    reward_weights: list[float] | None = Field(None, description="One per reward; null for 1.")
+    reward_weights: list[float] | None = Field(
+        default=None, description="One per reward; null for 1."
+    )
 
 
 class _Objective(Section):
-    advantage: AdvantageName = Field("group-zscore", description="How rewards become advantages.")
+    advantage: AdvantageName = Field(
+        default="group-zscore", description="How rewards become advantages."
+    )
 
 
 class ReinforceSection(_Objective):
     """Policy gradient without ratio and clipping."""
 
     name: Literal["reinforce"]
-    loss_agg_mode: AggregationName = LOSSES["reinforce"].default_loss_agg_mode
+    loss_agg_mode: AggregationName = _mode_of("reinforce")
 
 
 class GrpoSection(_Objective):
@@ -111,16 +131,16 @@ class GrpoSection(_Objective):
 
     name: Literal["grpo"]
     clip_ratio_low: float = Field(
-        _default_of(LOSSES["grpo"].loss, "clip_ratio_low"),
+        default=_default_of(LOSSES["grpo"].loss, "clip_ratio_low"),
         ge=0,
         description="Ratios are clipped at 1 - this.",
     )
     clip_ratio_high: float = Field(
-        _default_of(LOSSES["grpo"].loss, "clip_ratio_high"),
+        default=_default_of(LOSSES["grpo"].loss, "clip_ratio_high"),
         ge=0,
         description="Ratios are clipped at 1 + this.",
     )
-    loss_agg_mode: AggregationName = LOSSES["grpo"].default_loss_agg_mode
+    loss_agg_mode: AggregationName = _mode_of("grpo")
 
 
 class DapoSection(_Objective):
@@ -128,16 +148,16 @@ class DapoSection(_Objective):
 
     name: Literal["dapo"]
     clip_ratio_low: float = Field(
-        _default_of(LOSSES["dapo"].loss, "clip_ratio_low"),
+        default=_default_of(LOSSES["dapo"].loss, "clip_ratio_low"),
         ge=0,
         description="Ratios are clipped at 1 - this.",
     )
     clip_ratio_high: float = Field(
-        _default_of(LOSSES["dapo"].loss, "clip_ratio_high"),
+        default=_default_of(LOSSES["dapo"].loss, "clip_ratio_high"),
         ge=0,
         description="Ratios are clipped at 1 + this.",
     )
-    loss_agg_mode: AggregationName = LOSSES["dapo"].default_loss_agg_mode
+    loss_agg_mode: AggregationName = _mode_of("dapo")
 
 
 class GspoSection(_Objective):
@@ -145,16 +165,16 @@ class GspoSection(_Objective):
 
     name: Literal["gspo"]
     clip_ratio_low: float = Field(
-        _default_of(LOSSES["gspo"].loss, "clip_ratio_low"),
+        default=_default_of(LOSSES["gspo"].loss, "clip_ratio_low"),
         ge=0,
         description="Ratios are clipped at 1 - this.",
     )
     clip_ratio_high: float = Field(
-        _default_of(LOSSES["gspo"].loss, "clip_ratio_high"),
+        default=_default_of(LOSSES["gspo"].loss, "clip_ratio_high"),
         ge=0,
         description="Ratios are clipped at 1 + this.",
     )
-    loss_agg_mode: AggregationName = LOSSES["gspo"].default_loss_agg_mode
+    loss_agg_mode: AggregationName = _mode_of("gspo")
 
 
 class CispoSection(_Objective):
@@ -162,16 +182,16 @@ class CispoSection(_Objective):
 
     name: Literal["cispo"]
     clip_ratio_low: float = Field(
-        _default_of(LOSSES["cispo"].loss, "clip_ratio_low"),
+        default=_default_of(LOSSES["cispo"].loss, "clip_ratio_low"),
         ge=0,
         description="Weights are clipped at 1 - this.",
     )
     clip_ratio_high: float = Field(
-        _default_of(LOSSES["cispo"].loss, "clip_ratio_high"),
+        default=_default_of(LOSSES["cispo"].loss, "clip_ratio_high"),
         ge=0,
         description="Weights are clipped at 1 + this.",
     )
-    loss_agg_mode: AggregationName = LOSSES["cispo"].default_loss_agg_mode
+    loss_agg_mode: AggregationName = _mode_of("cispo")
 
 
 class DroSection(_Objective):
@@ -179,9 +199,9 @@ class DroSection(_Objective):
 
     name: Literal["dro"]
     beta: float = Field(
-        _default_of(LOSSES["dro"].loss, "beta"), gt=0, description="Weight of the penalty."
+        default=_default_of(LOSSES["dro"].loss, "beta"), gt=0, description="Weight of the penalty."
     )
-    loss_agg_mode: AggregationName = LOSSES["dro"].default_loss_agg_mode
+    loss_agg_mode: AggregationName = _mode_of("dro")
 
 
 class OpoSection(_Objective):
@@ -189,31 +209,32 @@ class OpoSection(_Objective):
 
     name: Literal["opo"]
     alpha: float = Field(
-        _default_of(escort_weights, "alpha"),
+        default=_default_of(escort_weights, "alpha"),
         ge=0,
         le=1,
         description="Escort exponent: 1 is uniform (conservative), 0 aggressive.",
     )
     tau: float = Field(
-        _default_of(escort_weights, "tau"),
+        default=_default_of(escort_weights, "tau"),
         gt=0,
         description="Temperature of the advantage in the escort weight.",
     )
     mu: float = Field(
-        _default_of(LOSSES["opo"].loss, "mu"),
+        default=_default_of(LOSSES["opo"].loss, "mu"),
         gt=0,
         description="Curvature of the chi-square penalty.",
     )
     surrogate: Literal["log", "ratio"] = Field(
-        _default_of(LOSSES["opo"].loss, "surrogate"), description="Eq. 19 (log) or eq. 10 (ratio)."
+        default=_default_of(LOSSES["opo"].loss, "surrogate"),
+        description="Eq. 19 (log) or eq. 10 (ratio).",
     )
     drive: Literal["center", "zscore", "none"] = Field(
-        "center", description="omega - 1, z-scored omega, or omega as in algorithm 1."
+        default="center", description="omega - 1, z-scored omega, or omega as in algorithm 1."
     )
     anchor_correction: Literal["absorbed", "length", "sequence"] = Field(
-        "absorbed", description="The anchor's factor in eq. 7; see docs/algorithms.md."
+        default="absorbed", description="The anchor's factor in eq. 7; see docs/algorithms.md."
     )
-    length_normalize: bool = Field(False, description="Log-ratios per token.")
+    length_normalize: bool = Field(default=False, description="Log-ratios per token.")
 
 
 ObjectiveSection = Annotated[
@@ -239,30 +260,35 @@ class GeometrySection(Section):
         "isopo-euclidean",
         "isopo-natural",
         "reinforce",
-    ] = Field("none", description='"none" or a preset of ISOPO; null keys below are the preset\'s.')
-    fisher_power: float | None = Field(None, description="p, isometric rule.")
-    norm_power: float | None = Field(None, description="q, isometric rule.")
-    relative_fisher_power: float | None = Field(None, description="r, isometric rule.")
-    damping: float | None = Field(None, ge=0, description="c, isometric rule.")
-    ntk_damping: float | None = Field(None, gt=0, description="c, natural rule.")
+    ] = Field(
+        default="none",
+        description='"none" or a preset of ISOPO; null keys below are the preset\'s.',
+    )
+    fisher_power: float | None = Field(default=None, description="p, isometric rule.")
+    norm_power: float | None = Field(default=None, description="q, isometric rule.")
+    relative_fisher_power: float | None = Field(default=None, description="r, isometric rule.")
+    damping: float | None = Field(default=None, ge=0, description="c, isometric rule.")
+    ntk_damping: float | None = Field(default=None, gt=0, description="c, natural rule.")
     damping_form: Literal["additive", "relative"] | None = Field(
-        None, description="As printed in the paper, or as in its author's code."
+        default=None, description="As printed in the paper, or as in its author's code."
     )
     scale: Literal["paper", "preserved"] = Field(
-        "preserved",
-        description='"preserved" keeps an average sequence at its REINFORCE weight, so that learning rate and '
-        'clipping carry over; "paper" does not.',
+        default="preserved",
+        description='"preserved" keeps an average sequence at its REINFORCE weight, so that '
+        'learning rate and clipping carry over; "paper" does not.',
     )
     other_parameters: Literal["transform", "reinforce", "freeze"] = Field(
-        "transform", description="For what is not a linear layer's weight."
+        default="transform", description="For what is not a linear layer's weight."
     )
     num_overlap_positions: Positive | None = Field(
-        _default_of(Isopo, "num_overlap_positions"),
+        default=_default_of(Isopo, "num_overlap_positions"),
         description="K, positions that estimate the Fisher norm; null for all.",
     )
-    overlap_positions: Literal["all", "completion"] = Field("all", description="Where they lie.")
+    overlap_positions: Literal["all", "completion"] = Field(
+        default="all", description="Where they lie."
+    )
     decay: float = Field(
-        _default_of(Isopo, "decay"), ge=0, lt=1, description="Of the trailing means."
+        default=_default_of(Isopo, "decay"), ge=0, lt=1, description="Of the trailing means."
     )
 
     def to_rule(self) -> Rule:
@@ -293,47 +319,58 @@ _RULE_KEYS = (
 class RolloutSection(Section):
     """Sampling."""
 
-    num_prompts: Positive = Field(16, description="P, prompts per step.")
-    num_generations: Positive = Field(8, description="G, completions per prompt.")
-    max_completion_length: Positive = Field(64, description="In tokens.")
-    temperature: float = Field(1.0, gt=0, description="Also of the log-probabilities in the loss.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; below 1 is off-policy.")
-    top_k: int = Field(0, ge=0, description="0 for the whole vocabulary; else off-policy.")
+    num_prompts: Positive = Field(default=16, description="P, prompts per step.")
+    num_generations: Positive = Field(default=8, description="G, completions per prompt.")
+    max_completion_length: Positive = Field(default=64, description="In tokens.")
+    temperature: float = Field(
+        default=1.0, gt=0, description="Also of the log-probabilities in the loss."
+    )
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus; below 1 is off-policy.")
+    top_k: int = Field(default=0, ge=0, description="0 for the whole vocabulary; else off-policy.")
 
 
 class UpdateSection(Section):
     """How a rollout becomes optimizer steps."""
 
-    num_minibatches: Positive = Field(1, description="Optimizer steps per pass over the rollout.")
-    num_iterations: Positive = Field(1, description="Passes over the rollout.")
+    num_minibatches: Positive = Field(
+        default=1, description="Optimizer steps per pass over the rollout."
+    )
+    num_iterations: Positive = Field(default=1, description="Passes over the rollout.")
     microbatch_size: Positive | None = Field(
-        None, description="Sequences per forward and backward; null for the whole minibatch."
+        default=None,
+        description="Sequences per forward and backward; null for the whole minibatch.",
     )
 
 
 class OptimizerSection(Section):
     """The optimizer."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="From torch.optim.")
-    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled for adamw.")
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="adamw.")
-    eps: float = Field(1e-8, gt=0, description="adamw.")
-    momentum: float = Field(0.0, ge=0, description="sgd.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient; null for never.")
-    warmup_updates: int = Field(0, ge=0, description="Linear warm-up, in optimizer steps.")
+    name: Literal["adamw", "sgd"] = Field(default="adamw", description="From torch.optim.")
+    learning_rate: float = Field(default=1e-6, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled for adamw.")
+    betas: list[float] = Field(
+        default=[0.9, 0.999], min_length=2, max_length=2, description="adamw."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="adamw.")
+    momentum: float = Field(default=0.0, ge=0, description="sgd.")
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0, description="Clip the gradient; null for never."
+    )
+    warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer steps.")
 
 
 class EvaluationSection(Section):
     """What is measured, and how often."""
 
     every: Positive = Field(
-        10, description="Steps between evaluations; the first is before step 1."
+        default=10, description="Steps between evaluations; the first is before step 1."
     )
-    batch_size: Positive = Field(128, description="Prompts per generation batch.")
-    num_probe_prompts: Positive = Field(64, description="Prompts on which KL drift is measured.")
+    batch_size: Positive = Field(default=128, description="Prompts per generation batch.")
+    num_probe_prompts: Positive = Field(
+        default=64, description="Prompts on which KL drift is measured."
+    )
     kl_policy_initial: bool = Field(
-        True,
+        default=True,
         description="KL(policy || initial); keeps a copy of the initial weights, except with LoRA.",
     )
 
@@ -342,12 +379,14 @@ class LoggingSection(Section):
     """Where metrics go besides metrics.jsonl, and checkpoints."""
 
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
-        "none", description="A second destination for the metrics."
+        default="none", description="A second destination for the metrics."
     )
-    project: str = Field("proxstep", description="The tracker's project.")
-    num_samples: int = Field(4, ge=0, description="Completions per evaluation in samples.jsonl.")
+    project: str = Field(default="proxstep", description="The tracker's project.")
+    num_samples: int = Field(
+        default=4, ge=0, description="Completions per evaluation in samples.jsonl."
+    )
     checkpoint_every: Positive | None = Field(
-        None, description="Steps between checkpoints; the last step always writes one."
+        default=None, description="Steps between checkpoints; the last step always writes one."
     )
 
 
@@ -363,8 +402,7 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def meaning_of(algorithm: str) -> dict[str, dict[str, Any]] | None:
-    """Return the objective and geometry that an algorithm's name stands for, or None if it is
-    unknown.
+    """Return what an algorithm's name stands for, or None if it is unknown.
 
     >>> meaning_of("isopo-natural+opo")
     {'objective': {'name': 'opo'}, 'geometry': {'rule': 'isopo-natural'}}
@@ -391,12 +429,12 @@ class Recipe(Section):
     """A whole recipe."""
 
     algorithm: str = Field(
-        description="An objective, a preset of ISOPO on REINFORCE, or RULE+OBJECTIVE such as isopo+opo."
+        description="An objective, a preset of ISOPO on REINFORCE, or RULE+OBJECTIVE (isopo+opo)."
     )
-    seed: int = Field(0, ge=0, description="Of everything random.")
-    steps: Positive = Field(100, description="Rollout steps.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
-    output_dir: str = Field("runs/latest", description="The run folder.")
+    seed: int = Field(default=0, ge=0, description="Of everything random.")
+    steps: Positive = Field(default=100, description="Rollout steps.")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")
+    output_dir: str = Field(default="runs/latest", description="The run folder.")
     model: ModelSection = Field(default_factory=ModelSection)
     task: TaskSection = Field(default_factory=TaskSection)
     objective: ObjectiveSection

@@ -30,7 +30,7 @@ NUM_SHOWN = 12
 def cell(record: Mapping[str, Any], field: str) -> str:
     """Return a field's text, a dash where it was not measured."""
     value = record.get(field)
-    return "–" if value is None else format(value, COLUMNS[field][1])
+    return "-" if value is None else format(value, COLUMNS[field][1])
 
 
 class TerminalProgress:

@@ -1,6 +1,4 @@
-"""The recipe's task, tokenized and graded: everything about the data that can be wrong is found
-here, before a model is loaded.
-"""
+"""The task, tokenized and graded; what is wrong with it is found before a model is loaded."""
 
 from __future__ import annotations
 
@@ -40,9 +38,7 @@ class Prompts:
         return len(self.examples)
 
     def tokens(self, index: int) -> list[int]:
-        """Return a prompt's token ids; a chat prompt goes through the template and opens the
-        answer.
-        """
+        """Return a prompt's token ids; a chat goes through the template."""
         return encode_prompt(self._tokenizer, self.examples[index].prompt)
 
     def grade(self, indices: Iterable[int], completions: Sequence[str]) -> RewardTable:
@@ -79,9 +75,7 @@ class Prompts:
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Return the token ids of a string, or of a chat up to the beginning of the assistant's
-    turn.
-    """
+    """Return the token ids of a string, or of a chat up to the assistant's turn."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -116,8 +110,7 @@ def _check_chat_template(tokenizer: Any, examples: Sequence[Example], name: str)
 
 
 def step_rows(num_rows: int, num_per_step: int, step: int, seed: int) -> list[int]:
-    """Return the rows of one step: each epoch is a permutation of its own, whatever was drawn
-    before.
+    """Return the rows of one step; every epoch is a permutation of its own.
 
     Args:
         num_rows: Rows of the data set.

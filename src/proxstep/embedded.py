@@ -1,5 +1,4 @@
-"""The embedded model: Qwen3's architecture at 0.8 M parameters over characters, warmed up on
-arithmetic and cached.
+"""The embedded model: Qwen3's architecture over characters, warmed up on arithmetic.
 
 It exists so that reinforcement learning visibly learns on a laptop in a minute, with nothing
 downloaded. The warm-up is supervised and stops long before mastery: the rest is left to RL.
@@ -104,8 +103,8 @@ def build_embedded_model(seed: int = 0) -> tuple[Any, nn.Module]:
         max_position_embeddings=128,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=vocabulary["<eos>"],
+        pad_token_id=vocabulary["<pad>"],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -64,19 +64,12 @@ def greedy_score(
 def completion_log_probs(
     model: nn.Module, completions: Completions, temperature: float, batch_size: int
 ) -> Float[Tensor, "batch tokens"]:
-    """Return log pi of the tokens from the second position on, in nats; meaningful at
-    completions.
-    """
+    """Return log pi of the tokens from the second position on, in nats."""
     was_training = model.training
     model.eval()
     parts = []
     for rows in torch.arange(len(completions)).split(batch_size):
-        part = Completions(
-            completions.token_BT[rows],
-            completions.attention_BT[rows],
-            completions.response_BT[rows],
-            completions.truncated_B[rows],
-        )
+        part = completions.rows(rows)
         logits = response_logits(model, part, temperature)
         parts.append(token_log_probs(logits, part.token_BT[:, 1:]))
     model.train(was_training)
@@ -127,8 +120,7 @@ def kl_from_initial(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
 ) -> float:
-    """Return KL(policy || initial) in nats per token, exact over the vocabulary at each sampled
-    position.
+    """Return KL(policy || initial) in nats per token, exact over the vocabulary.
 
     Args:
         model: The policy; it samples one completion for each prompt at temperature 1.

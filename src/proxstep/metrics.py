@@ -38,9 +38,7 @@ def kl_divergence(
     logits_BTV: Float[Tensor, "batch tokens vocab"],
     other_logits_BTV: Float[Tensor, "batch tokens vocab"],
 ) -> Float[Tensor, "batch tokens"]:
-    """Return KL(p || q) over the vocabulary at each position, in nats, p of the first logits and q
-    of the second.
-    """
+    """Return KL(p || q) over the vocabulary at each position, in nats; p comes first."""
     log_p_BTV = logits_BTV.float().log_softmax(-1)
     log_q_BTV = other_logits_BTV.float().log_softmax(-1)
     return (log_p_BTV.exp() * (log_p_BTV - log_q_BTV)).sum(-1)

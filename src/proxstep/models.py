@@ -39,9 +39,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def model_source(recipe: Recipe) -> str:
-    """Return the hub name or path to load from; for the embedded model, warm it up first if it is
-    not cached.
-    """
+    """Return the hub name or path to load from; warm the embedded model up if need be."""
     if recipe.model.name != "embedded":
         return recipe.model.name
     from proxstep.embedded import ensure_embedded_model
@@ -88,7 +86,7 @@ def load_model(
 
     _check_local(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise ProxstepError(_not_loaded("causal language model", source, error)) from None
     if lora is not None:
@@ -96,7 +94,7 @@ def load_model(
     return model.to(device)
 
 
-def _with_lora(model: nn.Module, lora: Lora) -> nn.Module:
+def _with_lora(model: Any, lora: Lora) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -107,15 +105,13 @@ def _with_lora(model: nn.Module, lora: Lora) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        return get_peft_model(model, config)
     except ValueError as error:
         raise ProxstepError(f"model.lora: {str(error).splitlines()[0]}") from None
 
 
 def _check_local(source: str) -> None:
-    """Say early that a path is no model folder: the hub would be asked for it, and its error says
-    less.
-    """
+    """Say early that a path is no model folder; the hub's error would say less."""
     path = Path(source)
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.exists()
     if (
@@ -139,9 +135,7 @@ def _not_loaded(what: str, source: str, error: Exception) -> str:
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' progress bars and advice out of the terminal; errors still come
-    through.
-    """
+    """Keep transformers' progress bars and advice out of the terminal."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

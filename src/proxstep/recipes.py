@@ -1,6 +1,4 @@
-"""Recipes as files and command lines: reading, overriding, and errors that name the key and the
-remedy.
-"""
+"""Recipes as files and command lines: reading, overriding, errors with a remedy."""
 
 from __future__ import annotations
 
@@ -65,8 +63,7 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
 
 
 def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> Recipe:
-    """Return the recipe of a mapping: the algorithm's meaning, the mapping, its per_algorithm part,
-    the changes.
+    """Return the recipe that a mapping and the changes on top of it describe.
 
     Args:
         data: What the recipe file says.
@@ -166,7 +163,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ProxstepError(f"{path}: no such recipe file; recipes/ has examples")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -181,7 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise ProxstepError(f"{where}: {text!r} is not a valid YAML value") from None
 

@@ -36,16 +36,27 @@ class Completions:
         return self.token_BT.shape[0]
 
     def rows(self, index: Tensor) -> Completions:
-        """Return the chosen rows, without the columns that are padding in all of them."""
-        attention_BT = self.attention_BT[index]
-        used = attention_BT.any(dim=0).nonzero().squeeze(1)
-        columns = slice(int(used[0]), int(used[-1]) + 1)
+        """Return the chosen rows."""
         return Completions(
-            self.token_BT[index, columns],
-            attention_BT[:, columns],
-            self.response_BT[index, columns],
+            self.token_BT[index],
+            self.attention_BT[index],
+            self.response_BT[index],
             self.truncated_B[index],
         )
+
+    def columns(self, columns: slice) -> Completions:
+        """Return the chosen columns of every row."""
+        return Completions(
+            self.token_BT[:, columns],
+            self.attention_BT[:, columns],
+            self.response_BT[:, columns],
+            self.truncated_B,
+        )
+
+    def used_columns(self) -> slice:
+        """Return the range of columns outside which every row is padding."""
+        used = self.attention_BT.any(dim=0).nonzero().squeeze(1)
+        return slice(int(used[0]), int(used[-1]) + 1)
 
     def sequence_ids(self) -> Int[Tensor, "batch tokens"]:
         """Return each position's row, -1 for padding."""
@@ -139,9 +150,7 @@ def _completions(out: Tensor, prompt_attention: Tensor, ends: list[int]) -> Comp
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Generate in evaluation mode, with none of the defaults that a hub model brings along (top_k,
-    penalties).
-    """
+    """Generate in evaluation mode, without a hub model's own defaults (top_k, penalties)."""
     from transformers import GenerationConfig
 
     training, own = model.training, getattr(model, "generation_config", None)
@@ -155,9 +164,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def response_logits(model: nn.Module, completions: Completions, temperature: float) -> Tensor:
-    """Return the logits that predict each token from the second on, over the temperature: (B, T -
-    1, V).
-    """
+    """Return the logits that predict each token from the second on, over the temperature."""
     attention = completions.attention_BT.long()
     position = (attention.cumsum(dim=1) - 1).clamp(min=0)
     out = model(

@@ -1,6 +1,4 @@
-"""From a recipe to a finished run: checks first, then the data, the tokenizer, and only then a
-model.
-"""
+"""From a recipe to a finished run: checks, data, tokenizer, and only then a model."""
 
 from __future__ import annotations
 
@@ -148,9 +146,7 @@ def load_task(recipe: Recipe, *, chat: bool) -> Task:
 
 
 def _prepare(recipe: Recipe) -> tuple[Any, str, tuple[Prompts, Prompts]]:
-    """Return the tokenizer, the model's source and the prompts; every check that needs no model is
-    in here.
-    """
+    """Return the tokenizer, the model's source and the prompts, all checked."""
     quiet_transformers()
     pick_device(recipe.device)
     check_tracker(recipe.logging.tracker)

@@ -33,9 +33,7 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; a field that was not measured is null, and so is a number that is not
-        finite.
-        """
+        """Append one record; what was not measured, or is not finite, is null."""
         unknown = unknown_fields(dict(record))
         if unknown:
             raise KeyError(f"not in proxstep.schema: {', '.join(unknown)}")
@@ -60,8 +58,7 @@ def _step_of(line: str) -> float:
 
 
 class Tracker:
-    """A second destination for the metrics: TensorBoard, trackio or Weights & Biases; "none" does
-    nothing.
+    """A second destination for the metrics: TensorBoard, trackio, W&B or none.
 
     Raises:
         ProxstepError: If the tracker's package is not installed.

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from proxstep.isopo import PRESETS, IsometricRule, Isopo, NaturalRule
 from tests.models import tiny_gpt2, tiny_qwen3
 from tests.oracle import (
     Formula,
@@ -15,6 +12,9 @@ from tests.oracle import (
     log_prob_of_completion,
     position_gradients,
 )
+from torch import Tensor, nn
+
+from proxstep.isopo import PRESETS, IsometricRule, Isopo, NaturalRule
 
 MODELS = {
     "qwen3-tied": lambda: tiny_qwen3(tied=True),
@@ -96,7 +96,9 @@ def grid_of(sequences: list[Sequence], layout: str) -> dict[str, Tensor]:
     return {"token": token, "sequence_id": sequence_id, "position": position, "mask": mask}
 
 
-def summed_log_probs(model: nn.Module, sequences: list[Sequence], grid: dict[str, Tensor]) -> Tensor:
+def summed_log_probs(
+    model: nn.Module, sequences: list[Sequence], grid: dict[str, Tensor]
+) -> Tensor:
     logits = model(
         input_ids=grid["token"], attention_mask=grid["mask"], position_ids=grid["position"]
     ).logits
@@ -111,14 +113,18 @@ def summed_log_probs(model: nn.Module, sequences: list[Sequence], grid: dict[str
 
 def isopo_run(model, sequences, layout, coefficients, isopo) -> list[tuple[int, int]]:
     grid = grid_of(sequences, layout)
-    with isopo.microbatch(grid["sequence_id"], torch.tensor(coefficients, dtype=torch.float64)) as microbatch:
+    with isopo.microbatch(
+        grid["sequence_id"], torch.tensor(coefficients, dtype=torch.float64)
+    ) as microbatch:
         summed_log_probs(model, sequences, grid).backward()
     chosen = microbatch.layout.position_T[microbatch.layout.sample_K]
     flat_id, flat_position = grid["sequence_id"].flatten(), grid["position"].flatten()
     return list(zip(flat_id[chosen].tolist(), flat_position[chosen].tolist(), strict=True))
 
 
-def assert_gradients(model: nn.Module, expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+def assert_gradients(
+    model: nn.Module, expected: dict[str, Tensor], tolerance: float = 1e-10
+) -> None:
     by_parameter: dict[int, Tensor] = {}
     modules = dict(model.named_modules())
     for key, gradient in expected.items():
@@ -228,7 +234,11 @@ def test_accumulated_microbatches_add_up() -> None:
     together = build("qwen3-tied", 12)
     rule = IsometricRule(-1.0, 0.0, 0.0)
     isopo_run(
-        together, sequences, "right", coefficients, Isopo(together, rule, num_overlap_positions=None)
+        together,
+        sequences,
+        "right",
+        coefficients,
+        Isopo(together, rule, num_overlap_positions=None),
     )
     single = build("qwen3-tied", 12)
     isopo = Isopo(single, "reinforce")
@@ -236,8 +246,6 @@ def test_accumulated_microbatches_add_up() -> None:
         isopo_run(single, sequences[b : b + 1], "right", coefficients[b : b + 1], isopo)
     plain = build("qwen3-tied", 12)
     isopo_run(plain, sequences, "right", coefficients, Isopo(plain, "reinforce"))
-    for a, b, c in zip(
-        single.parameters(), plain.parameters(), together.parameters(), strict=True
-    ):
+    for a, b, c in zip(single.parameters(), plain.parameters(), together.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-12)
         assert not torch.allclose(a.grad, c.grad, rtol=1e-2)

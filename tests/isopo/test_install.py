@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
+from tests.models import tiny_gpt2, tiny_qwen3
 from torch import nn
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import IsometricRule, Isopo, NaturalRule
-from tests.models import tiny_gpt2, tiny_qwen3
 
 TOKENS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
 IDS = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 1, 1, -1]])
@@ -125,7 +125,7 @@ def test_parameters_unfrozen_later_are_found_at_the_microbatch() -> None:
     isopo = Isopo(model)
     model.lm_head.weight.requires_grad_(True)
     with (
-        pytest.raises(ProxstepError, match="lm_head.weight"),
+        pytest.raises(ProxstepError, match=r"lm_head\.weight"),
         isopo.microbatch(IDS, COEFFICIENTS),
     ):
         pass
@@ -135,7 +135,7 @@ def test_a_bypassed_head_is_found() -> None:
     model = tiny_qwen3(tied=True)
     isopo = Isopo(model)
     with (  # noqa: PT012
-        pytest.raises(ProxstepError, match="lm_head.weight received a gradient without"),
+        pytest.raises(ProxstepError, match=r"lm_head\.weight received a gradient without"),
         isopo.microbatch(IDS, COEFFICIENTS),
     ):
         hidden = model.model(input_ids=TOKENS).last_hidden_state
@@ -210,8 +210,9 @@ def test_forgetting_step_is_found_where_it_matters() -> None:
     with isopo.microbatch(IDS, COEFFICIENTS):  # accumulation: the parameters have not moved
         log_probs(model).sum().backward()
     optimizer.step()
-    with pytest.raises(ProxstepError, match=r"call it after optimizer\.step"), isopo.microbatch(
-        IDS, COEFFICIENTS
+    with (
+        pytest.raises(ProxstepError, match=r"call it after optimizer\.step"),
+        isopo.microbatch(IDS, COEFFICIENTS),
     ):
         pass
     isopo.step()
@@ -281,7 +282,9 @@ def test_norms_over_heads_in_either_order(heads_first: bool, num_heads: int) -> 
     model.zero_grad()
     with isopo.microbatch(IDS, COEFFICIENTS):
         (model(TOKENS) * (IDS >= 0)).sum().backward()
-    wanted = -sum(c * g / (g.norm() ** 2 + 1e-8) ** 0.5 for c, g in zip(COEFFICIENTS, expected, strict=True))
+    wanted = -sum(
+        c * g / (g.norm() ** 2 + 1e-8) ** 0.5 for c, g in zip(COEFFICIENTS, expected, strict=True)
+    )
     assert torch.allclose(model.norm.weight.grad, wanted, rtol=1e-10)
 
 
@@ -311,7 +314,9 @@ def test_padding_is_never_sampled_and_steps_draw_anew() -> None:
 
 
 def test_a_sequence_without_overlap_gets_the_mean_scale() -> None:
-    """Only sequence 0 is sampled and they share no token: sequence 1's estimate on the embedding is exactly 0."""
+    """Only sequence 0 is sampled and they share no token: sequence 1's estimate on the embedding
+    is exactly 0.
+    """
     embedding = nn.Embedding(12, 4).double()
     isopo = Isopo(embedding, overlap_positions="completion")
     only_first = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()

@@ -1,4 +1,4 @@
-"""ISOPO: the gradient of each sequence's log-probability, re-scaled or mixed per layer before the advantages act."""
+"""ISOPO: per layer, each sequence's gradient is re-scaled before the advantages act."""
 
 from proxstep.isopo.install import Isopo
 from proxstep.isopo.weights import PRESETS, IsometricRule, NaturalRule, Rule

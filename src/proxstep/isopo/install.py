@@ -1,7 +1,8 @@
 """Isopo: the rules of `weights` inside the backward pass of a model that the user already has.
 
-A module's `forward` is replaced on the instance by one that routes its parameters through an autograd function, so
-that `.grad` comes out transformed: state_dict keys, module types, optimizers and gradient reduction stay as they are.
+A module's `forward` is replaced on the instance by one that routes its parameters through an
+autograd function, so that `.grad` comes out transformed: state_dict keys, module types, optimizers
+and gradient reduction stay as they are.
 """
 
 from __future__ import annotations
@@ -39,30 +40,35 @@ OverlapPositions = Literal["all", "completion"]
 
 
 class Isopo:
-    """ISOPO on a model: inside `microbatch`, the gradient of the summed log-probabilities is the ISOPO gradient.
+    """ISOPO on a model: inside `microbatch`, backward gives the ISOPO gradient.
 
         isopo = Isopo(model, rule="isopo")
         with isopo.microbatch(sequence_ids, coefficients):
             log_probs.sum().backward()
 
-    `.grad` then holds -sum_b weight_b G_b, the gradient of a loss to minimize: with coefficients = advantages divided
-    by the number of sequences of the optimizer step, `optimizer.step()` raises the probability of what was better
-    than expected. Back-propagate the plain sum of the log-probabilities: a factor in the loss would enter the norms.
-    Every parameter tensor is a layer of its own; a tied weight is transformed once per use, and the uses are added.
+    `.grad` then holds -sum_b weight_b G_b, the gradient of a loss to minimize: with coefficients =
+    advantages divided by the number of sequences of the optimizer step, `optimizer.step()` raises
+    the probability of what was better than expected. Back-propagate the plain sum of the
+    log-probabilities: a factor in the loss would enter the norms. Every parameter tensor is a layer
+    of its own; a tied weight is transformed once per use, and the uses are added.
 
     Args:
-        model: Any model made of linear layers (transformers' Conv1D included), embeddings, LayerNorm and RMSNorm.
+        model: Any model made of linear layers (transformers' Conv1D included), embeddings,
+            LayerNorm and RMSNorm.
         rule: A preset's name (see `PRESETS`), an `IsometricRule` or a `NaturalRule`.
-        other_parameters: What happens to trainable parameters that are not linear layers' weights (embeddings,
-            normalizations, biases): "transform" treats them by the rule, "reinforce" gives them the plain policy
-            gradient, "freeze" sets requires_grad to False until `remove`.
-        num_overlap_positions: K, the token positions on which Fisher norms are estimated; None for all.
+        other_parameters: What happens to trainable parameters that are not linear layers' weights
+            (embeddings, normalizations, biases): "transform" treats them by the rule, "reinforce"
+            gives them the plain policy gradient, "freeze" sets requires_grad to False until
+            `remove`.
+        num_overlap_positions: K, the token positions on which Fisher norms are estimated; None for
+            all.
         overlap_positions: Sample them from "all" positions or only from those of the "completion".
         decay: Of the trailing means, per optimizer step.
         seed: Of the sample of positions.
 
     Raises:
-        ProxstepError: If a trainable parameter belongs to a kind of layer that is not covered, by name.
+        ProxstepError: If a trainable parameter belongs to a kind of layer that is not covered, by
+            name.
 
     Source: arXiv 2512.23353.
     """
@@ -96,7 +102,7 @@ class Isopo:
         self._modules: dict[nn.Module, str] = {}
         self._install()
 
-    # -- using it ---------------------------------------------------------------------------------------------------
+    # -- using it ----------------------------------------------------------------------------------
 
     @contextmanager
     def microbatch(
@@ -107,22 +113,23 @@ class Isopo:
     ) -> Iterator[Microbatch]:
         """Transform the backward pass of one microbatch of whole sequences.
 
-        The backward of sum(log_probs) runs inside; the forward may, and must where position embeddings are broadcast
-        over the rows. One backward per microbatch.
+        The backward of sum(log_probs) runs inside; the forward may, and must where position
+        embeddings are broadcast over the rows. One backward per microbatch.
 
         Args:
-            sequence_ids: The sequence of each token position, 0 to batch - 1; -1 for padding. In a padded batch row b
-                is sequence b; packed rows hold several.
-            coefficients: One number per sequence, with any normalization (1 / number of sequences of the optimizer
-                step) already in it.
-            completion_mask: True at completion positions; needed where overlap_positions is "completion".
+            sequence_ids: The sequence of each token position, 0 to batch - 1; -1 for padding. In a
+                padded batch row b is sequence b; packed rows hold several.
+            coefficients: One number per sequence, with any normalization (1 / number of sequences
+                of the optimizer step) already in it.
+            completion_mask: True at completion positions; needed where overlap_positions is
+                "completion".
 
         Yields:
             The microbatch, with its `layout`.
 
         Raises:
-            ProxstepError: If ids and coefficients do not fit, a trainable parameter is not covered, or a layer was
-                bypassed (a fused head).
+            ProxstepError: If ids and coefficients do not fit, a trainable parameter is not covered,
+                or a layer was bypassed (a fused head).
         """
         if self._active is not None:
             raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
@@ -144,13 +151,14 @@ class Isopo:
             for key, parameter in self._uses():
                 if key not in microbatch.reduced and _gradient_stamp(parameter) != before[key]:
                     raise ProxstepError(
-                        f"{key} received a gradient without its layer's forward having run: a fused head or another "
+                        f"{key} received a gradient without its layer's forward having run: a "
+                        f"fused head or another "
                         "replacement bypasses it; turn that off, or freeze the parameter"
                     )
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Make forwards and backwards inside ordinary ones: for entropy and KL terms, which have their own loss."""
+        """Make forwards and backwards inside ordinary: for entropy and KL losses."""
         if self._active is not None:
             raise ProxstepError("off() inside microbatch() or off(): they do not nest")
         self._active = _PlainSum()
@@ -160,12 +168,13 @@ class Isopo:
             self._active = None
 
     def step(self) -> dict[str, float]:
-        """End an optimizer step: fold its statistics into the trailing means and draw new positions from now on.
+        """End an optimizer step: update the trailing means, draw new positions from now on.
 
         Returns:
-            Diagnostics of the step, averaged over layers and microbatches: "weight_spread", the standard deviation of
-            the sequences' scales over their mean (isometric), "frac_filled_fisher", the share of Fisher estimates
-            that were exactly zero and filled in, "ntk_off_diagonal", the share of |K| off the diagonal (natural).
+            Diagnostics of the step, averaged over layers and microbatches: "weight_spread", the
+            standard deviation of the sequences' scales over their mean (isometric),
+            "frac_filled_fisher", the share of Fisher estimates that were exactly zero and filled
+            in, "ntk_off_diagonal", the share of |K| off the diagonal (natural).
         """
         diagnostics = {
             name: torch.stack(values).mean().item() for name, values in self._diagnostics.items()
@@ -193,7 +202,7 @@ class Isopo:
         self._step, self._microbatch = state["step"], 0
         self.trailing.load_state_dict(state["trailing"])
 
-    # -- what the patched modules ask -------------------------------------------------------------------------------
+    # -- what the patched modules ask --------------------------------------------------------------
 
     def is_off(self) -> bool:
         """Whether forwards should be ordinary at the moment."""
@@ -204,11 +213,12 @@ class Isopo:
         return self._active
 
     def resolve(self, bound: Sink | None, key: str) -> Sink:
-        """Return where the gradients of a backward go: to the forward's microbatch, else to the active one."""
+        """Return where gradients go: to the forward's microbatch, else to the active one."""
         sink = bound or self._active
         if sink is None:
             raise ProxstepError(
-                f"backward reached {key} outside isopo.microbatch(...): its gradient would lack the coefficients; "
+                f"backward reached {key} outside isopo.microbatch(...): its gradient would lack "
+                f"the coefficients; "
                 "wrap the backward, or use isopo.off() for a loss of its own"
             )
         return sink
@@ -217,7 +227,7 @@ class Isopo:
         """Note a diagnostic of one layer."""
         self._diagnostics.setdefault(name, []).append(value.detach())
 
-    # -- installation -----------------------------------------------------------------------------------------------
+    # -- installation ------------------------------------------------------------------------------
 
     def _install(self) -> None:
         self._check_coverage(installing=True)
@@ -238,13 +248,17 @@ class Isopo:
                 if parameter.requires_grad and not covered:
                     missing.append(f"{name}.{parameter_name} ({type(module).__name__})")
         if missing:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            shown = ", ".join(missing[:5]) + (
+                f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            )
             remedy = (
                 "freeze them with requires_grad_(False)"
                 if installing
                 else "add adapters and unfreeze parameters before Isopo(...)"
             )
-            raise ProxstepError(f"ISOPO does not cover these trainable parameters: {shown}; {remedy}")
+            raise ProxstepError(
+                f"ISOPO does not cover these trainable parameters: {shown}; {remedy}"
+            )
 
     def _freeze(self) -> list[nn.Parameter]:
         frozen = []
@@ -267,9 +281,14 @@ class Isopo:
         """Refuse to damp by averages that are never folded in."""
         _, parameter = next(self._uses())
         version = parameter._version
-        if self.rule.needs_trailing_means and self.trailing.has_pending and version != self._version:
+        if (
+            self.rule.needs_trailing_means
+            and self.trailing.has_pending
+            and version != self._version
+        ):
             raise ProxstepError(
-                "the parameters changed, but isopo.step() was not called: call it after optimizer.step(), so that "
+                "the parameters changed, but isopo.step() was not called: call it after "
+                "optimizer.step(), so that "
                 "the trailing means that this rule damps by are updated"
             )
         self._version = version
@@ -288,11 +307,14 @@ class Isopo:
         if self.overlap_positions == "completion":
             if completion_mask is None or completion_mask.shape != sequence_ids.shape:
                 raise ProxstepError(
-                    'overlap_positions="completion" needs completion_mask in the shape of sequence_ids'
+                    'overlap_positions="completion" needs completion_mask in the shape of '
+                    "sequence_ids"
                 )
             candidates = candidates[completion_mask.reshape(-1)[position_T]]
         if self.num_overlap_positions is not None:
-            order = torch.randperm(len(candidates), generator=generator)[: self.num_overlap_positions]
+            order = torch.randperm(len(candidates), generator=generator)[
+                : self.num_overlap_positions
+            ]
             candidates = candidates[order.to(candidates.device)]
         grid = (sequence_ids.shape[0], sequence_ids.shape[1])
         return Layout(grid, position_T, flat[position_T], candidates, len(coefficients))
@@ -323,7 +345,8 @@ class Microbatch:
         if flat.shape[0] != expected:
             raise ProxstepError(
                 f"{key} saw {flat.shape[0]} token positions, but sequence_ids has {expected} "
-                f"({self.grid[0]} x {self.grid[1]}): turn off logits_to_keep and fused heads, and run the forward "
+                f"({self.grid[0]} x {self.grid[1]}): turn off logits_to_keep and fused heads, and "
+                f"run the forward "
                 "inside isopo.microbatch(...)"
             )
         return flat[self.layout.position_T]
@@ -336,7 +359,8 @@ class Microbatch:
         """
         if key in self.reduced:
             raise ProxstepError(
-                f"{key} was back-propagated twice in one microbatch: a sequence's gradient must arrive whole; use one "
+                f"{key} was back-propagated twice in one microbatch: a sequence's gradient must "
+                f"arrive whole; use one "
                 "forward and one backward per isopo.microbatch(...)"
             )
         self.reduced.add(key)
@@ -399,14 +423,17 @@ def _check_choice(name: str, value: object, literal: Any) -> None:
 
 def _check_microbatch(sequence_ids: Tensor, coefficients: Tensor) -> None:
     if sequence_ids.dim() != 2 or sequence_ids.is_floating_point():
-        raise ProxstepError("sequence_ids must be integers of shape (rows, columns), -1 for padding")
+        raise ProxstepError(
+            "sequence_ids must be integers of shape (rows, columns), -1 for padding"
+        )
     if coefficients.dim() != 1 or not torch.isfinite(coefficients).all():
         raise ProxstepError("coefficients must be one finite number per sequence")
     present = sequence_ids[sequence_ids >= 0].unique()
     expected = torch.arange(len(coefficients), device=present.device)
     if not torch.equal(present, expected.to(present)):
         raise ProxstepError(
-            f"sequence_ids must name each of the {len(coefficients)} sequences that have a coefficient, 0 to "
+            f"sequence_ids must name each of the {len(coefficients)} sequences that have a "
+            f"coefficient, 0 to "
             f"{len(coefficients) - 1}, and no other"
         )
 

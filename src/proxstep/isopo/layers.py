@@ -1,11 +1,13 @@
-"""What ISOPO needs of one layer's backward pass: statistics per sequence and the weighted contraction.
+"""What ISOPO needs of one layer's backward: statistics per sequence, the contraction.
 
-A parameter's gradient is a sum over token positions, G = sum_t G_t, and each kind of layer has its own G_t. All
-statistics are sums of the pair kernel <G_s, G_t> over positions, so each kind supplies three small functions (the pair
-kernel, its diagonal, the contraction), and the statistics are written once. No per-sequence gradient is materialized.
+A parameter's gradient is a sum over token positions, G = sum_t G_t, and each kind of layer has its
+own G_t. All statistics are sums of the pair kernel <G_s, G_t> over positions, so each kind supplies
+three small functions (the pair kernel, its diagonal, the contraction), and the statistics are
+written once. No per-sequence gradient is materialized.
 
-Legend for shape suffixes: T positions that belong to a sequence (padding left out), B sequences, K sampled positions,
-O and I output and input features, D features of a vector parameter, V rows of an embedding.
+Legend for shape suffixes: T positions that belong to a sequence (padding left out), B sequences, K
+sampled positions, O and I output and input features, D features of a vector parameter, V rows of an
+embedding.
 """
 
 from __future__ import annotations
@@ -147,9 +149,10 @@ def fisher_squares(
 
     Source: arXiv 2512.23353, equations 3 to 6.
 
-    Differs: a sequence that is orthogonal to every sampled position has the estimate 0 although its gradient is not 0
-    (an embedding whose sampled tokens it does not contain); figure 3 would scale it by 1e4. It gets the mean of the
-    other sequences instead.
+    Differs: a sequence that is orthogonal to every sampled position has the estimate 0 although its
+        gradient is not 0
+    (an embedding whose sampled tokens it does not contain); figure 3 would scale it by 1e4. It gets
+    the mean of the other sequences instead.
     """
     cross_KB = layout.sum_by_sequence(gradients.pairs(layout.sample_K, ALL))
     total = gradients.squares()[layout.sample_K].sum()

@@ -1,7 +1,8 @@
 """Forwards that route a module's parameters through ISOPO, one per kind of layer.
 
-Each of them computes what the module's own forward computes, and differs from it only in the parameters' gradients.
-A forward that runs without gradients, or inside `Isopo.off()`, is the module's own.
+Each of them computes what the module's own forward computes, and differs from it only in the
+parameters' gradients. A forward that runs without gradients, or inside `Isopo.off()`, is the
+module's own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import LookupGradients, OuterGradients, PositionGradients, VectorGradients
+from proxstep.isopo.layers import (
+    LookupGradients,
+    OuterGradients,
+    PositionGradients,
+    VectorGradients,
+)
 from proxstep.types import Tensor
 
 
@@ -132,7 +138,7 @@ class _Embedding(torch.autograd.Function):
 
 
 class _PerPosition(torch.autograd.Function):
-    """A vector parameter repeated over the positions, so that backward sees each position's gradient."""
+    """A vector parameter repeated over positions: backward sees each one's gradient."""
 
     @staticmethod
     def forward(
@@ -157,7 +163,8 @@ def _linear_forward(self: nn.Module, x: Tensor) -> Tensor:
     if type(self).__name__ == "Conv1D":
         weight = weight.mT
     if torch.is_autocast_enabled(x.device.type):
-        # Cast outside the function: the casts' own backward returns the gradients to the parameters' dtype.
+        # Cast outside the function: the casts' own backward returns the gradients to the
+        # parameters' dtype.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _Linear.apply(x, weight, bias, site)
@@ -169,7 +176,8 @@ def _embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
         return type(self).forward(self, input)
     bound = site.owner.bind()
     if bound is not None and bound.grid is not None and input.dim() == 2 and input.shape[0] == 1:
-        # Position embeddings are looked up once and broadcast over the rows; each row needs its own.
+        # Position embeddings are looked up once and broadcast over the rows; each row needs its
+        # own.
         rows, columns = bound.grid
         if input.shape[1] == columns:
             input = input.expand(rows, columns)
@@ -192,7 +200,8 @@ def _rms_norm_forward(self: nn.Module, x: Tensor) -> Tensor:
     weight = _per_position(self, "weight", x, site)
     if isinstance(self, nn.RMSNorm):
         return nn.functional.rms_norm(x, self.normalized_shape, None, self.eps) * weight
-    # The families' classes differ in where they cast and whether they add 1: run theirs, with the weight repeated.
+    # The families' classes differ in where they cast and whether they add 1: run theirs, with the
+    # weight repeated.
     self.__dict__["weight"] = weight
     try:
         return type(self).forward(self, x)
@@ -209,7 +218,7 @@ def _per_position(module: nn.Module, parameter: str, x: Tensor, site: Site) -> T
 
 
 def _position_shape(x: Tensor, grid: tuple[int, int] | None) -> tuple[int, ...]:
-    """Return the leading shape of x with 1 for the dimensions that are not token positions (the heads)."""
+    """Return the leading shape of x, with 1 for the heads."""
     if x.dim() <= 3:
         return tuple(x.shape[:-1])
     heads_last = (x.shape[0], x.shape[1], 1)
@@ -218,7 +227,8 @@ def _position_shape(x: Tensor, grid: tuple[int, int] | None) -> tuple[int, ...]:
         return heads_first
     if grid is not None and (x.shape[0], x.shape[2]) != grid:
         return heads_last
-    # As many heads as positions: a projection is split into heads in memory order, then perhaps transposed.
+    # As many heads as positions: a projection is split into heads in memory order, then perhaps
+    # transposed.
     return heads_last if x.stride(1) >= x.stride(2) else heads_first
 
 
@@ -229,14 +239,15 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {
     "rms_norm": _rms_norm_forward,
 }
 for _function in FORWARDS.values():
-    # A bound method is copied with its module and pickled by its name: an unpickled module finds its class's forward.
+    # A bound method is copied with its module and pickled by its name: an unpickled module finds
+    # its class's forward.
     _function.__name__ = "forward"
 
 
 def kind_of(module: nn.Module) -> str | None:
     """Return which of `FORWARDS` computes the same as the module's own forward, or None."""
     cls = type(module)
-    own = {name: parameter for name, parameter in module.named_parameters(recurse=False)}
+    own = dict(module.named_parameters(recurse=False))
     if cls.forward is nn.Linear.forward:
         return "linear"
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
@@ -267,7 +278,8 @@ def patch(module: nn.Module, kind: str, site: Site) -> None:
     ours = (*FORWARDS.values(), type(module).forward)  # what copies of a patched module carry
     if replaced is not None and getattr(replaced, "__func__", None) not in ours:
         raise ProxstepError(
-            f"{site.name}: its forward was replaced on the instance by another library; install Isopo first"
+            f"{site.name}: its forward was replaced on the instance by another library; install "
+            f"Isopo first"
         )
     module.forward = FORWARDS[kind].__get__(module)
     SITES[module] = site

@@ -10,8 +10,8 @@ from proxstep.types import Float, Tensor
 class TrailingMeans:
     """E[x] per parameter and moment: measured during an optimizer step, folded in at its end.
 
-    Within a step the averages stay fixed, so that its microbatches are all treated alike. Every sequence of the step
-    counts the same.
+    Within a step the averages stay fixed, so that its microbatches are all treated alike. Every
+    sequence of the step counts the same.
 
     Args:
         decay: Share of the past that is kept at each step. The paper uses 0.9 (figure 7).
@@ -39,7 +39,9 @@ class TrailingMeans:
             means = self._means.setdefault(key, {})
             for name, (total, count) in pending.items():
                 new = total / count
-                means[name] = self.decay * means[name] + (1 - self.decay) * new if name in means else new
+                means[name] = (
+                    self.decay * means[name] + (1 - self.decay) * new if name in means else new
+                )
         self._pending.clear()
 
     @property
@@ -49,7 +51,11 @@ class TrailingMeans:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages as one flat dictionary, named PARAMETER/MOMENT."""
-        return {f"{key}/{name}": mean for key, means in self._means.items() for name, mean in means.items()}
+        return {
+            f"{key}/{name}": mean
+            for key, means in self._means.items()
+            for name, mean in means.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace the averages by those of `state_dict` and forget what is pending."""

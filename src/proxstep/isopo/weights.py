@@ -1,7 +1,8 @@
 """ISOPO's two rules: from per-sequence coefficients to the weights of one layer.
 
-Both rules are linear in the coefficients, so a normalization (by the number of sequences, of gradient-accumulation
-steps, of ranks) belongs into the coefficients, and never into the loss, whose scale would leak into the norms below.
+Both rules are linear in the coefficients, so a normalization (by the number of sequences, of
+gradient-accumulation steps, of ranks) belongs into the coefficients, and never into the loss, whose
+scale would leak into the norms below.
 
 Legend for shape suffixes: B sequences of the microbatch.
 """
@@ -28,19 +29,22 @@ GUARD = 1e-8
 class IsometricRule:
     """The non-interacting rule: each sequence is re-scaled by its own lengths.
 
-    weight_b = coefficient_b * reg2(F_b)^p * reg2(|G_b|)^q * reg2(F_b / |G_b|)^r, where G_b is the layer's gradient
-    of sequence b's log-probability and F_b its length in the Fisher metric.
+    weight_b = coefficient_b * reg2(F_b)^p * reg2(|G_b|)^q * reg2(F_b / |G_b|)^r, where G_b is the
+    layer's gradient of sequence b's log-probability and F_b its length in the Fisher metric.
 
     Attributes:
-        fisher_power: p, the power of the Fisher norm. -1 bounds every sequence's share of the KL divergence.
+        fisher_power: p, the power of the Fisher norm. -1 bounds every sequence's share of the KL
+            divergence.
         norm_power: q, the power of the Euclidean norm.
-        relative_fisher_power: r, the power of F_b / |G_b|. -2 is the multiple closest to the natural gradient.
+        relative_fisher_power: r, the power of F_b / |G_b|. -2 is the multiple closest to the
+            natural gradient.
         damping: c, in units of the trailing mean square; 0 for none.
         damping_form: "additive" is sqrt(x^2 + c E[x^2] + 1e-8), as printed. "relative" is
-            sqrt(x^2 / (c E[x^2] + 1e-8) + 1), the author's code, which leaves small norms unscaled; needs c > 0.
-        scale: "paper" takes the weights as they are, in the units of the norms. "preserved" divides by the factor of
-            a sequence with trailing-mean norms, so that an average sequence keeps its REINFORCE weight and a
-            learning rate or a clipping threshold carries over.
+            sqrt(x^2 / (c E[x^2] + 1e-8) + 1), the author's code, which leaves small norms unscaled;
+            needs c > 0.
+        scale: "paper" takes the weights as they are, in the units of the norms. "preserved" divides
+            by the factor of a sequence with trailing-mean norms, so that an average sequence keeps
+            its REINFORCE weight and a learning rate or a clipping threshold carries over.
 
     Source: arXiv 2512.23353, figures 2 and 3, sections 2.0.1 to 2.0.3.
     """
@@ -76,17 +80,19 @@ class IsometricRule:
 
 @dataclass(frozen=True)
 class NaturalRule:
-    """The interacting rule: the sequences of a microbatch are mixed through the layer's neural tangent kernel.
+    """The interacting rule: sequences are mixed through the layer's neural tangent kernel.
 
-    weight = (K + c I)^-1 coefficient with K_bc = <G_b, G_c> and c = ntk_damping * E[mean eigenvalue of K]. The
-    result depends on which sequences share a microbatch.
+    weight = (K + c I)^-1 coefficient with K_bc = <G_b, G_c> and c = ntk_damping * E[mean eigenvalue
+    of K]. The result depends on which sequences share a microbatch.
 
     Attributes:
-        ntk_damping: c in units of the trailing mean eigenvalue; positive. The paper uses 1.0 (figure 7).
-        damping_form: "additive" is 1 / (D + c), as printed. "relative" is c / (D + c), the author's code, so that
-            small eigendirections keep their size; the two differ by the layer's scalar c.
-        scale: "paper" as it is. "preserved" multiplies the additive form by c + E[mean eigenvalue], so that a
-            direction of average eigenvalue keeps its REINFORCE weight.
+        ntk_damping: c in units of the trailing mean eigenvalue; positive. The paper uses 1.0
+            (figure 7).
+        damping_form: "additive" is 1 / (D + c), as printed. "relative" is c / (D + c), the author's
+            code, so that small eigendirections keep their size; the two differ by the layer's
+            scalar c.
+        scale: "paper" as it is. "preserved" multiplies the additive form by c + E[mean eigenvalue],
+            so that a direction of average eigenvalue keeps its REINFORCE weight.
 
     Source: arXiv 2512.23353, section 3, figures 6 and 7.
     """
@@ -98,10 +104,13 @@ class NaturalRule:
     def __post_init__(self) -> None:
         if not self.ntk_damping > 0:
             raise ProxstepError(
-                f"ntk_damping must be positive, got {self.ntk_damping}: the kernel alone can be singular"
+                f"ntk_damping must be positive, got {self.ntk_damping}: the kernel alone can be "
+                f"singular"
             )
         if self.damping_form == "relative" and self.scale == "preserved":
-            raise ProxstepError('damping_form "relative" has no units to preserve: use scale="paper"')
+            raise ProxstepError(
+                'damping_form "relative" has no units to preserve: use scale="paper"'
+            )
 
     needs_trailing_means = True
 
@@ -129,8 +138,8 @@ def isometric_moments(
         norm_sq_B: |G_b|^2, or None where the rule does not need it.
 
     Returns:
-        "fisher_sq", "norm_sq" and, where both are given, "relative_fisher_sq" = F_b^2 / |G_b|^2, which is 0 for a
-        sequence whose gradient is zero (its weight multiplies zero).
+        "fisher_sq", "norm_sq" and, where both are given, "relative_fisher_sq" = F_b^2 / |G_b|^2,
+        which is 0 for a sequence whose gradient is zero (its weight multiplies zero).
     """
     moments: dict[str, Tensor] = {}
     if fisher_sq_B is not None:
@@ -149,14 +158,15 @@ def isometric_weights(
     rule: IsometricRule,
     trailing: Mapping[str, Float[Tensor, ""]],
 ) -> Float[Tensor, " batch"]:
-    """Return the isometric rule's weights: coefficient_b * reg2(F_b)^p * reg2(|G_b|)^q * reg2(F_b / |G_b|)^r.
+    """Return the isometric rule's weights for one layer.
 
     Args:
-        coefficient_B: Each sequence's coefficient, -dL / d log pi(y_b); for REINFORCE its advantage.
+        coefficient_B: Each sequence's coefficient, -dL / d log pi(y_b); for REINFORCE its
+            advantage.
         moments: What `isometric_moments` returned for this layer.
         rule: The powers and the damping.
-        trailing: E[x^2] for each of the moments, from earlier optimizer steps. A moment that it lacks is averaged
-            over this microbatch instead: the first step has no past.
+        trailing: E[x^2] for each of the moments, from earlier optimizer steps. A moment that it
+            lacks is averaged over this microbatch instead: the first step has no past.
 
     Returns:
         One weight per sequence. With all powers 0 they are the coefficients, exactly.
@@ -196,13 +206,16 @@ def natural_weights(
     """Return the natural rule's weights: (K + c I)^-1 coefficient.
 
     Args:
-        coefficient_B: Each sequence's coefficient, -dL / d log pi(y_b); for REINFORCE its advantage.
+        coefficient_B: Each sequence's coefficient, -dL / d log pi(y_b); for REINFORCE its
+            advantage.
         ntk_BB: The layer's kernel, K_bc = <G_b, G_c>.
         rule: The damping and its form.
-        trailing: "eigenvalue", the mean eigenvalue averaged over earlier optimizer steps; without it, this kernel's.
+        trailing: "eigenvalue", the mean eigenvalue averaged over earlier optimizer steps; without
+            it, this kernel's.
 
     Returns:
-        One weight per sequence; zeros where the kernel and its past are zero (no gradient reaches the layer).
+        One weight per sequence; zeros where the kernel and its past are zero (no gradient reaches
+        the layer).
 
     Source: arXiv 2512.23353, section 3, figures 6 and 7.
     """

@@ -1,6 +1,4 @@
-"""Several algorithms and seeds of one recipe, each in a process of its own, as many at a time as
-there are cores.
-"""
+"""Algorithms and seeds of one recipe, each a process of its own, in parallel."""
 
 from __future__ import annotations
 
@@ -60,9 +58,7 @@ class Job:
         return "done" if self.code == 0 else "failed"
 
     def last_record(self) -> dict[str, Any]:
-        """Return the newest complete line of the run's metrics, with the last score that was
-        measured.
-        """
+        """Return the newest line of the run's metrics, with the last score measured."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return {}
