@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jaxtyping
+import pytest
 import torch
 
 CHECKED = [
@@ -21,3 +22,9 @@ CHECKED = [
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the embedded models of the tests out of the user's cache."""
+    os.environ["PROXSTEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -94,6 +94,9 @@ class TaskSection(Section):
         default="prompt", description="table: the prompts, strings or chat lists."
     )
     answer_column: str = Field(default="answer", description="table: the reference answers.")
+    config: str | None = Field(default=None, description="table: configuration of a hub data set.")
+    train_split: str = Field(default="train", description="table: split of a hub data set.")
+    validation_split: str = Field(default="test", description="table: the same for validation.")
     num_train: Positive | None = Field(default=None, description="Use only the first rows.")
     num_validation: Positive = Field(default=256, description="Number of validation rows.")
     prompt_format: Literal["auto", "chat", "plain"] = Field(

@@ -10,7 +10,7 @@ import torch
 from proxstep.config import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.rewards import RewardFunction, RewardTable, load_reward, score_completions
-from proxstep.tasks import Example
+from proxstep.tasks import Example, Task, reward_columns
 
 
 class Prompts:
@@ -44,15 +44,14 @@ class Prompts:
     def grade(self, indices: Iterable[int], completions: Sequence[str]) -> RewardTable:
         """Return the rewards of completions, one for each of the indices."""
         examples = [self.examples[i] for i in indices]
-        columns: dict[str, list[Any]] = {"answer": [e.answer for e in examples]}
-        for name in sorted({name for e in examples for name in e.columns}):
-            columns.setdefault(name, [e.columns.get(name) for e in examples])
         prompts: list[Any] = [e.prompt for e in examples]
         answers: list[Any] = [
             text if isinstance(e.prompt, str) else [{"role": "assistant", "content": text}]
             for e, text in zip(examples, completions, strict=True)
         ]
-        return score_completions(self._functions, self._weights, prompts, answers, columns)
+        return score_completions(
+            self._functions, self._weights, prompts, answers, reward_columns(examples)
+        )
 
     def check_lengths(self, limit: int, where: str) -> None:
         """Refuse prompts that are empty or longer than the limit, in tokens.
@@ -82,7 +81,7 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[in
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def load_prompts(recipe: Recipe, tokenizer: Any, task: Any) -> tuple[Prompts, Prompts]:
+def load_prompts(recipe: Recipe, tokenizer: Any, task: Task) -> tuple[Prompts, Prompts]:
     """Return the training and the validation prompts of a task.
 
     Raises:
@@ -118,8 +117,8 @@ def step_rows(num_rows: int, num_per_step: int, step: int, seed: int) -> list[in
         step: From 0.
         seed: Of the permutations.
 
-    >>> step_rows(4, 2, 0, 0) + step_rows(4, 2, 1, 0)
-    [3, 1, 2, 0]
+    >>> sorted(step_rows(4, 2, 0, seed=0) + step_rows(4, 2, 1, seed=0))
+    [0, 1, 2, 3]
     """
     rows = []
     permutation, current = torch.empty(0), -1

@@ -18,6 +18,7 @@ from torch import nn
 
 from proxstep.errors import ProxstepError
 from proxstep.rollout import sample
+from proxstep.supervised import solution_loss
 from proxstep.tasks import Example, arithmetic_task
 from proxstep.tasks.arithmetic import ALPHABET
 
@@ -132,7 +133,7 @@ def warm_up(
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * min(1.0, (step + 1) / 50)
         examples = [problems[step * _BATCH_SIZE + i] for i in range(_BATCH_SIZE)]
-        loss = _answer_loss(model, tokenizer, examples)
+        loss = solution_loss(model, tokenizer, examples)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,22 +148,6 @@ def warm_up(
         f"the embedded model reached {reached:.2f} after {_MAX_STEPS} warm-up steps on difficulty "
         f"{difficulty}: lower model.warmup_score, or task.difficulty"
     )
-
-
-def _answer_loss(model: nn.Module, tokenizer: Any, examples: list[Example]) -> torch.Tensor:
-    """Return the mean loss of the answers' tokens, in nats."""
-    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
-    answers = tokenizer([f"{e.solution}{tokenizer.eos_token}" for e in examples])["input_ids"]
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    token = torch.full((len(examples), width), tokenizer.pad_token_id)
-    label = torch.full((len(examples), width), -100)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        token[row, :end] = torch.tensor(prompt + answer)
-        label[row, len(prompt) : end] = torch.tensor(answer)
-    mask = (token != tokenizer.pad_token_id).long()
-    logits = model(input_ids=token, attention_mask=mask).logits
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), label[:, 1:].flatten())
 
 
 def _greedy_score(model: nn.Module, tokenizer: Any, examples: list[Example]) -> float:

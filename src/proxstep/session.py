@@ -140,7 +140,13 @@ def load_task(recipe: Recipe, *, chat: bool) -> Task:
         return arithmetic_task(section.difficulty, section.num_validation)
     if section.name == "table":
         return table_task(
-            **options, prompt_column=section.prompt_column, answer_column=section.answer_column
+            **options,
+            prompt_column=section.prompt_column,
+            answer_column=section.answer_column,
+            config=section.config,
+            train_split=section.train_split,
+            validation_split=section.validation_split,
+            rewards=tuple(section.rewards or ["numeric_answer"]),
         )
     return {"gsm8k": gsm8k_task, "svamp": svamp_task}[section.name](**options, chat=chat)
 

@@ -1,0 +1,19 @@
+"""Reward functions: graders, loading by name, weighted sums. Standard library only."""
+
+from proxstep.rewards.functions import completion_text, exact_match, numeric_answer
+from proxstep.rewards.numeric import final_number
+from proxstep.rewards.registry import BUILTIN_REWARDS, RewardFunction, load_reward, reward_name
+from proxstep.rewards.scoring import RewardTable, score_completions
+
+__all__ = [
+    "BUILTIN_REWARDS",
+    "RewardFunction",
+    "RewardTable",
+    "completion_text",
+    "exact_match",
+    "final_number",
+    "load_reward",
+    "numeric_answer",
+    "reward_name",
+    "score_completions",
+]

@@ -1,0 +1,141 @@
+"""Rewards of a batch from several weighted reward functions."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from proxstep.errors import ProxstepError
+from proxstep.rewards.registry import RewardFunction, reward_name
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """The rewards of B completions.
+
+    Attributes:
+        per_function: For each function's name, B rewards; None where the function does not apply.
+        total: B weighted sums over the functions that apply. NaN, which means no reward, where none
+            applies or one is not finite.
+    """
+
+    per_function: dict[str, list[float | None]]
+    total: list[float]
+
+
+def score_completions(
+    functions: Sequence[RewardFunction],
+    weights: Sequence[float],
+    prompts: list[Any],
+    completions: list[Any],
+    columns: dict[str, list[Any]],
+) -> RewardTable:
+    """Return every function's rewards and their weighted sum, which leaves None out, as TRL's does.
+
+    Args:
+        functions: At least one; each is called as f(prompts=..., completions=..., **columns).
+        weights: One finite weight per function.
+        prompts: B strings or lists of chat messages.
+        completions: B strings or lists of chat messages.
+        columns: Further columns by name, B values each.
+
+    Returns:
+        The rewards.
+
+    Raises:
+        ProxstepError: The arguments do not fit together, a function does not accept the columns, or
+            it does not return a list of B numbers or None.
+    """
+    names = _checked_names(functions, weights)
+    for column, values in {"prompts": prompts, **columns}.items():
+        if len(values) != len(completions):
+            raise ProxstepError(
+                f"column {column!r} has {len(values)} values for {len(completions)} completions; "
+                "give one each"
+            )
+    per_function = {
+        name: _call(name, function, prompts, completions, columns)
+        for name, function in zip(names, functions, strict=True)
+    }
+    total = [
+        _weighted_sum(rewards, weights) for rewards in zip(*per_function.values(), strict=True)
+    ]
+    return RewardTable(per_function, total)
+
+
+def _checked_names(functions: Sequence[RewardFunction], weights: Sequence[float]) -> list[str]:
+    """Return the functions' names; raise where they are not distinct or the weights do not fit."""
+    if not functions:
+        raise ProxstepError(
+            "no reward function is given; name at least one, such as numeric_answer"
+        )
+    if len(weights) != len(functions) or not all(map(math.isfinite, weights)):
+        raise ProxstepError(
+            f"{len(functions)} reward functions have the weights {list(weights)}; "
+            "give one finite weight each"
+        )
+    names = [reward_name(function) for function in functions]
+    for name in names:
+        if names.count(name) > 1:
+            raise ProxstepError(f"two reward functions are named {name!r}; rename one of them")
+    return names
+
+
+def _call(
+    name: str,
+    function: RewardFunction,
+    prompts: list[Any],
+    completions: list[Any],
+    columns: dict[str, list[Any]],
+) -> list[float | None]:
+    """Return one function's rewards; raise where it does not keep to the signature."""
+    try:
+        inspect.signature(function).bind(prompts=prompts, completions=completions, **columns)
+    except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
+        raise ProxstepError(
+            f"reward function {name!r} does not accept prompts, completions and the data's columns "
+            f"({', '.join(columns) or 'none'}): {error}; add the argument or **columns to it, "
+            "or the column to the data"
+        ) from error
+    rewards = function(prompts=prompts, completions=completions, **columns)
+    if not isinstance(rewards, list):
+        raise ProxstepError(
+            f"reward function {name!r} returned a {type(rewards).__name__}; "
+            "return a list of numbers or None"
+        )
+    if len(rewards) != len(completions):
+        raise ProxstepError(
+            f"reward function {name!r} returned {len(rewards)} rewards for "
+            f"{len(completions)} completions; return one each"
+        )
+    return [_checked_reward(name, index, reward) for index, reward in enumerate(rewards)]
+
+
+def _checked_reward(name: str, index: int, reward: Any) -> float | None:
+    """Return a reward as a float or None; raise where it is neither."""
+    if reward is None:
+        return None
+    if not isinstance(reward, Real):
+        raise ProxstepError(
+            f"reward function {name!r} returned a {type(reward).__name__} for completion {index}; "
+            "return a number or None"
+        )
+    try:
+        return float(reward)
+    except OverflowError:  # an integer beyond the largest float
+        return math.inf
+
+
+def _weighted_sum(rewards: Sequence[float | None], weights: Sequence[float]) -> float:
+    """Return the weighted sum over the rewards that are not None, or NaN where it is not finite."""
+    terms = [
+        weight * reward
+        for weight, reward in zip(weights, rewards, strict=True)
+        if reward is not None
+    ]
+    total = sum(terms)
+    return total if terms and math.isfinite(total) else math.nan

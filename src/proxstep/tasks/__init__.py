@@ -1,0 +1,26 @@
+"""Tasks: procedural arithmetic, GSM8K, SVAMP, and any table of prompts and answers."""
+
+from proxstep.tasks.arithmetic import ALPHABET, arithmetic_task
+from proxstep.tasks.base import Example, Prompt, Task, reward_columns
+from proxstep.tasks.data import Row, load_hub_rows, load_rows, read_rows
+from proxstep.tasks.tabular import STEP_BY_STEP, gsm8k_task, svamp_task, table_task
+
+TASKS = ("arithmetic", "gsm8k", "svamp", "table")
+
+__all__ = [
+    "ALPHABET",
+    "STEP_BY_STEP",
+    "TASKS",
+    "Example",
+    "Prompt",
+    "Row",
+    "Task",
+    "arithmetic_task",
+    "gsm8k_task",
+    "load_hub_rows",
+    "load_rows",
+    "read_rows",
+    "reward_columns",
+    "svamp_task",
+    "table_task",
+]

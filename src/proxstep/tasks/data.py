@@ -1,0 +1,153 @@
+"""Reading rows from local files, local folders and the Hugging Face hub.
+
+pyarrow and datasets are imported where they are needed: neither is needed to import proxstep.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from proxstep.errors import ProxstepError
+
+JSONL_SUFFIXES = (".jsonl", ".json")
+PARQUET_SUFFIX = ".parquet"
+
+
+class Row(NamedTuple):
+    """One row of a data set.
+
+    Attributes:
+        where: Where the row is, for error messages: "train.jsonl, line 3".
+        values: The row's values by column name.
+    """
+
+    where: str
+    values: dict[str, Any]
+
+
+def load_rows(source: str | Path, config: str | None = None, split: str = "train") -> list[Row]:
+    """Return the rows of a local file, a local folder or a data set on the hub.
+
+    Args:
+        source: A path to a .jsonl, .json or .parquet file; or a folder or hub id that
+            `datasets.load_dataset` reads.
+        config: Name of the data set's configuration; for a folder or hub id only.
+        split: Name of the split; for a folder or hub id only.
+
+    Returns:
+        All rows, at least one.
+
+    Raises:
+        ProxstepError: The source cannot be read or has no rows.
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix in (*JSONL_SUFFIXES, PARQUET_SUFFIX):
+        return read_rows(path)
+    return load_hub_rows(str(source), config, split)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Return the rows of a local file: JSON Lines (blank lines are skipped) or Parquet.
+
+    Args:
+        path: A path that ends in .jsonl, .json or .parquet.
+
+    Returns:
+        All rows, at least one. Lines and rows are counted from 1.
+
+    Raises:
+        ProxstepError: The file is missing, malformed or empty, or its suffix is another.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ProxstepError(f"{path} is not a file; check the path")
+    if path.suffix in JSONL_SUFFIXES:
+        rows = _read_jsonl(path)
+    elif path.suffix == PARQUET_SUFFIX:
+        rows = _read_parquet(path)
+    else:
+        known = ", ".join((*JSONL_SUFFIXES, PARQUET_SUFFIX))
+        raise ProxstepError(f"{path} has an unknown file type; give a file that ends in {known}")
+    if not rows:
+        raise ProxstepError(f"{path} has no rows; give a file with at least one")
+    return rows
+
+
+def load_hub_rows(name: str, config: str | None, split: str) -> list[Row]:
+    """Return the rows of a data set that `datasets.load_dataset` finds.
+
+    Args:
+        name: A hub id, such as "openai/gsm8k", or a local folder.
+        config: Name of the configuration, or None for the only one.
+        split: Name of the split.
+
+    Returns:
+        All rows, at least one, counted from 1.
+
+    Raises:
+        ProxstepError: The data set, configuration or split does not exist or cannot be read.
+    """
+    what = f"data set {name!r}" + (f" ({config})" if config else "") + f", split {split!r}"
+    remedy = "check the name and the connection, or give a local .jsonl or .parquet file"
+    if not name.strip():
+        raise ProxstepError(f"{what} has no name; {remedy}")
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise ProxstepError(f"{what} needs `pip install proxstep[train]` ({error})") from error
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        # ValueError: no such configuration or split. RuntimeError: the data set is a script.
+        reason = " ".join(str(error).split())
+        raise ProxstepError(f"{what} cannot be loaded: {reason:.300}; {remedy}") from error
+    if not len(rows):
+        raise ProxstepError(f"{what} has no rows; choose another split")
+    return [Row(f"{what}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)]
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    """Return one row per line that is not blank."""
+    rows = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                rows.append(Row(where, _json_object(line, where)))
+    return rows
+
+
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object on one line."""
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ProxstepError(
+            f"{where}: not valid JSON ({error.msg}, column {error.colno}); "
+            "write one JSON object per line"
+        ) from error
+    except ValueError as error:  # not UTF-8, or an integer with thousands of digits
+        raise ProxstepError(f"{where}: not readable ({error}); correct the line") from error
+    if not isinstance(values, dict):
+        raise ProxstepError(
+            f"{where}: a JSON {type(values).__name__}, not an object; write one object per line"
+        )
+    return values
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    """Return one row per Parquet row."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ProxstepError(f"{path} needs `pip install proxstep[train]` ({error})") from error
+    try:
+        values = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ProxstepError(f"{path} is not a readable Parquet file ({reason:.300})") from error
+    return [Row(f"{path}, row {number}", row) for number, row in enumerate(values, start=1)]

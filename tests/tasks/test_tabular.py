@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from proxstep.errors import ProxstepError
+from proxstep.tasks import table_task, tabular
+from proxstep.tasks.data import Row
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3+4?"}]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows, name="train.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+def numbered(count, first=0):
+    return [{"prompt": f"{i}+0=", "answer": i} for i in range(first, first + count)]
+
+
+def answers(examples):
+    return [int(example.answer) for example in examples]
+
+
+def fails(message, function, *arguments, **keywords):
+    with pytest.raises(ProxstepError, match=message) as error:
+        function(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+
+
+def test_table_with_named_columns(write):
+    row = {"q": "1+1=", "a": "2", "worked": "1+1=2", "level": 1, "tags": ["x"]}
+    task = table_task(
+        write([row]),
+        write([row], "validation.jsonl"),
+        prompt_column="q",
+        answer_column="a",
+        solution_column="worked",
+    )
+    [example] = task.train
+    assert (example.prompt, example.answer, example.solution) == ("1+1=", "2", "1+1=2")
+    assert example.columns == {"level": 1, "tags": ["x"]}
+    assert task.validation == task.train
+    assert (task.name, task.rewards) == ("table", ("numeric_answer",))
+    assert task.num_overlapping() == 1
+
+
+def test_chat_prompts(write):
+    rows = [{"prompt": CHAT, "answer": "7"}]
+    assert table_task(write(rows), write(rows)).train[0].prompt == CHAT
+
+
+def test_chat_prompts_from_parquet_without_the_fields_of_other_messages(tmp_path):
+    path = tmp_path / "train.parquet"
+    messages = [{**message, "name": None} for message in CHAT]
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": messages, "answer": 7}]), path)
+    assert table_task(path, path).train[0].prompt == CHAT
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [(" 7 ", "7"), (7, "7"), (7.0, "7"), (-0.5, "-0.5"), (1e20, str(10**20)), ("7 pens", "7 pens")],
+)
+def test_answers_become_text(write, answer, text):
+    path = write([{"prompt": "?", "answer": answer}])
+    assert table_task(path, path).train[0].answer == text
+
+
+def test_last_rows_are_held_out(write):
+    task = table_task(write(numbered(10)), num_validation=3)
+    assert answers(task.train) == [0, 1, 2, 3, 4, 5, 6]
+    assert answers(task.validation) == [7, 8, 9]
+    task = table_task(write(numbered(10)), num_validation=3, num_train=2)
+    assert answers(task.train) == [0, 1]
+    assert answers(task.validation) == [7, 8, 9]
+    task = table_task(write(numbered(300)))
+    assert (len(task.train), len(task.validation)) == (44, 256)
+    assert task.num_overlapping() == 0
+
+
+def test_limits_take_the_first_rows(write):
+    paths = write(numbered(10)), write(numbered(5, first=100), "validation.jsonl")
+    task = table_task(*paths)
+    assert (len(task.train), len(task.validation)) == (10, 5)
+    task = table_task(*paths, num_train=2, num_validation=3)
+    assert (answers(task.train), answers(task.validation)) == ([0, 1], [100, 101, 102])
+    task = table_task(*paths, num_train=99, num_validation=99)
+    assert (len(task.train), len(task.validation)) == (10, 5)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"num_validation": 10}, "10 validation rows cannot be held out of 10 .*num_validation"),
+        ({}, "256 validation rows cannot be held out of 10"),
+        ({"num_validation": 0}, "num_validation is 0; give at least 1"),
+        ({"num_train": 0, "num_validation": 1}, "num_train is 0; give at least 1"),
+        ({"num_train": -1, "num_validation": 1}, "num_train is -1"),
+    ],
+)
+def test_impossible_limits(write, limits, message):
+    fails(message, table_task, write(numbered(10)), **limits)
+
+
+def test_any_answer_is_good_without_the_numeric_reward(write):
+    path = write([{"prompt": "?", "answer": "yes"}])
+    assert table_task(path, path, rewards=("exact_match",)).train[0].answer == "yes"
+
+
+GOOD = {"prompt": "?", "answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"promt": "?", "answer": 1}, "no column 'prompt' .did you mean 'promt'.* promt, answer"),
+        ({"prompt": "?"}, "there is no column 'answer'; name one of its columns: prompt"),
+        ({}, "there is no column 'prompt'; name one of its columns: none"),
+        ({**GOOD, "prompt": ""}, "column 'prompt' is empty"),
+        ({**GOOD, "prompt": " \n"}, "column 'prompt' is empty"),
+        ({**GOOD, "prompt": None}, "column 'prompt' is missing"),
+        ({**GOOD, "prompt": 3}, "column 'prompt' is a int; give a text"),
+        ({**GOOD, "prompt": {"role": "user"}}, "column 'prompt' is a dict"),
+        ({**GOOD, "prompt": []}, "column 'prompt' has no messages"),
+        ({**GOOD, "prompt": ["hi"]}, "column 'prompt', message 1 is a str"),
+        ({**GOOD, "prompt": [CHAT[0], {"content": "x"}]}, 'message 2: "role" is missing'),
+        ({**GOOD, "prompt": [{"role": "user"}]}, 'message 1: "content" is missing'),
+        ({**GOOD, "prompt": [{"role": "user", "content": " "}]}, 'message 1: "content" is empty'),
+        ({**GOOD, "prompt": [{"role": "user", "content": ["x"]}]}, '"content" is a list'),
+        ({**GOOD, "prompt": [{**CHAT[0], "tool_calls": []}]}, "message 1 has 'tool_calls'"),
+        ({**GOOD, "answer": ""}, "column 'answer' is empty"),
+        ({**GOOD, "answer": None}, "column 'answer' is missing"),
+        ({**GOOD, "answer": True}, "column 'answer' is a bool"),
+        ({**GOOD, "answer": [1]}, "column 'answer' is a list"),
+        ({**GOOD, "answer": float("nan")}, "column 'answer' is a float"),
+        ({**GOOD, "answer": "yes"}, "the answer 'yes' holds no number"),
+        ({**GOOD, "completions": 1}, "column 'completions' has the name of an argument"),
+    ],
+)
+def test_a_wrong_row_is_named(write, row, message):
+    good = write([GOOD], "good.jsonl")
+    bad = write([GOOD, row])
+    fails(rf"train\.jsonl, line 2: .*{message}", table_task, bad, good)
+    fails(rf"train\.jsonl, line 2: .*{message}", table_task, good, bad)
+
+
+def test_a_wrong_solution_is_named(write):
+    path = write([{**GOOD, "worked": None}])
+    fails("line 1: column 'worked' is missing", table_task, path, path, solution_column="worked")
+
+
+def test_a_column_that_would_hide_the_answer(write):
+    path = write([{"prompt": "?", "answer": "long", "final": 1}])
+    fails("'answer' has the name of an argument", table_task, path, path, answer_column="final")
+
+
+def test_splits_of_a_folder(tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return [Row("row 1", GOOD)]
+
+    monkeypatch.setattr("proxstep.tasks.data.load_hub_rows", load)
+    table_task("a/b", "c/d", config="main", train_split="fit", validation_split="dev")
+    assert asked == [("a/b", "main", "fit"), ("c/d", "main", "dev")]
+
+
+def test_default_validation_is_not_cut_to_the_held_out_number(write):
+    path = write(numbered(tabular.DEFAULT_HELD_OUT + 10))
+    assert len(table_task(path, path).validation) == tabular.DEFAULT_HELD_OUT + 10

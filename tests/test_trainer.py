@@ -1,0 +1,240 @@
+"""The local engine end to end on a tiny model: what it writes, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from proxstep import session
+from proxstep.checkpoint import latest_checkpoint, load_state
+from proxstep.config import ALGORITHMS
+from proxstep.errors import ProxstepError
+from proxstep.schema import FIELDS, unknown_fields
+from proxstep.trainer import Trainer
+from tests.engine import Silent, tiny_recipe
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(latest_checkpoint(folder) / "model.safetensors")
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "isopo+opo", "isopo-natural+gspo"])
+def test_every_algorithm_runs(tmp_path: Path, algorithm: str) -> None:
+    recipe = tiny_recipe(tmp_path / "run", algorithm, steps=1)
+    assert session.train(recipe, Silent()) == "finished"
+    first, last = records(tmp_path / "run")
+    assert first["step"] == 0
+    assert first["score"] is not None
+    assert first["reward"] is None
+    assert first["kl_policy_initial"] == pytest.approx(0.0, abs=1e-6)
+    assert first["kl_initial_policy"] == pytest.approx(0.0, abs=1e-6)
+    assert set(FIELDS) <= set(last)
+    assert not unknown_fields(last)
+    assert last["kl_policy_initial"] >= 0
+    assert last["num_sequences"] == 16
+    assert last["num_updates"] == 1
+    assert last["entropy"] > 0
+
+
+def test_a_checkpoint_is_an_ordinary_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    session.train(tiny_recipe(tmp_path / "run", "isopo"), Silent())
+    folder = latest_checkpoint(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model(**tokenizer("1+2=", return_tensors="pt")).logits.isfinite().all()
+    assert tokenizer.decode(tokenizer("12+7=")["input_ids"]) == "12+7="
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "opo", "isopo-natural"])
+def test_resuming_repeats_the_run_to_the_bit(
+    tmp_path: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"steps": 4, "update": {"num_minibatches": 2}, "logging": {"checkpoint_every": 2}}
+    whole = tiny_recipe(tmp_path / "whole", algorithm, **changes)
+    session.train(whole, Silent())
+
+    class Killed(Exception):
+        pass
+
+    train_step = Trainer._train_step
+
+    def killed_at_step_4(self: Trainer) -> dict[str, Any]:
+        record = train_step(self)
+        if self.step == 4:
+            raise Killed
+        return record
+
+    monkeypatch.setattr(Trainer, "_train_step", killed_at_step_4)
+    with pytest.raises(Killed):
+        session.train(tiny_recipe(tmp_path / "cut", algorithm, **changes), Silent())
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "failed"
+    assert session.resume(tmp_path / "cut", Silent()) == "finished"
+
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    first, second = records(tmp_path / "whole"), records(tmp_path / "cut")
+    assert [r["step"] for r in first] == [r["step"] for r in second] == [0, 1, 2, 3, 4]
+    for r, s in zip(first, second, strict=True):
+        for name in r:
+            if not name.startswith(("seconds", "elapsed")):
+                assert r[name] == s[name], (r["step"], name)
+
+
+def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
+    session.train(tiny_recipe(tmp_path / "run", steps=1), Silent())
+    with pytest.raises(ProxstepError, match="is finished"):
+        session.resume(tmp_path / "run", Silent())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(tmp_path: Path, number: int) -> None:
+    class Impatient(Silent):
+        def record(self, record: Any) -> None:
+            super().record(record)
+            if record["step"] == 1:
+                os.kill(os.getpid(), number)
+
+    folder = tmp_path / "run"
+    assert session.train(tiny_recipe(folder, steps=5), Impatient()) == "interrupted"
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    stopped = records(folder)[-1]["step"]
+    assert stopped < 5
+    assert load_state(latest_checkpoint(folder))["step"] == stopped
+    assert session.resume(folder, Silent()) == "finished"
+    assert [r["step"] for r in records(folder)] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "grpo", "opo", "gspo"])
+def test_microbatches_do_not_change_the_step(tmp_path: Path, algorithm: str) -> None:
+    for name, size in (("whole", None), ("split", 3)):
+        update = {"microbatch_size": size, "num_minibatches": 2, "num_iterations": 2}
+        session.train(tiny_recipe(tmp_path / name, algorithm, steps=1, update=update), Silent())
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "split")
+    start = load_file(Path(session.model_source(tiny_recipe(tmp_path / "x"))) / "model.safetensors")
+    for name in a:
+        moved = (a[name] - start[name]).norm()
+        assert (a[name] - b[name]).norm() <= 2e-2 * moved, name
+    first, second = records(tmp_path / "whole")[-1], records(tmp_path / "split")[-1]
+    assert first["num_updates"] == 4
+    for field in ("loss", "grad_norm", "entropy", "objective/ratio"):
+        assert first[field] == pytest.approx(second[field], rel=1e-3, abs=1e-5), field
+
+
+def test_equal_rewards_leave_a_plain_sgd_policy_as_it_was(tmp_path: Path) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def half(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n"
+    )
+    recipe = tiny_recipe(
+        tmp_path / "run",
+        task={"rewards": [f"{reward}:half"]},
+        optimizer={"name": "sgd", "learning_rate": 1.0},
+    )
+    session.train(recipe, Silent())
+    source = load_file(Path(session.model_source(recipe)) / "model.safetensors")
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(source[name], after[name]) for name in after)
+    last = records(tmp_path / "run")[-1]
+    assert last["frac_reward_zero_std"] == 1.0
+    assert last["grad_norm"] == 0.0
+    assert last["advantage_range"] == 0.0
+    assert last["grad_response_efficiency"] is None
+
+
+def test_missing_rewards_are_left_out_and_counted(tmp_path: Path) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def odd(prompts, completions, **columns):\n"
+        "    return [None if i % 4 == 0 else float('nan') if i in (1, 2, 3) else float(i % 4)\n"
+        "            for i in range(len(prompts))]\n"
+    )
+    recipe = tiny_recipe(tmp_path / "run", steps=2, task={"rewards": [f"{reward}:odd"]})
+    session.train(recipe, Silent())
+    last = records(tmp_path / "run")[-1]
+    assert last["frac_invalid_reward"] == 7 / 16
+    assert last["reward"] == 2.0
+    assert last["advantage_range"] == pytest.approx(2.0)
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_a_step_without_any_reward_is_skipped(tmp_path: Path) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def none(prompts, completions, **columns):\n    return [None] * len(prompts)\n"
+    )
+    recipe = tiny_recipe(tmp_path / "run", task={"rewards": [f"{reward}:none"]})
+    assert session.train(recipe, Silent()) == "finished"
+    last = records(tmp_path / "run")[-1]
+    assert last["num_updates"] == 0
+    assert last["loss"] is None
+    assert last["score"] is None
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from proxstep.algorithm import Algorithm
+
+    backward = Algorithm.backward
+
+    def poisoned(self: Algorithm, log_prob_BT: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        return backward(self, log_prob_BT * float("inf"), *rest, **options)
+
+    folder = tmp_path / "run"
+    recipe = tiny_recipe(folder, steps=3, logging={"checkpoint_every": 1})
+    session.train(recipe.model_copy(update={"steps": 1}), Silent())
+    good = weights(folder)
+    (folder / "recipe.yaml").write_text(
+        (folder / "recipe.yaml").read_text().replace("steps: 1", "steps: 3")
+    )
+    monkeypatch.setattr(Algorithm, "backward", poisoned)
+    with pytest.raises(ProxstepError, match=r"step 2, update 2: the gradient's norm is nan"):
+        session.resume(folder, Silent())
+    after = weights(folder)
+    assert all(torch.equal(good[name], after[name]) for name in good)
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+
+
+def test_samples_are_kept(tmp_path: Path) -> None:
+    session.train(tiny_recipe(tmp_path / "run", logging={"num_samples": 2}), Silent())
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [s["step"] for s in samples] == [0, 0, 2, 2, 3, 3]
+    assert set(samples[0]) == {"step", "prompt", "completion", "answer", "reward"}
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "isopo"])
+def test_lora_trains_adapters_alone_and_resumes(tmp_path: Path, algorithm: str) -> None:
+    folder = tmp_path / "run"
+    recipe = tiny_recipe(folder, algorithm, steps=2, model={"lora": {"rank": 2}})
+    session.train(recipe.model_copy(update={"steps": 1}), Silent())
+    files = {path.name for path in latest_checkpoint(folder).iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert "model.safetensors" not in files
+    assert records(folder)[0]["kl_policy_initial"] == pytest.approx(0.0, abs=1e-6)
+    (folder / "recipe.yaml").write_text(
+        (folder / "recipe.yaml").read_text().replace("steps: 1", "steps: 2")
+    )
+    assert session.resume(folder, Silent()) == "finished"
+    assert records(folder)[-1]["kl_policy_initial"] > 0
+
+
+def test_optimizers_and_schedule(tmp_path: Path) -> None:
+    optimizer = {"name": "sgd", "learning_rate": 0.5, "momentum": 0.9, "warmup_updates": 3}
+    session.train(tiny_recipe(tmp_path / "run", steps=3, optimizer=optimizer), Silent())
+    rates = [r["learning_rate"] for r in records(tmp_path / "run")[1:]]
+    assert rates == pytest.approx([0.25, 0.375, 0.5])
