@@ -1,12 +1,11 @@
-"""Make a small Qwen3-architecture model with a tokenizer of its own from local data, without any
-download.
+"""Make a small Qwen3-architecture model and its tokenizer from local data.
 
-    python scripts/make_small_model.py gsm8k_train.jsonl --output small-gsm8k --steps 300
+    python scripts/make_small_model.py gsm8k_train.jsonl --output small-gsm8k --steps 600
 
 The tokenizer (byte-level BPE, with a chat template) is trained on the task's prompts and solutions,
 the weights on its solutions for a few steps, so that completions have the right form and are now
-and then correct. It is for trying the real data path end to end, and for tests; it does not know
-mathematics.
+and then correct. It is for trying the real data path end to end without a download, and for tests;
+it does not know mathematics.
 """
 
 from __future__ import annotations
@@ -83,9 +82,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
-            print(
-                f"step {step}: loss {loss.item():.3f} nats per token, {time.perf_counter() - start:.0f} s"
-            )
+            seconds = time.perf_counter() - start
+            print(f"step {step}: loss {loss.item():.3f} nats per token, {seconds:.0f} s")
 
 
 def main() -> None:

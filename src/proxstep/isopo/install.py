@@ -349,7 +349,7 @@ class Microbatch:
                 f"run the forward "
                 "inside isopo.microbatch(...)"
             )
-        return flat[self.layout.position_T]
+        return flat if len(self.layout.position_T) == expected else flat[self.layout.position_T]
 
     def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
         """Return the parameter's gradient, -sum_b weight_b G_b.
