@@ -292,13 +292,13 @@ def _warm_up(recipe: Any, console: Any) -> None:
         return
     quiet_transformers()
     console.out(
-        f"warming the embedded model up once, with supervised steps on difficulty {difficulty}, "
-        f"until it solves {score:.0%} of new problems"
+        f"warming the embedded model up, once, on difficulty {difficulty} "
+        f"by a careless teacher, until {score:.0%} of its answers are right or merely careless"
     )
     with console.status("warm-up") as status:
 
         def report(step: int, reached: float) -> None:
-            status.update(f"step {step}: {reached:.0%} solved")
+            status.update(f"step {step}: {reached:.0%}")
 
         ensure_embedded_model(difficulty, score, report)
 

@@ -66,10 +66,11 @@ class ModelSection(Section):
         default=None, description="Train low-rank adapters instead of the weights."
     )
     warmup_score: float = Field(
-        default=0.3,
+        default=0.6,
         ge=0,
         lt=1,
-        description="Greedy score at which the embedded model's warm-up stops.",
+        description="Share of right or careless answers at which the embedded model's warm-up "
+        "stops; 0 for none.",
     )
 
 

@@ -15,24 +15,11 @@ import torch
 from torch import nn
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import (
-    Layout,
-    OuterGradients,
-    PositionGradients,
-    fisher_squares,
-    norm_squares,
-    ntk,
-)
+from proxstep.isopo.layers import Layout
+from proxstep.isopo.microbatch import Microbatch, PlainSum
 from proxstep.isopo.patches import Sink, Site, kind_of, patch, unpatch
 from proxstep.isopo.trailing import TrailingMeans
-from proxstep.isopo.weights import (
-    PRESETS,
-    IsometricRule,
-    Rule,
-    isometric_moments,
-    isometric_weights,
-    natural_weights,
-)
+from proxstep.isopo.weights import PRESETS, Rule
 from proxstep.types import Bool, Float, Int, Tensor
 
 OtherParameters = Literal["transform", "reinforce", "freeze"]
@@ -95,7 +82,7 @@ class Isopo:
         self.overlap_positions = overlap_positions
         self.trailing = TrailingMeans(decay)
         self._seed, self._step, self._microbatch = seed, 0, 0
-        self._active: Microbatch | _PlainSum | None = None
+        self._active: Microbatch | PlainSum | None = None
         self._diagnostics: dict[str, list[Tensor]] = {}
         self._version = 0
         self._frozen = self._freeze() if other_parameters == "freeze" else []
@@ -139,7 +126,14 @@ class Isopo:
             self._seed + 1_000_003 * self._step + self._microbatch
         )
         layout = self._layout(sequence_ids, coefficients, completion_mask, generator)
-        microbatch = Microbatch(self, layout, coefficients.detach())
+        microbatch = Microbatch(
+            layout,
+            coefficients.detach(),
+            self.rule,
+            self.trailing,
+            self._diagnostics,
+            only_linear=self.other_parameters == "reinforce",
+        )
         before = {key: _gradient_stamp(parameter) for key, parameter in self._uses()}
         self._active = microbatch
         try:
@@ -161,7 +155,7 @@ class Isopo:
         """Make forwards and backwards inside ordinary: for entropy and KL losses."""
         if self._active is not None:
             raise ProxstepError("off() inside microbatch() or off(): they do not nest")
-        self._active = _PlainSum()
+        self._active = PlainSum()
         try:
             yield
         finally:
@@ -206,7 +200,7 @@ class Isopo:
 
     def is_off(self) -> bool:
         """Whether forwards should be ordinary at the moment."""
-        return isinstance(self._active, _PlainSum)
+        return isinstance(self._active, PlainSum)
 
     def bind(self) -> Sink | None:
         """Return the active microbatch, if any."""
@@ -222,10 +216,6 @@ class Isopo:
                 "wrap the backward, or use isopo.off() for a loss of its own"
             )
         return sink
-
-    def record(self, name: str, value: Tensor) -> None:
-        """Note a diagnostic of one layer."""
-        self._diagnostics.setdefault(name, []).append(value.detach())
 
     # -- installation ------------------------------------------------------------------------------
 
@@ -318,94 +308,6 @@ class Isopo:
             candidates = candidates[order.to(candidates.device)]
         grid = (sequence_ids.shape[0], sequence_ids.shape[1])
         return Layout(grid, position_T, flat[position_T], candidates, len(coefficients))
-
-
-class Microbatch:
-    """One microbatch's layout and coefficients, and what becomes of its gradients."""
-
-    def __init__(self, isopo: Isopo, layout: Layout, coefficient_B: Tensor) -> None:
-        self.layout = layout
-        self.reduced: set[str] = set()
-        self._isopo = isopo
-        self._coefficient_B = coefficient_B
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Shape of the token grid, (rows, columns)."""
-        return self.layout.grid
-
-    def select(self, key: str, value: Tensor) -> Tensor:
-        """Flatten (..., features) to the positions that belong to a sequence.
-
-        Raises:
-            ProxstepError: If the layer saw another number of positions than sequence_ids has.
-        """
-        flat = value.reshape(-1, value.shape[-1])
-        expected = self.grid[0] * self.grid[1]
-        if flat.shape[0] != expected:
-            raise ProxstepError(
-                f"{key} saw {flat.shape[0]} token positions, but sequence_ids has {expected} "
-                f"({self.grid[0]} x {self.grid[1]}): turn off logits_to_keep and fused heads, and "
-                f"run the forward "
-                "inside isopo.microbatch(...)"
-            )
-        return flat if len(self.layout.position_T) == expected else flat[self.layout.position_T]
-
-    def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
-        """Return the parameter's gradient, -sum_b weight_b G_b.
-
-        Raises:
-            ProxstepError: If the parameter's use was reduced before in this microbatch.
-        """
-        if key in self.reduced:
-            raise ProxstepError(
-                f"{key} was back-propagated twice in one microbatch: a sequence's gradient must "
-                f"arrive whole; use one "
-                "forward and one backward per isopo.microbatch(...)"
-            )
-        self.reduced.add(key)
-        weight_B = self._weights(key, gradients)
-        return gradients.contract(-weight_B[self.layout.sequence_T])
-
-    def _weights(self, key: str, gradients: PositionGradients) -> Tensor:
-        isopo, rule, layout = self._isopo, self._isopo.rule, self.layout
-        squares = gradients.squares()
-        coefficient_B = self._coefficient_B.to(squares)
-        if isopo.other_parameters == "reinforce" and not isinstance(gradients, OuterGradients):
-            return coefficient_B
-        trailing = isopo.trailing.of(key)
-        if isinstance(rule, IsometricRule):
-            fisher_B = norm_B = None
-            if rule.needs_fisher:
-                fisher_B, filled_B = fisher_squares(gradients, layout)
-                isopo.record("frac_filled_fisher", filled_B.float().mean())
-            if rule.needs_norm:
-                norm_B = norm_squares(gradients, layout)
-            moments = isometric_moments(fisher_B, norm_B)
-            isopo.trailing.add(key, moments)
-            scale_B = isometric_weights(torch.ones_like(coefficient_B), moments, rule, trailing)
-            isopo.record("weight_spread", scale_B.std(correction=0) / scale_B.mean())
-            return coefficient_B * scale_B
-        wide = torch.float32 if squares.device.type == "mps" else torch.float64
-        ntk_BB = ntk(gradients, layout).to(wide)
-        isopo.trailing.add(key, {"eigenvalue": ntk_BB.diagonal()})
-        total = ntk_BB.abs().sum()
-        isopo.record("ntk_off_diagonal", 1 - ntk_BB.diagonal().sum() / total.clamp(min=1e-300))
-        return natural_weights(coefficient_B.to(wide), ntk_BB, rule, trailing).to(squares)
-
-
-class _PlainSum:
-    """The sink of a backward inside `off()` whose forward ran outside: the ordinary gradient."""
-
-    grid = None
-
-    def select(self, key: str, value: Tensor) -> Tensor:
-        del key
-        return value.reshape(-1, value.shape[-1])
-
-    def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
-        del key
-        return gradients.contract(torch.ones_like(gradients.squares()))
 
 
 def _as_rule(rule: str | Rule) -> Rule:

@@ -63,8 +63,8 @@ class PositionGradients(Protocol):
         """Return <G_s, G_t> for the positions s in `row` and t in `column`."""
         ...
 
-    def squares(self) -> Float[Tensor, " positions"]:
-        """Return |G_t|^2 for every t."""
+    def squares(self, row: Index) -> Float[Tensor, " rows"]:
+        """Return |G_t|^2 for the positions t in `row`."""
         ...
 
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Tensor:
@@ -83,9 +83,9 @@ class OuterGradients:
         """Return (g_s . g_t) (a_s . a_t)."""
         return _gram(self.grad_TO, row, column) * _gram(self.input_TI, row, column)
 
-    def squares(self) -> Float[Tensor, " positions"]:
+    def squares(self, row: Index) -> Float[Tensor, " rows"]:
         """Return |g_t|^2 |a_t|^2."""
-        return _squares(self.grad_TO) * _squares(self.input_TI)
+        return _squares(self.grad_TO[row]) * _squares(self.input_TI[row])
 
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, "out in"]:
         """Return (weight g)^T a: one product, as dear as the ordinary weight gradient."""
@@ -105,9 +105,9 @@ class LookupGradients:
         same = self.token_T[row][:, None] == self.token_T[column][None, :]
         return _gram(self.grad_TD, row, column) * same
 
-    def squares(self) -> Float[Tensor, " positions"]:
+    def squares(self, row: Index) -> Float[Tensor, " rows"]:
         """Return |g_t|^2."""
-        return _squares(self.grad_TD)
+        return _squares(self.grad_TD[row])
 
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, "vocab features"]:
         """Add each position's weighted gradient to its token's row."""
@@ -126,9 +126,9 @@ class VectorGradients:
         """Return G_s . G_t."""
         return _gram(self.grad_TD, row, column)
 
-    def squares(self) -> Float[Tensor, " positions"]:
+    def squares(self, row: Index) -> Float[Tensor, " rows"]:
         """Return |G_t|^2."""
-        return _squares(self.grad_TD)
+        return _squares(self.grad_TD[row])
 
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, " features"]:
         """Return the weighted sum."""
@@ -155,7 +155,7 @@ def fisher_squares(
     the mean of the other sequences instead.
     """
     cross_KB = layout.sum_by_sequence(gradients.pairs(layout.sample_K, ALL))
-    total = gradients.squares()[layout.sample_K].sum()
+    total = gradients.squares(layout.sample_K).sum()
     square_B = cross_KB.square().sum(dim=0) / torch.where(total > 0, total, torch.ones_like(total))
     empty_B = square_B == 0
     mean = square_B.sum() / (~empty_B).sum().clamp(min=1)

@@ -15,6 +15,7 @@ on the seed, so that no seed trains on what another validates on; 3+5 and 5+3 fa
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,6 +131,26 @@ class ArithmeticTrain(Sequence[Example]):
             problem = rng.choice(LEVELS[self.difficulty]).draw(rng)
             if not problem.is_held_out:
                 return problem.example()
+
+
+def answer_without_carries(prompt: str) -> str:
+    """Return what somebody answers who works digit by digit and forgets every carry and borrow.
+
+    Args:
+        prompt: Of an arithmetic example.
+
+    >>> answer_without_carries("123+456="), answer_without_carries("158+264=")
+    ('579', '312')
+    >>> answer_without_carries("42-17="), answer_without_carries("38*4=")
+    ('35', '22')
+    """
+    left, operator, right = re.fullmatch(r"([0-9]+)([-+*])([0-9]+)=", prompt).groups()  # type: ignore[union-attr]
+    width = max(len(left), len(right))
+    # The one-digit factor of a product meets every digit; terms meet place by place.
+    right = right * width if operator == "*" else right.zfill(width)
+    work = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[operator]
+    digits = zip(left.zfill(width), right, strict=True)
+    return str(int("".join(str(work(int(x), int(y)) % 10) for x, y in digits)))
 
 
 def arithmetic_task(difficulty: int, num_validation: int = 256, seed: int = 0) -> Task:

@@ -1,0 +1,255 @@
+"""Comparing algorithms: what is planned, how runs go side by side, and what a failure says."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.engine import tiny_recipe
+
+from proxstep import cli
+from proxstep.errors import ProxstepError
+from proxstep.lab import compare
+from proxstep.lab.compare import Job, check_output, plan, run_jobs
+from proxstep.lab.runs import find_runs, load_samples
+from proxstep.recipes import load_recipe
+from proxstep.runfolder import RunFolder
+
+TINY = """\
+algorithm: reinforce
+steps: 2
+device: cpu
+model: {name: embedded, warmup_score: 0.0}
+task: {name: arithmetic, difficulty: 1, num_validation: 4}
+rollout: {num_prompts: 2, num_generations: 2, max_completion_length: 3}
+evaluation: {num_probe_prompts: 2}
+"""
+RECORD = {"step": 3, "reward": 0.5, "score": None, "seconds_step": 0.1}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poll often; the processes of these tests end at once."""
+    sleep = time.sleep
+    monkeypatch.setattr("proxstep.lab.compare.time.sleep", lambda seconds: sleep(0.01))
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, programs: dict[str, str]) -> list[str]:
+    """Let the jobs of an algorithm run a program instead of training; return the order of starts.
+
+    The program finds its run folder, already made, as sys.argv[1].
+    """
+    started: list[str] = []
+
+    def start(job: Job) -> subprocess.Popen[bytes]:
+        job.folder.mkdir(parents=True)
+        started.append(job.folder.name)
+        program = programs[job.recipe.algorithm]
+        with job.log.open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-S", "-c", program, str(job.folder)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    monkeypatch.setattr(compare, "_start", start)
+    return started
+
+
+def jobs_of(tmp_path: Path, *algorithms: str, seeds: int = 1) -> list[Job]:
+    recipes = [tiny_recipe(tmp_path / "unused", algorithm) for algorithm in algorithms]
+    return plan(recipes, seeds, tmp_path / "out")
+
+
+def pipe() -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, width=200), file
+
+
+def test_every_algorithm_is_planned_with_every_seed_seed_by_seed(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "reinforce", "isopo+opo", seeds=3)
+    assert [job.folder.name for job in jobs] == [
+        f"{algorithm}-seed{seed}" for seed in range(3) for algorithm in ("reinforce", "isopo+opo")
+    ]
+    assert [job.recipe.seed for job in jobs] == [0, 0, 1, 1, 2, 2]
+    assert {job.state for job in jobs} == {"waiting"}
+    assert jobs[1].log == tmp_path / "out" / "isopo+opo-seed0.log"
+    same = {"seed", "output_dir"}
+    assert jobs[0].recipe.model_dump(exclude=same) == jobs[4].recipe.model_dump(exclude=same)
+
+
+def test_taken_folders_are_refused_or_cleared_of_runs_alone(tmp_path: Path) -> None:
+    check_output(tmp_path / "none", overwrite=False)
+    for name in ("opo-seed0", "opo-seed1"):
+        (tmp_path / name).mkdir()
+        RunFolder(tmp_path / name).update_info(status="finished")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(ProxstepError, match=f"output {tmp_path} already holds 2 runs: choose"):
+        check_output(tmp_path, overwrite=False)
+    assert (tmp_path / "opo-seed0" / "run.json").exists()
+    check_output(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    assert (tmp_path / "notes" / "mine.txt").exists()
+
+
+def test_the_last_record_carries_the_last_score(tmp_path: Path) -> None:
+    (job,) = jobs_of(tmp_path, "grpo")
+    assert job.last_record() == {}
+    job.folder.mkdir(parents=True)
+    lines = [json.dumps({**RECORD, "step": step}) for step in (2, 3)]
+    path = job.folder / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 0, "score": 0.25}) + "\n" + "\n".join(lines))
+    assert job.last_record() == {**RECORD, "step": 2, "score": 0.25}
+    path.write_text(path.read_text() + "\n")
+    assert job.last_record() == {**RECORD, "step": 3, "score": 0.25}
+    path.write_text("")
+    assert job.last_record() == {}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("num_parallel", [1, 2, 9])
+def test_only_so_many_run_at_a_time_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_parallel: int
+) -> None:
+    program = "import time; time.sleep(0.03)"
+    started = pretend(monkeypatch, {"grpo": program, "opo": program})
+    jobs = jobs_of(tmp_path, "grpo", "opo", seeds=2)
+    most = 0
+    advance = compare._advance
+
+    def watched(*arguments: object) -> None:
+        nonlocal most
+        advance(*arguments)  # type: ignore[arg-type]
+        most = max(most, sum(job.state == "running" for job in jobs))
+
+    monkeypatch.setattr(compare, "_advance", watched)
+    console, file = pipe()
+    run_jobs(jobs, num_parallel, console)
+    assert most == min(num_parallel, 4)
+    assert started == [job.folder.name for job in jobs]
+    assert {job.state for job in jobs} == {"done"}
+    written = file.getvalue().splitlines()
+    assert sorted(written) == sorted(
+        line
+        for job in jobs
+        for line in (f"{job.folder.name}: running", f"{job.folder.name}: done, greedy score -")
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failure_names_the_run_and_its_last_line_after_the_others_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {
+        "grpo": "print('first\\nerror: device cuda is not available here'); raise SystemExit(2)",
+        "opo": "import sys; open(sys.argv[1] + '/finished', 'w')",
+        "dro": "raise SystemExit(1)",
+    }
+    pretend(monkeypatch, programs)
+    jobs = jobs_of(tmp_path, "grpo", "opo", "dro")
+    console, file = pipe()
+    with pytest.raises(ProxstepError) as caught:
+        run_jobs(jobs, 1, console)
+    first, second = str(caught.value).splitlines()
+    assert first == (
+        "grpo-seed0 failed: error: device cuda is not available here (see "
+        f"{tmp_path}/out/grpo-seed0.log)"
+    )
+    assert second == f"dro-seed0 failed: it printed nothing (see {tmp_path}/out/dro-seed0.log)"
+    assert (tmp_path / "out" / "opo-seed0" / "finished").exists()
+    assert [job.state for job in jobs] == ["failed", "done", "failed"]
+    assert "grpo-seed0: failed\n" in file.getvalue()
+
+
+def test_ctrl_c_stops_the_running_and_starts_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import signal, sys, time\n"
+        "def stop(*_):\n    open(sys.argv[1] + '/stopped', 'w').close(); sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "open(sys.argv[1] + '/ready', 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    pretend(monkeypatch, {"grpo": program, "opo": program})
+    jobs = jobs_of(tmp_path, "grpo", "opo")
+    sleep = time.sleep
+
+    def press_ctrl_c(seconds: float) -> None:
+        while not (jobs[0].folder / "ready").exists():
+            sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("proxstep.lab.compare.time.sleep", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(jobs, 1, pipe()[0])
+    assert (jobs[0].folder / "stopped").exists()
+    assert jobs[0].process is not None
+    assert jobs[0].process.poll() == 130
+    assert jobs[1].process is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_terminal_shows_every_run_with_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = json.dumps({**RECORD, "score": 0.125})
+    program = f"import sys; print({line!r}, file=open(sys.argv[1] + '/metrics.jsonl', 'w'))"
+    pretend(monkeypatch, {"grpo": program, "isopo": program})
+    file = io.StringIO()
+    run_jobs(
+        jobs_of(tmp_path, "grpo", "isopo"),
+        1,
+        Console(file=file, force_terminal=True, width=100, color_system=None),
+    )
+    last = file.getvalue()[file.getvalue().rindex("greedy score") :].splitlines()
+    rows = [line.split() for line in last if "-seed0" in line]
+    assert rows == [
+        ["grpo-seed0", "done", "3/3", "0.500", "0.125", "0.10"],
+        ["isopo-seed0", "done", "3/3", "0.500", "0.125", "0.10"],
+    ]
+
+
+def test_two_algorithms_from_the_command_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real thing: two processes that train, one page about both."""
+    assert os.environ["PROXSTEP_CACHE"]
+    keys = ["--optimizer.learning_rate", "1e-4", "--output", "out", "--jobs", "2"]
+    command = ["compare", "tiny.yaml", "--algorithms", "grpo,isopo", "--seeds", "1", *keys]
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "grpo-seed0: done, greedy score 0." in out
+    assert "isopo-seed0: done, greedy score 0." in out
+    assert "One seed only for grpo, isopo" in out
+    assert "report: out/report.html" in out
+    runs = find_runs([here / "out"])
+    assert [(run.algorithm, run.seed, run.info["status"]) for run in runs] == [
+        ("grpo", 0, "finished"),
+        ("isopo", 0, "finished"),
+    ]
+    for run in runs:
+        recipe = load_recipe(run.path / "recipe.yaml")
+        assert recipe.optimizer.learning_rate == 1e-4
+        assert (recipe.task.difficulty, recipe.steps) == (1, 2)
+        log = run.path.with_name(f"{run.path.name}.log").read_text()
+        assert log.endswith(f"done: out/{run.path.name}\n")
+    first, second = ([sample["prompt"] for sample in load_samples(run)] for run in runs)
+    assert first == second
+    assert "isopo" in (here / "out" / "report.html").read_text()

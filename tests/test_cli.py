@@ -1,0 +1,622 @@
+"""The command line: every mistake is one message before a model is loaded, and what works works."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from proxstep import cli, session
+from proxstep.checkpoint import STATE_FILE, latest_checkpoint
+from proxstep.config import ALGORITHMS
+from proxstep.embedded import build_embedded_model
+from proxstep.interrupt import StopRequest
+from proxstep.models import quiet_transformers
+from proxstep.recipes import load_recipe
+from proxstep.runfolder import RunFolder
+from tests.test_recipes import OBJECTIVES, leaves
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+COMMANDS = ("train", "eval", "compare", "report")
+TINY = """\
+algorithm: reinforce
+steps: 2
+output_dir: run
+device: cpu
+model: {name: embedded, warmup_score: 0.0}
+task: {name: arithmetic, difficulty: 1, num_validation: 4}
+rollout: {num_prompts: 2, num_generations: 2, max_completion_length: 3}
+evaluation: {num_probe_prompts: 2}
+"""
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Local models over arithmetic's characters: with a chat template, without, without an end."""
+    quiet_transformers()
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("plain", "chat", "endless", "headless", "encoder"):
+        tokenizer, model = build_embedded_model()
+        if name == "chat":
+            tokenizer.chat_template = TEMPLATE
+        if name == "endless":
+            tokenizer.eos_token = None
+        tokenizer.save_pretrained(folder / name)
+        model.config.save_pretrained(folder / name)
+        if name in ("plain", "chat"):
+            model.save_pretrained(folder / name)  # type: ignore[operator]
+        if name == "encoder":
+            (folder / name / "config.json").write_text('{"model_type": "t5"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("embedded")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
+    """Work in an empty folder that holds tiny.yaml, a recipe of two steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROXSTEP_CACHE", str(cache))
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test where a model is loaded."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        pytest.fail(f"load_model was called with {arguments} {options}")
+
+    monkeypatch.setattr(session, "load_model", refuse)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """Run a command that succeeds and return what it printed."""
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """Run a command that is refused and return its one message."""
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.endswith("\n")
+    assert err.count("error: ") == 1
+    assert "Traceback" not in err
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+def misuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command whose own flags are wrong and return what it said."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.count("error: ") == 1
+    assert "Traceback" not in err
+    return err.partition("error: ")[2].strip()
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def table(
+    models: Path, rows: list[Any] | Path, *more: Any, model: str = "plain"
+) -> tuple[Any, ...]:
+    """Arguments of a run on rows of one's own."""
+    if isinstance(rows, list):
+        rows = jsonl(Path("rows.jsonl"), rows)
+    keys = {
+        "task.name": "table",
+        "task.train": rows,
+        "task.num_validation": 2,
+        "model.name": models / model,
+    }
+    return ("train", "tiny.yaml", *(f"--{key}={value}" for key, value in keys.items()), *more)
+
+
+def sums(number: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(number)]
+
+
+def chats(number: int) -> list[dict[str, Any]]:
+    return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in sums(number)]
+
+
+# Mistakes in what is typed
+
+
+@pytest.mark.usefixtures("unloaded")
+class TestMistakesOnTheCommandLine:
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["train"], "which recipe? Try proxstep train recipes/arithmetic.yaml"),
+            (["train", "--dry-run"], "which recipe?"),
+            (["train", "none.yaml"], "none.yaml: no such recipe file; recipes/ has examples"),
+            (["train", "."], ".: no such recipe file"),
+            (["eval", "none"], "none: no such recipe file"),
+            (["compare", "none.yaml", "--algorithms", "opo"], "none.yaml: no such recipe file"),
+            (["train", "tiny.yaml", "more"], "'more' is not expected here; recipe keys are"),
+            (["train", "tiny.yaml", "-s", "3"], "'-s' is not expected here"),
+            (["train", "tiny.yaml", "--steps"], "--steps has no value; recipe keys are written"),
+            (["train", "tiny.yaml", "--stps", "3"], "unknown key stps; did you mean steps?"),
+            (["train", "tiny.yaml", "--steps", "ten"], "steps: input should be a valid integer"),
+            (["train", "tiny.yaml", "--optimizer", "3"], "optimizer: input should be a valid dict"),
+            (
+                ["train", "tiny.yaml", "--optimizer.learning_rat=1e-5"],
+                "unknown key optimizer.learning_rat; did you mean learning_rate?",
+            ),
+            (["eval", "tiny.yaml", "--difficulty", "1"], "unknown key difficulty"),
+            (["train", "tiny.yaml", "--algorithm", "grop"], "did you mean grpo?"),
+            (["train", "tiny.yaml", "--algorithm", "isopo+dapo"], "geometry.rule isopo with"),
+            (
+                ["train", "tiny.yaml", "--rollout.num_generations", "1"],
+                "rollout.num_generations is 1, but objective.advantage group-zscore",
+            ),
+            (
+                ["train", "tiny.yaml", "--update.num_minibatches", "4"],
+                "update.num_minibatches 4 does not divide",
+            ),
+            (
+                ["train", "tiny.yaml", "--task.name", "gsm8k"],
+                "model.name embedded knows only arithmetic's characters, not gsm8k's",
+            ),
+            (["train", "tiny.yaml", "--task.name=table"], "task.train is needed"),
+            (["compare", "tiny.yaml", "--algorithms", "opo", "--seeds", "0"], "at least 1"),
+            (["compare", "tiny.yaml", "--algorithms", ","], "needs distinct names, separated by"),
+            (["compare", "tiny.yaml", "--algorithms", "opo,opo"], "needs distinct names"),
+            (["compare", "tiny.yaml", "--algorithms", "opo,grop"], "did you mean grpo?"),
+            (["compare", "tiny.yaml", "--algorithms=opo,isopo+grpo"], "isopo with objective grpo"),
+            (["report", "x", "--fig", "a.png"], "report does not know --fig; see proxstep report"),
+            (["report", "x", "--steps", "3"], "report does not know --steps"),
+            (["report", "nowhere"], "nowhere: no such folder"),
+            (["report", "tiny.yaml"], "tiny.yaml: no such folder"),
+            (["report", "."], ".: holds no run"),
+        ],
+    )
+    def test_is_one_message(
+        self, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+    ) -> None:
+        assert complaint in mistake(capsys, *arguments)
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["compare", "tiny.yaml", "--algorithms", "opo", "--seeds"], "--seeds: expected one"),
+            (["compare", "tiny.yaml", "--algorithms", "opo", "--seeds", "two"], "'two'"),
+            (["compare", "tiny.yaml", "--algorithms", "opo", "--jobs", "x"], "'x'"),
+            (["compare", "tiny.yaml"], "--algorithms"),
+            (["train", "tiny.yaml", "--engine", "nccl"], "'nccl'"),
+            (["train", "tiny.yaml", "--resume"], "--resume: expected one"),
+            (["report"], "runs"),
+            (["eval"], "target"),
+            (["trian", "tiny.yaml"], "'trian'"),
+            ([], "command"),
+        ],
+    )
+    def test_is_one_message_for_a_commands_own_flags(
+        self, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+    ) -> None:
+        assert complaint in misuse(capsys, *arguments)
+
+    @pytest.mark.parametrize(
+        ("content", "complaint"),
+        [
+            ("- algorithm\n", "bad.yaml: a recipe is a YAML mapping of keys to values"),
+            ("algorithm: grpo\nsteps: {\nseed: 1\n", "bad.yaml, line 4: not valid YAML: "),
+            ("algorithm: grpo\nsteps: 3: 4\n", "bad.yaml, line 2: not valid YAML: "),
+            (b"\x7fELF\x02\x01\xff\xfe\x80", "bad.yaml: not a text file in UTF-8"),
+            (b"algorithm: \x01\n", "bad.yaml: not valid YAML"),
+        ],
+    )
+    def test_covers_files_that_are_no_recipes(
+        self, capsys: pytest.CaptureFixture[str], content: str | bytes, complaint: str
+    ) -> None:
+        Path("bad.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+        for command in (["train"], ["eval"], ["compare", "--algorithms=opo"]):
+            assert complaint in mistake(capsys, *command, "bad.yaml")
+
+
+# Mistakes in what a recipe names
+
+
+@pytest.mark.usefixtures("unloaded")
+class TestMistakesInData:
+    @pytest.mark.parametrize(
+        ("line", "complaint"),
+        [
+            ("", "rows.jsonl has no rows"),
+            ('{"prompt": "1+1=", "answer": "2"', "rows.jsonl, line 4: not valid JSON"),
+            ("[1, 2]", "rows.jsonl, line 4: a JSON list, not an object"),
+            ('{"prompt": "", "answer": "2"}', "rows.jsonl, line 4: column 'prompt' is empty"),
+            ('{"promt": "1+1=", "answer": "2"}', "line 4: there is no column 'prompt' (did you"),
+            ('{"prompt": "1+1=", "answer": "two"}', "line 4: the answer 'two' holds no number"),
+            ('{"prompt": [], "answer": "2"}', "line 4: column 'prompt' has no messages"),
+        ],
+    )
+    def test_are_named_with_their_line(
+        self, capsys: pytest.CaptureFixture[str], models: Path, line: str, complaint: str
+    ) -> None:
+        path = jsonl(Path("rows.jsonl"), sums(3) if line else [])
+        path.write_text(path.read_text() + line + "\n" + (path.read_text() if line else ""))
+        assert complaint in mistake(capsys, *table(models, path))
+
+    def test_cover_files_that_are_missing(
+        self, capsys: pytest.CaptureFixture[str], models: Path
+    ) -> None:
+        assert "none.jsonl is not a file" in mistake(capsys, *table(models, Path("none.jsonl")))
+        more = ("--task.validation", "gone.parquet")
+        assert "gone.parquet is not a file" in mistake(capsys, *table(models, sums(4), *more))
+
+    def test_cover_too_few_rows(self, capsys: pytest.CaptureFixture[str], models: Path) -> None:
+        assert "2 validation rows cannot be held out of 2" in mistake(
+            capsys, *table(models, sums(2))
+        )
+
+    def test_cover_chats_without_a_template(
+        self, capsys: pytest.CaptureFixture[str], models: Path
+    ) -> None:
+        message = mistake(capsys, *table(models, chats(4)))
+        assert message.startswith("the prompts are chats, but the tokenizer of model.name ")
+        assert "has no chat template: use a chat model" in message
+
+    def test_cover_chats_of_word_problems_without_a_template(
+        self, capsys: pytest.CaptureFixture[str], models: Path
+    ) -> None:
+        rows = [{"question": f"{i}+1", "answer": f"#### {i + 1}"} for i in range(4)]
+        path = jsonl(Path("gsm.jsonl"), rows)
+        keys = ("--task.name=gsm8k", "--task.num_validation=1", f"--task.train={path}")
+        model = f"--model.name={models / 'plain'}"
+        message = mistake(
+            capsys, "train", "tiny.yaml", *keys, model, "--task.prompt_format", "chat"
+        )
+        assert "set task.prompt_format to plain" in message
+
+    def test_cover_prompts_that_are_too_long(
+        self, capsys: pytest.CaptureFixture[str], models: Path
+    ) -> None:
+        rows = [*sums(3), {"prompt": "1+1+1+1+1=", "answer": 5}, *sums(2)]
+        message = mistake(capsys, *table(models, rows, "--task.max_prompt_length", 9))
+        assert message == (
+            "task.train row 4: the prompt has 10 tokens, task.max_prompt_length is 9: raise it, or "
+            "drop the row"
+        )
+        message = mistake(
+            capsys,
+            *table(models, sums(4), "--task.max_prompt_length=9"),
+            f"--task.validation={jsonl(Path('v.jsonl'), rows[3:])}",
+        )
+        assert message.startswith("task.validation row 1: the prompt has 10 tokens")
+
+
+@pytest.mark.usefixtures("unloaded")
+class TestMistakesInWhatARecipeNames:
+    @pytest.mark.parametrize(
+        ("rewards", "complaint"),
+        [
+            ("[none.py:f]", "reward 'none.py:f': the file none.py does not exist; check the path"),
+            ("[rewards.py:lenght]", "has no function 'lenght' (did you mean 'length'?)"),
+            ("[rewards.py:LIMIT]", "reward 'rewards.py:LIMIT' is a int"),
+            ("[broken.py:f]", "cannot import broken.py (expected ':'"),
+            ("[exact_mtch]", "is unknown (did you mean 'exact_match'?)"),
+            ("[no_such_package.rewards:f]", "cannot import 'no_such_package.rewards'"),
+            ("[':f']", "is incomplete; write FILE.py:FUNCTION"),
+        ],
+    )
+    def test_rewards(
+        self, capsys: pytest.CaptureFixture[str], models: Path, rewards: str, complaint: str
+    ) -> None:
+        Path("rewards.py").write_text(
+            "LIMIT = 3\ndef length(prompts, completions, **columns):\n    return [0] * 4\n"
+        )
+        Path("broken.py").write_text("def f(x)\n    return 1\n")
+        message = mistake(capsys, *table(models, sums(4), "--task.rewards", rewards))
+        assert complaint in message
+
+    @pytest.mark.parametrize(
+        ("device", "complaint"),
+        [
+            ("cuda:99", "device cuda:99 is not available here; use auto or cpu"),
+            ("meta", "device meta is not available here"),
+            ("gpu", "device 'gpu' is not one of auto, cpu, cuda, cuda:N, mps"),
+        ],
+    )
+    def test_devices(self, capsys: pytest.CaptureFixture[str], device: str, complaint: str) -> None:
+        assert complaint in mistake(capsys, "train", "tiny.yaml", "--device", device)
+        assert complaint in mistake(capsys, "eval", "tiny.yaml", "--device", device)
+
+    @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+    def test_trackers(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tracker: str
+    ) -> None:
+        module = "torch.utils.tensorboard" if tracker == "tensorboard" else tracker
+        monkeypatch.setitem(sys.modules, module, None)
+        message = mistake(capsys, "train", "tiny.yaml", "--logging.tracker", tracker)
+        assert message == (
+            f"logging.tracker {tracker} is not installed: pip install {tracker}, or set "
+            "logging.tracker to none"
+        )
+        assert not Path("run").exists()
+
+    def test_models(self, capsys: pytest.CaptureFixture[str], models: Path) -> None:
+        def with_model(name: Any) -> str:
+            keys = table(models, sums(4), "--model.name", name)
+            return mistake(capsys, *keys)
+
+        Path("empty").mkdir()
+        for folder in ("empty", "./none", "no/such/folder"):
+            expected = f"model.name {folder}: no config.json there; give a folder that save_pretr"
+            assert with_model(folder).startswith(expected)
+        message = with_model("nobody/nothing-of-that-name")
+        assert message.startswith("model.name nobody/nothing-of-that-name: no tokenizer could be")
+        assert message.endswith("check the name and the network, or give a local folder")
+        assert "has no end-of-sequence token" in with_model(models / "endless")
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "complaint"),
+    [
+        ("plain", ["--model.lora.target_modules", "[zzz]"], "model.lora: Target modules {'zzz'}"),
+        ("plain", ["--model.lora.target_modules", "zzz"], "model.lora: Target modules zzz not"),
+        ("headless", [], "no causal language model could be loaded"),
+        ("encoder", [], "no causal language model could be loaded"),
+    ],
+)
+def test_what_only_the_model_itself_can_tell(
+    capsys: pytest.CaptureFixture[str], models: Path, model: str, keys: list[str], complaint: str
+) -> None:
+    assert complaint in mistake(capsys, *table(models, sums(4), *keys, model=model))
+    assert not Path("run").exists()
+
+
+# Output folders
+
+
+@pytest.mark.usefixtures("unloaded")
+class TestOutputFolders:
+    def test_that_hold_other_files_are_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("run").mkdir()
+        Path("run/notes.txt").write_text("mine")
+        message = mistake(capsys, "train", "tiny.yaml")
+        assert message == "output_dir run exists and is not a run: choose another folder"
+        assert Path("run/notes.txt").read_text() == "mine"
+
+    def test_that_are_files_are_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        message = mistake(capsys, "train", "tiny.yaml", "--output_dir", "tiny.yaml")
+        assert "output_dir tiny.yaml exists and is not a run" in message
+        assert Path("tiny.yaml").read_text() == TINY
+
+    def test_that_hold_a_run_are_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        make_run(Path("run"))
+        message = mistake(capsys, "train", "tiny.yaml")
+        assert message == (
+            "output_dir run already holds a run: choose another, continue it with --resume, or "
+            "delete it with --overwrite"
+        )
+        make_run(Path("compared/opo-seed0"))
+        keys = ("--algorithms=opo", "--output=compared")
+        message = mistake(capsys, "compare", "tiny.yaml", *keys)
+        assert message.startswith("output compared already holds 1 run")
+        assert Path("compared/opo-seed0/run.json").exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["--resume", "nowhere"], "nowhere: not a run folder, it has no recipe.yaml"),
+            (["--resume", "tiny.yaml"], "tiny.yaml: not a run folder, it has no recipe.yaml"),
+            (["--resume", "run"], "run: no checkpoint there; a run writes one when it ends or is"),
+            (["tiny.yaml", "--resume", "run"], "give neither a recipe nor keys"),
+            (["--resume", "run", "--steps=9"], "give neither a recipe nor keys"),
+        ],
+    )
+    def test_that_cannot_be_resumed(
+        self, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+    ) -> None:
+        make_run(Path("run"))
+        assert complaint in mistake(capsys, "train", *arguments)
+
+    def test_with_a_damaged_state_cannot_be_resumed(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        make_run(Path("run"))
+        state = Path("run/checkpoints/step-000001") / STATE_FILE
+        state.parent.mkdir(parents=True)
+        state.write_bytes(b"PK\x03\x04 and then nothing")
+        assert f"{state}: cannot be read" in mistake(capsys, "train", "--resume", "run")
+
+    def test_that_cannot_be_evaluated(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("folder").mkdir()
+        assert "folder: not a run folder" in mistake(capsys, "eval", "folder")
+        make_run(Path("run"))
+        assert "run: no checkpoint there" in mistake(capsys, "eval", "run")
+        assert "unknown key x" in mistake(capsys, "eval", "run", "--x", "3")
+        make_run(Path("run"), recipe="algorithm: [")
+        assert "run/recipe.yaml, line" in mistake(capsys, "eval", "run")
+
+    def test_that_cannot_be_reported(self, capsys: pytest.CaptureFixture[str]) -> None:
+        make_run(Path("run"))
+        Path("run/metrics.jsonl").write_text("")
+        assert "run/metrics.jsonl: no step yet" in mistake(capsys, "report", "run")
+        Path("run/run.json").write_text("{")
+        assert "run/run.json: not valid JSON" in mistake(capsys, "report", "run")
+
+
+def make_run(path: Path, recipe: str = f"{TINY}seed: 0\n") -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "recipe.yaml").write_text(recipe)
+    RunFolder(path).update_info(status="running")
+
+
+# What works
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "isopo+opo"])
+def test_a_dry_run_prints_the_recipe_and_touches_nothing(
+    capsys: pytest.CaptureFixture[str], here: Path, algorithm: str
+) -> None:
+    overrides = [("algorithm", algorithm), ("optimizer.learning_rate", "1e-6"), ("seed", "7")]
+    words = [word for key, value in overrides for word in (f"--{key}", value)]
+    printed = run(capsys, "train", "tiny.yaml", "--dry-run", *words)
+    assert sorted(path.name for path in here.iterdir()) == ["tiny.yaml"]
+    Path("printed.yaml").write_text(printed)
+    assert load_recipe("printed.yaml") == load_recipe("tiny.yaml", overrides)
+    assert run(capsys, "train", "printed.yaml", "--dry-run") == printed
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_passes_a_dry_run_from_anywhere(
+    capsys: pytest.CaptureFixture[str], path: Path
+) -> None:
+    printed = run(capsys, "train", path, "--dry-run")
+    assert yaml.safe_load(printed)["algorithm"] == load_recipe(path).algorithm
+    for line in path.read_text().splitlines():  # the examples in the comments name real keys
+        words = line.lstrip("# ").rstrip("\\").split()
+        keys = [word[2:] for word in words if word.startswith("--") and "." in word]
+        known = set(leaves(load_recipe(path).model_dump()))
+        assert set(keys) <= known, line
+
+
+def test_keys_lists_every_key(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    printed = run(capsys, "train", "--keys")
+    listed = {line.split()[0].removeprefix("--") for line in printed.splitlines()[1:]}
+    for objective in OBJECTIVES:
+        recipe = load_recipe("tiny.yaml", [("algorithm", objective)])
+        assert set(leaves(recipe.model_dump())) - {"objective.name"} <= listed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    assert f"examples:\n  proxstep {command} " in out
+    assert ("--objective.mu 2.0" in out) == (command != "report")
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument, expected in (("--help", "{train,eval,compare,report}"), ("--version", "proxst")):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([argument])
+        assert stop.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: None if name == "pydantic" else find(name)
+    )
+    message = mistake(capsys, "train", "tiny.yaml")
+    assert message == 'pydantic is missing: pip install "proxstep[train]"'
+
+
+def test_train_eval_report_and_again(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(capsys, "train", "tiny.yaml", "--logging.tracker=tensorboard")
+    assert printed.endswith("done: run\n")
+    assert "\x1b" not in printed
+    assert [line.split()[:2] for line in printed.splitlines() if line.startswith("step")] == [
+        ["step", str(step)] for step in (0, 1, 2)
+    ]
+    assert json.loads(Path("run/run.json").read_text())["status"] == "finished"
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
+    assert latest_checkpoint(Path("run")).name == "step-000002"
+    assert list(Path("run").glob("events.out.tfevents.*"))
+    recipe = load_recipe("tiny.yaml", [("logging.tracker", "tensorboard")])
+    assert load_recipe("run/recipe.yaml") == recipe
+
+    assert mistake(capsys, "train", "--resume", "run") == (
+        "run: the run is finished, at step 2 of 2"
+    )
+
+    printed = run(capsys, "eval", "run", "--output", "scored.jsonl")
+    assert printed.startswith("greedy score 0.")
+    assert "on 4 prompts of arithmetic" in printed
+    assert printed.endswith("run/checkpoints/step-000002\n")
+    rows = [json.loads(line) for line in Path("scored.jsonl").read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"prompt", "completion", "answer", "reward"}] * 4
+
+    printed = run(capsys, "eval", "tiny.yaml", "--task.num_validation", "3")
+    assert "on 3 prompts of arithmetic" in printed
+    assert printed.endswith("embedded\n")
+
+    printed = run(capsys, "report", "run", "--output", "pages/run.html", "--figure", "run.svg")
+    assert "reinforce" in printed
+    assert "report: pages/run.html" in printed
+    assert Path("pages/run.html").read_text().startswith("<!doctype html")
+    assert "<svg" in Path("run.svg").read_text()
+
+    before = Path("run/run.json").read_bytes()
+    assert "already holds a run" in mistake(capsys, "train", "tiny.yaml")
+    assert Path("run/run.json").read_bytes() == before
+    run(capsys, "train", "tiny.yaml", "--overwrite", "--algorithm=isopo", "--steps=1")
+    assert latest_checkpoint(Path("run")).name == "step-000001"
+    assert not list(Path("run").glob("events.out.tfevents.*"))
+    assert load_recipe("run/recipe.yaml").algorithm == "isopo"
+
+
+def test_chats_go_through_the_template(capsys: pytest.CaptureFixture[str], models: Path) -> None:
+    run(capsys, *table(models, chats(4), "--steps=1", model="chat"))
+    sample = json.loads(Path("run/samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"] == [{"role": "user", "content": "2+1="}]
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(StopRequest, "made", True)
+        assert cli.main(["train", "tiny.yaml"]) == 130
+    out, err = capsys.readouterr()
+    advice = "interrupted; the run is complete up to here: proxstep train --resume run"
+    assert (out.splitlines()[-1], err) == (advice, "")
+    assert json.loads(Path("run/run.json").read_text())["status"] == "interrupted"
+    assert run(capsys, "train", "--resume", "run").endswith("done: run\n")
+    assert latest_checkpoint(Path("run")).name == "step-000002"
+
+
+def test_a_second_ctrl_c_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "train", stop)
+    assert cli.main(["train", "tiny.yaml"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_the_first_warm_up_is_announced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
+    monkeypatch.setenv("PROXSTEP_CACHE", str(here / "cache"))
+    first = run(capsys, "train", "tiny.yaml", "--steps=1")
+    assert first.startswith("warming the embedded model up")
+    second = run(capsys, "train", "tiny.yaml", "--steps=1", "--overwrite")
+    assert "warming" not in second

@@ -1,0 +1,131 @@
+"""What a person sees: plain lines in logs and pipes, a live table in a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from proxstep.console import (
+    COLUMNS,
+    NUM_SHOWN,
+    PlainProgress,
+    TerminalProgress,
+    cell,
+    make_progress,
+)
+from proxstep.recipes import resolve
+from proxstep.schema import FIELDS
+
+RECIPE = resolve({"algorithm": "isopo+opo", "steps": 40}, {}, "test")
+
+
+def record(step: int, **measured: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "reward": 0.5,
+        "entropy": 1.2345,
+        "grad_norm": 0.012345,
+        "completions_mean_length": 4.25,
+        "seconds_step": 0.126,
+        **measured,
+    }
+
+
+EVALUATED = {"score": 0.25, "kl_policy_initial": 0.012345, "kl_initial_policy": 0.054321}
+
+
+def plain(console: Console) -> str:
+    """What a console wrote, without the codes that move the cursor and color."""
+    assert isinstance(console.file, io.StringIO)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+
+
+def terminal(width: int = 120) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, height=40)
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Console:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return Console(file=io.StringIO(), width=40)
+
+
+def test_every_column_is_a_field_of_the_schema() -> None:
+    assert set(COLUMNS) <= set(FIELDS)
+
+
+def test_a_cell_is_formatted_or_a_dash() -> None:
+    measured = record(3, **EVALUATED)
+    cells = [cell(measured, name) for name in COLUMNS]
+    assert cells == ["3", "0.500", "0.250", "0.0123", "0.0543", "1.234", "0.0123", "4.2", "0.13"]
+    assert cell({"score": None}, "score") == cell({}, "reward") == "-"
+    assert cell({"reward": float("nan")}, "reward") == "nan"
+
+
+def test_the_place_decides_what_is_shown(pipe: Console) -> None:
+    assert isinstance(make_progress(pipe), PlainProgress)
+    assert isinstance(make_progress(terminal()), TerminalProgress)
+
+
+def test_plain_lines_have_no_codes_and_are_never_wrapped(pipe: Console) -> None:
+    progress = make_progress(pipe)
+    progress.begin(RECIPE)
+    progress.record(record(0, **EVALUATED))
+    progress.record(record(1, score=None))
+    progress.end()
+    assert isinstance(pipe.file, io.StringIO)
+    written = pipe.file.getvalue()
+    assert "\x1b" not in written
+    assert "\r" not in written
+    first, second, third = written.splitlines()
+    assert first == "isopo+opo on arithmetic, 40 steps"
+    assert second.startswith("step 0  reward 0.500  greedy score 0.250  KL(policy‖initial) 0.0123")
+    assert third == (
+        "step 1  reward 0.500  entropy 1.234  grad norm 0.0123  length 4.2  s/step 0.13"
+    )
+
+
+def test_a_terminal_gets_a_table_and_a_bar() -> None:
+    console = terminal()
+    progress = make_progress(console)
+    progress.begin(RECIPE)
+    progress.record(record(0, **EVALUATED))
+    for step in range(1, 4):
+        progress.record(record(step, score=None))
+    progress.end()
+    text = plain(console)
+    for heading, _ in COLUMNS.values():
+        assert heading in text
+    last = text[text.rindex("step  ") :].splitlines()
+    rows = [line.split() for line in last if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["0", "3"]
+    assert rows[0][1:5] == ["0.500", "0.250", "0.0123", "0.0543"]
+    assert rows[1][1:5] == ["0.500", "-", "-", "-"]
+    assert "isopo+opo on arithmetic" in last[-1]
+    assert "3/40 steps" in last[-1]
+
+
+def test_the_table_keeps_the_last_evaluations() -> None:
+    console = terminal()
+    progress = make_progress(console)
+    progress.begin(RECIPE)
+    for step in range(NUM_SHOWN + 4):
+        progress.record(record(step, **EVALUATED))
+        progress.record(record(step, score=None, reward=0.125))
+    progress.end()
+    text = plain(console)
+    last = text[text.rindex("step  ") :].splitlines()
+    steps = [int(line.split()[0]) for line in last if line.strip()[:1].isdigit()]
+    assert len(steps) == NUM_SHOWN
+    assert steps[-2:] == [NUM_SHOWN + 3, NUM_SHOWN + 3]
+
+
+@pytest.mark.parametrize("console", [terminal(), Console(file=io.StringIO())])
+def test_ending_before_the_beginning_is_fine(console: Console) -> None:
+    """A mistake in the data is found between the two."""
+    make_progress(console).end()
