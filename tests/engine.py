@@ -18,6 +18,9 @@ class Silent:
     def begin(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
+    def note(self, text: str) -> None:
+        pass
+
     def record(self, record: Any) -> None:
         self.records.append(dict(record))
 

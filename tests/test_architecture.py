@@ -14,6 +14,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("masked", "metrics", "advantages", "losses", "rewards"),
     ("isopo", "tasks"),
     ("config",),
+    ("explain", "yamlfile"),
     ("recipes", "algorithm", "rollout", "data", "checkpoint", "tracking"),
     ("supervised",),
     ("embedded",),

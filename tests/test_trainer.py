@@ -124,7 +124,9 @@ def test_microbatches_do_not_change_the_step(tmp_path: Path, algorithm: str) -> 
         update = {"microbatch_size": size, "num_minibatches": 2, "num_iterations": 2}
         session.train(tiny_recipe(tmp_path / name, algorithm, steps=1, update=update), Silent())
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "split")
-    start = load_file(Path(session.model_source(tiny_recipe(tmp_path / "x"))) / "model.safetensors")
+    start = load_file(
+        Path(session.model_source(tiny_recipe(tmp_path / "x"), print)) / "model.safetensors"
+    )
     for name in a:
         moved = (a[name] - start[name]).norm()
         assert (a[name] - b[name]).norm() <= 2e-2 * moved, name
@@ -145,7 +147,7 @@ def test_equal_rewards_leave_a_plain_sgd_policy_as_it_was(tmp_path: Path) -> Non
         optimizer={"name": "sgd", "learning_rate": 1.0},
     )
     session.train(recipe, Silent())
-    source = load_file(Path(session.model_source(recipe)) / "model.safetensors")
+    source = load_file(Path(session.model_source(recipe, print)) / "model.safetensors")
     after = weights(tmp_path / "run")
     assert all(torch.equal(source[name], after[name]) for name in after)
     last = records(tmp_path / "run")[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,16 @@ from torch import nn
 from proxstep.errors import ProxstepError
 
 STATE_FILE = "trainer_state.pt"
+STATE_KEYS = {
+    "step",
+    "num_updates",
+    "num_sequences",
+    "elapsed_seconds",
+    "optimizer",
+    "schedule",
+    "isopo",
+    "probe",
+}
 
 
 def save_checkpoint(
@@ -43,7 +54,7 @@ def save_checkpoint(
     if final.exists():
         shutil.rmtree(final)
     os.replace(scratch, final)
-    for other in checkpoints(folder):
+    for other in [*checkpoints(folder), *parent.glob("*.incomplete")]:
         if other != final:
             shutil.rmtree(other)
     return final
@@ -79,8 +90,14 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / STATE_FILE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ProxstepError(
-            f"{path}: cannot be read ({type(error).__name__}); use an older checkpoint"
-        ) from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = type(error).__name__
+    else:
+        if isinstance(state, dict) and set(state) >= STATE_KEYS:
+            return state
+        reason = "it is not a trainer's state"
+    raise ProxstepError(
+        f"{path}: cannot be read ({reason}), so the run cannot be continued; the model beside it "
+        "may still load, as model.name of a new run"
+    )

@@ -7,9 +7,10 @@ import importlib.util
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from proxstep import __version__
 from proxstep.errors import ProxstepError
@@ -53,6 +54,13 @@ examples:
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ProxstepError(f"{message}; see {self.prog} --help")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -62,15 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 2 for a mistake in the input, 130 after Ctrl-C.
     """
-    arguments, rest = _parser().parse_known_args(argv)
-    for package in ("pydantic", "yaml", "rich", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            sys.stderr.write(f'error: {package} is missing: pip install "proxstep[train]"\n')
-            return 2
-    from rich.console import Console
-
     try:
-        return arguments.run(arguments, _overrides(rest, arguments), Console())
+        own, overrides = _split(list(sys.argv[1:] if argv is None else argv))
+        arguments = _parser().parse_args(own)
+        for package in ("pydantic", "yaml", "rich", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise ProxstepError(f'{package} is missing: pip install "proxstep[train]"')
+        from rich.console import Console
+
+        return arguments.run(arguments, overrides, Console())
     except ProxstepError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -79,8 +87,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return a command's own arguments, and the recipe keys with their values among the others."""
+    if not argv or not TAKES_KEYS.get(argv[0]):
+        return argv, []
+    commands: Any = _parser()._subparsers
+    known = commands._group_actions[0].choices[argv[0]]._option_string_actions
+    own, pairs, waiting = [argv[0]], [], argv[1:]
+    while waiting:
+        word = waiting.pop(0)
+        option, equals, value = word.partition("=")
+        if option in known or not word.startswith("--"):
+            own.append(word)
+            if option in known and not equals and known[option].nargs != 0 and waiting:
+                own.append(waiting.pop(0))
+            continue
+        if not equals:
+            if not waiting:
+                raise ProxstepError(f"{word} has no value; recipe keys are written --key value")
+            value = waiting.pop(0)
+        pairs.append((option[2:], value))
+    return own, pairs
+
+
+TAKES_KEYS = {"train": True, "eval": True, "compare": True, "report": False}
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="proxstep",
         description="Proximal policy steps for language models: ISOPO, OPO and their baselines.",
         allow_abbrev=False,
@@ -88,18 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"proxstep {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(
-        name: str, summary: str, run: Any, *, overrides: bool = True
-    ) -> argparse.ArgumentParser:
+    def add(name: str, summary: str, run: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
-            epilog=EXAMPLES[name] + ("\n" + OVERRIDES if overrides else ""),
+            epilog=EXAMPLES[name] + ("\n" + OVERRIDES if TAKES_KEYS[name] else ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.set_defaults(run=run, takes_overrides=overrides)
+        command.set_defaults(run=run)
         return command
 
     train = add("train", "train a policy by a recipe", _train)
@@ -135,35 +167,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--overwrite", action="store_true", help="delete the runs in that folder")
 
-    report = add("report", "write a page with the curves of runs", _report, overrides=False)
+    report = add("report", "write a page with the curves of runs", _report)
     report.add_argument("runs", nargs="+", help="run folders, or folders of them")
     report.add_argument(
         "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
     )
     report.add_argument("--figure", type=Path, help="also draw the curves to this PNG or SVG file")
     return parser
-
-
-def _overrides(rest: Sequence[str], arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    """Return the recipe keys among the arguments that the command itself does not know."""
-    if rest and not arguments.takes_overrides:
-        raise ProxstepError(
-            f"{arguments.command} does not know {rest[0]}; see proxstep {arguments.command} --help"
-        )
-    pairs, waiting = [], list(rest)
-    while waiting:
-        word = waiting.pop(0)
-        if not word.startswith("--"):
-            raise ProxstepError(
-                f"{word!r} is not expected here; recipe keys are written --key value"
-            )
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not waiting:
-                raise ProxstepError(f"--{key} has no value; recipe keys are written --key value")
-            value = waiting.pop(0)
-        pairs.append((key, value))
-    return pairs
 
 
 def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
@@ -176,10 +186,8 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], cons
         return 0
     progress = make_progress(console)
     if arguments.resume:
-        if arguments.recipe or overrides:
-            raise ProxstepError(
-                "--resume continues a run by its own recipe: give neither a recipe nor keys"
-            )
+        if arguments.recipe or overrides or arguments.dry_run or arguments.overwrite:
+            raise ProxstepError("--resume continues a run by its own recipe: give nothing else")
         folder = arguments.resume
         begin = lambda: session.resume(folder, progress)  # noqa: E731
     else:
@@ -190,7 +198,6 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], cons
             console.out(dump_recipe(recipe), end="", highlight=False)
             return 0
         folder = recipe.output_dir
-        _warm_up(recipe, console)
         begin = lambda: session.train(recipe, progress, overwrite=arguments.overwrite)  # noqa: E731
     try:
         status = begin()
@@ -208,7 +215,9 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], cons
 def _eval(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
     from proxstep import session
     from proxstep.checkpoint import latest_checkpoint
+    from proxstep.console import make_progress
     from proxstep.recipes import load_recipe
+    from proxstep.runfolder import check_file
 
     checkpoint = None
     if Path(arguments.target).is_dir():
@@ -217,7 +226,13 @@ def _eval(arguments: argparse.Namespace, overrides: list[tuple[str, str]], conso
         checkpoint = latest_checkpoint(Path(arguments.target))
     else:
         recipe = load_recipe(arguments.target, overrides)
-    result, validation = session.evaluate(recipe, checkpoint)
+    if arguments.output:
+        check_file(arguments.output, "--output")
+    progress = make_progress(console)
+    try:
+        result, validation = session.evaluate(recipe, checkpoint, progress)
+    finally:
+        progress.end()
     error = (max(result.score * (1 - result.score), 0) / len(validation)) ** 0.5
     console.out(
         f"greedy score {result.score:.4f} +- {error:.4f} (binomial standard error) on "
@@ -240,24 +255,41 @@ def _eval(arguments: argparse.Namespace, overrides: list[tuple[str, str]], conso
 
 
 def _compare(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+    from proxstep import session
+    from proxstep.console import make_progress
     from proxstep.lab.compare import check_output, plan, run_jobs
+    from proxstep.models import model_source, pick_device
     from proxstep.recipes import load_recipe
+    from proxstep.runfolder import check_folder
 
     names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ProxstepError("--algorithms needs distinct names, separated by commas")
-    if arguments.seeds < 1:
-        raise ProxstepError("--seeds must be at least 1")
+    for name, number in (("--seeds", arguments.seeds), ("--jobs", arguments.jobs)):
+        if number is not None and number < 1:
+            raise ProxstepError(f"{name} must be at least 1, got {number}")
+    for key, _ in overrides:
+        if key in COMPARED:
+            raise ProxstepError(f"--{key} does not go with compare: use {COMPARED[key]}")
     recipes = [load_recipe(arguments.recipe, [*overrides, ("algorithm", name)]) for name in names]
+    check_folder(arguments.output, "--output")
     check_output(arguments.output, overwrite=arguments.overwrite)
-    _warm_up(recipes[0], console)
-    on_cpu = recipes[0].device in ("auto", "cpu")
+    progress = make_progress(console)
+    try:
+        for recipe in recipes:
+            session.check(recipe)
+        model_source(recipes[0], progress.note)  # once, before the runs would all do it
+    finally:
+        progress.end()
+    on_cpu = pick_device(recipes[0].device).type == "cpu"
     num_parallel = arguments.jobs or (os.cpu_count() or 1 if on_cpu else 1)
     jobs = plan(recipes, arguments.seeds, arguments.output)
     run_jobs(jobs, num_parallel, console)
-    return _summarize(
-        [str(job.folder) for job in jobs], arguments.output / "report.html", None, console
-    )
+    paths = [str(job.folder) for job in jobs]
+    return _summarize(paths, arguments.output / "report.html", None, console)
+
+
+COMPARED = {"algorithm": "--algorithms", "seed": "--seeds", "output_dir": "--output"}
 
 
 def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
@@ -269,7 +301,13 @@ def _summarize(paths: Sequence[str], page: Path, figure: Path | None, console: A
     from proxstep.lab.plots import overview_figure
     from proxstep.lab.report import comparison_table, summarize, write_report
     from proxstep.lab.runs import fairness_notes, find_runs
+    from proxstep.runfolder import check_file
 
+    for path, name in ((page, "--output"), (figure, "--figure")):
+        if path is not None:
+            check_file(path, name)
+    if figure is not None and figure.suffix not in FIGURE_TYPES:
+        raise ProxstepError(f"--figure {figure} must end in one of {', '.join(FIGURE_TYPES)}")
     runs = find_runs(paths)
     console.print(comparison_table(summarize(runs)))
     for note in fairness_notes(runs):
@@ -282,36 +320,12 @@ def _summarize(paths: Sequence[str], page: Path, figure: Path | None, console: A
     return 0
 
 
-def _warm_up(recipe: Any, console: Any) -> None:
-    """Warm the embedded model up where it is not cached, and say so: it takes a minute."""
-    from proxstep.embedded import ensure_embedded_model, is_cached
-    from proxstep.models import quiet_transformers
-
-    difficulty, score = recipe.task.difficulty, recipe.model.warmup_score
-    if recipe.model.name != "embedded" or is_cached(difficulty, score):
-        return
-    quiet_transformers()
-    console.out(
-        f"warming the embedded model up, once, on difficulty {difficulty} "
-        f"by a careless teacher, until {score:.0%} of its answers are right or merely careless"
-    )
-    with console.status("warm-up") as status:
-
-        def report(step: int, reached: float) -> None:
-            status.update(f"step {step}: {reached:.0%}")
-
-        ensure_embedded_model(difficulty, score, report)
+FIGURE_TYPES = (".png", ".svg", ".pdf")
 
 
 def _print_keys(console: Any) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+    from proxstep.explain import describe_keys
 
-    from proxstep.recipes import describe_keys
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("key", "type", "default", "what it does"):
-        table.add_column(heading, overflow="fold")
     for key, kind, default, text in describe_keys():
-        table.add_row(*map(escape, (f"--{key}", kind, default, text)))
-    console.print(table)
+        console.out(f"--{key}  ({kind}; default {default})", highlight=False)
+        console.out(textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    "))

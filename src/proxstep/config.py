@@ -21,6 +21,7 @@ AggregationName = Literal[
     "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
 ]
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _default_of(function: Callable[..., Any], name: str) -> Any:
@@ -36,7 +37,7 @@ def _mode_of(objective: str) -> Any:
 class Section(BaseModel):
     """A part of the recipe: immutable, without unknown keys, and strict about types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Lora(Section):
@@ -109,6 +110,7 @@ class TaskSection(Section):
     )
     rewards: list[str] | None = Field(
         default=None,
+        min_length=1,
         description="Reward functions: numeric_answer, exact_match or FILE.py:FUNCTION with TRL's "
         "signature; null for the task's own. The first is the validation score.",
     )
@@ -127,7 +129,9 @@ class ReinforceSection(_Objective):
     """Policy gradient without ratio and clipping."""
 
     name: Literal["reinforce"]
-    loss_agg_mode: AggregationName = _mode_of("reinforce")
+    loss_agg_mode: AggregationName = Field(
+        default=_mode_of("reinforce"), description="How token values become one loss."
+    )
 
 
 class GrpoSection(_Objective):
@@ -144,7 +148,9 @@ class GrpoSection(_Objective):
         ge=0,
         description="Ratios are clipped at 1 + this.",
     )
-    loss_agg_mode: AggregationName = _mode_of("grpo")
+    loss_agg_mode: AggregationName = Field(
+        default=_mode_of("grpo"), description="How token values become one loss."
+    )
 
 
 class DapoSection(_Objective):
@@ -161,7 +167,9 @@ class DapoSection(_Objective):
         ge=0,
         description="Ratios are clipped at 1 + this.",
     )
-    loss_agg_mode: AggregationName = _mode_of("dapo")
+    loss_agg_mode: AggregationName = Field(
+        default=_mode_of("dapo"), description="How token values become one loss."
+    )
 
 
 class GspoSection(_Objective):
@@ -178,7 +186,9 @@ class GspoSection(_Objective):
         ge=0,
         description="Ratios are clipped at 1 + this.",
     )
-    loss_agg_mode: AggregationName = _mode_of("gspo")
+    loss_agg_mode: AggregationName = Field(
+        default=_mode_of("gspo"), description="How token values become one loss."
+    )
 
 
 class CispoSection(_Objective):
@@ -195,7 +205,9 @@ class CispoSection(_Objective):
         ge=0,
         description="Weights are clipped at 1 + this.",
     )
-    loss_agg_mode: AggregationName = _mode_of("cispo")
+    loss_agg_mode: AggregationName = Field(
+        default=_mode_of("cispo"), description="How token values become one loss."
+    )
 
 
 class DroSection(_Objective):
@@ -205,7 +217,9 @@ class DroSection(_Objective):
     beta: float = Field(
         default=_default_of(LOSSES["dro"].loss, "beta"), gt=0, description="Weight of the penalty."
     )
-    loss_agg_mode: AggregationName = _mode_of("dro")
+    loss_agg_mode: AggregationName = Field(
+        default=_mode_of("dro"), description="How token values become one loss."
+    )
 
 
 class OpoSection(_Objective):
@@ -350,9 +364,9 @@ class OptimizerSection(Section):
     """The optimizer."""
 
     name: Literal["adamw", "sgd"] = Field(default="adamw", description="From torch.optim.")
-    learning_rate: float = Field(default=1e-6, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(default=1e-6, gt=0, le=1e4, description="Peak learning rate.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled for adamw.")
-    betas: list[float] = Field(
+    betas: list[Share] = Field(
         default=[0.9, 0.999], min_length=2, max_length=2, description="adamw."
     )
     eps: float = Field(default=1e-8, gt=0, description="adamw.")
@@ -435,7 +449,7 @@ class Recipe(Section):
     algorithm: str = Field(
         description="An objective, a preset of ISOPO on REINFORCE, or RULE+OBJECTIVE (isopo+opo)."
     )
-    seed: int = Field(default=0, ge=0, description="Of everything random.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Of everything random.")
     steps: Positive = Field(default=100, description="Rollout steps.")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")
     output_dir: str = Field(default="runs/latest", description="The run folder.")
@@ -452,12 +466,15 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
         rollout, update = self.rollout, self.update
-        if rollout.num_generations == 1 and self.objective.advantage in ADVANTAGES_OF_GROUPS:
+        compares = self.objective.advantage in ADVANTAGES_OF_GROUPS
+        if rollout.num_generations == 1 and (compares or isinstance(self.objective, OpoSection)):
+            what = f"objective.advantage {self.objective.advantage}" if compares else "opo"
             raise ValueError(
-                f"rollout.num_generations is 1, but objective.advantage {self.objective.advantage} "
-                f"compares the "
-                "completions of a prompt: use at least 2, or batch-normalized advantages"
+                f"rollout.num_generations is 1, but {what} compares the completions of a prompt: "
+                "use at least 2" + (", or batch-normalized advantages" if compares else "")
             )
+        if rollout.num_generations * rollout.num_prompts == 1:
+            raise ValueError("one completion per step has nothing to be compared with: sample more")
         if rollout.num_prompts % update.num_minibatches:
             raise ValueError(
                 f"update.num_minibatches {update.num_minibatches} does not divide "

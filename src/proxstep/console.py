@@ -15,15 +15,15 @@ from proxstep.config import Recipe
 COLUMNS: dict[str, tuple[str, str]] = {
     "step": ("step", "d"),
     "reward": ("reward", ".3f"),
-    "score": ("greedy score", ".3f"),
-    "kl_policy_initial": ("KL(policy‖initial)", ".4f"),
-    "kl_initial_policy": ("KL(initial‖policy)", ".4f"),
+    "score": ("greedy", ".3f"),
+    "kl_policy_initial": ("KL(π‖π₀)", ".4f"),
+    "kl_initial_policy": ("KL(π₀‖π)", ".4f"),
     "entropy": ("entropy", ".3f"),
-    "grad_norm": ("grad norm", ".3g"),
+    "grad_norm": ("|grad|", ".3g"),
     "completions_mean_length": ("length", ".1f"),
     "seconds_step": ("s/step", ".2f"),
 }
-"""Field of the metrics: heading and format."""
+"""Field of the metrics: heading and format; π is the policy, π₀ the initial one."""
 NUM_SHOWN = 12
 
 
@@ -53,9 +53,16 @@ class TerminalProgress:
         )
         self._rows: list[Mapping[str, Any]] = []
         self._live = Live(console=console, auto_refresh=False, transient=False)
+        self._status = console.status("")
+
+    def note(self, text: str) -> None:
+        """Show what goes on before the run begins, in place."""
+        self._status.start()
+        self._status.update(text)
 
     def begin(self, recipe: Recipe) -> None:
         """Draw the empty table."""
+        self._status.stop()
         self._task = self._bar.add_task(
             f"{recipe.algorithm} on {recipe.task.name}", total=recipe.steps
         )
@@ -71,6 +78,7 @@ class TerminalProgress:
 
     def end(self) -> None:
         """Leave the last state on the screen."""
+        self._status.stop()
         self._live.stop()
 
     def _table(self) -> Table:
@@ -91,6 +99,10 @@ class PlainProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+
+    def note(self, text: str) -> None:
+        """Write a line."""
+        self._console.out(text)
 
     def begin(self, recipe: Recipe) -> None:
         """Say what runs."""

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jinja2
 import torch
 
 from proxstep.config import Recipe
 from proxstep.errors import ProxstepError
-from proxstep.rewards import RewardFunction, RewardTable, load_reward, score_completions
+from proxstep.rewards import (
+    RewardFunction,
+    RewardTable,
+    check_rewards,
+    load_reward,
+    score_completions,
+)
 from proxstep.tasks import Example, Task, reward_columns
 
 
@@ -53,23 +60,40 @@ class Prompts:
             self._functions, self._weights, prompts, answers, reward_columns(examples)
         )
 
-    def check_lengths(self, limit: int, where: str) -> None:
-        """Refuse prompts that are empty or longer than the limit, in tokens.
+    def check(self, limit: int, where: str) -> None:
+        """Refuse prompts that do not fit the tokenizer, are empty, or are longer than the limit.
+
+        Args:
+            limit: In tokens.
+            where: What to call these prompts in the message.
 
         Raises:
             ProxstepError: Naming the first such row.
         """
         if not isinstance(self.examples, list | tuple):
             return  # a procedural task's prompts are short by construction
-        for row in range(len(self)):
-            length = len(self.tokens(row))
+        for row, example in enumerate(self.examples):
+            place = f"{where} row {row + 1}"
+            if not isinstance(example.prompt, str) and self._tokenizer.chat_template is None:
+                raise ProxstepError(
+                    f"{place}: the prompt is a chat, but the model's tokenizer has no chat "
+                    "template: use a chat model, or give prompts as strings (for gsm8k and svamp: "
+                    "task.prompt_format plain)"
+                )
+            try:
+                length = len(self.tokens(row))
+            except (jinja2.TemplateError, ValueError, TypeError) as error:
+                raise ProxstepError(
+                    f"{place}: the tokenizer's chat template refuses this prompt: {error}"
+                ) from None
             if length == 0:
-                raise ProxstepError(f"{where} row {row + 1}: the prompt has no tokens")
+                raise ProxstepError(
+                    f"{place}: the prompt has no tokens; is the tokenizer of model.name complete?"
+                )
             if length > limit:
                 raise ProxstepError(
-                    f"{where} row {row + 1}: the prompt has {length} tokens, "
-                    f"task.max_prompt_length is {limit}: raise "
-                    "it, or drop the row"
+                    f"{place}: the prompt has {length} tokens, task.max_prompt_length is {limit}: "
+                    "raise it, or drop the row"
                 )
 
 
@@ -81,31 +105,30 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[in
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def load_rewards(recipe: Recipe, task: Task) -> tuple[list[RewardFunction], list[float]]:
+    """Return the reward functions and their weights.
+
+    Raises:
+        ProxstepError: If one cannot be loaded, or does not accept the task's columns.
+    """
+    functions = [load_reward(spec) for spec in recipe.task.rewards or task.rewards]
+    weights = recipe.task.reward_weights or [1.0] * len(functions)
+    check_rewards(functions, weights, reward_columns([task.train[0]]))
+    return functions, weights
+
+
 def load_prompts(recipe: Recipe, tokenizer: Any, task: Task) -> tuple[Prompts, Prompts]:
     """Return the training and the validation prompts of a task.
 
     Raises:
         ProxstepError: If a reward cannot be loaded, or a prompt does not fit the tokenizer.
     """
-    specs = recipe.task.rewards or list(task.rewards)
-    functions = [load_reward(spec) for spec in specs]
-    weights = recipe.task.reward_weights or [1.0] * len(functions)
-    _check_chat_template(tokenizer, task.train, recipe.model.name)
-    train = Prompts(task.train, tokenizer, functions, weights)
-    validation = Prompts(task.validation, tokenizer, functions, weights)
-    train.check_lengths(recipe.task.max_prompt_length, "task.train")
-    validation.check_lengths(recipe.task.max_prompt_length, "task.validation")
+    rewards = load_rewards(recipe, task)
+    train = Prompts(task.train, tokenizer, *rewards)
+    validation = Prompts(task.validation, tokenizer, *rewards)
+    train.check(recipe.task.max_prompt_length, "task.train")
+    validation.check(recipe.task.max_prompt_length, "task.validation")
     return train, validation
-
-
-def _check_chat_template(tokenizer: Any, examples: Sequence[Example], name: str) -> None:
-    if isinstance(examples[0].prompt, str) or tokenizer.chat_template is not None:
-        return
-    raise ProxstepError(
-        f"the prompts are chats, but the tokenizer of model.name {name} has no chat template: use "
-        f"a chat model, set "
-        "task.prompt_format to plain, or give prompts as strings"
-    )
 
 
 def step_rows(num_rows: int, num_per_step: int, step: int, seed: int) -> list[int]:

@@ -59,14 +59,14 @@ def _folder(difficulty: int, score: float) -> Path:
 
 
 def ensure_embedded_model(
-    difficulty: int, score: float, report: Callable[[int, float], None] | None = None
+    difficulty: int, score: float, note: Callable[[str], None] = lambda text: None
 ) -> Path:
     """Return the folder of the embedded model for a difficulty; warm it up if it is not cached.
 
     Args:
         difficulty: Of the arithmetic task, 1 to 5.
         score: Share of right or careless answers at which the warm-up stops; 0 for none.
-        report: Called with the steps done and the share reached.
+        note: Called with what goes on, in words.
 
     Returns:
         A folder that `from_pretrained` loads, model and tokenizer.
@@ -80,7 +80,8 @@ def ensure_embedded_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer, model = build_embedded_model()
     if score > 0:
-        warm_up(model, tokenizer, difficulty, score, report)
+        note(f"warming the embedded model up for difficulty {difficulty}, once, to {score:.0%}")
+        warm_up(model, tokenizer, difficulty, score, note)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(scratch)  # type: ignore[operator]
     tokenizer.save_pretrained(scratch)
@@ -128,7 +129,7 @@ def warm_up(
     tokenizer: Any,
     difficulty: int,
     score: float,
-    report: Callable[[int, float], None] | None = None,
+    note: Callable[[str], None],
 ) -> None:
     """Train on a careless teacher's answers until the model gives either kind of answer often.
 
@@ -137,7 +138,7 @@ def warm_up(
         tokenizer: Its tokenizer.
         difficulty: Of the arithmetic task.
         score: Share of sampled answers, right or careless, at which the cool-down begins.
-        report: Called with the steps done and the share reached.
+        note: Called with what goes on, in words.
 
     Raises:
         ProxstepError: If the share is not reached in 3,000 steps.
@@ -166,8 +167,7 @@ def warm_up(
         if reached < score and (step + 1) % _STEPS_BETWEEN_TESTS == 0:
             reached = _sampled_score(model, tokenizer, tested)
             reached_at = step + 1 if reached >= score else _MAX_STEPS
-            if report is not None:
-                report(step + 1, reached)
+            note(f"warm-up step {step + 1}: {reached:.0%} of the answers are right or careless")
     raise ProxstepError(
         f"the embedded model reached {reached:.2f} after {_MAX_STEPS} warm-up steps on difficulty "
         f"{difficulty}: lower model.warmup_score, or task.difficulty"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from proxstep.config import Lora, Recipe
@@ -38,13 +40,23 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def model_source(recipe: Recipe) -> str:
-    """Return the hub name or path to load from; warm the embedded model up if need be."""
+def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
+    """Return the hub name or path to load from; warm the embedded model up if need be.
+
+    Args:
+        recipe: The recipe.
+        note: Called with how far the warm-up is, which takes a minute or two.
+    """
     if recipe.model.name != "embedded":
-        return recipe.model.name
+        return str(Path(recipe.model.name).expanduser())
     from proxstep.embedded import ensure_embedded_model
 
-    return str(ensure_embedded_model(recipe.task.difficulty, recipe.model.warmup_score))
+    difficulty, score = recipe.task.difficulty, recipe.model.warmup_score
+    return str(ensure_embedded_model(difficulty, score, note))
+
+
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+"""What transformers raises for folders that are damaged, foreign or incomplete."""
 
 
 def load_tokenizer(source: str) -> Any:
@@ -57,14 +69,13 @@ def load_tokenizer(source: str) -> Any:
 
     _check_local(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except _LOADING_ERRORS as error:
         raise ProxstepError(_not_loaded("tokenizer", source, error)) from None
     if tokenizer.eos_token_id is None:
         raise ProxstepError(
             f"model.name {source}: its tokenizer has no end-of-sequence token, so no completion "
-            f"could end; set one "
-            "and save the tokenizer again"
+            "could end; set one and save the tokenizer again"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -80,18 +91,44 @@ def load_model(
     No code of the model's repository is run.
 
     Raises:
-        ProxstepError: If it cannot be loaded, or the adapters fit nothing in it.
+        ProxstepError: If it cannot be loaded whole, or the adapters fit nothing in it.
     """
     from transformers import AutoModelForCausalLM
 
     _check_local(source)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except _LOADING_ERRORS as error:
         raise ProxstepError(_not_loaded("causal language model", source, error)) from None
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ProxstepError(
+            f"model.name {source}: {len(missing)} of its weights are missing, such as "
+            f"{missing[0]}; they would be random. Is it a causal language model, saved completely?"
+        )
     if lora is not None:
         model = _with_lora(model, lora)
     return model.to(device)
+
+
+def load_adapters(base: nn.Module, folder: Path) -> nn.Module:
+    """Return a base model with the adapters of a checkpoint, trainable.
+
+    Raises:
+        ProxstepError: If they cannot be loaded.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)  # type: ignore[arg-type]
+    except _LOADING_ERRORS as error:
+        raise ProxstepError(_not_loaded("adapter", str(folder), error)) from None
 
 
 def _with_lora(model: Any, lora: Lora) -> nn.Module:

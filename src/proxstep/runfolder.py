@@ -31,32 +31,38 @@ class RunFolder:
         self.samples = self.path / "samples.jsonl"
         self._info = self.path / "run.json"
 
-    def check_free(self) -> None:
-        """Refuse a folder that holds a run or anything else.
+    def check_usable(self, *, overwrite: bool) -> None:
+        """Refuse a folder that holds a run, unless it is to be overwritten, or anything else.
 
         Raises:
             ProxstepError: With the ways out.
         """
-        if self._info.exists():
+        if self._info.exists() and not overwrite:
             raise ProxstepError(
                 f"output_dir {self.path} already holds a run: choose another, continue it with "
-                f"--resume, or delete it "
-                "with --overwrite"
+                "--resume, or delete it with --overwrite"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        check_folder(self.path, "output_dir")
+        if not self._info.exists() and self.path.exists() and any(self.path.iterdir()):
             raise ProxstepError(
-                f"output_dir {self.path} exists and is not a run: choose another folder"
+                f"output_dir {self.path} holds files that are no run: choose another folder"
             )
 
     def clear(self) -> None:
-        """Delete the run that the folder holds; nothing but a run is ever deleted."""
-        if self._info.exists():
-            shutil.rmtree(self.path)
+        """Delete the files of the run that the folder holds, and nothing else."""
+        if not self._info.exists():
+            return
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        for file in (self.metrics, self.samples, self.path / "recipe.yaml", self._info):
+            file.unlink(missing_ok=True)
+        for file in self.path.glob("events.out.tfevents.*"):
+            file.unlink()
 
     def create(self, recipe: Recipe, device: torch.device, num_parameters: int) -> None:
-        """Begin a run: write the resolved recipe and what it runs on."""
+        """Begin a run: delete the one before, write the recipe and what it runs on."""
         import transformers
 
+        self.clear()
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         self.update_info(
@@ -84,6 +90,31 @@ class RunFolder:
         """Append completions to samples.jsonl."""
         with self.samples.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in samples)
+
+
+def check_folder(path: Path, name: str) -> None:
+    """Refuse a path at which no folder is or can be made.
+
+    Raises:
+        ProxstepError: Calling the path by `name`.
+    """
+    for above in (path, *path.parents):
+        if above.exists():
+            if not above.is_dir():
+                raise ProxstepError(f"{name} {path}: {above} is a file; choose another folder")
+            return
+
+
+def check_file(path: Path, name: str) -> None:
+    """Refuse a path at which no file can be written, and make the folder that it lies in.
+
+    Raises:
+        ProxstepError: Calling the path by `name`.
+    """
+    check_folder(path.parent, name)
+    if path.is_dir():
+        raise ProxstepError(f"{name} {path} is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def describe_machine(device: torch.device) -> str:

@@ -10,10 +10,11 @@ from torch import nn
 
 from proxstep.checkpoint import latest_checkpoint, load_state
 from proxstep.config import Recipe
-from proxstep.data import Prompts, load_prompts
+from proxstep.data import Prompts, load_prompts, load_rewards
 from proxstep.errors import ProxstepError
 from proxstep.evaluation import GreedyResult, greedy_score
 from proxstep.models import (
+    load_adapters,
     load_model,
     load_tokenizer,
     model_source,
@@ -33,7 +34,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
     Args:
         recipe: What to do.
         progress: Who watches.
-        overwrite: Delete the run that the output folder holds.
+        overwrite: Delete the run that the output folder holds, once the new one can begin.
 
     Returns:
         "finished" or "interrupted".
@@ -42,14 +43,15 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         ProxstepError: If anything in the recipe, the data or the model is wrong.
     """
     folder = RunFolder(recipe.output_dir)
-    if not overwrite:
-        folder.check_free()
-    tokenizer, source, prompts = _prepare(recipe)
+    folder.check_usable(overwrite=overwrite)
+    check(recipe)
+    source = model_source(recipe, progress.note)
+    tokenizer, prompts = _tokenized(recipe, source)
     device = pick_device(recipe.device)
     model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
-    folder.clear()
+    trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
     folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
-    return Trainer(recipe, model, tokenizer, *prompts, folder, progress).run()
+    return trainer.run()
 
 
 def resume(path: str | Path, progress: Progress) -> str:
@@ -66,34 +68,34 @@ def resume(path: str | Path, progress: Progress) -> str:
         raise ProxstepError(
             f"{path}: the run is finished, at step {state['step']} of {recipe.steps}"
         )
-    tokenizer, source, prompts = _prepare(recipe)
+    check(recipe)
+    tokenizer, prompts = _tokenized(recipe, str(checkpoint))
     device = pick_device(recipe.device)
-    initial = None
-    if recipe.model.lora is not None:
-        model = _load_adapters(source, checkpoint, recipe, device)
-    else:
-        model = load_model(str(checkpoint), recipe.model.dtype, device)
-        if recipe.evaluation.kl_policy_initial:
-            initial = load_model(source, recipe.model.dtype, device).eval().requires_grad_(False)
+    model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
+    if recipe.evaluation.kl_policy_initial and recipe.model.lora is None:
+        source = model_source(recipe, progress.note)
+        initial = load_model(source, recipe.model.dtype, device).eval().requires_grad_(False)
     trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
     trainer.restore(state)
     return trainer.run()
 
 
-def evaluate(recipe: Recipe, checkpoint: Path | None) -> tuple[GreedyResult, Prompts]:
+def evaluate(
+    recipe: Recipe, checkpoint: Path | None, progress: Progress
+) -> tuple[GreedyResult, Prompts]:
     """Score a recipe's model, or a checkpoint of its run, greedily on the validation prompts.
 
     Raises:
         ProxstepError: If anything in the recipe, the data or the model is wrong.
     """
-    tokenizer, source, (_, validation) = _prepare(recipe)
+    check(recipe)
     device = pick_device(recipe.device)
-    if checkpoint is None:
-        model = load_model(source, recipe.model.dtype, device)
-    elif recipe.model.lora is not None:
-        model = _load_adapters(source, checkpoint, recipe, device)
+    source = str(checkpoint) if checkpoint else model_source(recipe, progress.note)
+    tokenizer, (_, validation) = _tokenized(recipe, source)
+    if checkpoint:
+        model = _load_checkpoint(recipe, checkpoint, device, progress)
     else:
-        model = load_model(str(checkpoint), recipe.model.dtype, device)
+        model = load_model(source, recipe.model.dtype, device)
     result = greedy_score(
         model,
         tokenizer,
@@ -102,6 +104,18 @@ def evaluate(recipe: Recipe, checkpoint: Path | None) -> tuple[GreedyResult, Pro
         batch_size=recipe.evaluation.batch_size,
     )
     return result, validation
+
+
+def check(recipe: Recipe) -> None:
+    """Find what is wrong with a recipe that no model is needed for.
+
+    Raises:
+        ProxstepError: If the device, the tracker, the data or the rewards are not as they must be.
+    """
+    quiet_transformers()
+    pick_device(recipe.device)
+    check_tracker(recipe.logging.tracker)
+    load_rewards(recipe, load_task(recipe, chat=False))
 
 
 def load_run_recipe(path: str | Path) -> Recipe:
@@ -113,8 +127,7 @@ def load_run_recipe(path: str | Path) -> Recipe:
     file = Path(path) / "recipe.yaml"
     if not file.is_file():
         raise ProxstepError(f"{path}: not a run folder, it has no recipe.yaml")
-    recipe = load_recipe(file)
-    return recipe.model_copy(update={"output_dir": str(path)})
+    return load_recipe(file).model_copy(update={"output_dir": str(path)})
 
 
 def load_task(recipe: Recipe, *, chat: bool) -> Task:
@@ -128,6 +141,8 @@ def load_task(recipe: Recipe, *, chat: bool) -> Task:
         ProxstepError: If the data is missing, empty or malformed.
     """
     section = recipe.task
+    if section.name == "arithmetic":
+        return arithmetic_task(section.difficulty, section.num_validation)
     if section.prompt_format != "auto":
         chat = section.prompt_format == "chat"
     options: dict[str, Any] = {
@@ -136,9 +151,10 @@ def load_task(recipe: Recipe, *, chat: bool) -> Task:
         "num_train": section.num_train,
         "num_validation": section.num_validation,
     }
-    if section.name == "arithmetic":
-        return arithmetic_task(section.difficulty, section.num_validation)
-    if section.name == "table":
+    try:
+        if section.name != "table":
+            task_of = {"gsm8k": gsm8k_task, "svamp": svamp_task}[section.name]
+            return task_of(**options, chat=chat)
         return table_task(
             **options,
             prompt_column=section.prompt_column,
@@ -148,27 +164,20 @@ def load_task(recipe: Recipe, *, chat: bool) -> Task:
             validation_split=section.validation_split,
             rewards=tuple(section.rewards or ["numeric_answer"]),
         )
-    return {"gsm8k": gsm8k_task, "svamp": svamp_task}[section.name](**options, chat=chat)
+    except ProxstepError as error:
+        raise ProxstepError(f"task.train or task.validation: {error}") from None
 
 
-def _prepare(recipe: Recipe) -> tuple[Any, str, tuple[Prompts, Prompts]]:
-    """Return the tokenizer, the model's source and the prompts, all checked."""
-    quiet_transformers()
-    pick_device(recipe.device)
-    check_tracker(recipe.logging.tracker)
-    load_task(
-        recipe, chat=False
-    )  # the data's own mistakes first: nothing else needs to be there for them
-    source = model_source(recipe)
+def _tokenized(recipe: Recipe, source: str) -> tuple[Any, tuple[Prompts, Prompts]]:
     tokenizer = load_tokenizer(source)
     task = load_task(recipe, chat=tokenizer.chat_template is not None)
-    return tokenizer, source, load_prompts(recipe, tokenizer, task)
+    return tokenizer, load_prompts(recipe, tokenizer, task)
 
 
-def _load_adapters(
-    source: str, checkpoint: Path, recipe: Recipe, device: torch.device
+def _load_checkpoint(
+    recipe: Recipe, checkpoint: Path, device: torch.device, progress: Progress
 ) -> nn.Module:
-    from peft import PeftModel
-
-    base: Any = load_model(source, recipe.model.dtype, device)
-    return PeftModel.from_pretrained(base, str(checkpoint), is_trainable=True)
+    if recipe.model.lora is None:
+        return load_model(str(checkpoint), recipe.model.dtype, device)
+    base = load_model(model_source(recipe, progress.note), recipe.model.dtype, device)
+    return load_adapters(base, checkpoint)

@@ -20,16 +20,9 @@ class MetricsLog:
 
     Args:
         path: The file; created, or continued.
-        keep_until: When a run is resumed: drop the lines of later steps, which are about to be done
-            again.
     """
 
-    def __init__(self, path: Path, keep_until: int | None = None) -> None:
-        if keep_until is not None and path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= keep_until]
-            replacement = path.with_suffix(".tmp")
-            replacement.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(replacement, path)
+    def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -50,11 +43,20 @@ class MetricsLog:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
+def drop_later_steps(path: Path, step: int) -> None:
+    """Delete the lines of later steps, and one that a kill cut off, from a file of JSON lines."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _of(line) <= step]
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(replacement, path)
+
+
+def _of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf  # a line that a kill cut off
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
 
 
 class Tracker:
@@ -80,7 +82,7 @@ class Tracker:
         numbers = {
             key: value
             for key, value in record.items()
-            if isinstance(value, int | float) and key != "step"
+            if isinstance(value, int | float) and math.isfinite(value) and key != "step"
         }
         if self._writer is not None:
             for key, value in numbers.items():

@@ -25,7 +25,7 @@ from proxstep.interrupt import stop_on_signal
 from proxstep.metrics import entropy, token_log_probs
 from proxstep.rollout import response_logits
 from proxstep.runfolder import RunFolder
-from proxstep.tracking import MetricsLog, Tracker
+from proxstep.tracking import MetricsLog, Tracker, drop_later_steps
 from proxstep.types import Tensor
 
 
@@ -34,6 +34,9 @@ class Progress(Protocol):
 
     def begin(self, recipe: Recipe) -> None:
         """A run begins, or goes on."""
+
+    def note(self, text: str) -> None:
+        """Something takes its time."""
 
     def record(self, record: Mapping[str, Any]) -> None:
         """One line of metrics was written."""
@@ -90,7 +93,10 @@ class Trainer:
         recipe = self.recipe
         self.progress.begin(recipe)
         self.folder.update_info(status="running")
-        log = MetricsLog(self.folder.metrics, keep_until=self.step if self.probe else None)
+        if self.probe is not None:  # a resumed run does what came after its checkpoint again
+            for file in (self.folder.metrics, self.folder.samples):
+                drop_later_steps(file, self.step)
+        log = MetricsLog(self.folder.metrics)
         section = recipe.logging
         tracker = Tracker(section.tracker, section.project, self.folder.path, recipe.model_dump())
         status, saved = "failed", None

@@ -3,12 +3,13 @@
 from proxstep.rewards.functions import completion_text, exact_match, numeric_answer
 from proxstep.rewards.numeric import final_number
 from proxstep.rewards.registry import BUILTIN_REWARDS, RewardFunction, load_reward, reward_name
-from proxstep.rewards.scoring import RewardTable, score_completions
+from proxstep.rewards.scoring import RewardTable, check_rewards, score_completions
 
 __all__ = [
     "BUILTIN_REWARDS",
     "RewardFunction",
     "RewardTable",
+    "check_rewards",
     "completion_text",
     "exact_match",
     "final_number",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -67,6 +67,25 @@ def score_completions(
     return RewardTable(per_function, total)
 
 
+def check_rewards(
+    functions: Sequence[RewardFunction], weights: Sequence[float], columns: Iterable[str]
+) -> None:
+    """Refuse reward functions that cannot be called on the data, without calling them.
+
+    Args:
+        functions: At least one.
+        weights: One finite weight per function.
+        columns: Names of the data's columns, besides prompts and completions.
+
+    Raises:
+        ProxstepError: The names are not distinct, the weights do not fit, or a function does not
+            accept the columns.
+    """
+    names = _checked_names(functions, weights)
+    for name, function in zip(names, functions, strict=True):
+        _bind(name, function, [], [], {column: [] for column in columns})
+
+
 def _checked_names(functions: Sequence[RewardFunction], weights: Sequence[float]) -> list[str]:
     """Return the functions' names; raise where they are not distinct or the weights do not fit."""
     if not functions:
@@ -113,6 +132,24 @@ def _call(
             f"{len(completions)} completions; return one each"
         )
     return [_checked_reward(name, index, reward) for index, reward in enumerate(rewards)]
+
+
+def _bind(
+    name: str,
+    function: RewardFunction,
+    prompts: list[Any],
+    completions: list[Any],
+    columns: dict[str, list[Any]],
+) -> inspect.BoundArguments:
+    """Return the arguments of one call; raise where the function does not accept them."""
+    try:
+        return inspect.signature(function).bind(prompts=prompts, completions=completions, **columns)
+    except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
+        raise ProxstepError(
+            f"reward function {name!r} does not accept the data's columns "
+            f"({', '.join(columns) or 'none'}): {error}; it must be "
+            "f(prompts, completions, **columns)"
+        ) from error
 
 
 def _checked_reward(name: str, index: int, reward: Any) -> float | None:
