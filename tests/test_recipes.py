@@ -17,7 +17,9 @@ from proxstep.config import ALGORITHMS, ObjectiveSection, Recipe, meaning_of, un
 from proxstep.errors import ProxstepError
 from proxstep.isopo import PRESETS
 from proxstep.losses import LOSSES
-from proxstep.recipes import describe_keys, dump_recipe, load_recipe, resolve
+from proxstep.explain import describe_keys
+from proxstep.recipes import load_recipe, resolve
+from proxstep.recipes import dump_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 OBJECTIVES = {

@@ -78,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ProxstepError(f'{package} is missing: pip install "proxstep[train]"')
         from rich.console import Console
 
-        return arguments.run(arguments, overrides, Console())
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=100)  # pipes and logs have no width: this one fits the tables
+        return arguments.run(arguments, overrides, console)
     except ProxstepError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -46,7 +46,7 @@ class Job:
     @property
     def log(self) -> Path:
         """What the process printed."""
-        return self.folder.with_name(f"{self.folder.name}.log")
+        return self.folder.parent / "logs" / f"{self.folder.name}.log"
 
     @property
     def state(self) -> str:
@@ -145,7 +145,7 @@ def _advance(jobs: Sequence[Job], num_parallel: int) -> None:
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
-    recipe = job.folder.with_name(f"{job.folder.name}.yaml")
+    recipe = job.log.with_suffix(".yaml")
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(dump_recipe(job.recipe), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
