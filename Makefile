@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench gpu clean
+.PHONY: help setup demo figure reference test test-all lint bench gpu clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,8 +21,16 @@ $(VENV)/.installed: pyproject.toml
 
 setup: $(VENV)/.installed  ## Create .venv with proxstep and its development tools
 
+DEMO := compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 2 --output outputs/demo --overwrite
+
 demo: setup  ## Train REINFORCE, GRPO, ISOPO and OPO on arithmetic; print a table, write a report page
-	$(BIN)/proxstep compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 2 --output outputs/demo --overwrite
+	$(BIN)/proxstep $(DEMO)
+
+figure: setup  ## The same, and draw the README's figure
+	$(BIN)/proxstep $(DEMO) --figure docs/figures/demo.png
+
+reference: setup  ## Write the reference pages of docs/ from the code
+	$(BIN)/python scripts/make_reference.py
 
 test: setup  ## The test suite (under 10 minutes on two cores)
 	$(BIN)/python -m pytest -q -n 2

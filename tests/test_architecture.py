@@ -13,6 +13,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("errors", "types", "schema", "clock", "interrupt"),
     ("masked", "metrics", "advantages", "losses", "rewards"),
     ("isopo", "tasks"),
+    ("sections",),
     ("config",),
     ("explain", "yamlfile"),
     ("recipes", "algorithm", "rollout", "data", "checkpoint", "tracking"),

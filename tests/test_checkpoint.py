@@ -12,6 +12,7 @@ import torch
 
 from proxstep.checkpoint import (
     STATE_FILE,
+    STATE_KEYS,
     checkpoints,
     latest_checkpoint,
     load_state,
@@ -33,10 +34,14 @@ class Saved:
             raise self.error
 
 
+def state_at(step: int) -> dict[str, Any]:
+    return {**dict.fromkeys(STATE_KEYS), "step": step}
+
+
 def save(folder: Path, step: int, text: str = "whole", **options: Any) -> Path:
     model: Any = options.get("model", Saved("model", text))
     tokenizer = options.get("tokenizer", Saved("tokenizer", text))
-    return save_checkpoint(folder, step, model, tokenizer, options.get("state", {"step": step}))
+    return save_checkpoint(folder, step, model, tokenizer, options.get("state", state_at(step)))
 
 
 def held(folder: Path) -> list[str]:
@@ -44,7 +49,11 @@ def held(folder: Path) -> list[str]:
 
 
 def test_a_checkpoint_holds_model_tokenizer_and_state(tmp_path: Path) -> None:
-    state = {"step": 3, "tensor": torch.arange(3), "nested": {"rates": [0.1, None], "name": "x"}}
+    state = {
+        **state_at(3),
+        "tensor": torch.arange(3),
+        "nested": {"rates": [0.1, None], "name": "x"},
+    }
     saved = save(tmp_path, 3, state=state)
     assert saved == tmp_path / "checkpoints" / "step-000003" == latest_checkpoint(tmp_path)
     assert sorted(path.name for path in saved.iterdir()) == ["model", "tokenizer", STATE_FILE]
@@ -73,7 +82,9 @@ def test_leftovers_of_a_crash_are_ignored_and_replaced(tmp_path: Path) -> None:
     with pytest.raises(ProxstepError, match="no checkpoint there; a run writes one when it ends"):
         latest_checkpoint(tmp_path)
     save(tmp_path, 3)
-    assert latest_checkpoint(tmp_path).name == "step-000003"
+    assert held(tmp_path) == ["step-000003"]
+    (leftover / "deep").mkdir(parents=True)
+    (leftover / "half").write_text("a file that no checkpoint has")
     saved = save(tmp_path, 4)
     assert held(tmp_path) == ["step-000004"]
     assert not (saved / "half").exists()
@@ -99,7 +110,7 @@ def test_a_save_that_fails_leaves_the_one_before(
             save(tmp_path, 2, **parts)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000001"]
     assert (latest_checkpoint(tmp_path) / "model").read_text() == "good"
-    assert load_state(latest_checkpoint(tmp_path)) == {"step": 1}
+    assert load_state(latest_checkpoint(tmp_path)) == state_at(1)
     save(tmp_path, 2)
     assert held(tmp_path) == ["step-000002"]
 
@@ -143,7 +154,7 @@ def test_a_run_without_the_folder_has_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 def test_a_state_that_was_cut_off_is_refused(tmp_path: Path, share: float) -> None:
-    path = save(tmp_path, 1, state={"step": 1, "tensor": torch.ones(100)}) / STATE_FILE
+    path = save(tmp_path, 1, state={**state_at(1), "tensor": torch.ones(100)}) / STATE_FILE
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ProxstepError, match=f"{path}: cannot be read"):
@@ -169,11 +180,36 @@ class Payload:
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_reading_a_state_never_runs_code(tmp_path: Path, writer: str) -> None:
     path = save(tmp_path, 1) / STATE_FILE
-    payload = {"step": 1, "payload": Payload(tmp_path / "was-here")}
+    payload = {**state_at(1), "payload": Payload(tmp_path / "was-here")}
     if writer == "torch":
         torch.save(payload, path)
     else:
         path.write_bytes(pickle.dumps(payload, protocol=2))
-    with pytest.raises((ProxstepError, pickle.UnpicklingError)):
+    with pytest.raises(ProxstepError, match="cannot be read"):
         load_state(path.parent)
     assert not (tmp_path / "was-here").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"garbage", b"PK\x03\x04 and then nothing", b"\x80\x02.", b"h\x01."]
+)
+def test_a_state_that_is_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / STATE_FILE).write_bytes(content)
+    with pytest.raises(ProxstepError, match=f"{STATE_FILE}: cannot be read"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("state", [None, [1], {}, {"step": 1}, torch.ones(2), set(STATE_KEYS)])
+def test_a_state_of_another_program_is_refused(tmp_path: Path, state: Any) -> None:
+    torch.save(state, tmp_path / STATE_FILE)
+    with pytest.raises(ProxstepError, match=r"cannot be read \(.*so the run cannot be continued"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("key", sorted(STATE_KEYS))
+def test_a_state_without_one_of_its_parts_is_refused(tmp_path: Path, key: str) -> None:
+    state = state_at(1)
+    del state[key]
+    torch.save(state, tmp_path / STATE_FILE)
+    with pytest.raises(ProxstepError, match="it is not a trainer's state"):
+        load_state(tmp_path)

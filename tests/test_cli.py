@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoTokenizer
 
-from proxstep import cli, session
+from proxstep import cli, embedded, session
 from proxstep.checkpoint import STATE_FILE, latest_checkpoint
 from proxstep.config import ALGORITHMS
 from proxstep.embedded import build_embedded_model
+from proxstep.explain import OBJECTIVES
 from proxstep.interrupt import StopRequest
 from proxstep.models import quiet_transformers
 from proxstep.recipes import load_recipe
 from proxstep.runfolder import RunFolder
-from tests.test_recipes import OBJECTIVES, leaves
+from tests.test_recipes import leaves
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 COMMANDS = ("train", "eval", "compare", "report")
@@ -100,19 +106,6 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return err.removeprefix("error: ").rstrip("\n")
 
 
-def misuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command whose own flags are wrong and return what it said."""
-    try:
-        code = cli.main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, "")
-    assert err.count("error: ") == 1
-    assert "Traceback" not in err
-    return err.partition("error: ")[2].strip()
-
-
 def jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -155,12 +148,15 @@ class TestMistakesOnTheCommandLine:
             (["train", "."], ".: no such recipe file"),
             (["eval", "none"], "none: no such recipe file"),
             (["compare", "none.yaml", "--algorithms", "opo"], "none.yaml: no such recipe file"),
-            (["train", "tiny.yaml", "more"], "'more' is not expected here; recipe keys are"),
-            (["train", "tiny.yaml", "-s", "3"], "'-s' is not expected here"),
+            (["train", "tiny.yaml", "more"], "unrecognized arguments: more; see proxstep"),
+            (["train", "tiny.yaml", "-s", "3"], "unrecognized arguments: -s 3"),
             (["train", "tiny.yaml", "--steps"], "--steps has no value; recipe keys are written"),
             (["train", "tiny.yaml", "--stps", "3"], "unknown key stps; did you mean steps?"),
             (["train", "tiny.yaml", "--steps", "ten"], "steps: input should be a valid integer"),
-            (["train", "tiny.yaml", "--optimizer", "3"], "optimizer: input should be a valid dict"),
+            (
+                ["train", "tiny.yaml", "--optimizer", "3"],
+                "optimizer: expected keys and values, got 3",
+            ),
             (
                 ["train", "tiny.yaml", "--optimizer.learning_rat=1e-5"],
                 "unknown key optimizer.learning_rat; did you mean learning_rate?",
@@ -186,37 +182,52 @@ class TestMistakesOnTheCommandLine:
             (["compare", "tiny.yaml", "--algorithms", "opo,opo"], "needs distinct names"),
             (["compare", "tiny.yaml", "--algorithms", "opo,grop"], "did you mean grpo?"),
             (["compare", "tiny.yaml", "--algorithms=opo,isopo+grpo"], "isopo with objective grpo"),
-            (["report", "x", "--fig", "a.png"], "report does not know --fig; see proxstep report"),
-            (["report", "x", "--steps", "3"], "report does not know --steps"),
+            (["report", "x", "--fig", "a.png"], "unrecognized arguments: --fig a.png; see"),
+            (["report", "x", "--steps", "3"], "unrecognized arguments: --steps 3"),
             (["report", "nowhere"], "nowhere: no such folder"),
             (["report", "tiny.yaml"], "tiny.yaml: no such folder"),
             (["report", "."], ".: holds no run"),
+            (
+                ["train", "tiny.yaml", "--steps="],
+                "steps: input should be a valid integer, got None",
+            ),
+            (
+                ["train", "tiny.yaml", "--objective.mu=1"],
+                "unknown key objective.mu (known here: ad",
+            ),
+            (["train", "tiny.yaml", "--engine", "nccl"], "'nccl'"),
+            (["train", "tiny.yaml", "--resume"], "--resume: expected one"),
+            (["train", "--steps", "5", "nowhere.yaml"], "nowhere.yaml: no such recipe file"),
+            (["train", "--steps", "5"], "which recipe?"),
+            (["eval"], "the following arguments are required: target; see proxstep eval --help"),
+            (["compare", "tiny.yaml"], "are required: --algorithms; see proxstep compare --help"),
+            (["compare", "tiny.yaml", "--algorithms=opo", "--seeds"], "--seeds: expected one"),
+            (["compare", "tiny.yaml", "--algorithms=opo", "--seeds", "two"], "value: 'two'; see"),
+            (["compare", "tiny.yaml", "--algorithms=opo", "--jobs", "x"], "value: 'x'; see"),
+            (
+                ["compare", "tiny.yaml", "--algorithms=opo", "--jobs", "0"],
+                "--jobs must be at least",
+            ),
+            (
+                ["compare", "tiny.yaml", "--algorithms=opo", "--jobs=-1"],
+                "--jobs must be at least 1",
+            ),
+            (["compare", "tiny.yaml", "--algorithms=opo", "--seed=1"], "--seed does not go with"),
+            (["compare", "tiny.yaml", "--algorithms=opo", "--algorithm=dro"], "use --algorithms"),
+            (["compare", "tiny.yaml", "--algorithms=opo", "--output_dir=x"], "use --output"),
+            (
+                ["compare", "tiny.yaml", "--algorithms=opo", "--output=tiny.yaml"],
+                "is a file; choose",
+            ),
+            (["report"], "the following arguments are required: runs; see proxstep report --help"),
+            (["trian", "tiny.yaml"], "invalid choice: 'trian'"),
+            ([], "the following arguments are required: command; see proxstep --help"),
         ],
     )
     def test_is_one_message(
         self, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
     ) -> None:
         assert complaint in mistake(capsys, *arguments)
-
-    @pytest.mark.parametrize(
-        ("arguments", "complaint"),
-        [
-            (["compare", "tiny.yaml", "--algorithms", "opo", "--seeds"], "--seeds: expected one"),
-            (["compare", "tiny.yaml", "--algorithms", "opo", "--seeds", "two"], "'two'"),
-            (["compare", "tiny.yaml", "--algorithms", "opo", "--jobs", "x"], "'x'"),
-            (["compare", "tiny.yaml"], "--algorithms"),
-            (["train", "tiny.yaml", "--engine", "nccl"], "'nccl'"),
-            (["train", "tiny.yaml", "--resume"], "--resume: expected one"),
-            (["report"], "runs"),
-            (["eval"], "target"),
-            (["trian", "tiny.yaml"], "'trian'"),
-            ([], "command"),
-        ],
-    )
-    def test_is_one_message_for_a_commands_own_flags(
-        self, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
-    ) -> None:
-        assert complaint in misuse(capsys, *arguments)
 
     @pytest.mark.parametrize(
         ("content", "complaint"),
@@ -276,7 +287,9 @@ class TestMistakesInData:
         self, capsys: pytest.CaptureFixture[str], models: Path
     ) -> None:
         message = mistake(capsys, *table(models, chats(4)))
-        assert message.startswith("the prompts are chats, but the tokenizer of model.name ")
+        assert message.startswith(
+            "task.train row 1: the prompt is a chat, but the model's tokenizer "
+        )
         assert "has no chat template: use a chat model" in message
 
     def test_cover_chats_of_word_problems_without_a_template(
@@ -289,7 +302,8 @@ class TestMistakesInData:
         message = mistake(
             capsys, "train", "tiny.yaml", *keys, model, "--task.prompt_format", "chat"
         )
-        assert "set task.prompt_format to plain" in message
+        assert "has no chat template: use a chat model" in message
+        assert "task.prompt_format plain" in message
 
     def test_cover_prompts_that_are_too_long(
         self, capsys: pytest.CaptureFixture[str], models: Path
@@ -396,13 +410,16 @@ class TestOutputFolders:
     def test_that_hold_other_files_are_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("run").mkdir()
         Path("run/notes.txt").write_text("mine")
-        message = mistake(capsys, "train", "tiny.yaml")
-        assert message == "output_dir run exists and is not a run: choose another folder"
+        for more in ((), ("--overwrite",)):
+            message = mistake(capsys, "train", "tiny.yaml", *more)
+            assert message == "output_dir run holds files that are no run: choose another folder"
         assert Path("run/notes.txt").read_text() == "mine"
 
     def test_that_are_files_are_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
-        message = mistake(capsys, "train", "tiny.yaml", "--output_dir", "tiny.yaml")
-        assert "output_dir tiny.yaml exists and is not a run" in message
+        for path in ("tiny.yaml", "tiny.yaml/x"):
+            for more in ((), ("--overwrite",)):
+                message = mistake(capsys, "train", "tiny.yaml", "--output_dir", path, *more)
+                assert message == f"output_dir {path}: tiny.yaml is a file; choose another folder"
         assert Path("tiny.yaml").read_text() == TINY
 
     def test_that_hold_a_run_are_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -424,8 +441,11 @@ class TestOutputFolders:
             (["--resume", "nowhere"], "nowhere: not a run folder, it has no recipe.yaml"),
             (["--resume", "tiny.yaml"], "tiny.yaml: not a run folder, it has no recipe.yaml"),
             (["--resume", "run"], "run: no checkpoint there; a run writes one when it ends or is"),
-            (["tiny.yaml", "--resume", "run"], "give neither a recipe nor keys"),
-            (["--resume", "run", "--steps=9"], "give neither a recipe nor keys"),
+            (["tiny.yaml", "--resume", "run"], "continues a run by its own recipe: give nothing"),
+            (["--resume", "run", "--steps=9"], "continues a run by its own recipe: give nothing"),
+            (["--resume", "run", "--steps", "9"], "continues a run by its own recipe: give"),
+            (["--resume", "run", "--dry-run"], "continues a run by its own recipe: give nothing"),
+            (["--resume", "run", "--overwrite"], "continues a run by its own recipe: give nothing"),
         ],
     )
     def test_that_cannot_be_resumed(
@@ -500,9 +520,13 @@ def test_every_shipped_recipe_passes_a_dry_run_from_anywhere(
 def test_keys_lists_every_key(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "40")
     printed = run(capsys, "train", "--keys")
-    listed = {line.split()[0].removeprefix("--") for line in printed.splitlines()[1:]}
+    lines = [line for line in printed.splitlines() if line.startswith("--")]
+    listed = {line.split()[0].removeprefix("--") for line in lines}
+    assert all(re.search(r"  \(.+; default .+\)$", line) for line in lines)
+    assert "--steps  (int; default 100)\n    Rollout steps.\n" in printed
+    assert "--objective.mu (opo)  (float; default 1.0)\n" in printed
     for objective in OBJECTIVES:
         recipe = load_recipe("tiny.yaml", [("algorithm", objective)])
         assert set(leaves(recipe.model_dump())) - {"objective.name"} <= listed
@@ -566,11 +590,11 @@ def test_train_eval_report_and_again(capsys: pytest.CaptureFixture[str]) -> None
     assert "on 3 prompts of arithmetic" in printed
     assert printed.endswith("embedded\n")
 
-    printed = run(capsys, "report", "run", "--output", "pages/run.html", "--figure", "run.svg")
+    printed = run(capsys, "report", "run", "--output", "pages/run.html", "--figure", "new/a.svg")
     assert "reinforce" in printed
     assert "report: pages/run.html" in printed
     assert Path("pages/run.html").read_text().startswith("<!doctype html")
-    assert "<svg" in Path("run.svg").read_text()
+    assert "<svg" in Path("new/a.svg").read_text()
 
     before = Path("run/run.json").read_bytes()
     assert "already holds a run" in mistake(capsys, "train", "tiny.yaml")
@@ -612,11 +636,280 @@ def test_a_second_ctrl_c_is_no_traceback(
     assert capsys.readouterr().err == "stopped\n"
 
 
-def test_the_first_warm_up_is_announced(
+def test_the_first_warm_up_is_announced_and_the_only_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, here: Path
 ) -> None:
+    scores = []
+
+    def warm_up(model: Any, tokenizer: Any, difficulty: int, score: float, note: Any) -> None:
+        scores.append((difficulty, score))
+        note("warm-up step 25: 30% of the answers are right or careless")
+
+    monkeypatch.setattr(embedded, "warm_up", warm_up)
     monkeypatch.setenv("PROXSTEP_CACHE", str(here / "cache"))
-    first = run(capsys, "train", "tiny.yaml", "--steps=1")
-    assert first.startswith("warming the embedded model up")
-    second = run(capsys, "train", "tiny.yaml", "--steps=1", "--overwrite")
-    assert "warming" not in second
+    keys = ("--model.warmup_score=0.3", "--steps=1")
+    first = run(capsys, "train", "tiny.yaml", *keys).splitlines()
+    assert first[:3] == [
+        "warming the embedded model up for difficulty 1, once, to 30%",
+        "warm-up step 25: 30% of the answers are right or careless",
+        "reinforce on arithmetic, 1 steps",
+    ]
+    second = run(capsys, "train", "tiny.yaml", "--overwrite", *keys).splitlines()
+    assert second[0] == first[2]
+    assert scores == [(1, 0.3)]
+
+
+# Mistakes are found first, and cost nothing
+
+
+REWARDS = """\
+def one(x):
+    return [1.0]
+
+
+def good(prompts, completions, **columns):
+    return [0.5] * len(completions)
+"""
+WRONG_REWARDS = [
+    (["--task.rewards=[r.py:one]"], "reward function 'one' does not accept the data's columns"),
+    (["--task.rewards=[exact_match,exact_match]"], "two reward functions are named 'exact_match'"),
+    (
+        ["--task.rewards=[exact_match]", "--task.reward_weights=[.nan]"],
+        "reward_weights[0]: input should be a finite number, got nan",
+    ),
+]
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize(("keys", "complaint"), WRONG_REWARDS)
+def test_rewards_are_checked_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], keys: list[str], complaint: str
+) -> None:
+    Path("r.py").write_text(REWARDS)
+    for command in (["train"], ["eval"], ["compare", "--algorithms=opo"]):
+        assert complaint in mistake(capsys, *command, "tiny.yaml", *keys)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["--task.rewards=[r.py:one]"],
+        ["--device=cuda:99"],
+        ["--model.name=./none"],
+        ["--model.lora.target_modules=[zzz]"],
+    ],
+)
+def test_overwriting_keeps_the_old_run_until_the_new_one_can_begin(
+    capsys: pytest.CaptureFixture[str], keys: list[str]
+) -> None:
+    run(capsys, "train", "tiny.yaml")
+    Path("r.py").write_text(REWARDS)
+    held = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    mistake(capsys, "train", "tiny.yaml", "--overwrite", *keys)
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == held
+    assert latest_checkpoint(Path("run")).name == "step-000002"
+
+
+@pytest.mark.parametrize("keys", [["--task.rewards=[r.py:one]"], ["--device=cuda:99"]])
+def test_comparing_again_keeps_the_old_runs_until_the_new_ones_can_begin(
+    capsys: pytest.CaptureFixture[str], keys: list[str]
+) -> None:
+    make_run(Path("compared/opo-seed0"))
+    Path("r.py").write_text(REWARDS)
+    again = ("--algorithms=opo", "--output=compared", "--overwrite")
+    mistake(capsys, "compare", "tiny.yaml", *again, *keys)
+    assert Path("compared/opo-seed0/run.json").exists()
+
+
+def test_overwriting_follows_a_link_and_leaves_it(capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(Path("elsewhere"))
+    Path("elsewhere/notes.txt").write_text("mine")
+    Path("link").symlink_to("elsewhere")
+    assert "link already holds a run" in mistake(capsys, "train", "tiny.yaml", "--output_dir=link")
+    run(capsys, "train", "tiny.yaml", "--output_dir=link", "--overwrite")
+    assert Path("link").is_symlink()
+    assert latest_checkpoint(Path("elsewhere")).name == "step-000002"
+    assert Path("elsewhere/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_checks_come_before_the_warm_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        embedded, "ensure_embedded_model", lambda *_: pytest.fail("it warms a model up")
+    )
+    make_run(Path("run"))
+    make_run(Path("compared/opo-seed0"))
+    Path("v.jsonl").write_text("")
+    for keys in (
+        [],
+        ["--output_dir=x", "--device=cuda:99"],
+        ["--output_dir=x", "--task.rewards=[none.py:f]"],
+        ["--output_dir=tiny.yaml/x"],
+    ):
+        mistake(capsys, "train", "tiny.yaml", "--task.difficulty=2", *keys)
+    for keys in (
+        ["--output=compared"],
+        ["--output=new", "--device=cuda:99"],
+        ["--output=new", "--task.rewards=[none.py:f]"],
+        ["--output=tiny.yaml"],
+    ):
+        compare = ("compare", "tiny.yaml", "--algorithms=opo", "--task.difficulty=2")
+        mistake(capsys, *compare, *keys)
+    for keys in (["--device=cuda:99"], ["--task.rewards=[none.py:f]"], ["--output=compared"]):
+        mistake(capsys, "eval", "tiny.yaml", "--task.difficulty=2", *keys)
+
+
+def test_a_checkpoint_brings_its_own_tokenizer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(capsys, "train", "tiny.yaml")
+    monkeypatch.setattr(
+        embedded, "ensure_embedded_model", lambda *_: pytest.fail("it warms a model up")
+    )
+    printed = run(capsys, "eval", "run", "--task.difficulty=2")
+    assert printed.endswith("run/checkpoints/step-000002\n")
+
+
+@pytest.mark.parametrize("state", [[1], {"step": 1}])
+def test_a_state_of_something_else_cannot_be_resumed(
+    capsys: pytest.CaptureFixture[str], state: Any
+) -> None:
+    make_run(Path("run"))
+    path = Path("run/checkpoints/step-000002") / STATE_FILE
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    assert f"{path}: cannot be read" in mistake(capsys, "train", "--resume", "run")
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_chats_anywhere_need_a_template(
+    capsys: pytest.CaptureFixture[str], models: Path, where: str
+) -> None:
+    rows, more = sums(3) + chats(3), ("--task.num_validation=1",)
+    if where == "validation":
+        rows, more = sums(4), ("--task.validation", str(jsonl(Path("v.jsonl"), sums(1) + chats(2))))
+    message = mistake(capsys, *table(models, rows, *more))
+    row = {"train": "task.train row 4", "validation": "task.validation row 2"}[where]
+    assert message.startswith(f"{row}: the prompt is a chat, but the model's tokenizer has no chat")
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_template_that_refuses_a_chat(capsys: pytest.CaptureFixture[str], models: Path) -> None:
+    shutil.copytree(models / "plain", "strict")
+    tokenizer = AutoTokenizer.from_pretrained("strict")
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    tokenizer.save_pretrained("strict")
+    message = mistake(capsys, *table(models, chats(4)), "--model.name=strict")
+    assert message == (
+        "task.train row 1: the tokenizer's chat template refuses this prompt: System role not "
+        "supported"
+    )
+
+
+def test_no_code_of_a_model_runs(
+    capsys: pytest.CaptureFixture[str], models: Path, monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(here / "modules"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\n"))
+    shutil.copytree(models / "plain", "coded")
+    own = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    config = json.loads(Path("coded/config.json").read_text())
+    config |= {"model_type": "zzz", "auto_map": own}
+    Path("coded/config.json").write_text(json.dumps(config))
+    Path("coded/mine.py").write_text("open('was-here', 'w')\n")
+    message = mistake(capsys, *table(models, sums(4)), "--model.name", "coded")
+    assert message.startswith("model.name coded: no ")
+    assert not Path("was-here").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", None),
+        ("model.safetensors", b"x" * 16),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", None),
+    ],
+)
+def test_damaged_models_are_refused(
+    capsys: pytest.CaptureFixture[str], models: Path, file: str, content: bytes | None
+) -> None:
+    path = Path(shutil.copytree(models / "plain", "damaged")) / file
+    if file == "config.json":
+        content = path.read_bytes().replace(b'"hidden_size": 128', b'"hidden_size": 64')
+        assert content != path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    message = mistake(capsys, *table(models, sums(4)), "--model.name=damaged")
+    assert "model.name" in message
+    assert not Path("run").exists()
+
+
+# Where results are written
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_scored_file_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("folder").mkdir()
+    for output, complaint in (
+        ("folder", "--output folder is a folder; name a file"),
+        ("tiny.yaml/x.jsonl", "--output tiny.yaml: tiny.yaml is a file"),
+    ):
+        assert complaint in mistake(capsys, "eval", "tiny.yaml", "--output", output)
+
+
+def test_a_scored_file_gets_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "eval", "tiny.yaml", "--output", "new/deep/scored.jsonl")
+    assert len(Path("new/deep/scored.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        (["--figure=x.foo"], "--figure x.foo must end in one of .png, .svg, .pdf"),
+        (["--figure=x"], "--figure x must end in one of"),
+        (["--figure=tiny.yaml/x.png"], "tiny.yaml is a file"),
+        (["--output=tiny.yaml/x.html"], "tiny.yaml is a file"),
+        (["--output=folder"], "--output folder is a folder; name a file"),
+    ],
+)
+def test_a_page_and_a_figure_need_a_place(
+    capsys: pytest.CaptureFixture[str], keys: list[str], complaint: str
+) -> None:
+    make_run(Path("run"))
+    Path("folder").mkdir()
+    assert complaint in mistake(capsys, "report", "run", *keys)
+    assert not Path("report.html").exists()
+    if keys[0].startswith("--figure"):
+        new = ("--algorithms=opo", "--output=new")
+        assert complaint in mistake(capsys, "compare", "tiny.yaml", *new, *keys)
+        assert not Path("new").exists()
+
+
+def test_one_gpu_runs_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("proxstep.lab.compare.run_jobs", lambda jobs, n, console: seen.append(n))
+    monkeypatch.setattr(cli, "_summarize", lambda *_: 0)
+    command = ["compare", "tiny.yaml", "--algorithms=opo"]
+    for more in (["--device=auto"], ["--device=cpu"], ["--device=auto", "--jobs=3"]):
+        assert cli.main([*command, *more]) == 0
+    assert seen == [1, 16, 3]
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_keys_may_come_before_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    after = run(capsys, "train", "tiny.yaml", "--dry-run", "--steps", "5", "--seed=3")
+    assert yaml.safe_load(after)["steps"] == 5
+    for arguments in (
+        ["--steps", "5", "tiny.yaml", "--seed=3", "--dry-run"],
+        ["--seed=3", "--dry-run", "--steps", "5", "tiny.yaml"],
+        ["--dry-run", "--engine", "local", "--seed", "3", "--steps=5", "tiny.yaml"],
+    ):
+        assert run(capsys, "train", *arguments) == after

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from typing import Any
 
 import pytest
@@ -84,10 +85,11 @@ def test_plain_lines_have_no_codes_and_are_never_wrapped(pipe: Console) -> None:
     assert "\r" not in written
     first, second, third = written.splitlines()
     assert first == "isopo+opo on arithmetic, 40 steps"
-    assert second.startswith("step 0  reward 0.500  greedy score 0.250  KL(policy‖initial) 0.0123")
-    assert third == (
-        "step 1  reward 0.500  entropy 1.234  grad norm 0.0123  length 4.2  s/step 0.13"
+    assert second == (
+        "step 0  reward 0.500  greedy 0.250  KL(π‖π₀) 0.0123  KL(π₀‖π) 0.0543  entropy 1.234  "
+        "|grad| 0.0123  length 4.2  s/step 0.13"
     )
+    assert third == ("step 1  reward 0.500  entropy 1.234  |grad| 0.0123  length 4.2  s/step 0.13")
 
 
 def test_a_terminal_gets_a_table_and_a_bar() -> None:
@@ -123,6 +125,49 @@ def test_the_table_keeps_the_last_evaluations() -> None:
     steps = [int(line.split()[0]) for line in last if line.strip()[:1].isdigit()]
     assert len(steps) == NUM_SHOWN
     assert steps[-2:] == [NUM_SHOWN + 3, NUM_SHOWN + 3]
+
+
+def test_the_table_shows_whole_numbers_at_80_columns() -> None:
+    console = terminal(80)
+    progress = make_progress(console)
+    progress.begin(RECIPE)
+    progress.record(record(100, **EVALUATED, entropy=-12.3456))
+    progress.end()
+    text = plain(console)
+    assert "…" not in text
+    last = text[text.rindex("step  ") :].splitlines()
+    assert last[0].split() == [heading for heading, _ in COLUMNS.values()]
+    expected = ["100", "0.500", "0.250", "0.0123", "0.0543", "-12.346", "0.0123", "4.2", "0.13"]
+    assert last[1].split() == expected
+    assert max(map(len, last)) <= 80
+
+
+def test_notes_are_lines_in_a_pipe(pipe: Console) -> None:
+    progress = make_progress(pipe)
+    progress.note("a note that is longer than the forty columns of this pipe")
+    progress.note("[bold]second")
+    progress.begin(RECIPE)
+    assert isinstance(pipe.file, io.StringIO)
+    assert pipe.file.getvalue().splitlines()[:2] == [
+        "a note that is longer than the forty columns of this pipe",
+        "[bold]second",
+    ]
+
+
+def test_notes_in_a_terminal_stop_when_the_run_begins_or_ends() -> None:
+    for finish in ("begin", "end"):
+        console = terminal()
+        progress = make_progress(console)
+        progress.note("first")
+        progress.note("warm-up step 25: 3%")
+        if finish == "begin":
+            progress.begin(RECIPE)
+            progress.record(record(0, **EVALUATED))
+        progress.end()
+        written = len(plain(console))
+        assert "warm-up step 25: 3%" in plain(console)
+        time.sleep(0.2)  # the status draws itself again every 80 ms
+        assert len(plain(console)) == written
 
 
 @pytest.mark.parametrize("console", [terminal(), Console(file=io.StringIO())])

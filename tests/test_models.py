@@ -6,14 +6,16 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from proxstep.config import Lora
+from proxstep.sections import Lora
 from proxstep.embedded import build_embedded_model
 from proxstep.errors import ProxstepError
 from proxstep.models import (
+    load_adapters,
     load_model,
     load_tokenizer,
     model_source,
@@ -182,11 +184,76 @@ def test_a_name_that_the_hub_does_not_know() -> None:
 def test_the_source_is_the_name_or_the_embedded_models_folder(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    notes: list[str] = []
     named = tiny_recipe(tmp_path / "run", model={"name": str(saved)})
-    assert model_source(named) == str(saved)
+    assert model_source(named, notes.append) == str(saved)
     monkeypatch.setenv("PROXSTEP_CACHE", str(tmp_path / "cache"))
-    source = Path(model_source(tiny_recipe(tmp_path / "run")))
+    source = Path(model_source(tiny_recipe(tmp_path / "run"), notes.append))
     assert source.parent == tmp_path / "cache"
     assert load_tokenizer(str(source)).decode(load_tokenizer(str(source))("1+2=")["input_ids"])
     assert load_model(str(source), "float32", CPU).config.model_type == "qwen3"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [source.name]
+    assert notes == []  # nothing to warm up, nothing to say
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("./none", "./none"),
+        ("../x/", "../x/"),
+        ("who/what", "who/what"),
+        ("~/x", "HOME/x"),
+        ("~nobody-here/x", "~nobody-here/x"),
+    ],
+)
+def test_a_path_stays_a_path(
+    name: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its dot, ./none would be a name of the hub."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = tiny_recipe(tmp_path / "run", model={"name": name})
+    assert model_source(recipe, pytest.fail) == source.replace("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_weights_that_do_not_fit_or_are_cut_off_are_refused(copied: Path, file: str) -> None:
+    if file == "config.json":
+        text = (copied / file).read_text()
+        assert '"hidden_size": 128' in text
+        (copied / file).write_text(text.replace('"hidden_size": 128', '"hidden_size": 64'))
+    else:
+        (copied / file).write_bytes((copied / file).read_bytes()[:1000])
+    with pytest.raises(ProxstepError, match=f"model.name {copied}: no causal language model could"):
+        load_model(str(copied), "float32", CPU)
+
+
+def test_weights_that_are_missing_are_named(copied: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copied / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    del weights[name]
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ProxstepError) as caught:
+        load_model(str(copied), "float32", CPU)
+    message = str(caught.value)
+    assert message.startswith(f"model.name {copied}: 1 of its weights are missing, such as {name}")
+
+
+@pytest.mark.parametrize("content", ["{}", "{", None])
+def test_a_damaged_tokenizer_is_refused(copied: Path, content: str | None) -> None:
+    (copied / "tokenizer.json").unlink()
+    if content is not None:
+        (copied / "tokenizer.json").write_text(content)
+    with pytest.raises(ProxstepError, match=f"model.name {copied}: "):
+        load_tokenizer(str(copied))
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_damaged_adapters_are_refused(saved: Path, tmp_path: Path, file: str) -> None:
+    adapted: Any = load_model(str(saved), "float32", CPU, Lora(rank=2))
+    adapted.save_pretrained(tmp_path)
+    load_adapters(load_model(str(saved), "float32", CPU), tmp_path)
+    (tmp_path / file).write_bytes(b"{")
+    with pytest.raises(ProxstepError, match=f"model.name {tmp_path}: no adapter could be loaded"):
+        load_adapters(load_model(str(saved), "float32", CPU), tmp_path)

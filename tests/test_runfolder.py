@@ -13,7 +13,7 @@ import torch
 import proxstep
 from proxstep.errors import ProxstepError
 from proxstep.recipes import load_recipe
-from proxstep.runfolder import RunFolder, describe_machine
+from proxstep.runfolder import RunFolder, check_file, describe_machine
 from tests.engine import tiny_recipe
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def test_a_new_run_says_what_it_does_and_on_what(folder: RunFolder) -> None:
     recipe = tiny_recipe(folder.path, "isopo+opo")
-    folder.check_free()
+    folder.check_usable(overwrite=False)
     folder.create(recipe, CPU, num_parameters=1234)
     assert load_recipe(folder.path / "recipe.yaml") == recipe
     info = json.loads((folder.path / "run.json").read_text())
@@ -47,49 +47,104 @@ def test_the_machine_is_described_on_one_line() -> None:
     assert "\n" not in text
 
 
-def test_an_absent_or_an_empty_folder_is_free(folder: RunFolder) -> None:
-    folder.check_free()
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_absent_or_an_empty_folder_is_usable(folder: RunFolder, overwrite: bool) -> None:
+    folder.check_usable(overwrite=overwrite)
     assert not folder.path.exists()
     folder.path.mkdir(parents=True)
-    folder.check_free()
+    folder.check_usable(overwrite=overwrite)
 
 
-def test_a_folder_with_a_run_is_not_free(folder: RunFolder) -> None:
+def test_a_folder_with_a_run_is_usable_only_to_overwrite_it(folder: RunFolder) -> None:
     folder.create(tiny_recipe(folder.path), CPU, 1)
+    held = {path: path.read_bytes() for path in folder.path.iterdir()}
     with pytest.raises(ProxstepError, match=r"already holds a run: choose another, continue it"):
-        folder.check_free()
+        folder.check_usable(overwrite=False)
+    folder.check_usable(overwrite=True)
+    assert {path: path.read_bytes() for path in folder.path.iterdir()} == held
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["recipe.yaml", ".hidden", "checkpoints/model"])
-def test_a_folder_with_anything_else_is_not_free(folder: RunFolder, name: str) -> None:
+def test_a_folder_with_anything_else_is_not_usable(
+    folder: RunFolder, name: str, overwrite: bool
+) -> None:
     file = folder.path / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    with pytest.raises(ProxstepError, match="exists and is not a run: choose another folder"):
-        folder.check_free()
+    with pytest.raises(ProxstepError, match="holds files that are no run: choose another folder"):
+        folder.check_usable(overwrite=overwrite)
+    assert file.read_text() == "mine"
 
 
-def test_a_file_is_not_free(folder: RunFolder) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("below", ["", "x", "x/y"])
+def test_neither_a_file_nor_what_is_below_one_is_usable(
+    folder: RunFolder, below: str, overwrite: bool
+) -> None:
     folder.path.parent.mkdir()
     folder.path.write_text("mine")
-    with pytest.raises(ProxstepError, match="exists and is not a run"):
-        folder.check_free()
+    path = folder.path / below
+    with pytest.raises(ProxstepError) as caught:
+        RunFolder(path).check_usable(overwrite=overwrite)
+    expected = f"output_dir {path}: {folder.path} is a file; choose another folder"
+    assert str(caught.value) == expected
 
 
 def test_clearing_deletes_a_run_and_nothing_else(folder: RunFolder) -> None:
     folder.clear()
+    assert not folder.path.exists()
     folder.create(tiny_recipe(folder.path), CPU, 1)
-    (folder.path / "checkpoints").mkdir()
+    for name in ("checkpoints/step-000001", "checkpoints/step-000002.incomplete", "figures"):
+        (folder.path / name).mkdir(parents=True)
+        (folder.path / name / "file").write_text("")
+    for name in ("metrics.jsonl", "samples.jsonl", "events.out.tfevents.1.here", "notes.txt"):
+        (folder.path / name).write_text("")
     beside = folder.path.with_name("beside.txt")
     beside.write_text("mine")
     folder.clear()
-    assert not folder.path.exists()
+    assert sorted(path.name for path in folder.path.iterdir()) == ["figures", "notes.txt"]
+    assert (folder.path / "figures" / "file").exists()
     assert beside.exists()
 
-    folder.path.mkdir()
-    (folder.path / "notes.txt").write_text("mine")
+    (folder.path / "recipe.yaml").write_text("mine")  # without run.json it is nobody's run
     folder.clear()
-    assert (folder.path / "notes.txt").read_text() == "mine"
+    assert (folder.path / "recipe.yaml").read_text() == "mine"
+
+
+def test_a_new_run_replaces_the_one_before(folder: RunFolder) -> None:
+    folder.create(tiny_recipe(folder.path, "opo"), CPU, 1)
+    folder.update_info(status="finished", mine=3)
+    folder.metrics.write_text("old")
+    (folder.path / "checkpoints" / "step-000003").mkdir(parents=True)
+    (folder.path / "notes.txt").write_text("mine")
+    recipe = tiny_recipe(folder.path, "grpo")
+    folder.create(recipe, CPU, 2)
+    names = sorted(path.name for path in folder.path.iterdir())
+    assert names == ["notes.txt", "recipe.yaml", "run.json"]
+    assert load_recipe(folder.path / "recipe.yaml") == recipe
+    assert (folder.info()["status"], folder.info()["num_parameters"]) == ("running", 2)
+    assert "mine" not in folder.info()
+
+
+@pytest.mark.parametrize("name", ["", "a/b"])
+def test_a_file_to_write_gets_its_folder(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name / "page.html"
+    check_file(file, "--output")
+    assert file.parent.is_dir()
+    assert not file.exists()
+    file.write_text("old")
+    check_file(file, "--output")
+    assert file.read_text() == "old"
+
+
+def test_where_no_file_can_be_written_none_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ProxstepError, match=f"--output {tmp_path} is a folder; name a file"):
+        check_file(tmp_path, "--output")
+    for below in ("x", "x/y"):
+        with pytest.raises(ProxstepError, match=f"{tmp_path}/file is a file; choose another"):
+            check_file(tmp_path / "file" / below, "--output")
 
 
 def test_run_json_changes_all_or_nothing(

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from proxstep import session
 from proxstep.errors import ProxstepError
 from proxstep.schema import FIELDS
-from proxstep.tracking import MetricsLog, Tracker, check_tracker
+from proxstep.tracking import MetricsLog, Tracker, check_tracker, drop_later_steps
+from proxstep.trainer import Trainer
+from tests.engine import Silent, tiny_recipe
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -103,8 +106,9 @@ def test_resuming_drops_later_steps_and_what_a_kill_cut_off(path: Path, tail: st
     kept = path.read_text().splitlines()[:3]
     with path.open("a") as file:
         file.write(tail)
-    log = MetricsLog(path, keep_until=2)
+    drop_later_steps(path, 2)
     assert path.read_text().splitlines() == kept
+    log = MetricsLog(path)
     log.write({"step": 3})
     log.close()
     assert [line["step"] for line in lines(path)] == [0, 1, 2, 3]
@@ -112,10 +116,49 @@ def test_resuming_drops_later_steps_and_what_a_kill_cut_off(path: Path, tail: st
 
 
 def test_resuming_without_a_log_begins_one(path: Path) -> None:
-    log = MetricsLog(path, keep_until=3)
+    drop_later_steps(path, 3)
+    assert not path.exists()
+    log = MetricsLog(path)
     log.write({"step": 4})
     log.close()
     assert [line["step"] for line in lines(path)] == [4]
+
+
+def test_several_lines_of_a_step_stay_together(path: Path) -> None:
+    kept = "".join(f'{{"step": {step}, "prompt": "{n}"}}\n' for step in (0, 2) for n in range(3))
+    path.write_text(kept + '{"step": 3, "prompt": "ø\u2028"}\n{"step": 3}\n', encoding="utf-8")
+    drop_later_steps(path, 2)
+    assert path.read_text(encoding="utf-8") == kept
+
+
+def test_a_killed_run_that_goes_on_repeats_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"steps": 5, "logging": {"checkpoint_every": 2}}
+    changes["evaluation"] = {"every": 1}
+    recipe = tiny_recipe(tmp_path / "killed", **changes)
+    train_step = Trainer._train_step
+
+    def kill(self: Trainer) -> dict[str, Any]:
+        record = train_step(self)
+        if self.step == 4:
+            raise RuntimeError("killed")
+        return record
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            session.train(recipe, Silent())
+    assert [line["step"] for line in lines(tmp_path / "killed/metrics.jsonl")] == [0, 1, 2, 3]
+    (tmp_path / "killed/checkpoints/step-000003.incomplete").mkdir()
+    assert session.resume(tmp_path / "killed", Silent()) == "finished"
+    assert [line["step"] for line in lines(tmp_path / "killed/metrics.jsonl")] == list(range(6))
+    assert [path.name for path in (tmp_path / "killed/checkpoints").iterdir()] == ["step-000005"]
+
+    session.train(tiny_recipe(tmp_path / "whole", **changes), Silent())
+    samples = lines(tmp_path / "killed/samples.jsonl")
+    assert [sample["step"] for sample in samples] == [step for step in range(6) for _ in range(4)]
+    assert samples == lines(tmp_path / "whole/samples.jsonl")
 
 
 # Trackers

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from proxstep.advantages import ADVANTAGES
-from proxstep.config import OpoSection, Recipe
+from proxstep.config import Recipe
 from proxstep.isopo import Isopo
 from proxstep.losses import LOSSES, Aggregation, drive, escort_weights, sequence_coefficients
+from proxstep.sections import OpoSection
 from proxstep.types import Bool, Float, Int, Tensor
 
 Metrics = dict[str, Float[Tensor, " batch"]]

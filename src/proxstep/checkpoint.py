@@ -25,6 +25,9 @@ STATE_KEYS = {
     "probe",
 }
 
+_OF_GARBAGE = (ValueError, LookupError, TypeError, AssertionError)
+"""What torch's unpickler raises besides, for bytes that are no pickle."""
+
 
 def save_checkpoint(
     folder: Path, step: int, model: nn.Module, tokenizer: Any, state: dict[str, Any]
@@ -91,7 +94,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE_FILE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, *_OF_GARBAGE) as error:
         reason = type(error).__name__
     else:
         if isinstance(state, dict) and set(state) >= STATE_KEYS:

@@ -175,7 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
     )
-    report.add_argument("--figure", type=Path, help="also draw the curves to this PNG or SVG file")
+    for command in (compare, report):
+        command.add_argument(
+            "--figure", type=Path, help="also draw the curves to this PNG, SVG or PDF file"
+        )
     return parser
 
 
@@ -276,11 +279,12 @@ def _compare(arguments: argparse.Namespace, overrides: list[tuple[str, str]], co
             raise ProxstepError(f"--{key} does not go with compare: use {COMPARED[key]}")
     recipes = [load_recipe(arguments.recipe, [*overrides, ("algorithm", name)]) for name in names]
     check_folder(arguments.output, "--output")
-    check_output(arguments.output, overwrite=arguments.overwrite)
+    _check_figure(arguments.figure)
     progress = make_progress(console)
     try:
         for recipe in recipes:
             session.check(recipe)
+        check_output(arguments.output, overwrite=arguments.overwrite)
         model_source(recipes[0], progress.note)  # once, before the runs would all do it
     finally:
         progress.end()
@@ -289,7 +293,7 @@ def _compare(arguments: argparse.Namespace, overrides: list[tuple[str, str]], co
     jobs = plan(recipes, arguments.seeds, arguments.output)
     run_jobs(jobs, num_parallel, console)
     paths = [str(job.folder) for job in jobs]
-    return _summarize(paths, arguments.output / "report.html", None, console)
+    return _summarize(paths, arguments.output / "report.html", arguments.figure, console)
 
 
 COMPARED = {"algorithm": "--algorithms", "seed": "--seeds", "output_dir": "--output"}
@@ -306,11 +310,8 @@ def _summarize(paths: Sequence[str], page: Path, figure: Path | None, console: A
     from proxstep.lab.runs import fairness_notes, find_runs
     from proxstep.runfolder import check_file
 
-    for path, name in ((page, "--output"), (figure, "--figure")):
-        if path is not None:
-            check_file(path, name)
-    if figure is not None and figure.suffix not in FIGURE_TYPES:
-        raise ProxstepError(f"--figure {figure} must end in one of {', '.join(FIGURE_TYPES)}")
+    check_file(page, "--output")
+    _check_figure(figure)
     runs = find_runs(paths)
     console.print(comparison_table(summarize(runs)))
     for note in fairness_notes(runs):
@@ -321,6 +322,16 @@ def _summarize(paths: Sequence[str], page: Path, figure: Path | None, console: A
         overview_figure(runs).savefig(figure, dpi=160)
         console.out(f"figure: {figure}")
     return 0
+
+
+def _check_figure(path: Path | None) -> None:
+    from proxstep.runfolder import check_file
+
+    if path is None:
+        return
+    if path.suffix not in FIGURE_TYPES:
+        raise ProxstepError(f"--figure {path} must end in one of {', '.join(FIGURE_TYPES)}")
+    check_file(path, "--figure")
 
 
 FIGURE_TYPES = (".png", ".svg", ".pdf")

@@ -27,6 +27,18 @@ COLUMNS: dict[str, tuple[str, str]] = {
 NUM_SHOWN = 12
 
 
+def advice(recipe: Recipe) -> str | None:
+    """Return what a reader of the run should know of its recipe beforehand, if anything."""
+    update = recipe.update
+    clips = hasattr(recipe.objective, "clip_ratio_high")
+    if clips and update.num_minibatches * update.num_iterations == 1:
+        return (
+            f"one update per rollout: every ratio is 1, so {recipe.objective.name} clips nothing "
+            "(raise update.num_minibatches or update.num_iterations)"
+        )
+    return None
+
+
 def cell(record: Mapping[str, Any], field: str) -> str:
     """Return a field's text, a dash where it was not measured."""
     value = record.get(field)
@@ -63,6 +75,8 @@ class TerminalProgress:
     def begin(self, recipe: Recipe) -> None:
         """Draw the empty table."""
         self._status.stop()
+        if text := advice(recipe):
+            self._console.print(text)
         self._task = self._bar.add_task(
             f"{recipe.algorithm} on {recipe.task.name}", total=recipe.steps
         )
@@ -107,6 +121,8 @@ class PlainProgress:
     def begin(self, recipe: Recipe) -> None:
         """Say what runs."""
         self._console.out(f"{recipe.algorithm} on {recipe.task.name}, {recipe.steps} steps")
+        if text := advice(recipe):
+            self._console.out(text)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Write one line of what was measured."""

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from proxstep.config import ObjectiveSection, Recipe
+from proxstep.config import Recipe
+from proxstep.sections import ObjectiveSection
 
 OBJECTIVES: dict[str, type[BaseModel]] = {
     get_args(section.model_fields["name"].annotation)[0]: section
@@ -76,7 +77,7 @@ def explain(error: ValidationError, source: str) -> str:
         key = ".".join(place)
         problem = str(detail["msg"]).removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
-            names = list(_names_at(place[:-1]))
+            names = list(_names_at([str(part) for part in detail["loc"][:-1]]))
             guess = nearest(place[-1], names)
             lines[key] = f"unknown key {key}{guess} (known here: {', '.join(names)})"
         elif not key:
@@ -105,7 +106,7 @@ def _place(location: Sequence[int | str]) -> list[str]:
             section = _section_in(section.model_fields[part].annotation)
         elif place == ["objective"] and part in OBJECTIVES:
             section = OBJECTIVES[part]
-        elif part.isdigit():
+        elif section is None and part.isdigit():
             place[-1] = f"{place[-1]}[{part}]"
         elif section is not None and part != section.__name__:
             place.append(part)  # an unknown key
@@ -113,11 +114,12 @@ def _place(location: Sequence[int | str]) -> list[str]:
     return place
 
 
-def _names_at(place: Sequence[str]) -> Iterable[str]:
-    """Return the keys known in the section at a place; in objective, those of every objective."""
+def _names_at(location: Sequence[str]) -> Iterable[str]:
+    """Return the keys known in the section at a location, which names the objective too."""
     section: type[BaseModel] | None = Recipe
-    for part in place:
-        if part == "objective":
-            return dict.fromkeys(name for own in OBJECTIVES.values() for name in own.model_fields)
-        section = _section_in(section.model_fields[part].annotation) if section else None
+    for part in location:
+        if section is not None and part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation)
+        else:
+            section = OBJECTIVES.get(part)
     return section.model_fields if section else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from proxstep.config import Lora, Recipe
+from proxstep.config import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.sections import Lora
 
 
 def pick_device(name: str) -> torch.device:
@@ -48,7 +50,7 @@ def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
         note: Called with how far the warm-up is, which takes a minute or two.
     """
     if recipe.model.name != "embedded":
-        return str(Path(recipe.model.name).expanduser())
+        return os.path.expanduser(recipe.model.name)  # keeps a leading ./
     from proxstep.embedded import ensure_embedded_model
 
     difficulty, score = recipe.task.difficulty, recipe.model.warmup_score

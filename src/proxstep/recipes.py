@@ -116,7 +116,9 @@ def _without_empty_sections(part: Any) -> Any:
     return {
         key: value
         for key, value in part.items()
-        if value is not None or key not in Recipe.model_fields
+        if value is not None
+        or key not in Recipe.model_fields
+        or Recipe.model_fields[key].annotation in (int, str)  # a value, not a heading
     }
 
 

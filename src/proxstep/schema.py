@@ -26,8 +26,7 @@ FIELDS: dict[str, str] = {
     "that the "
     "initial policy sampled once.",
     "kl_policy_initial": "KL(policy || initial) in nats per token, exact over the vocabulary at "
-    "each position "
-    "of this step's own samples.",
+    "each position of fresh samples of the policy's own.",
     "entropy": "Policy entropy in nats per token, exact over the vocabulary at the sampled "
     "positions.",
     "loss": "Value of the objective, summed over the step's microbatches, averaged over its "

@@ -57,6 +57,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, programs: dict[str, str]) -> list[s
 
     def start(job: Job) -> subprocess.Popen[bytes]:
         job.folder.mkdir(parents=True)
+        job.log.parent.mkdir(exist_ok=True)
         started.append(job.folder.name)
         program = programs[job.recipe.algorithm]
         with job.log.open("wb") as log:
@@ -87,7 +88,7 @@ def test_every_algorithm_is_planned_with_every_seed_seed_by_seed(tmp_path: Path)
     ]
     assert [job.recipe.seed for job in jobs] == [0, 0, 1, 1, 2, 2]
     assert {job.state for job in jobs} == {"waiting"}
-    assert jobs[1].log == tmp_path / "out" / "isopo+opo-seed0.log"
+    assert jobs[1].log == tmp_path / "out" / "logs" / "isopo+opo-seed0.log"
     same = {"seed", "output_dir"}
     assert jobs[0].recipe.model_dump(exclude=same) == jobs[4].recipe.model_dump(exclude=same)
 
@@ -103,7 +104,9 @@ def test_taken_folders_are_refused_or_cleared_of_runs_alone(tmp_path: Path) -> N
         check_output(tmp_path, overwrite=False)
     assert (tmp_path / "opo-seed0" / "run.json").exists()
     check_output(tmp_path, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    held = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert held == ["notes", "notes/mine.txt", "opo-seed0", "opo-seed1"]
+    check_output(tmp_path, overwrite=False)
     assert (tmp_path / "notes" / "mine.txt").exists()
 
 
@@ -168,9 +171,9 @@ def test_a_failure_names_the_run_and_its_last_line_after_the_others_ended(
     first, second = str(caught.value).splitlines()
     assert first == (
         "grpo-seed0 failed: error: device cuda is not available here (see "
-        f"{tmp_path}/out/grpo-seed0.log)"
+        f"{tmp_path}/out/logs/grpo-seed0.log)"
     )
-    assert second == f"dro-seed0 failed: it printed nothing (see {tmp_path}/out/dro-seed0.log)"
+    assert second == f"dro-seed0 failed: it printed nothing (see {tmp_path}/out/logs/dro-seed0.log)"
     assert (tmp_path / "out" / "opo-seed0" / "finished").exists()
     assert [job.state for job in jobs] == ["failed", "done", "failed"]
     assert "grpo-seed0: failed\n" in file.getvalue()
@@ -248,7 +251,7 @@ def test_two_algorithms_from_the_command_line(
         recipe = load_recipe(run.path / "recipe.yaml")
         assert recipe.optimizer.learning_rate == 1e-4
         assert (recipe.task.difficulty, recipe.steps) == (1, 2)
-        log = run.path.with_name(f"{run.path.name}.log").read_text()
+        log = (here / "out" / "logs" / f"{run.path.name}.log").read_text()
         assert log.endswith(f"done: out/{run.path.name}\n")
     first, second = ([sample["prompt"] for sample in load_samples(run)] for run in runs)
     assert first == second
