@@ -69,6 +69,14 @@ def test_reference_pages_are_current() -> None:
         assert (ROOT / "docs" / name).read_text() == page(), f"run make reference: {name}"
 
 
+def test_recipes_that_are_named_exist() -> None:
+    texts = [page.read_text() for page in PAGES] + list(cli.EXAMPLES.values())
+    named = {name for text in texts for name in re.findall(r"recipes/[\w-]+\.yaml", text)}
+    assert len(named) > 1
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
 def test_make_targets_of_the_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text()))

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from proxstep.sections import Lora
 from proxstep.embedded import build_embedded_model
 from proxstep.errors import ProxstepError
 from proxstep.models import (
@@ -22,6 +21,7 @@ from proxstep.models import (
     pick_device,
     quiet_transformers,
 )
+from proxstep.sections import Lora
 from tests.engine import tiny_recipe
 from tests.models import tiny_gpt2
 

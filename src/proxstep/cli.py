@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ EXAMPLES = {
 examples:
   proxstep train recipes/arithmetic.yaml
   proxstep train recipes/arithmetic.yaml --algorithm isopo-natural --output_dir runs/natural
-  proxstep train recipes/gsm8k.yaml --model.name ./my-model --task.train gsm8k_train.jsonl --dry-run
+  proxstep train recipes/gsm8k-isopo.yaml --model.name ./my-model --dry-run
   proxstep train --resume runs/natural
 
 The run folder holds recipe.yaml (every value resolved), metrics.jsonl, samples.jsonl and
@@ -35,7 +36,7 @@ Ctrl-C stops after the current step and writes a checkpoint.
     "eval": """\
 examples:
   proxstep eval runs/arithmetic                      the newest checkpoint of a run
-  proxstep eval recipes/gsm8k.yaml                   a recipe's model, before any training
+  proxstep eval recipes/gsm8k-isopo.yaml                   a recipe's model, before any training
   proxstep eval runs/arithmetic --task.difficulty 4  the same checkpoint on something harder
 """,
     "compare": """\
@@ -113,6 +114,8 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return own, pairs
 
 
+ENGINES = {"local": "proxstep.session"}
+"""Modules with `train` and `resume`, by the engine's name."""
 TAKES_KEYS = {"train": True, "eval": True, "compare": True, "report": False}
 
 
@@ -125,23 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"proxstep {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, summary: str, run: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog=EXAMPLES[name] + ("\n" + OVERRIDES if TAKES_KEYS[name] else ""),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        command.set_defaults(run=run)
-        return command
-
-    train = add("train", "train a policy by a recipe", _train)
+    train = _add_command(commands, "train", "train a policy by a recipe", _train)
     train.add_argument("recipe", nargs="?", help="a YAML file; recipes/ has examples")
     train.add_argument(
         "--engine",
-        choices=["local"],
+        choices=list(ENGINES),
         default="local",
         help="what runs the training (default: local)",
     )
@@ -152,11 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--keys", action="store_true", help="list every key of a recipe and exit")
 
-    evaluate = add("eval", "score a checkpoint or a model greedily", _eval)
+    evaluate = _add_command(commands, "eval", "score a checkpoint or a model greedily", _eval)
     evaluate.add_argument("target", help="a run folder, or a recipe")
     evaluate.add_argument("--output", type=Path, help="write the completions to this JSONL file")
 
-    compare = add("compare", "train several algorithms on one recipe and report", _compare)
+    compare = _add_command(
+        commands, "compare", "train several algorithms on one recipe and report", _compare
+    )
     compare.add_argument("recipe", help="a YAML file")
     compare.add_argument("--algorithms", required=True, help="names, separated by commas")
     compare.add_argument(
@@ -170,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--overwrite", action="store_true", help="delete the runs in that folder")
 
-    report = add("report", "write a page with the curves of runs", _report)
+    report = _add_command(commands, "report", "write a page with the curves of runs", _report)
     report.add_argument("runs", nargs="+", help="run folders, or folders of them")
     report.add_argument(
         "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
@@ -182,20 +175,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_command(commands: Any, name: str, summary: str, run: Any) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=EXAMPLES[name] + ("\n" + OVERRIDES if TAKES_KEYS[name] else ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
 def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
-    from proxstep import session
     from proxstep.console import make_progress
     from proxstep.recipes import dump_recipe, load_recipe
 
     if arguments.keys:
         _print_keys(console)
         return 0
+    engine = importlib.import_module(ENGINES[arguments.engine])
     progress = make_progress(console)
     if arguments.resume:
         if arguments.recipe or overrides or arguments.dry_run or arguments.overwrite:
             raise ProxstepError("--resume continues a run by its own recipe: give nothing else")
         folder = arguments.resume
-        begin = lambda: session.resume(folder, progress)  # noqa: E731
+        begin = lambda: engine.resume(folder, progress)  # noqa: E731
     else:
         if not arguments.recipe:
             raise ProxstepError("which recipe? Try proxstep train recipes/arithmetic.yaml")
@@ -204,7 +210,7 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], cons
             console.out(dump_recipe(recipe), end="", highlight=False)
             return 0
         folder = recipe.output_dir
-        begin = lambda: session.train(recipe, progress, overwrite=arguments.overwrite)  # noqa: E731
+        begin = lambda: engine.train(recipe, progress, overwrite=arguments.overwrite)  # noqa: E731
     try:
         status = begin()
     finally:
