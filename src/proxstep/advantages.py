@@ -239,6 +239,6 @@ def _check_pairs(name: str, groups: Groups) -> None:
     if num_single:
         raise ProxstepError(
             f"{name} compares the completions of a group, but {num_single} of "
-            f"{len(groups.size_P)} groups have only one: "
-            "set num_generations to 2 or more, or choose batch-normalized."
+            f"{len(groups.size_P)} groups have only one: set num_generations to 2 or more, or "
+            "choose batch-normalized."
         )

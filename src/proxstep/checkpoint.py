@@ -79,8 +79,7 @@ def latest_checkpoint(folder: Path) -> Path:
     if not found:
         raise ProxstepError(
             f"{folder}: no checkpoint there; a run writes one when it ends or is interrupted, and "
-            f"every "
-            "logging.checkpoint_every steps"
+            "every logging.checkpoint_every steps"
         )
     return found[-1]
 

@@ -248,9 +248,8 @@ def _eval(arguments: argparse.Namespace, overrides: list[tuple[str, str]], conso
     error = (max(result.score * (1 - result.score), 0) / len(validation)) ** 0.5
     console.out(
         f"greedy score {result.score:.4f} +- {error:.4f} (binomial standard error) on "
-        f"{len(validation)} prompts of "
-        f"{recipe.task.name}, mean length {result.mean_length:.1f} tokens, "
-        f"{checkpoint or recipe.model.name}"
+        f"{len(validation)} prompts of {recipe.task.name}, mean length {result.mean_length:.1f} "
+        f"tokens, {checkpoint or recipe.model.name}"
     )
     if arguments.output:
         rows = zip(validation.examples, result.completions, result.rewards, strict=True)

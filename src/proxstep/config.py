@@ -57,8 +57,7 @@ def undefined_composition(rule: str, objective: str) -> str | None:
     able = ", ".join(name for name, loss in LOSSES.items() if loss.level == "sequence")
     return (
         f"geometry.rule {rule} with objective {objective}: a token-level objective has no "
-        f"coefficient per sequence "
-        f"to transform; use one of {able}, or geometry.rule none"
+        f"coefficient per sequence to transform; use one of {able}, or geometry.rule none"
     )
 
 
@@ -100,8 +99,8 @@ class Recipe(Section):
         if rollout.num_prompts % update.num_minibatches:
             raise ValueError(
                 f"update.num_minibatches {update.num_minibatches} does not divide "
-                f"rollout.num_prompts "
-                f"{rollout.num_prompts}: a prompt's group stays in one minibatch"
+                f"rollout.num_prompts {rollout.num_prompts}: a prompt's group stays in one "
+                "minibatch"
             )
         if self.geometry.rule != "none":
             undefined = undefined_composition(self.geometry.rule, self.objective.name)
@@ -113,8 +112,7 @@ class Recipe(Section):
         if self.task.name != "arithmetic" and self.model.name == "embedded":
             raise ValueError(
                 f"model.name embedded knows only arithmetic's characters, not {self.task.name}'s: "
-                f"name a model of "
-                "the hub or a local folder"
+                "name a model of the hub or a local folder"
             )
         weights, rewards = self.task.reward_weights, self.task.rewards
         if weights is not None and (rewards is None or len(weights) != len(rewards)):

@@ -159,8 +159,8 @@ def _check_local(source: str) -> None:
         and not (path / "adapter_config.json").is_file()
     ):
         raise ProxstepError(
-            f"model.name {source}: no config.json there; give a folder that save_pretrained wrote, "
-            f"or a hub name"
+            f"model.name {source}: no config.json there; give a folder that save_pretrained "
+            "wrote, or a hub name"
         )
 
 
@@ -168,8 +168,7 @@ def _not_loaded(what: str, source: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"model.name {source}: no {what} could be loaded ({reason}); check the name and the "
-        f"network, or give a local "
-        "folder"
+        "network, or give a local folder"
     )
 
 

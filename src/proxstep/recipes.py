@@ -64,8 +64,7 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
             where = "algorithm" if name == algorithm else "per_algorithm"
             raise ProxstepError(
                 f"{source}: {where} {name!r} is not known{nearest(str(name), ALGORITHMS)}; choose "
-                f"one of "
-                f"{', '.join(ALGORITHMS)}, or RULE+OBJECTIVE such as isopo+opo"
+                f"one of {', '.join(ALGORITHMS)}, or RULE+OBJECTIVE such as isopo+opo"
             )
     meaning = meaning_of(algorithm) or {}
     merged = meaning

@@ -22,9 +22,8 @@ FIELDS: dict[str, str] = {
     "score": "Greedy validation score: mean of the first reward function over the validation "
     "prompts.",
     "score_mean_length": "Mean length of the greedy validation completions, in tokens.",
-    "kl_initial_policy": "KL(initial || policy) in nats per token, estimated on a frozen probe set "
-    "that the "
-    "initial policy sampled once.",
+    "kl_initial_policy": "KL(initial || policy) in nats per token, estimated on a frozen probe "
+    "set that the initial policy sampled once.",
     "kl_policy_initial": "KL(policy || initial) in nats per token, exact over the vocabulary at "
     "each position of fresh samples of the policy's own.",
     "entropy": "Policy entropy in nats per token, exact over the vocabulary at the sampled "

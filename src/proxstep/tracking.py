@@ -122,5 +122,5 @@ def _import(module: str, package: str) -> Any:
     except ImportError:
         raise ProxstepError(
             f"logging.tracker {package} is not installed: pip install {package}, or set "
-            f"logging.tracker to none"
+            "logging.tracker to none"
         ) from None

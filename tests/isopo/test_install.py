@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -45,7 +47,7 @@ def test_state_dict_types_and_values_are_untouched() -> None:
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_ordinary_and_independent(clone) -> None:
     model = tiny_qwen3()
-    Isopo(model)
+    isopo = Isopo(model)
     twin = clone(model)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -55,6 +57,7 @@ def test_copies_are_ordinary_and_independent(clone) -> None:
     assert all(p.grad is not None for p in twin.parameters())
     assert all(p.grad is None for p in model.parameters())
     Isopo(twin)
+    assert isopo.model is model  # and so still installed while all this happened
 
 
 def test_forward_may_run_outside_and_backward_too() -> None:
@@ -101,7 +104,8 @@ def test_off_gives_the_ordinary_gradient() -> None:
 
 def test_backward_outside_is_refused() -> None:
     model = tiny_qwen3()
-    Isopo(model)
+    isopo = Isopo(model)
+    assert isopo.model is model
     with pytest.raises(ProxstepError, match=r"outside isopo\.microbatch"):
         log_probs(model).sum().backward()
 
@@ -348,6 +352,26 @@ def test_state_continues() -> None:
     again = one_step()
     assert all(torch.equal(second[n], again[n]) for n in second)
     assert any(not torch.allclose(first[n], second[n]) for n in second)
+
+
+def test_a_model_and_its_isopo_are_freed_together() -> None:
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    with isopo.microbatch(IDS, COEFFICIENTS):
+        log_probs(model).sum().backward()
+    alive = weakref.ref(model.lm_head)
+    del model, isopo
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_model_whose_isopo_is_gone_is_ordinary() -> None:
+    model = tiny_qwen3()
+    Isopo(model)
+    gc.collect()
+    log_probs(model).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    Isopo(model)
 
 
 def test_gradient_checkpointing_gives_the_same() -> None:

@@ -146,8 +146,8 @@ class Isopo:
                 if key not in microbatch.reduced and _gradient_stamp(parameter) != before[key]:
                     raise ProxstepError(
                         f"{key} received a gradient without its layer's forward having run: a "
-                        f"fused head or another "
-                        "replacement bypasses it; turn that off, or freeze the parameter"
+                        "fused head or another replacement bypasses it; turn that off, or freeze "
+                        "the parameter"
                     )
 
     @contextmanager
@@ -212,8 +212,7 @@ class Isopo:
         if sink is None:
             raise ProxstepError(
                 f"backward reached {key} outside isopo.microbatch(...): its gradient would lack "
-                f"the coefficients; "
-                "wrap the backward, or use isopo.off() for a loss of its own"
+                "the coefficients; wrap the backward, or use isopo.off() for a loss of its own"
             )
         return sink
 
@@ -278,8 +277,7 @@ class Isopo:
         ):
             raise ProxstepError(
                 "the parameters changed, but isopo.step() was not called: call it after "
-                "optimizer.step(), so that "
-                "the trailing means that this rule damps by are updated"
+                "optimizer.step(), so that the trailing means that this rule damps by are updated"
             )
         self._version = version
 
@@ -335,8 +333,7 @@ def _check_microbatch(sequence_ids: Tensor, coefficients: Tensor) -> None:
     if not torch.equal(present, expected.to(present)):
         raise ProxstepError(
             f"sequence_ids must name each of the {len(coefficients)} sequences that have a "
-            f"coefficient, 0 to "
-            f"{len(coefficients) - 1}, and no other"
+            f"coefficient, 0 to {len(coefficients) - 1}, and no other"
         )
 
 

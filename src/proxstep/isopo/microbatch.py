@@ -73,8 +73,7 @@ class Microbatch:
             raise ProxstepError(
                 f"{key} saw {flat.shape[0]} token positions, but sequence_ids has {expected} "
                 f"({self.grid[0]} x {self.grid[1]}): turn off logits_to_keep and fused heads, and "
-                f"run the forward "
-                "inside isopo.microbatch(...)"
+                "run the forward inside isopo.microbatch(...)"
             )
         return flat if len(self.layout.position_T) == expected else flat[self.layout.position_T]
 
@@ -87,8 +86,7 @@ class Microbatch:
         if key in self.reduced:
             raise ProxstepError(
                 f"{key} was back-propagated twice in one microbatch: a sequence's gradient must "
-                f"arrive whole; use one "
-                "forward and one backward per isopo.microbatch(...)"
+                "arrive whole; use one forward and one backward per isopo.microbatch(...)"
             )
         self.reduced.add(key)
         weight_B = self._weights(key, gradients)

@@ -7,7 +7,9 @@ module's own.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -59,11 +61,19 @@ class Owner(Protocol):
 
 
 class Site:
-    """A patched module's place: its owner and its name in the model."""
+    """A patched module's place: its owner and its name in the model.
+
+    The owner is held weakly, since it holds the model: a model and its `Isopo` are freed together.
+    """
 
     def __init__(self, owner: Owner, name: str) -> None:
-        self.owner = owner
+        self._owner = weakref.ref(owner)
         self.name = name
+
+    @property
+    def owner(self) -> Owner | None:
+        """The `Isopo` that patched the module, or None where it is gone."""
+        return self._owner()
 
     def key(self, parameter: str) -> str:
         """Return the full name of one of the module's parameters, as this module uses it."""
@@ -74,22 +84,38 @@ SITES: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
 """The patched modules. A deep copy of one is not in here, and so behaves as an ordinary module."""
 
 
-def _active_site(module: nn.Module) -> Site | None:
+@dataclass(frozen=True)
+class Route:
+    """What one forward hands to its backward: the owner, the module's place, the microbatch."""
+
+    owner: Owner
+    site: Site
+    bound: Sink | None
+
+    def sink(self, parameter: str) -> tuple[str, Sink]:
+        """Return a parameter's full name, and where its gradients go."""
+        key = self.site.key(parameter)
+        return key, self.owner.resolve(self.bound, key)
+
+
+def _route(module: nn.Module) -> Route | None:
+    """Return the route of a forward, or None where it is to be an ordinary one."""
     site = SITES.get(module)
-    if site is None or not torch.is_grad_enabled() or site.owner.is_off():
+    owner = site.owner if site is not None else None
+    if site is None or owner is None or not torch.is_grad_enabled() or owner.is_off():
         return None
     if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
         return None
-    return site
+    return Route(owner, site, owner.bind())
 
 
 class _Linear(torch.autograd.Function):
     """x @ weight.T + bias, whose parameters' gradients come from the sink."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, route: Route) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.site, ctx.bound = site, site.owner.bind()
+        ctx.route = route
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -100,13 +126,11 @@ class _Linear(torch.autograd.Function):
         grad_x = grad @ weight if need_x else None
         grad_weight = grad_bias = None
         if need_weight:
-            key = ctx.site.key("weight")
-            sink = ctx.site.owner.resolve(ctx.bound, key)
+            key, sink = ctx.route.sink("weight")
             gradients = OuterGradients(sink.select(key, grad), sink.select(key, x))
             grad_weight = sink.reduce(key, gradients)
         if need_bias:
-            key = ctx.site.key("bias")
-            sink = ctx.site.owner.resolve(ctx.bound, key)
+            key, sink = ctx.route.sink("bias")
             grad_bias = sink.reduce(key, VectorGradients(sink.select(key, grad)))
         return grad_x, grad_weight, grad_bias, None
 
@@ -116,19 +140,17 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, weight: Tensor, padding_idx: int | None, site: Site
+        ctx: Any, token: Tensor, weight: Tensor, padding_idx: int | None, route: Route
     ) -> Tensor:
         ctx.save_for_backward(token)
-        ctx.num_embeddings, ctx.padding_idx = weight.shape[0], padding_idx
-        ctx.site, ctx.bound = site, site.owner.bind()
+        ctx.num_embeddings, ctx.padding_idx, ctx.route = weight.shape[0], padding_idx, route
         return nn.functional.embedding(token, weight, padding_idx)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (token,) = ctx.saved_tensors
-        key = ctx.site.key("weight")
-        sink = ctx.site.owner.resolve(ctx.bound, key)
+        key, sink = ctx.route.sink("weight")
         token_T = sink.select(key, token[..., None]).squeeze(1)
         grad_TD = sink.select(key, grad)
         if ctx.padding_idx is not None:
@@ -142,22 +164,21 @@ class _PerPosition(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, vector: Tensor, shape: tuple[int, ...], parameter: str, site: Site
+        ctx: Any, vector: Tensor, shape: tuple[int, ...], parameter: str, route: Route
     ) -> Tensor:
-        ctx.key = site.key(parameter)
-        ctx.site, ctx.bound = site, site.owner.bind()
+        ctx.parameter, ctx.route = parameter, route
         return vector.expand(*shape, vector.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sink = ctx.site.owner.resolve(ctx.bound, ctx.key)
-        return sink.reduce(ctx.key, VectorGradients(sink.select(ctx.key, grad))), None, None, None
+        key, sink = ctx.route.sink(ctx.parameter)
+        return sink.reduce(key, VectorGradients(sink.select(key, grad))), None, None, None
 
 
 def _linear_forward(self: nn.Module, x: Tensor) -> Tensor:
-    site = _active_site(self)
-    if site is None:
+    route = _route(self)
+    if route is None:
         return type(self).forward(self, x)
     weight, bias = self.weight, self.bias
     if type(self).__name__ == "Conv1D":
@@ -167,37 +188,37 @@ def _linear_forward(self: nn.Module, x: Tensor) -> Tensor:
         # parameters' dtype.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _Linear.apply(x, weight, bias, site)
+    return _Linear.apply(x, weight, bias, route)
 
 
 def _embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
-    site = _active_site(self)
-    if site is None:
+    route = _route(self)
+    if route is None:
         return type(self).forward(self, input)
-    bound = site.owner.bind()
+    bound = route.bound
     if bound is not None and bound.grid is not None and input.dim() == 2 and input.shape[0] == 1:
         # Position embeddings are looked up once and broadcast over the rows; each row needs its
         # own.
         rows, columns = bound.grid
         if input.shape[1] == columns:
             input = input.expand(rows, columns)
-    return _Embedding.apply(input, self.weight, self.padding_idx, site)
+    return _Embedding.apply(input, self.weight, self.padding_idx, route)
 
 
 def _layer_norm_forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
-    site = _active_site(self)
-    if site is None:
+    route = _route(self)
+    if route is None:
         return type(self).forward(self, x)
     y = nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps)
-    y = y * _per_position(self, "weight", x, site)
-    return y if self.bias is None else y + _per_position(self, "bias", x, site)
+    y = y * _per_position(self, "weight", x, route)
+    return y if self.bias is None else y + _per_position(self, "bias", x, route)
 
 
 def _rms_norm_forward(self: nn.Module, x: Tensor) -> Tensor:
-    site = _active_site(self)
-    if site is None:
+    route = _route(self)
+    if route is None:
         return type(self).forward(self, x)
-    weight = _per_position(self, "weight", x, site)
+    weight = _per_position(self, "weight", x, route)
     if isinstance(self, nn.RMSNorm):
         return nn.functional.rms_norm(x, self.normalized_shape, None, self.eps) * weight
     # The families' classes differ in where they cast and whether they add 1: run theirs, with the
@@ -209,12 +230,11 @@ def _rms_norm_forward(self: nn.Module, x: Tensor) -> Tensor:
         del self.__dict__["weight"]
 
 
-def _per_position(module: nn.Module, parameter: str, x: Tensor, site: Site) -> Tensor:
+def _per_position(module: nn.Module, parameter: str, x: Tensor, route: Route) -> Tensor:
     """Return a vector parameter repeated over the positions of x, broadcastable against it."""
     vector = getattr(module, parameter)
-    bound = site.owner.bind()
-    shape = _position_shape(x, bound.grid if bound is not None else None)
-    return _PerPosition.apply(vector, shape, parameter, site)
+    grid = route.bound.grid if route.bound is not None else None
+    return _PerPosition.apply(vector, _position_shape(x, grid), parameter, route)
 
 
 def _position_shape(x: Tensor, grid: tuple[int, int] | None) -> tuple[int, ...]:
@@ -270,7 +290,7 @@ def patch(module: nn.Module, kind: str, site: Site) -> None:
     Raises:
         ProxstepError: If something else has replaced it already.
     """
-    if module in SITES:
+    if module in SITES and SITES[module].owner is not None:
         raise ProxstepError(
             f"{site.name}: an Isopo is installed on this model already; call its remove() first"
         )
@@ -279,7 +299,7 @@ def patch(module: nn.Module, kind: str, site: Site) -> None:
     if replaced is not None and getattr(replaced, "__func__", None) not in ours:
         raise ProxstepError(
             f"{site.name}: its forward was replaced on the instance by another library; install "
-            f"Isopo first"
+            "Isopo first"
         )
     module.forward = FORWARDS[kind].__get__(module)
     SITES[module] = site

@@ -105,7 +105,7 @@ class NaturalRule:
         if not self.ntk_damping > 0:
             raise ProxstepError(
                 f"ntk_damping must be positive, got {self.ntk_damping}: the kernel alone can be "
-                f"singular"
+                "singular"
             )
         if self.damping_form == "relative" and self.scale == "preserved":
             raise ProxstepError(

@@ -91,7 +91,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if held and not overwrite:
         raise ProxstepError(
             f"output {output} already holds {len(held)} runs: choose another folder, or delete "
-            f"them with --overwrite"
+            "them with --overwrite"
         )
     for path in held:
         RunFolder(path).clear()

@@ -69,8 +69,8 @@ def load_reward(spec: str) -> RewardFunction:
         )
     if not callable(function):
         raise ProxstepError(
-            f"reward {spec!r} is a {type(function).__name__}; "
-            "name a function f(prompts, completions, **columns)"
+            f"reward {spec!r} is a {type(function).__name__}; name a function f(prompts, "
+            "completions, **columns)"
         )
     return cast(RewardFunction, function)
 
@@ -109,8 +109,8 @@ def _import_file(path: Path, spec: str) -> ModuleType:
     """Return the module in a file, executed once per process as an import is."""
     if not path.is_file():
         raise ProxstepError(
-            f"reward {spec!r}: the file {path} does not exist; "
-            "check the path, which is relative to the working directory"
+            f"reward {spec!r}: the file {path} does not exist; check the path, which is relative "
+            "to the working directory"
         )
     resolved = str(path.resolve())
     module_name = f"proxstep_reward_{path.stem}_{zlib.crc32(resolved.encode()):08x}"

@@ -147,8 +147,8 @@ def _bind(
     except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
         raise ProxstepError(
             f"reward function {name!r} does not accept the data's columns "
-            f"({', '.join(columns) or 'none'}): {error}; it must be "
-            "f(prompts, completions, **columns)"
+            f"({', '.join(columns) or 'none'}): {error}; it must be f(prompts, completions, "
+            "**columns)"
         ) from error
 
 
