@@ -73,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         own, overrides = _split(list(sys.argv[1:] if argv is None else argv))
-        arguments = _parser().parse_args(own)
+        arguments, unexpected = _parser().parse_known_args(own)
+        if unexpected:
+            raise ProxstepError(
+                f"{unexpected[0]!r} is not expected here; see proxstep {arguments.command} --help"
+            )
         for package in ("pydantic", "yaml", "rich", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise ProxstepError(f'{package} is missing: pip install "proxstep[train]"')
