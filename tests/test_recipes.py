@@ -494,7 +494,7 @@ def test_no_key_takes_just_anything(objective: str, key: str, value: Any) -> Non
         ("optimizer.betas", [0.9], "got [0.9]"),
         ("evaluation.kl_policy_initial", 1, "input should be a valid boolean, got 1"),
         ("evaluation.kl_policy_initial", "no", "input should be a valid boolean, got 'no'"),
-        ("model.dtype", "int8", "input should be 'float32', 'bfloat16' or 'float16', got 'int8'"),
+        ("model.dtype", "int8", "input should be 'float32' or 'bfloat16', got 'int8'"),
         ("model.name", None, "input should be a valid string, got None"),
         ("model.lora", 16, "expected keys and values, got 16"),
         ("task.difficulty", 9, "input should be less than or equal to 5, got 9"),

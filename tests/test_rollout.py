@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from proxstep.embedded import build_embedded_model
+from proxstep.errors import ProxstepError
 from proxstep.evaluation import Probe, completion_log_probs, kl_from_initial
 from proxstep.experience import Batch
 from proxstep.metrics import token_log_probs
@@ -101,6 +102,14 @@ def test_sampling_follows_the_policy(policy) -> None:
     expected = logits[0, -1].softmax(-1)
     seen = torch.bincount(first, minlength=len(expected)) / len(first)
     assert (seen - expected).abs().max() < 5 * math.sqrt(0.25 / 4000)
+
+
+def test_a_diverged_policy_is_named(policy) -> None:
+    tokenizer, model = build_embedded_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ProxstepError, match="not finite"):
+        draw((tokenizer, model), "1+2=")
 
 
 def test_greedy_is_the_argmax(policy) -> None:

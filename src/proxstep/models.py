@@ -88,7 +88,7 @@ def load_tokenizer(source: str) -> Any:
 def load_model(
     source: str, dtype: str, device: torch.device, lora: Lora | None = None
 ) -> nn.Module:
-    """Return a causal language model in float32, bfloat16 or float16, with adapters if asked for.
+    """Return a causal language model in float32 or bfloat16, with adapters if asked for.
 
     No code of the model's repository is run.
 

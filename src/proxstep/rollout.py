@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from proxstep.errors import ProxstepError
 from proxstep.types import Bool, Int, Tensor
 
 
@@ -118,7 +119,7 @@ def sample(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, **chosen
     )
-    with _evaluating(model):
+    with _evaluating(model), _finite_probabilities():
         out = model.generate(  # type: ignore[operator]
             input_ids=token.to(device),
             attention_mask=attention.to(device),
@@ -146,6 +147,20 @@ def _completions(out: Tensor, prompt_attention: Tensor, ends: list[int]) -> Comp
         torch.cat([torch.zeros_like(prompt_attention), response], dim=1),
         ~is_end.any(dim=1),
     )
+
+
+@contextmanager
+def _finite_probabilities() -> Iterator[None]:
+    """Say what it means that torch cannot sample."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise ProxstepError(
+            "the policy's probabilities are not finite, so it cannot be sampled: its weights have "
+            "diverged. Lower optimizer.learning_rate, and begin again or from an older checkpoint"
+        ) from None
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class ModelSection(Section):
         description='"embedded" (a 0.8 M parameter character model for the arithmetic task, warmed '
         "up once and cached), a model's name on the Hugging Face hub, or the path of a local one.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Of the weights. Small learning rates get lost in bfloat16 weights.",
     )
