@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import statistics
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -249,9 +250,10 @@ def _eval(arguments: argparse.Namespace, overrides: list[tuple[str, str]], conso
         result, validation = session.evaluate(recipe, checkpoint, progress)
     finally:
         progress.end()
-    error = (max(result.score * (1 - result.score), 0) / len(validation)) ** 0.5
+    given = [reward for reward in result.rewards if reward is not None]
+    error = statistics.stdev(given) / len(given) ** 0.5 if len(given) > 1 else float("nan")
     console.out(
-        f"greedy score {result.score:.4f} +- {error:.4f} (binomial standard error) on "
+        f"greedy score {result.score:.4f} +- {error:.4f} (standard error) on "
         f"{len(validation)} prompts of {recipe.task.name}, mean length {result.mean_length:.1f} "
         f"tokens, {checkpoint or recipe.model.name}"
     )
