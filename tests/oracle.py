@@ -1,5 +1,5 @@
-"""The slow, obvious ISOPO: one sequence at a time, every parameter copied once per token position,
-plain autograd.
+"""The slow, obvious ISOPO: one sequence at a time, every trainable parameter copied once per token
+position, plain autograd.
 
 Nothing here is shared with `proxstep.isopo`, except that the sampled positions are handed over.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,87 +28,193 @@ def log_prob_of_completion(model: nn.Module, sequence: Sequence) -> Tensor:
     token = torch.tensor([sequence.tokens])
     logits = model(input_ids=token).logits[0]
     log_prob = logits.log_softmax(-1)
-    return sum(
-        log_prob[t - 1, sequence.tokens[t]]
-        for t in range(sequence.num_prompt, len(sequence.tokens))
-    )
+    completion = range(sequence.num_prompt, len(sequence.tokens))
+    return torch.stack([log_prob[t - 1, sequence.tokens[t]] for t in completion]).sum()
+
+
+def random_sequences(seed: int, num: int = 4, vocab: int = 19) -> list[Sequence]:
+    """Sequences of random tokens, prompts of 2 to 4 of them and completions of 1 to 6."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    sequences = []
+    for _ in range(num):
+        num_prompt, num_completion = draw(2, 5), draw(1, 7)
+        tokens = [draw(0, vocab) for _ in range(num_prompt + num_completion)]
+        sequences.append(Sequence(tokens, num_prompt))
+    return sequences
 
 
 def position_gradients(model: nn.Module, sequence: Sequence) -> dict[str, Tensor]:
-    """d log pi / d theta^(t) for every parameter use and token position t: shape (tokens,
-    *parameter).
+    """d log pi / d theta^(t) for every use of a trainable parameter and token position t: shape
+    (tokens, *parameter).
 
     The parameter is copied for each position, so that each copy's gradient is that position's
-    contribution.
+    contribution. A key is the name of the module that uses it and its name there.
     """
     num_tokens = len(sequence.tokens)
     copies: dict[str, Tensor] = {}
 
     def copy(key: str, parameter: Tensor) -> Tensor:
-        shape = (num_tokens, *parameter.shape)
-        copies[key] = parameter.detach().expand(shape).clone().requires_grad_(True)
-        return copies[key]
+        repeated = parameter.detach().expand(num_tokens, *parameter.shape).clone()
+        if parameter.requires_grad:
+            if key in copies:
+                raise ValueError(f"{key} is used twice in one forward: the oracle would lose one")
+            copies[key] = repeated.requires_grad_(True)
+        return repeated
 
-    originals = []
+    _check_covered(model)
+    longer = _input_shapes(model, sequence.tokens + sequence.tokens[:1])
+    patched = []
     for name, module in model.named_modules():
-        forward = _position_forward(module, name, copy)
+        forward = _forward_of(module)
         if forward is not None:
-            originals.append(module)
-            module.forward = forward
+            module.forward = partial(forward, module, Use(name, copy, longer.get(name, ())))
+            patched.append(module)
     try:
         value = log_prob_of_completion(model, sequence)
     finally:
-        for module in originals:
+        for module in patched:
             del module.forward
     gradients = torch.autograd.grad(value, list(copies.values()))
     return dict(zip(copies, gradients, strict=True))
 
 
-def _position_forward(module: nn.Module, name: str, copy: Callable) -> Callable | None:
+def summed_by_parameter(model: nn.Module, per_use: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the uses of each parameter: the keys become those of `named_parameters`."""
+    modules = dict(model.named_modules())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    total: dict[str, Tensor] = {}
+    for key, gradient in per_use.items():
+        module, parameter = key.rsplit(".", 1)
+        name = names[id(getattr(modules[module], parameter))]
+        total[name] = total[name] + gradient if name in total else gradient
+    return total
+
+
+@dataclass
+class Use:
+    """One module's place in the model, and how it gets its parameters' copies.
+
+    Attributes:
+        name: The module's name.
+        copy: Repeats a parameter over the token positions, by its full name.
+        longer: The shape of the module's input where the sequence has one token more.
+    """
+
+    name: str
+    copy: Callable[[str, Tensor], Tensor]
+    longer: tuple[int, ...]
+
+    def __call__(self, parameter: str, value: Tensor) -> Tensor:
+        return self.copy(f"{self.name}.{parameter}", value)
+
+    def over(self, x: Tensor, parameter: str, value: Tensor) -> Tensor:
+        """A vector's copies, (tokens, features), to be broadcast against x.
+
+        x is (1, tokens, features), or has an axis of heads before or after that of the tokens: the
+        tokens' axis is the one that grows with them.
+        """
+        repeated = self(parameter, value)
+        if x.dim() == 3:
+            return repeated
+        (axis,) = (a for a in range(x.dim()) if x.shape[a] != self.longer[a])
+        return repeated[:, None] if axis == 1 else repeated
+
+
+def _input_shapes(model: nn.Module, tokens: list[int]) -> dict[str, tuple[int, ...]]:
+    """The shape of what each module is called with."""
+    shapes, handles = {}, []
+    for name, module in model.named_modules():
+
+        def note(module: nn.Module, args: tuple, name: str = name) -> None:
+            if args and isinstance(args[0], Tensor):
+                shapes[name] = tuple(args[0].shape)
+
+        handles.append(module.register_forward_pre_hook(note))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([tokens]))
+    for handle in handles:
+        handle.remove()
+    return shapes
+
+
+def _check_covered(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and _forward_of(module) is None:
+                raise ValueError(
+                    f"the oracle has no forward with copies of {name}.{parameter_name}"
+                )
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
     kind = type(module).__name__
-    if kind in {"Linear", "Conv1D"}:
-        equation = "toi,bti->bto" if kind == "Linear" else "tio,bti->bto"
-
-        def forward(x: Tensor) -> Tensor:
-            y = torch.einsum(equation, copy(f"{name}.weight", module.weight), x)
-            if getattr(module, "bias", None) is not None:
-                y = y + copy(f"{name}.bias", module.bias)
-            return y
-
-        return forward
-    if kind == "Embedding":
-
-        def forward(token: Tensor) -> Tensor:
-            table = copy(f"{name}.weight", module.weight)
-            rows = [table[t, token[0, t]] for t in range(token.shape[1])]
-            if module.padding_idx is not None:
-                rows = [
-                    row.detach() if token[0, t] == module.padding_idx else row
-                    for t, row in enumerate(rows)
-                ]
-            return torch.stack(rows)[None]
-
-        return forward
-    if kind == "LayerNorm":
-
-        def forward(x: Tensor) -> Tensor:
-            mean = x.mean(-1, keepdim=True)
-            variance = (x - mean).square().mean(-1, keepdim=True)
-            normal = (x - mean) / (variance + module.eps).sqrt()
-            y = normal * copy(f"{name}.weight", module.weight)
-            return y + copy(f"{name}.bias", module.bias) if module.bias is not None else y
-
-        return forward
+    if isinstance(module, nn.Linear):
+        return partial(_linear, equation="toi,bti->bto")
+    if kind == "Conv1D":
+        return partial(_linear, equation="tio,bti->bto")
+    if isinstance(module, nn.Embedding):
+        return _embedding
+    if isinstance(module, nn.LayerNorm):
+        return _layer_norm
     if kind.endswith("RMSNorm"):
-
-        def forward(x: Tensor) -> Tensor:
-            weight = copy(f"{name}.weight", module.weight)
-            if x.dim() == 4:  # (batch, tokens, heads, features)
-                weight = weight[:, None]
-            return weight * x / (x.square().mean(-1, keepdim=True) + module.variance_epsilon).sqrt()
-
-        return forward
+        return _rms_norm
+    if kind == "DoraLinearLayer":
+        return _dora
     return None
+
+
+def _linear(module: Any, use: Use, x: Tensor, equation: str) -> Tensor:
+    y = torch.einsum(equation, use("weight", module.weight), x)
+    return y if module.bias is None else y + use("bias", module.bias)
+
+
+def _embedding(module: Any, use: Use, token: Tensor) -> Tensor:
+    table = use("weight", module.weight)
+    rows = [table[t, token[0, t]] for t in range(token.shape[1])]
+    if module.padding_idx is not None:
+        rows = [
+            row.detach() if token[0, t] == module.padding_idx else row for t, row in enumerate(rows)
+        ]
+    scale = float(module.embed_scale) if hasattr(module, "embed_scale") else 1.0
+    return torch.stack(rows)[None] * scale
+
+
+def _layer_norm(module: nn.LayerNorm, use: Use, x: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    y = (x - mean) / (variance + module.eps).sqrt() * use.over(x, "weight", module.weight)
+    return y if module.bias is None else y + use.over(x, "bias", module.bias)
+
+
+def _rms_norm(module: Any, use: Use, x: Tensor) -> Tensor:
+    gemma = "Gemma" in type(module).__name__
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    weight = use.over(x, "weight", module.weight)
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (weight + 1 if gemma else weight)
+
+
+def _dora(
+    module: Any,
+    use: Use,
+    x: Tensor,
+    *,
+    lora_A: nn.Linear,
+    lora_B: nn.Linear,
+    scaling: float,
+    base_layer: nn.Linear,
+    **_: object,
+) -> Tensor:
+    """What DoRA adds to the base layer's output W x + bias, so that the sum is
+    m / |W + s B A| * (W + s B A) x + bias, with the rows' norms |.| held constant.
+    """
+    weight = base_layer.weight.detach()
+    norm = (weight + scaling * lora_B.weight.detach() @ lora_A.weight.detach()).norm(dim=1)
+    scale = use("weight", module.weight) / norm
+    return (scale - 1) * (x @ weight.mT) + scale * scaling * lora_B(lora_A(x))
 
 
 @dataclass
@@ -157,8 +265,8 @@ def _isometric(whole, positions, coefficients, formula, past):
         else 0.0
         for v in whole
     ]
-    if any(fisher_sq):
-        mean_of_rest = sum(fisher_sq) / sum(f != 0 for f in fisher_sq)
+    if any(fisher_sq) or "fisher_sq" in past:
+        mean_of_rest = past.get("fisher_sq", sum(fisher_sq) / sum(f != 0 for f in fisher_sq))
         fisher_sq = [f if f != 0 else mean_of_rest for f in fisher_sq]
     norm_sq = [float((v * v).sum()) for v in whole]
     relative_sq = [f / n if n > 0 else 0.0 for f, n in zip(fisher_sq, norm_sq, strict=True)]

@@ -11,12 +11,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "proxstep"
 
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "types", "schema", "clock", "interrupt"),
-    ("masked", "metrics", "advantages", "losses", "rewards"),
+    ("masked", "metrics", "chunked", "advantages", "losses", "regularizers", "rewards"),
     ("isopo", "tasks"),
     ("sections",),
+    ("objective_sections",),
     ("config",),
     ("explain", "yamlfile"),
-    ("recipes", "algorithm", "rollout", "data", "checkpoint", "tracking"),
+    ("recipes", "algorithm", "optimizers", "lm_head", "rollout", "data", "checkpoint", "tracking"),
     ("supervised",),
     ("embedded",),
     ("models", "evaluation", "runfolder", "console"),
@@ -31,7 +32,18 @@ LAYERS: list[tuple[str, ...]] = [
 command line.
 """
 
-TORCH_ONLY = ("errors", "types", "schema", "masked", "metrics", "advantages", "losses", "isopo")
+TORCH_ONLY = (
+    "errors",
+    "types",
+    "schema",
+    "masked",
+    "metrics",
+    "chunked",
+    "advantages",
+    "losses",
+    "regularizers",
+    "isopo",
+)
 
 
 def modules() -> dict[str, Path]:

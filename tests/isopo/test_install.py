@@ -298,7 +298,7 @@ def test_overlap_positions_of_the_completion() -> None:
     isopo = Isopo(model, overlap_positions="completion", num_overlap_positions=3)
     with isopo.microbatch(IDS, COEFFICIENTS, completion) as microbatch:
         log_probs(model).sum().backward()
-    sampled = microbatch.layout.position_T[microbatch.layout.sample_K]
+    sampled = microbatch.samples.index_K
     assert len(sampled) == 3
     assert completion.flatten()[sampled].all()
     with pytest.raises(ProxstepError, match="completion_mask"), isopo.microbatch(IDS, COEFFICIENTS):
@@ -311,8 +311,8 @@ def test_padding_is_never_sampled_and_steps_draw_anew() -> None:
     for _ in range(3):
         with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
             pass
-        drawn.append(microbatch.layout.sample_K.tolist())
-        assert (IDS.flatten()[microbatch.layout.position_T] >= 0).all()
+        drawn.append(microbatch.samples.index_K.tolist())
+        assert (IDS.flatten()[microbatch.samples.index_K] >= 0).all()
         isopo.step()
     assert len({tuple(d) for d in drawn}) > 1
 

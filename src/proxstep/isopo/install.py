@@ -7,31 +7,58 @@ and gradient reduction stay as they are.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import Layout
+from proxstep.isopo.coverage import (
+    check_bypassed,
+    check_coverage,
+    freeze_others,
+    gradient_stamps,
+    install,
+    uses,
+)
+from proxstep.isopo.diagnostics import StepDiagnostics, diagnose
+from proxstep.isopo.forms import MEMORY_BUDGET
+from proxstep.isopo.layout import Layout, make_layout, sample_priorities, smallest
+from proxstep.isopo.memory import Memory
 from proxstep.isopo.microbatch import Microbatch, PlainSum
-from proxstep.isopo.patches import Sink, Site, kind_of, patch, unpatch
+from proxstep.isopo.ops import OWNERS, UNBOUND, Sink
+from proxstep.isopo.patches import unpatch
+from proxstep.isopo.samples import (
+    CarriedSamples,
+    GatheredSamples,
+    OwnSamples,
+    Samples,
+    SampleStore,
+)
 from proxstep.isopo.trailing import TrailingMeans
-from proxstep.isopo.weights import PRESETS, Rule
+from proxstep.isopo.weighing import Denominator, Fisher, Log, Sequences, Settings
+from proxstep.isopo.weights import PRESETS, NaturalRule, Rule
 from proxstep.types import Bool, Float, Int, Tensor
 
 OtherParameters = Literal["transform", "reinforce", "freeze"]
 OverlapPositions = Literal["all", "completion"]
+OverlapSource = Literal["microbatch", "ranks", "previous_step"]
+
+_NUMBERS = itertools.count()
+_MOST_PENDING = 64
 
 
 class Isopo:
     """ISOPO on a model: inside `microbatch`, backward gives the ISOPO gradient.
 
         isopo = Isopo(model, rule="isopo")
-        with isopo.microbatch(sequence_ids, coefficients):
-            log_probs.sum().backward()
+        with isopo.microbatch(sequence_ids, coefficients) as microbatch:
+            microbatch.objective(log_probs).backward()
 
     `.grad` then holds -sum_b weight_b G_b, the gradient of a loss to minimize: with coefficients =
     advantages divided by the number of sequences of the optimizer step, `optimizer.step()` raises
@@ -41,21 +68,32 @@ class Isopo:
 
     Args:
         model: Any model made of linear layers (transformers' Conv1D included), embeddings,
-            LayerNorm and RMSNorm.
+            LayerNorm and RMSNorm, also one that is wrapped in DDP or sharded by FSDP2.
         rule: A preset's name (see `PRESETS`), an `IsometricRule` or a `NaturalRule`.
         other_parameters: What happens to trainable parameters that are not linear layers' weights
             (embeddings, normalizations, biases): "transform" treats them by the rule, "reinforce"
             gives them the plain policy gradient, "freeze" sets requires_grad to False until
             `remove`.
+        fisher: What F_b is estimated from: "positions", the position-wise gradients of equations 3
+            to 6, or "sequences", those of the microbatch's sequences (equation 2).
         num_overlap_positions: K, the token positions on which Fisher norms are estimated; None for
             all.
         overlap_positions: Sample them from "all" positions or only from those of the "completion".
+        overlap_source: Sample them from the "microbatch", from all "ranks", or from the
+            "previous_step". The latter two make the isometric rule independent of how sequences are
+            spread over ranks, or over microbatches too, and need `sequence_keys`.
+        fisher_denominator: Divide by the "sample"'s own sum of squares or by its "trailing" mean.
         decay: Of the trailing means, per optimizer step.
         seed: Of the sample of positions.
+        diagnose: Measure everything at each step and put it into `diagnostics`. It costs as much as
+            the natural rule; it can be switched between steps.
+        memory_budget: Bytes that the statistics of one layer may take at a time.
+        process_group: The data-parallel ranks, where torch.distributed is initialized; None for
+            all.
 
     Raises:
         ProxstepError: If a trainable parameter belongs to a kind of layer that is not covered, by
-            name.
+            name, or an option does not fit.
 
     Source: arXiv 2512.23353.
     """
@@ -66,28 +104,46 @@ class Isopo:
         rule: str | Rule = "isopo",
         *,
         other_parameters: OtherParameters = "transform",
+        fisher: Fisher = "positions",
         num_overlap_positions: int | None = 250,
         overlap_positions: OverlapPositions = "all",
+        overlap_source: OverlapSource = "microbatch",
+        fisher_denominator: Denominator = "sample",
         decay: float = 0.9,
         seed: int = 0,
+        diagnose: bool = False,
+        memory_budget: int = MEMORY_BUDGET,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.rule = _as_rule(rule)
         _check_choice("other_parameters", other_parameters, OtherParameters)
+        _check_choice("fisher", fisher, Fisher)
         _check_choice("overlap_positions", overlap_positions, OverlapPositions)
+        _check_choice("overlap_source", overlap_source, OverlapSource)
+        _check_choice("fisher_denominator", fisher_denominator, Denominator)
         if num_overlap_positions is not None and num_overlap_positions < 1:
             raise ProxstepError("num_overlap_positions must be positive, or None for all positions")
         self.model = model
         self.other_parameters = other_parameters
         self.num_overlap_positions = num_overlap_positions
-        self.overlap_positions = overlap_positions
+        self.overlap_positions, self.overlap_source = overlap_positions, overlap_source
+        self.diagnose, self.process_group = diagnose, process_group
+        self.diagnostics: StepDiagnostics | None = None
         self.trailing = TrailingMeans(decay)
-        self._seed, self._step, self._microbatch = seed, 0, 0
+        only_linear = other_parameters == "reinforce"
+        self._settings = Settings(self.rule, fisher, fisher_denominator, only_linear)
+        self._store = self._make_store()
+        self._memory, self._log = Memory(memory_budget), Log()
+        self._seed, self._step, self._microbatch, self._version = seed, 0, 0, 0
         self._active: Microbatch | PlainSum | None = None
-        self._diagnostics: dict[str, list[Tensor]] = {}
-        self._version = 0
-        self._frozen = self._freeze() if other_parameters == "freeze" else []
-        self._modules: dict[nn.Module, str] = {}
-        self._install()
+        self._pending: dict[int, Microbatch] = {}
+        self._seen: set[int] = set()
+        # What the patched modules read; see `patches.Owner`.
+        self.number, self.enabled, self.grid = next(_NUMBERS), True, None
+        self.ticket = torch.tensor(UNBOUND)
+        OWNERS[self.number] = self
+        self._frozen = freeze_others(model) if other_parameters == "freeze" else []
+        self._modules = install(model, self)
 
     # -- using it ----------------------------------------------------------------------------------
 
@@ -97,86 +153,103 @@ class Isopo:
         sequence_ids: Int[Tensor, "rows columns"],
         coefficients: Float[Tensor, " batch"],
         completion_mask: Bool[Tensor, "rows columns"] | None = None,
+        *,
+        groups: Int[Tensor, " batch"] | None = None,
+        sequence_keys: Int[Tensor, " batch"] | None = None,
+        fisher_squares: Mapping[str, Float[Tensor, " batch"]] | None = None,
     ) -> Iterator[Microbatch]:
         """Transform the backward pass of one microbatch of whole sequences.
 
-        The backward of sum(log_probs) runs inside; the forward may, and must where position
-        embeddings are broadcast over the rows. One backward per microbatch.
+        The forward runs inside; it is bound to the microbatch, so that the backward may follow
+        later. A forward that ran outside is bound by a backward inside. One backward per
+        microbatch. Re-entrant checkpointing, which runs the forward again in backward, needs the
+        backward inside.
 
         Args:
             sequence_ids: The sequence of each token position, 0 to batch - 1; -1 for padding. In a
                 padded batch row b is sequence b; packed rows hold several.
             coefficients: One number per sequence, with any normalization (1 / number of sequences
-                of the optimizer step) already in it.
+                of the optimizer step; times the number of ranks where gradients are averaged over
+                them) already in it.
             completion_mask: True at completion positions; needed where overlap_positions is
                 "completion".
+            groups: Each sequence's prompt, for the natural rule's interact="group" and for the
+                conflict among diagnostics.
+            sequence_keys: A number for each sequence that no other one of the optimizer step has,
+                on any rank.
+            fisher_squares: F_b^2 by parameter use, instead of an estimate (see
+                `proxstep.isopo.exact`).
 
         Yields:
             The microbatch, with its `layout`.
 
         Raises:
-            ProxstepError: If ids and coefficients do not fit, a trainable parameter is not covered,
-                or a layer was bypassed (a fused head).
+            ProxstepError: If the arguments do not fit, a trainable parameter is not covered, or a
+                layer was bypassed (a fused head).
         """
         if self._active is not None:
             raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
         self._check_step_was_called()
-        self._check_coverage()
-        generator = torch.Generator().manual_seed(
-            self._seed + 1_000_003 * self._step + self._microbatch
+        check_coverage(self.model, self._modules)
+        _check_coefficients(coefficients)
+        layout = make_layout(sequence_ids, len(coefficients))
+        sequences = Sequences(coefficients.detach(), groups, dict(fisher_squares or {}))
+        self._check_sequences(sequences)
+        samples = self._samples(
+            layout, completion_mask, self._seeds(sequence_keys, len(layout.bounds))
         )
-        layout = self._layout(sequence_ids, coefficients, completion_mask, generator)
+        self._log.keep_records = self.diagnose
         microbatch = Microbatch(
-            layout,
-            coefficients.detach(),
-            self.rule,
-            self.trailing,
-            self._diagnostics,
-            only_linear=self.other_parameters == "reinforce",
+            layout, sequences, self._settings, samples, self.trailing, self._memory, self._log
         )
-        before = {key: _gradient_stamp(parameter) for key, parameter in self._uses()}
-        self._active = microbatch
+        before = gradient_stamps(self._modules)
+        number = self._begin(microbatch)
         try:
             yield microbatch
         finally:
-            self._active = None
-            self._microbatch += 1
+            self._end(number, microbatch)
         if microbatch.reduced:
-            for key, parameter in self._uses():
-                if key not in microbatch.reduced and _gradient_stamp(parameter) != before[key]:
-                    raise ProxstepError(
-                        f"{key} received a gradient without its layer's forward having run: a "
-                        "fused head or another replacement bypasses it; turn that off, or freeze "
-                        "the parameter"
-                    )
+            check_bypassed(self._modules, microbatch.reduced, before)
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Make forwards and backwards inside ordinary: for entropy and KL losses."""
         if self._active is not None:
             raise ProxstepError("off() inside microbatch() or off(): they do not nest")
-        self._active = PlainSum()
+        self._active, self.enabled = PlainSum(), False
         try:
             yield
         finally:
-            self._active = None
+            self._active, self.enabled = None, True
 
     def step(self) -> dict[str, float]:
         """End an optimizer step: update the trailing means, draw new positions from now on.
+
+        Where torch.distributed is initialized, every rank must call it, after the same number of
+        microbatches.
 
         Returns:
             Diagnostics of the step, averaged over layers and microbatches: "weight_spread", the
             standard deviation of the sequences' scales over their mean (isometric),
             "frac_filled_fisher", the share of Fisher estimates that were exactly zero and filled
-            in, "ntk_off_diagonal", the share of |K| off the diagonal (natural).
+            in, "ntk_off_diagonal", the share of |K| off the diagonal (natural); and with
+            `diagnose` what `StepDiagnostics.scalars` says, of which `diagnostics` then has all.
         """
-        diagnostics = {
-            name: torch.stack(values).mean().item() for name, values in self._diagnostics.items()
+        measured = {
+            name: torch.stack(values).mean().item() for name, values in self._log.values.items()
         }
-        self._diagnostics = {}
-        self.trailing.fold()
+        if self._log.records:
+            self.diagnostics = diagnose(self._log.records)
+            measured |= self.diagnostics.scalars()
+        self._log = Log()
+        self.trailing.fold(self.process_group)
+        if self._store is not None:
+            self._store.fold(self.process_group)
+        self._memory.release()
+        self._pending.clear()
+        self._seen.clear()
         self._step, self._microbatch = self._step + 1, 0
-        return diagnostics
+        return measured
 
     def remove(self) -> None:
         """Give every module its own forward back, and thaw what was frozen."""
@@ -188,87 +261,117 @@ class Isopo:
         self._frozen = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs: the trailing means and the number of steps."""
-        return {"step": self._step, "trailing": self.trailing.state_dict()}
+        """Return what a checkpoint needs: trailing means, carried samples, the number of steps."""
+        state: dict[str, Any] = {"step": self._step, "trailing": self.trailing.state_dict()}
+        if self._store is not None:
+            state["samples"] = self._store.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._step, self._microbatch = state["step"], 0
         self.trailing.load_state_dict(state["trailing"])
+        if self._store is not None:
+            self._store.load_state_dict(state.get("samples", {}))
 
-    # -- what the patched modules ask --------------------------------------------------------------
+    def resolve(self, ticket: int, key: str) -> Sink:
+        """Return where a parameter's gradients go, for a backward whose forward got this ticket.
 
-    def is_off(self) -> bool:
-        """Whether forwards should be ordinary at the moment."""
-        return isinstance(self._active, PlainSum)
-
-    def bind(self) -> Sink | None:
-        """Return the active microbatch, if any."""
-        return self._active
-
-    def resolve(self, bound: Sink | None, key: str) -> Sink:
-        """Return where gradients go: to the forward's microbatch, else to the active one."""
-        sink = bound or self._active
-        if sink is None:
+        Raises:
+            ProxstepError: If that is nowhere.
+        """
+        if ticket == UNBOUND:
+            if self._active is None:
+                raise ProxstepError(
+                    f"backward reached {key} outside isopo.microbatch(...): its gradient would "
+                    "lack the coefficients; wrap the backward, or use isopo.off() for a loss of "
+                    "its own. With activation checkpointing set use_reentrant=False, or run the "
+                    "backward inside isopo.microbatch(...)"
+                )
+            return self._active
+        if ticket not in self._pending:
             raise ProxstepError(
-                f"backward reached {key} outside isopo.microbatch(...): its gradient would lack "
-                "the coefficients; wrap the backward, or use isopo.off() for a loss of its own"
+                f"backward reached {key} for a microbatch that was back-propagated before, or that "
+                "belongs to an earlier optimizer step: use one backward per isopo.microbatch(...), "
+                "before isopo.step()"
             )
-        return sink
-
-    # -- installation ------------------------------------------------------------------------------
-
-    def _install(self) -> None:
-        self._check_coverage(installing=True)
-        for name, module in self.model.named_modules():
-            kind = kind_of(module)
-            if kind is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
-                patch(module, kind, Site(self, name))
-                self._modules[module] = name
-        if not self._modules:
-            raise ProxstepError("the model has no trainable parameter that ISOPO could transform")
-
-    def _check_coverage(self, *, installing: bool = False) -> None:
-        """Name every trainable parameter that no patched module holds."""
-        missing = []
-        for name, module in self.model.named_modules():
-            covered = kind_of(module) is not None if installing else module in self._modules
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad and not covered:
-                    missing.append(f"{name}.{parameter_name} ({type(module).__name__})")
-        if missing:
-            shown = ", ".join(missing[:5]) + (
-                f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            )
-            remedy = (
-                "freeze them with requires_grad_(False)"
-                if installing
-                else "add adapters and unfreeze parameters before Isopo(...)"
-            )
+        bound = self._pending[ticket]
+        if isinstance(self._active, Microbatch) and self._active is not bound:
             raise ProxstepError(
-                f"ISOPO does not cover these trainable parameters: {shown}; {remedy}"
+                f"backward reached {key} for another microbatch than the one that is active: run "
+                "it inside its own isopo.microbatch(...), or outside all of them"
             )
+        return bound
 
-    def _freeze(self) -> list[nn.Parameter]:
-        frozen = []
-        for module in self.model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                linear_weight = kind_of(module) == "linear" and name == "weight"
-                if parameter.requires_grad and not linear_weight:
-                    frozen.append(parameter)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        return frozen
+    # -- one microbatch ----------------------------------------------------------------------------
 
-    def _uses(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for module, name in self._modules.items():
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    yield f"{name}.{parameter_name}" if name else parameter_name, parameter
+    def _begin(self, microbatch: Microbatch) -> int:
+        number = self._step * 2**20 + self._microbatch
+        self._microbatch += 1
+        while len(self._pending) >= _MOST_PENDING:
+            del self._pending[next(iter(self._pending))]
+        self._pending[number] = self._active = microbatch
+        self.ticket, self.grid = torch.tensor(number), microbatch.layout.grid
+        return number
+
+    def _end(self, number: int, microbatch: Microbatch) -> None:
+        self._active, self.grid = None, None
+        self.ticket = torch.tensor(UNBOUND)
+        self._memory.release()
+        if microbatch.reduced:  # back-propagated inside; else its backward is still to come
+            self._pending.pop(number, None)
+
+    def _samples(self, layout: Layout, completion_mask: Tensor | None, seeds: list[int]) -> Samples:
+        eligible_T = None
+        if self.overlap_positions == "completion":
+            if completion_mask is None or completion_mask.shape != layout.grid:
+                raise ProxstepError(
+                    'overlap_positions="completion" needs completion_mask in the shape of '
+                    "sequence_ids"
+                )
+            eligible_T = completion_mask.reshape(-1)
+            eligible_T = eligible_T if layout.order_T is None else eligible_T[layout.order_T]
+        priority_T = sample_priorities(layout, seeds, eligible_T)
+        if self._store is not None:
+            return CarriedSamples(self._store, priority_T)
+        if self.overlap_source == "ranks" and dist.is_initialized():
+            return GatheredSamples(priority_T, self.num_overlap_positions, self.process_group)
+        return OwnSamples(smallest(priority_T, self.num_overlap_positions))
+
+    def _seeds(self, sequence_keys: Tensor | None, count: int) -> list[int]:
+        """Return a seed for each sequence; equal keys in equal steps give equal ones."""
+        if sequence_keys is None:
+            if self.overlap_source != "microbatch":
+                raise ProxstepError(
+                    f'overlap_source="{self.overlap_source}" needs sequence_keys: a number for '
+                    "each sequence that no other one of the optimizer step has, on any rank"
+                )
+            rank = dist.get_rank(self.process_group) if dist.is_initialized() else 0
+            return [_seed(self._seed, self._step, rank, self._microbatch, b) for b in range(count)]
+        keys = sequence_keys.tolist()
+        twice = [key for key in keys if key in self._seen or keys.count(key) > 1]
+        if len(keys) != count or twice:
+            raise ProxstepError(
+                f"sequence_keys must be {count} different numbers"
+                + (f", and {twice[0]} was seen before in this optimizer step" if twice else "")
+                + ": a sequence must be whole in one microbatch"
+            )
+        self._seen.update(keys)
+        return [_seed(self._seed, self._step, key) for key in keys]
+
+    def _check_sequences(self, sequences: Sequences) -> None:
+        groups, count = sequences.group_B, len(sequences.coefficient_B)
+        if groups is None and isinstance(self.rule, NaturalRule) and self.rule.interact == "group":
+            raise ProxstepError('interact="group" needs groups, one number per sequence')
+        if groups is not None and groups.shape != (count,):
+            raise ProxstepError(f"groups must be {count} numbers, one per sequence")
+        unknown = sorted(set(sequences.fisher_sq) - {key for key, _ in uses(self._modules)})
+        if unknown:
+            raise ProxstepError(f"fisher_squares: {unknown[0]} is no parameter that ISOPO covers")
 
     def _check_step_was_called(self) -> None:
         """Refuse to damp by averages that are never folded in."""
-        _, parameter = next(self._uses())
+        _, parameter = next(uses(self._modules))
         version = parameter._version
         if (
             self.rule.needs_trailing_means
@@ -281,31 +384,15 @@ class Isopo:
             )
         self._version = version
 
-    def _layout(
-        self,
-        sequence_ids: Tensor,
-        coefficients: Tensor,
-        completion_mask: Tensor | None,
-        generator: torch.Generator,
-    ) -> Layout:
-        _check_microbatch(sequence_ids, coefficients)
-        flat = sequence_ids.reshape(-1)
-        position_T = (flat >= 0).nonzero().squeeze(1)
-        candidates = torch.arange(len(position_T), device=flat.device)
-        if self.overlap_positions == "completion":
-            if completion_mask is None or completion_mask.shape != sequence_ids.shape:
-                raise ProxstepError(
-                    'overlap_positions="completion" needs completion_mask in the shape of '
-                    "sequence_ids"
-                )
-            candidates = candidates[completion_mask.reshape(-1)[position_T]]
-        if self.num_overlap_positions is not None:
-            order = torch.randperm(len(candidates), generator=generator)[
-                : self.num_overlap_positions
-            ]
-            candidates = candidates[order.to(candidates.device)]
-        grid = (sequence_ids.shape[0], sequence_ids.shape[1])
-        return Layout(grid, position_T, flat[position_T], candidates, len(coefficients))
+    def _make_store(self) -> SampleStore | None:
+        if self.overlap_source != "previous_step":
+            return None
+        if self.num_overlap_positions is None:
+            raise ProxstepError(
+                'overlap_source="previous_step" needs num_overlap_positions: so many positions are '
+                "kept of every layer"
+            )
+        return SampleStore(self.num_overlap_positions)
 
 
 def _as_rule(rule: str | Rule) -> Rule:
@@ -321,22 +408,12 @@ def _check_choice(name: str, value: object, literal: Any) -> None:
         raise ProxstepError(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
 
 
-def _check_microbatch(sequence_ids: Tensor, coefficients: Tensor) -> None:
-    if sequence_ids.dim() != 2 or sequence_ids.is_floating_point():
-        raise ProxstepError(
-            "sequence_ids must be integers of shape (rows, columns), -1 for padding"
-        )
+def _check_coefficients(coefficients: Tensor) -> None:
     if coefficients.dim() != 1 or not torch.isfinite(coefficients).all():
         raise ProxstepError("coefficients must be one finite number per sequence")
-    present = sequence_ids[sequence_ids >= 0].unique()
-    expected = torch.arange(len(coefficients), device=present.device)
-    if not torch.equal(present, expected.to(present)):
-        raise ProxstepError(
-            f"sequence_ids must name each of the {len(coefficients)} sequences that have a "
-            f"coefficient, 0 to {len(coefficients) - 1}, and no other"
-        )
 
 
-def _gradient_stamp(parameter: nn.Parameter) -> tuple[int, int] | None:
-    grad = parameter.grad
-    return None if grad is None else (id(grad), grad._version)
+def _seed(*numbers: int) -> int:
+    """Return a seed that depends on all the numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -5,28 +5,16 @@ Legend for shape suffixes: B sequences of the microbatch.
 
 from __future__ import annotations
 
-import torch
-
 from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import (
-    ALL,
-    Layout,
-    OuterGradients,
-    PositionGradients,
-    fisher_squares,
-    norm_squares,
-    ntk,
-)
+from proxstep.isopo.forms import Needs
+from proxstep.isopo.layers import OuterGradients, PositionGradients
+from proxstep.isopo.layout import Layout
+from proxstep.isopo.memory import Memory
+from proxstep.isopo.reduction import Request, reduce
+from proxstep.isopo.samples import Samples
 from proxstep.isopo.trailing import TrailingMeans
-from proxstep.isopo.weights import (
-    IsometricRule,
-    NaturalRule,
-    Rule,
-    isometric_moments,
-    isometric_weights,
-    natural_weights,
-)
-from proxstep.types import Float, Tensor
+from proxstep.isopo.weighing import Log, Sequences, Settings, Weighing
+from proxstep.types import Bool, Float, Tensor
 
 
 class Microbatch:
@@ -34,48 +22,65 @@ class Microbatch:
 
     Args:
         layout: Which position belongs to which sequence.
-        coefficient_B: One coefficient per sequence.
-        rule: What turns coefficients into weights.
+        sequences: Their coefficients and groups.
+        settings: The rule.
+        samples: The positions that estimate the Fisher norm.
         trailing: Averages over earlier optimizer steps; this microbatch is added to them.
-        diagnostics: Values to average over layers, by name; this microbatch's are appended.
-        only_linear: Give everything but linear layers' weights the plain policy gradient.
+        memory: The workspace.
+        log: This microbatch's measurements are added to it.
     """
 
     def __init__(
         self,
         layout: Layout,
-        coefficient_B: Float[Tensor, " batch"],
-        rule: Rule,
+        sequences: Sequences,
+        settings: Settings,
+        samples: Samples,
         trailing: TrailingMeans,
-        diagnostics: dict[str, list[Tensor]],
-        *,
-        only_linear: bool,
+        memory: Memory,
+        log: Log,
     ) -> None:
-        self.layout = layout
+        self.layout, self.samples, self.sequences = layout, samples, sequences
         self.reduced: set[str] = set()
-        self._coefficient_B, self._rule, self._trailing = coefficient_B, rule, trailing
-        self._diagnostics, self._only_linear = diagnostics, only_linear
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Shape of the token grid, (rows, columns)."""
-        return self.layout.grid
+        self._settings, self._trailing = settings, trailing
+        self._memory, self._log = memory, log
 
     def select(self, key: str, value: Tensor) -> Tensor:
-        """Flatten (..., features) to the positions that belong to a sequence.
+        """Flatten (..., features) to (positions, features), in the layout's order.
 
         Raises:
             ProxstepError: If the layer saw another number of positions than sequence_ids has.
         """
         flat = value.reshape(-1, value.shape[-1])
-        expected = self.grid[0] * self.grid[1]
-        if flat.shape[0] != expected:
+        rows, columns = self.layout.grid
+        if flat.shape[0] != rows * columns:
             raise ProxstepError(
-                f"{key} saw {flat.shape[0]} token positions, but sequence_ids has {expected} "
-                f"({self.grid[0]} x {self.grid[1]}): turn off logits_to_keep and fused heads, and "
-                "run the forward inside isopo.microbatch(...)"
+                f"{key} saw {flat.shape[0]} token positions, but sequence_ids has "
+                f"{rows * columns} ({rows} x {columns}): turn off logits_to_keep and fused heads, "
+                "run the forward inside isopo.microbatch(...), and freeze experts that see only "
+                "their own tokens"
             )
-        return flat if len(self.layout.position_T) == expected else flat[self.layout.position_T]
+        return flat if self.layout.order_T is None else flat[self.layout.order_T]
+
+    def objective(
+        self, log_prob_BT: Float[Tensor, ...], response_mask: Bool[Tensor, ...] | None = None
+    ) -> Float[Tensor, ""]:
+        """Return the sum of the log-probabilities, whose backward refuses a loss scale.
+
+        Args:
+            log_prob_BT: Log-probabilities in nats, with their graph.
+            response_mask: True at those that count; None for all.
+
+        Raises:
+            ProxstepError: In backward, if the sum was multiplied by anything: a gradient scaler, or
+                a division by accumulation steps, would enter the norms.
+        """
+        if response_mask is not None:
+            log_prob_BT = log_prob_BT.masked_fill(~response_mask, 0.0)
+        total = log_prob_BT.sum()
+        if total.requires_grad:
+            total.register_hook(_refuse_scale)
+        return total
 
     def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
         """Return the parameter's gradient, -sum_b weight_b G_b.
@@ -83,56 +88,53 @@ class Microbatch:
         Raises:
             ProxstepError: If the parameter's use was reduced before in this microbatch.
         """
+        self.claim(key)
+        settings, coefficient_B = self._settings, self.sequences.coefficient_B
+        excluded = settings.only_linear and not isinstance(gradients, OuterGradients)
+        needs = self.needs(key)
+        given = key in self.sequences.fisher_sq
+        if excluded or (needs == Needs() and not given):
+            return gradients.contract(self.layout.spread(-coefficient_B))
+        weighing = self.weighing(key)
+        sample = None
+        if needs.fisher:
+            sample, count = self.samples.of(key, gradients)
+            weighing.measure_sample(sample.squares(), count)
+        request = Request(needs, sample, weighing.fisher_of, weighing.weigh, weighing.separable)
+        total = reduce(gradients, self.layout, request, self._memory)
+        weighing.conclude()
+        return total
+
+    def claim(self, key: str) -> None:
+        """Note that a parameter's use is reduced now.
+
+        Raises:
+            ProxstepError: If it was before.
+        """
         if key in self.reduced:
             raise ProxstepError(
                 f"{key} was back-propagated twice in one microbatch: a sequence's gradient must "
                 "arrive whole; use one forward and one backward per isopo.microbatch(...)"
             )
         self.reduced.add(key)
-        weight_B = self._weights(key, gradients)
-        return gradients.contract(-weight_B[self.layout.sequence_T])
 
-    def _weights(self, key: str, gradients: PositionGradients) -> Tensor:
-        if self._only_linear and not isinstance(gradients, OuterGradients):
-            return self._coefficient_B
-        if isinstance(self._rule, IsometricRule):
-            return self._isometric(key, gradients, self._rule)
-        return self._natural(key, gradients, self._rule)
+    def needs(self, key: str) -> Needs:
+        """Return the statistics that are needed for a parameter's use."""
+        if self._log.keep_records:
+            return Needs(fisher=self._settings.fisher == "positions", norm=True, ntk=True)
+        needs = self._settings.needs
+        given = key in self.sequences.fisher_sq
+        return Needs(norm=needs.norm) if given else needs
 
-    def _isometric(self, key: str, gradients: PositionGradients, rule: IsometricRule) -> Tensor:
-        fisher_B = norm_B = None
-        if rule.needs_fisher:
-            fisher_B, filled_B = fisher_squares(gradients, self.layout)
-            self._note("frac_filled_fisher", filled_B.float().mean())
-        if rule.needs_norm:
-            norm_B = norm_squares(gradients, self.layout)
-        moments = isometric_moments(fisher_B, norm_B)
-        ones_B = torch.ones_like(self._coefficient_B)
-        scale_B = isometric_weights(ones_B, moments, rule, self._trailing.of(key))
-        self._trailing.add(key, moments)
-        self._note("weight_spread", scale_B.std(correction=0) / scale_B.mean())
-        return self._coefficient_B * scale_B
-
-    def _natural(self, key: str, gradients: PositionGradients, rule: NaturalRule) -> Tensor:
-        # Small, and a matter of small eigenvalues: in double precision where there is one.
-        wide = torch.float32 if self._coefficient_B.device.type == "mps" else torch.float64
-        ntk_BB = ntk(gradients, self.layout).to(wide)
-        trailing = self._trailing.of(key)
-        weight_B = natural_weights(self._coefficient_B.to(wide), ntk_BB, rule, trailing)
-        self._trailing.add(key, {"eigenvalue": ntk_BB.diagonal()})
-        total = ntk_BB.abs().sum()
-        share = ntk_BB.diagonal().sum() / torch.where(total > 0, total, 1.0)
-        self._note("ntk_off_diagonal", 1 - share)
-        return weight_B
-
-    def _note(self, name: str, value: Tensor) -> None:
-        self._diagnostics.setdefault(name, []).append(value.detach())
+    def weighing(self, key: str) -> Weighing:
+        """Return what turns one parameter's statistics into weights, and takes note of them."""
+        return Weighing(
+            key, self.sequences, self._settings, self.samples, self._trailing, self._log
+        )
 
 
 class PlainSum:
     """The sink of a backward inside `off()` whose forward ran outside: the ordinary gradient."""
-
-    grid = None
 
     def select(self, key: str, value: Tensor) -> Tensor:
         """Flatten (..., features) to all positions."""
@@ -142,4 +144,18 @@ class PlainSum:
     def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
         """Return the sum over positions."""
         del key
-        return gradients.contract(torch.ones_like(gradients.squares(ALL)))
+        first = gradients.grad_TO if isinstance(gradients, OuterGradients) else gradients.grad_TD
+        return gradients.contract(first.new_ones(len(first)))
+
+
+Sink = Microbatch | PlainSum
+
+
+def _refuse_scale(grad: Tensor) -> None:
+    if bool(grad != 1):
+        raise ProxstepError(
+            f"the sum of log-probabilities was multiplied by {grad.item():g} before backward: a "
+            "loss scale, a gradient scaler or a division by accumulation steps would enter ISOPO's "
+            "norms. Back-propagate microbatch.objective(...) as it is, and put the factor into the "
+            "coefficients"
+        )

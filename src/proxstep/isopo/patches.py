@@ -9,55 +9,31 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import (
-    LookupGradients,
-    OuterGradients,
-    PositionGradients,
-    VectorGradients,
-)
+from proxstep.isopo.ops import parameter_gradient
 from proxstep.types import Tensor
 
 
-class Sink(Protocol):
-    """Where the position-wise gradients of a backward pass go: a microbatch, or the plain sum."""
-
-    @property
-    def grid(self) -> tuple[int, int] | None:
-        """Shape of the token grid, where it is known."""
-        ...
-
-    def select(self, key: str, value: Tensor) -> Tensor:
-        """Flatten (..., features) to (positions, features), without padding."""
-        ...
-
-    def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
-        """Return the parameter's gradient."""
-        ...
-
-
 class Owner(Protocol):
-    """What a patched module asks of the `Isopo` that patched it."""
+    """What a patched module asks of the `Isopo` that patched it.
 
-    def is_off(self) -> bool:
-        """Whether forwards should be ordinary at the moment."""
-        ...
+    Attributes:
+        number: Its key in `OWNERS`.
+        enabled: Whether forwards are to be routed through it at the moment.
+        ticket: The active microbatch's number, or `UNBOUND`.
+        grid: Shape of the active microbatch's token grid.
+    """
 
-    def bind(self) -> Sink | None:
-        """Return the active microbatch, to be used in backward."""
-        ...
-
-    def resolve(self, bound: Sink | None, key: str) -> Sink:
-        """Return the sink for a backward whose forward was bound to `bound`."""
-        ...
+    number: int
+    enabled: bool
+    ticket: Tensor
+    grid: tuple[int, int] | None
 
 
 class Site:
@@ -84,79 +60,75 @@ SITES: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
 """The patched modules. A deep copy of one is not in here, and so behaves as an ordinary module."""
 
 
-@dataclass(frozen=True)
-class Route:
-    """What one forward hands to its backward: the owner, the module's place, the microbatch."""
-
-    owner: Owner
-    site: Site
-    bound: Sink | None
-
-    def sink(self, parameter: str) -> tuple[str, Sink]:
-        """Return a parameter's full name, and where its gradients go."""
-        key = self.site.key(parameter)
-        return key, self.owner.resolve(self.bound, key)
-
-
-def _route(module: nn.Module) -> Route | None:
-    """Return the route of a forward, or None where it is to be an ordinary one."""
+def owner_of(module: nn.Module) -> tuple[Owner, Site] | None:
+    """Return who routes a forward, or None where it is to be an ordinary one."""
     site = SITES.get(module)
     owner = site.owner if site is not None else None
-    if site is None or owner is None or not torch.is_grad_enabled() or owner.is_off():
+    if site is None or owner is None or not torch.is_grad_enabled() or not owner.enabled:
         return None
     if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
         return None
-    return Route(owner, site, owner.bind())
+    return owner, site
 
 
 class _Linear(torch.autograd.Function):
-    """x @ weight.T + bias, whose parameters' gradients come from the sink."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, route: Route) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.route = route
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        grad_x = grad @ weight if need_x else None
-        grad_weight = grad_bias = None
-        if need_weight:
-            key, sink = ctx.route.sink("weight")
-            gradients = OuterGradients(sink.select(key, grad), sink.select(key, x))
-            grad_weight = sink.reduce(key, gradients)
-        if need_bias:
-            key, sink = ctx.route.sink("bias")
-            grad_bias = sink.reduce(key, VectorGradients(sink.select(key, grad)))
-        return grad_x, grad_weight, grad_bias, None
-
-
-class _Embedding(torch.autograd.Function):
-    """A table's rows, whose gradient comes from the sink."""
+    """x @ weight.T + bias, whose parameters' gradients come from the operator."""
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, weight: Tensor, padding_idx: int | None, route: Route
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ticket: Tensor,
+        owner: int,
+        keys: tuple[str, str],
     ) -> Tensor:
-        ctx.save_for_backward(token)
-        ctx.num_embeddings, ctx.padding_idx, ctx.route = weight.shape[0], padding_idx, route
+        ctx.save_for_backward(x, weight, ticket)
+        ctx.owner, ctx.keys = owner, keys
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, ticket = ctx.saved_tensors
+        weight_key, bias_key = ctx.keys
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+        if ctx.needs_input_grad[1]:
+            shape = list(weight.shape)
+            grad_weight = parameter_gradient([grad, x], ticket, shape, ctx.owner, weight_key, -1)
+        if ctx.needs_input_grad[2]:
+            shape = [weight.shape[0]]
+            grad_bias = parameter_gradient([grad], ticket, shape, ctx.owner, bias_key, -1)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    """A table's rows, whose gradient comes from the operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token: Tensor,
+        weight: Tensor,
+        padding_idx: int | None,
+        ticket: Tensor,
+        owner: int,
+        key: str,
+    ) -> Tensor:
+        ctx.save_for_backward(token, ticket)
+        ctx.shape, ctx.owner, ctx.key = list(weight.shape), owner, key
+        ctx.padding_idx = -1 if padding_idx is None else padding_idx
         return nn.functional.embedding(token, weight, padding_idx)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (token,) = ctx.saved_tensors
-        key, sink = ctx.route.sink("weight")
-        token_T = sink.select(key, token[..., None]).squeeze(1)
-        grad_TD = sink.select(key, grad)
-        if ctx.padding_idx is not None:
-            grad_TD = grad_TD.masked_fill((token_T == ctx.padding_idx)[:, None], 0.0)
-        gradients = LookupGradients(grad_TD, token_T, ctx.num_embeddings)
-        return None, sink.reduce(key, gradients), None, None
+        token, ticket = ctx.saved_tensors
+        grad_weight = parameter_gradient(
+            [grad, token], ticket, ctx.shape, ctx.owner, ctx.key, ctx.padding_idx
+        )
+        return None, grad_weight, None, None, None, None
 
 
 class _PerPosition(torch.autograd.Function):
@@ -164,22 +136,24 @@ class _PerPosition(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, vector: Tensor, shape: tuple[int, ...], parameter: str, route: Route
+        ctx: Any, vector: Tensor, shape: tuple[int, ...], ticket: Tensor, owner: int, key: str
     ) -> Tensor:
-        ctx.parameter, ctx.route = parameter, route
+        ctx.save_for_backward(ticket)
+        ctx.owner, ctx.key, ctx.size = owner, key, vector.shape[0]
         return vector.expand(*shape, vector.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        key, sink = ctx.route.sink(ctx.parameter)
-        return sink.reduce(key, VectorGradients(sink.select(key, grad))), None, None, None
+        (ticket,) = ctx.saved_tensors
+        grad_vector = parameter_gradient([grad], ticket, [ctx.size], ctx.owner, ctx.key, -1)
+        return grad_vector, None, None, None, None
 
 
 def _linear_forward(self: nn.Module, x: Tensor) -> Tensor:
-    route = _route(self)
-    if route is None:
+    found = owner_of(self)
+    if found is None:
         return type(self).forward(self, x)
+    owner, site = found
     weight, bias = self.weight, self.bias
     if type(self).__name__ == "Conv1D":
         weight = weight.mT
@@ -188,37 +162,43 @@ def _linear_forward(self: nn.Module, x: Tensor) -> Tensor:
         # parameters' dtype.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _Linear.apply(x, weight, bias, route)
+    keys = (site.key("weight"), site.key("bias"))
+    return _Linear.apply(x, weight, bias, owner.ticket, owner.number, keys)
 
 
 def _embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
-    route = _route(self)
-    if route is None:
+    found = owner_of(self)
+    if found is None:
         return type(self).forward(self, input)
-    bound = route.bound
-    if bound is not None and bound.grid is not None and input.dim() == 2 and input.shape[0] == 1:
+    owner, site = found
+    if owner.grid is not None and input.dim() == 2 and input.shape[0] == 1:
         # Position embeddings are looked up once and broadcast over the rows; each row needs its
         # own.
-        rows, columns = bound.grid
+        rows, columns = owner.grid
         if input.shape[1] == columns:
             input = input.expand(rows, columns)
-    return _Embedding.apply(input, self.weight, self.padding_idx, route)
+    place = (owner.ticket, owner.number, site.key("weight"))
+    rows = _Embedding.apply(input, self.weight, self.padding_idx, *place)
+    if type(self).forward is nn.Embedding.forward:
+        return rows
+    scale = self.embed_scale  # a tensor in Gemma's classes, a number in others
+    return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def _layer_norm_forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
-    route = _route(self)
-    if route is None:
+    found = owner_of(self)
+    if found is None:
         return type(self).forward(self, x)
     y = nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps)
-    y = y * _per_position(self, "weight", x, route)
-    return y if self.bias is None else y + _per_position(self, "bias", x, route)
+    y = y * _per_position(self, "weight", x, *found)
+    return y if self.bias is None else y + _per_position(self, "bias", x, *found)
 
 
 def _rms_norm_forward(self: nn.Module, x: Tensor) -> Tensor:
-    route = _route(self)
-    if route is None:
+    found = owner_of(self)
+    if found is None:
         return type(self).forward(self, x)
-    weight = _per_position(self, "weight", x, route)
+    weight = _per_position(self, "weight", x, *found)
     if isinstance(self, nn.RMSNorm):
         return nn.functional.rms_norm(x, self.normalized_shape, None, self.eps) * weight
     # The families' classes differ in where they cast and whether they add 1: run theirs, with the
@@ -230,11 +210,54 @@ def _rms_norm_forward(self: nn.Module, x: Tensor) -> Tensor:
         del self.__dict__["weight"]
 
 
-def _per_position(module: nn.Module, parameter: str, x: Tensor, route: Route) -> Tensor:
+def _dora_forward(
+    self: Any,
+    x: Tensor,
+    *,
+    lora_A: nn.Module,
+    lora_B: nn.Module,
+    scaling: float,
+    base_layer: Any,
+    base_result: Tensor | None = None,
+    adapter_name: str = "default",
+) -> Tensor:
+    """What DoRA adds to the base layer's output: (c - 1) W x + c s B A x with c = m / |W + s B A|.
+
+    The norm is a constant (DoRA, arXiv 2402.09353, section 4.3), and found without a gradient, so
+    that the identity matrix that peft sends through the factors is no microbatch.
+    """
+    found = owner_of(self)
+    if found is None:
+        return type(self).forward(
+            self,
+            x,
+            lora_A=lora_A,
+            lora_B=lora_B,
+            scaling=scaling,
+            base_layer=base_layer,
+            base_result=base_result,
+            adapter_name=adapter_name,
+        )
+    if not base_layer.weight.is_floating_point():
+        raise ProxstepError(f"{found[1].name}: DoRA on a quantized layer is not covered; use LoRA")
+    weight = base_layer.weight.to(x.dtype)
+    with torch.no_grad():
+        update = self.get_lora_weight(lora_A=lora_A, lora_B=lora_B, adapter_name=adapter_name)
+        norm = self.get_weight_norm(weight, update.to(x.dtype), scaling, adapter_name=adapter_name)
+    factor = _per_position(self, "weight", x, *found) / norm
+    bias = base_layer.bias
+    if base_result is None:
+        base = nn.functional.linear(x, weight.mT if self.fan_in_fan_out else weight)
+    else:
+        base = base_result if bias is None else base_result - bias
+    return (factor - 1) * base + factor * lora_B(lora_A(x)) * scaling
+
+
+def _per_position(module: nn.Module, parameter: str, x: Tensor, owner: Owner, site: Site) -> Tensor:
     """Return a vector parameter repeated over the positions of x, broadcastable against it."""
     vector = getattr(module, parameter)
-    grid = route.bound.grid if route.bound is not None else None
-    return _PerPosition.apply(vector, _position_shape(x, grid), parameter, route)
+    shape = _position_shape(x, owner.grid)
+    return _PerPosition.apply(vector, shape, owner.ticket, owner.number, site.key(parameter))
 
 
 def _position_shape(x: Tensor, grid: tuple[int, int] | None) -> tuple[int, ...]:
@@ -257,6 +280,7 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {
     "embedding": _embedding_forward,
     "layer_norm": _layer_norm_forward,
     "rms_norm": _rms_norm_forward,
+    "dora": _dora_forward,
 }
 for _function in FORWARDS.values():
     # A bound method is copied with its module and pickled by its name: an unpickled module finds
@@ -272,7 +296,8 @@ def kind_of(module: nn.Module) -> str | None:
         return "linear"
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return "linear"
-    if cls.forward is nn.Embedding.forward and isinstance(module, nn.Embedding):
+    scaled = cls.__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale")
+    if isinstance(module, nn.Embedding) and (cls.forward is nn.Embedding.forward or scaled):
         ordinary = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return "embedding" if ordinary else None
     if any(parameter.dim() != 1 for parameter in own.values()):
@@ -281,6 +306,8 @@ def kind_of(module: nn.Module) -> str | None:
         return "layer_norm"
     if cls.__name__.endswith("RMSNorm") and set(own) == {"weight"}:
         return "rms_norm"
+    if cls.__name__ == "DoraLinearLayer" and cls.__module__.startswith("peft."):
+        return "dora"
     return None
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+import torch.distributed as dist
+
 from proxstep.types import Float, Tensor
 
 
@@ -33,8 +36,15 @@ class TrailingMeans:
             total, count = pending.get(name, (value_B.new_zeros(()), 0))
             pending[name] = (total + value_B.detach().sum(), count + value_B.numel())
 
-    def fold(self) -> None:
-        """End the optimizer step: fold its measurements into the averages."""
+    def fold(self, group: dist.ProcessGroup | None = None) -> None:
+        """End the optimizer step: fold its measurements into the averages.
+
+        Args:
+            group: The ranks whose measurements are averaged, where torch.distributed is
+                initialized; None for all. They must have measured the same parameters.
+        """
+        if dist.is_initialized() and dist.get_world_size(group) > 1:
+            self._sum_over_ranks(group)
         for key, pending in self._pending.items():
             means = self._means.setdefault(key, {})
             for name, (total, count) in pending.items():
@@ -43,6 +53,17 @@ class TrailingMeans:
                     self.decay * means[name] + (1 - self.decay) * new if name in means else new
                 )
         self._pending.clear()
+
+    def _sum_over_ranks(self, group: dist.ProcessGroup | None) -> None:
+        names = [(key, name) for key in sorted(self._pending) for name in self._pending[key]]
+        if not names:
+            return
+        totals = torch.stack([self._pending[key][name][0].double() for key, name in names])
+        counts = [float(self._pending[key][name][1]) for key, name in names]
+        both = torch.stack([totals, totals.new_tensor(counts)])
+        dist.all_reduce(both, group=group)
+        for (key, name), total, count in zip(names, both[0], both[1].tolist(), strict=True):
+            self._pending[key][name] = (total.to(self._pending[key][name][0].dtype), int(count))
 
     @property
     def has_pending(self) -> bool:

@@ -20,6 +20,7 @@ from proxstep.types import Float, Tensor
 
 DampingForm = Literal["additive", "relative"]
 Scale = Literal["paper", "preserved"]
+Interact = Literal["microbatch", "group"]
 
 GUARD = 1e-8
 """The paper's additive guard under the root (figure 3)."""
@@ -77,13 +78,24 @@ class IsometricRule:
         """Whether the weights depend on averages over earlier optimizer steps."""
         return self.damping > 0 or self.scale == "preserved"
 
+    @property
+    def powers(self) -> dict[str, float]:
+        """The powers that are not 0, by the name of the squared length that they belong to."""
+        powers = {
+            "fisher_sq": self.fisher_power,
+            "norm_sq": self.norm_power,
+            "relative_fisher_sq": self.relative_fisher_power,
+        }
+        return {name: power for name, power in powers.items() if power != 0}
+
 
 @dataclass(frozen=True)
 class NaturalRule:
     """The interacting rule: sequences are mixed through the layer's neural tangent kernel.
 
     weight = (K + c I)^-1 coefficient with K_bc = <G_b, G_c> and c = ntk_damping * E[mean eigenvalue
-    of K]. The result depends on which sequences share a microbatch.
+    of K]. The result depends on which sequences share a microbatch; with interact="group" only on
+    which share a group, as long as a group's sequences share a microbatch.
 
     Attributes:
         ntk_damping: c in units of the trailing mean eigenvalue; positive. The paper uses 1.0
@@ -93,6 +105,8 @@ class NaturalRule:
             scalar c.
         scale: "paper" as it is. "preserved" multiplies the additive form by c + E[mean eigenvalue],
             so that a direction of average eigenvalue keeps its REINFORCE weight.
+        interact: "microbatch" mixes all sequences that share one, as in the paper. "group" mixes
+            those of a prompt, and leaves K's other entries out.
 
     Source: arXiv 2512.23353, section 3, figures 6 and 7.
     """
@@ -100,6 +114,7 @@ class NaturalRule:
     ntk_damping: float = 1.0
     damping_form: DampingForm = "additive"
     scale: Scale = "paper"
+    interact: Interact = "microbatch"
 
     def __post_init__(self) -> None:
         if not self.ntk_damping > 0:
@@ -173,15 +188,8 @@ def isometric_weights(
 
     Source: arXiv 2512.23353, figure 3.
     """
-    powers = {
-        "fisher_sq": rule.fisher_power,
-        "norm_sq": rule.norm_power,
-        "relative_fisher_sq": rule.relative_fisher_power,
-    }
     weight_B = coefficient_B
-    for name, power in powers.items():
-        if power == 0:
-            continue
+    for name, power in rule.powers.items():
         square_B = moments[name]
         mean = trailing.get(name, square_B.mean())
         weight_B = weight_B * _damped_square(square_B, mean, rule) ** (power / 2)

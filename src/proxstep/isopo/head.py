@@ -1,0 +1,294 @@
+"""The output layer under the isometric rule, without T x V logits: chunked, in ghost form.
+
+The gradient of the log-probabilities with respect to a row of logits is onehot(token) - softmax, so
+backward computes it again from the hidden states, one sequence after another, and each sequence's
+statistics, weight and contraction follow while its rows are there.
+
+Legend for shape suffixes: N rows (positions with a log-probability), n rows of one chunk, K sampled
+positions, B sequences, D features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from proxstep.chunked import (
+    ChunkedLogProbs,
+    autocast_head,
+    chunked_log_probs,
+    default_chunk_size,
+    logit_gradient,
+    logits_of,
+    wide_dtype,
+)
+from proxstep.errors import ProxstepError
+from proxstep.isopo.layers import OuterGradients, product
+from proxstep.isopo.microbatch import Microbatch
+from proxstep.isopo.ops import OWNERS
+from proxstep.isopo.patches import owner_of
+from proxstep.isopo.reduction import Measured
+from proxstep.isopo.weighing import Weighing
+from proxstep.types import Float, Int, Tensor
+
+
+def head_log_probs(
+    head: nn.Linear,
+    hidden_ND: Float[Tensor, "rows features"],
+    token_N: Int[Tensor, " rows"],
+    position_N: Int[Tensor, " rows"],
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    with_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return log pi(token) at each row, with the head's gradient under ISOPO where it is installed.
+
+    Args:
+        head: The output layer.
+        hidden_ND: Its inputs at the positions that predict the tokens.
+        token_N: The tokens.
+        position_N: Index in the flattened token grid of each row's hidden state.
+        temperature: Of the sampling.
+        chunk_size: As in `proxstep.chunked.chunked_log_probs`.
+        with_entropy: Return the entropies as well.
+
+    Returns:
+        As `chunked_log_probs`.
+
+    Raises:
+        ProxstepError: In backward, if the rule needs the head's kernel (the natural rule, or
+            fisher="sequences").
+    """
+    options = {"temperature": temperature, "with_entropy": with_entropy}
+    found = owner_of(head)
+    if found is None:
+        return chunked_log_probs(
+            hidden_ND, head.weight, token_N, bias_V=head.bias, chunk_size=chunk_size, **options
+        )
+    owner, site = found
+    key = site.key("weight")
+    if head.bias is not None and head.bias.requires_grad:
+        raise ProxstepError(
+            f"{site.key('bias')}: the chunked head does not cover a bias under ISOPO; use the full "
+            "head, or freeze the bias"
+        )
+    hidden_ND, weight_VD, bias_V = autocast_head(hidden_ND, head.weight, head.bias)
+    size = chunk_size or default_chunk_size(weight_VD)
+    log_prob_N, entropy_N = _GhostHead.apply(
+        hidden_ND,
+        weight_VD,
+        bias_V,
+        token_N,
+        temperature,
+        size,
+        with_entropy,
+        position_N,
+        owner.ticket,
+        owner.number,
+        key,
+    )
+    return (log_prob_N, entropy_N) if with_entropy else log_prob_N
+
+
+class _GhostHead(torch.autograd.Function):
+    """`ChunkedLogProbs`, whose weight's gradient comes from the microbatch's rule."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        *plain, ctx.position_N, ctx.ticket, ctx.owner, ctx.key = inputs
+        return ChunkedLogProbs.forward(ctx, *plain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_N: Tensor, upstream_entropy: Tensor | None) -> Any:
+        sink = OWNERS[ctx.owner].resolve(int(ctx.ticket), ctx.key)
+        if not isinstance(sink, Microbatch) or not ctx.needs_input_grad[1]:
+            return *ChunkedLogProbs.backward(ctx, upstream_N, upstream_entropy), *(None,) * 4
+        hidden_ND, weight_VD, bias_V, token_N = ctx.saved_tensors
+        rows = _Rows(hidden_ND, weight_VD, bias_V, token_N, upstream_N, ctx.temperature)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            grad_ND, grad_VD = _reduce(ctx.key, rows, ctx.position_N, sink, ctx.chunk_size)
+        return grad_ND, grad_VD.to(weight_VD.dtype), *(None,) * 9
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the gradients of all rows are computed from again."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    token_N: Tensor
+    upstream_N: Tensor
+    temperature: float
+
+    def gradient(self, rows: Tensor | slice) -> OuterGradients:
+        """Return the gradients of some rows, as those of a linear layer."""
+        hidden_nD = self.hidden_ND[rows]
+        logits_nV = logits_of(hidden_nD, self.weight_VD, self.bias_V, self.temperature)
+        token_n, upstream_n = self.token_N[rows], self.upstream_N[rows]
+        grad_nV = logit_gradient(logits_nV, token_n, upstream_n, self.temperature)
+        return OuterGradients(grad_nV.to(self.weight_VD.dtype), hidden_nD)
+
+
+@dataclass(frozen=True)
+class _AtPositions:
+    """The same by the layout's positions, of which most have no row; for sampling."""
+
+    rows: _Rows
+    row_of_T: Tensor
+
+    def at(self, index_K: Tensor) -> OuterGradients:
+        row_K = self.row_of_T[index_K]
+        outer = self.rows.gradient(row_K.clamp(min=0))
+        zero_K1 = (row_K < 0)[:, None]
+        return OuterGradients(outer.grad_TO.masked_fill(zero_K1, 0.0), outer.input_TI)
+
+
+def _reduce(
+    key: str, rows: _Rows, position_N: Tensor, microbatch: Microbatch, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the hidden states and of the weight."""
+    microbatch.claim(key)
+    needs, weighing = microbatch.needs(key), microbatch.weighing(key)
+    if weighing.needs_kernel:
+        raise ProxstepError(
+            f'{key}: the natural rule and fisher="sequences" need the head\'s kernel, which the '
+            "chunked head does not form; use the full head, or an isometric rule"
+        )
+    layout = microbatch.layout
+    place_T = torch.full((layout.grid[0] * layout.grid[1],), -1, device=position_N.device)
+    place_T[position_N] = torch.arange(len(position_N), device=position_N.device)
+    row_of_T = place_T if layout.order_T is None else place_T[layout.order_T]
+    sample = None
+    if needs.fisher:
+        sample, count = microbatch.samples.of(key, _AtPositions(rows, row_of_T))  # type: ignore[arg-type]
+        assert isinstance(sample, OuterGradients)
+        weighing.measure_sample(sample.squares(), count)
+    own_rows = [row_of_T[start:end] for start, end in layout.bounds]
+    own_rows = [row_n[row_n >= 0] for row_n in own_rows]
+    work = _Work(rows, sample, needs.norm, chunk_size)
+    given = key in microbatch.sequences.fisher_sq
+    if not (needs.fisher or needs.norm or given):
+        weights = iter(-microbatch.sequences.coefficient_B)
+        for row_n in own_rows:
+            work.add(row_n, lambda _: next(weights))
+    elif weighing.knows_the_past:
+        for sequence, row_n in enumerate(own_rows):
+            part = slice(sequence, sequence + 1)
+            work.add(row_n, lambda found, part=part: weighing.weigh(part, found(weighing))[0])
+        weighing.conclude()
+    else:
+        _two_passes(work, own_rows, weighing)
+    return work.grad_ND, work.grad_VD
+
+
+def _two_passes(work: _Work, own_rows: list[Tensor], weighing: Weighing) -> None:
+    """Measure all sequences before any of them is weighed: the first step has no past."""
+    found = [work.measure(row_n) for row_n in own_rows]
+    cross, norms = [f.cross_K for f in found], [f.norm_sq for f in found]
+    fisher_B = None if cross[0] is None else weighing.fisher_of(torch.stack(cross, dim=1))  # type: ignore[arg-type]
+    norm_B = None if norms[0] is None else torch.stack(norms)  # type: ignore[arg-type]
+    weight_B = weighing.weigh(slice(None), Measured(fisher_B, norm_B))
+    weighing.conclude()
+    for row_n, weight in zip(own_rows, weight_B, strict=True):
+        work.add(row_n, lambda _, weight=weight: weight, measure=False)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One sequence's statistics."""
+
+    cross_K: Tensor | None
+    norm_sq: Tensor | None
+
+    def __call__(self, weighing: Weighing) -> Measured:
+        """Return them as the rule wants them."""
+        fisher_B = None if self.cross_K is None else weighing.fisher_of(self.cross_K[:, None])
+        return Measured(fisher_B, None if self.norm_sq is None else self.norm_sq[None])
+
+
+class _Work:
+    """Accumulates the gradients of the hidden states and of the weight, sequence by sequence."""
+
+    def __init__(
+        self, rows: _Rows, sample: OuterGradients | None, needs_norm: bool, chunk_size: int
+    ) -> None:
+        self._rows, self._sample = rows, sample
+        self._needs_norm, self._chunk_size = needs_norm, chunk_size
+        self.grad_ND = torch.zeros_like(rows.hidden_ND)
+        wide = wide_dtype(rows.weight_VD.dtype)
+        self.grad_VD = torch.zeros_like(rows.weight_VD, dtype=wide)
+        self._whole_VD: Tensor | None = None
+
+    def add(self, row_n: Tensor, weigh: Any, *, measure: bool = True) -> None:
+        """Add one sequence: weigh is called with its statistics and returns its weight."""
+        chunks = self._chunks(row_n)
+        if len(chunks) == 1 or not measure:
+            for outer in self._gradients(row_n, keep_hidden=True):
+                found = self._measure_chunk(outer) if measure else _Found(None, None)
+                scaled_nD = outer.input_TI * weigh(found).to(outer.input_TI.dtype)
+                self._accumulate(self.grad_VD, outer.grad_TO, scaled_nD)
+            return
+        cross_K = None
+        whole_VD = self._workspace()
+        for outer in self._gradients(row_n, keep_hidden=True):
+            self._accumulate(whole_VD, outer.grad_TO, outer.input_TI)
+            cross_K = self._cross(outer, cross_K)
+        norm_sq = whole_VD.square().sum() if self._needs_norm else None
+        self.grad_VD.addcmul_(whole_VD, weigh(_Found(cross_K, norm_sq)).to(whole_VD.dtype))
+
+    def measure(self, row_n: Tensor) -> _Found:
+        """Return one sequence's statistics."""
+        if len(self._chunks(row_n)) == 1:
+            (outer,) = self._gradients(row_n, keep_hidden=False)
+            return self._measure_chunk(outer)
+        cross_K, whole_VD = None, self._workspace() if self._needs_norm else None
+        for outer in self._gradients(row_n, keep_hidden=False):
+            cross_K = self._cross(outer, cross_K)
+            if whole_VD is not None:
+                self._accumulate(whole_VD, outer.grad_TO, outer.input_TI)
+        return _Found(cross_K, None if whole_VD is None else whole_VD.square().sum())
+
+    def _gradients(self, row_n: Tensor, *, keep_hidden: bool) -> Iterator[OuterGradients]:
+        """Yield each chunk's gradients; the hidden states' follow from them."""
+        for chunk_n in self._chunks(row_n):
+            outer = self._rows.gradient(chunk_n)
+            if keep_hidden:
+                self.grad_ND[chunk_n] = outer.grad_TO @ self._rows.weight_VD
+            yield outer
+
+    def _measure_chunk(self, outer: OuterGradients) -> _Found:
+        norm_sq = None
+        if self._needs_norm:
+            gram_nn = product(outer.grad_TO, outer.grad_TO.mT)
+            norm_sq = (gram_nn * product(outer.input_TI, outer.input_TI.mT)).sum().clamp(min=0)
+        return _Found(self._cross(outer, None), norm_sq)
+
+    def _cross(self, outer: OuterGradients, total_K: Tensor | None) -> Tensor | None:
+        """Add <G_k, G_t> over the positions t of a chunk."""
+        if self._sample is None:
+            return None
+        gram_Kn = product(self._sample.grad_TO, outer.grad_TO.mT)
+        cross_K = (gram_Kn * product(self._sample.input_TI, outer.input_TI.mT)).sum(dim=1)
+        return cross_K if total_K is None else total_K + cross_K
+
+    def _accumulate(self, total_VD: Tensor, grad_nV: Tensor, hidden_nD: Tensor) -> None:
+        if total_VD.dtype == grad_nV.dtype:
+            total_VD.addmm_(grad_nV.mT, hidden_nD)
+        else:
+            total_VD.add_(product(grad_nV.mT, hidden_nD))
+
+    def _workspace(self) -> Tensor:
+        if self._whole_VD is None:
+            self._whole_VD = torch.empty_like(self.grad_VD)
+        return self._whole_VD.zero_()
+
+    def _chunks(self, row_n: Tensor) -> tuple[Tensor, ...]:
+        return row_n.split(self._chunk_size)

@@ -1,0 +1,207 @@
+"""Which position-wise gradients estimate the Fisher norm: the microbatch's, the ranks', the past's.
+
+Each source hands out, for one microbatch, an object that returns a parameter's sample of position
+gradients. With the microbatch's own positions the estimate depends on which sequences share it.
+Positions gathered over ranks make it independent of how sequences are spread over ranks; positions
+carried over from the previous optimizer step, of how they are spread over microbatches too.
+
+Legend for shape suffixes: T positions, K sampled positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from proxstep.isopo.layers import (
+    LookupGradients,
+    OuterGradients,
+    PositionGradients,
+    VectorGradients,
+)
+from proxstep.isopo.layout import smallest
+from proxstep.types import Float, Int, Tensor
+
+Group = dist.ProcessGroup | None
+
+
+class Samples(Protocol):
+    """One microbatch's samples."""
+
+    @property
+    def index_K(self) -> Int[Tensor, " samples"]:
+        """The microbatch's own positions that were drawn."""
+        ...
+
+    def of(self, key: str, gradients: PositionGradients) -> tuple[PositionGradients, int]:
+        """Return a parameter's sample, and how many of its rows are samples and not filling."""
+        ...
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """Return the sum over the ranks that share the sample."""
+        ...
+
+
+class OwnSamples:
+    """Positions of the microbatch itself."""
+
+    def __init__(self, index_K: Int[Tensor, " samples"]) -> None:
+        self.index_K = index_K
+
+    def of(self, key: str, gradients: PositionGradients) -> tuple[PositionGradients, int]:
+        """Return the gradients at the positions that were drawn."""
+        del key
+        return gradients.at(self.index_K), len(self.index_K)
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """Return the value: nothing is shared."""
+        return value
+
+
+class GatheredSamples:
+    """The K positions with the smallest priorities among all ranks' microbatches.
+
+    Every rank must run the same number of microbatches: each layer's backward is a collective.
+    """
+
+    def __init__(
+        self, priority_T: Float[Tensor, " positions"], count: int | None, group: Group
+    ) -> None:
+        self._group = group
+        own_K = smallest(priority_T, count)
+        limit = torch.inf if count is None else _kth_smallest(priority_T[own_K], count, group)
+        self.index_K = own_K[priority_T[own_K] <= limit]
+        counts = torch.tensor([len(self.index_K)], device=priority_T.device)
+        self._counts = [int(c) for c in _all_gather(counts, group)]
+
+    def of(self, key: str, gradients: PositionGradients) -> tuple[PositionGradients, int]:
+        """Return the ranks' gradients, with zeros where a rank has fewer than the others."""
+        del key
+        own = gradients.at(self.index_K)
+        return _gather(own, max(self._counts), self._group), sum(self._counts)
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """Return the sum over the ranks."""
+        total = value.clone()
+        dist.all_reduce(total, group=self._group)
+        return total
+
+
+class CarriedSamples:
+    """Positions of the previous optimizer step, kept over from it; the first step uses its own."""
+
+    def __init__(self, store: SampleStore, priority_T: Float[Tensor, " positions"]) -> None:
+        self._store, self._priority_T = store, priority_T
+        self.index_K = smallest(priority_T, store.count)
+
+    def of(self, key: str, gradients: PositionGradients) -> tuple[PositionGradients, int]:
+        """Return what was kept of the previous step, and keep this microbatch's for the next."""
+        own = gradients.at(self.index_K)
+        self._store.add(key, self._priority_T[self.index_K], own)
+        sample = self._store.current.get(key, own)
+        return sample, len(sample.grad_TO if isinstance(sample, OuterGradients) else sample.grad_TD)
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """Return the value: nothing is shared within a step."""
+        return value
+
+
+class SampleStore:
+    """The samples that are carried from one optimizer step to the next.
+
+    Args:
+        count: K.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.current: dict[str, PositionGradients] = {}
+        self._pending: dict[str, tuple[Tensor, PositionGradients]] = {}
+
+    def add(self, key: str, priority_K: Tensor, gradients: PositionGradients) -> None:
+        """Keep the K smallest priorities of those kept before and these."""
+        if key in self._pending:
+            old_priority_K, old = self._pending[key]
+            priority_K = torch.cat([old_priority_K, priority_K])
+            gradients = _map2(old, gradients, lambda a, b: torch.cat([a, b]))
+        index_K = smallest(priority_K, self.count)
+        self._pending[key] = (priority_K[index_K], gradients.at(index_K))
+
+    def fold(self, group: Group) -> None:
+        """End the optimizer step: what was kept is the sample from now on."""
+        for key in sorted(self._pending):
+            priority_K, gradients = self._pending[key]
+            if dist.is_initialized():
+                counts = _all_gather(
+                    torch.tensor([len(priority_K)], device=priority_K.device), group
+                )
+                longest = int(torch.cat(list(counts)).max())
+                padded_K = _pad(priority_K, longest, torch.inf)
+                gathered = _all_gather(padded_K, group)
+                gradients = _gather(gradients, longest, group)
+                gradients = gradients.at(smallest(torch.cat(list(gathered)), self.count))
+            self.current[key] = gradients
+        self._pending.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs: the tensors of each parameter's sample."""
+        return {
+            key: {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
+            for key, sample in self.current.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the sample by that of `state_dict`, and forget what is pending."""
+        self._pending = {}
+        self.current = {key: _KINDS[frozenset(fields)](**fields) for key, fields in state.items()}
+
+
+_KINDS: dict[frozenset[str], Any] = {
+    frozenset(field.name for field in dataclasses.fields(kind)): kind
+    for kind in (OuterGradients, VectorGradients, LookupGradients)
+}
+
+
+def _kth_smallest(own_K: Tensor, count: int, group: Group) -> float:
+    """Return the count-th smallest priority of all ranks, or infinity where there are fewer."""
+    everyone = torch.cat(list(_all_gather(_pad(own_K, count, torch.inf), group)))
+    return everyone.sort().values[count - 1].item()
+
+
+def _gather(gradients: PositionGradients, rows: int, group: Group) -> PositionGradients:
+    """Concatenate the ranks' gradients, each padded with zeros to so many rows."""
+
+    def gathered(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.cat(list(_all_gather(_pad(value, rows, 0), group)))
+
+    return _map(gradients, gathered)
+
+
+def _pad(value: Tensor, rows: int, fill: float) -> Tensor:
+    missing = value.new_full((rows - len(value), *value.shape[1:]), fill)
+    return torch.cat([value, missing]).contiguous()
+
+
+def _all_gather(value: Tensor, group: Group) -> list[Tensor]:
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, value.contiguous(), group=group)
+    return parts
+
+
+def _map(gradients: Any, function: Any) -> Any:
+    fields = dataclasses.fields(gradients)
+    return type(gradients)(*(function(getattr(gradients, field.name)) for field in fields))
+
+
+def _map2(first: Any, second: Any, function: Any) -> Any:
+    def both(name: str) -> Any:
+        a, b = getattr(first, name), getattr(second, name)
+        return function(a, b) if isinstance(a, Tensor) else a
+
+    return type(first)(*(both(field.name) for field in dataclasses.fields(first)))
