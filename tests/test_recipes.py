@@ -19,6 +19,7 @@ from proxstep.explain import OBJECTIVES, describe_keys
 from proxstep.isopo import PRESETS
 from proxstep.losses import LOSSES
 from proxstep.recipes import dump_recipe, load_recipe, resolve
+from proxstep.sections import OPTIMIZER_OPTIONS
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 COMPOSED = ["isopo+opo", "isopo-natural+gspo", "isopo-npg+reinforce", "reinforce+opo"]
@@ -61,6 +62,7 @@ def test_the_resolved_recipe_reads_back_to_itself(algorithm: str, tmp_path: Path
             "model": {"name": "./model", "lora": {"rank": 4, "target_modules": ["q_proj"]}},
             "task": {"name": "table", "train": "null.jsonl", "rewards": ["a.py:f", "exact_match"]},
             "optimizer": {"learning_rate": 1e-6, "max_grad_norm": None, "betas": [0.9, 0.95]},
+            "regularizer": {"kl_coef": 1e-3},
             "update": {"microbatch_size": 4},
         },
         {},
@@ -408,6 +410,9 @@ def test_an_objective_or_geometry_that_is_not_the_algorithms(
         ("rollout.temprature", "temperature"),
         ("update.micro_batch_size", "microbatch_size"),
         ("optimizer.lerning_rate", "learning_rate"),
+        ("optimizer.muon_lr", "muon_learning_rate"),
+        ("regularizer.kl_coeff", "kl_coef"),
+        ("regularizer.entropy_coeff", "entropy_coef"),
         ("evaluation.evry", "every"),
         ("logging.traker", "tracker"),
     ],
@@ -492,6 +497,11 @@ def test_no_key_takes_just_anything(objective: str, key: str, value: Any) -> Non
         ("optimizer.learning_rate", math.nan, "got nan"),
         ("optimizer.betas", 0.9, "input should be a valid list, got 0.9"),
         ("optimizer.betas", [0.9], "got [0.9]"),
+        ("optimizer.name", "adam", "input should be 'adamw', 'sgd', 'muon', 'soap' or 'kron'"),
+        ("optimizer.momentum", 1.0, "input should be less than 1, got 1.0"),
+        ("model.autocast", "float16", "input should be 'bfloat16', got 'float16'"),
+        ("regularizer.kl_coef", -0.1, "input should be greater than or equal to 0, got -0.1"),
+        ("regularizer.entropy_coef", -1, "input should be greater than or equal to 0, got -1"),
         ("evaluation.kl_policy_initial", 1, "input should be a valid boolean, got 1"),
         ("evaluation.kl_policy_initial", "no", "input should be a valid boolean, got 'no'"),
         ("model.dtype", "int8", "input should be 'float32' or 'bfloat16', got 'int8'"),
@@ -672,12 +682,73 @@ def test_a_group_of_one_is_fine_with_the_batch_as_its_group() -> None:
         ),
         (
             {"algorithm": "grpo", "optimizer": {"momentum": 0.9}},
-            "optimizer.momentum is sgd's: adamw has optimizer.betas",
+            "optimizer.momentum is not an option of adamw, which has betas and eps: leave it null",
+        ),
+        (
+            {"algorithm": "grpo", "model": {"dtype": "bfloat16", "autocast": "bfloat16"}},
+            "model.autocast computes with float32 weights in bfloat16, but model.dtype is bfloat16 "
+            "already: leave one of them out",
+        ),
+        *(
+            (
+                {
+                    "algorithm": "grpo",
+                    "model": {"dtype": "bfloat16"},
+                    "optimizer": {"name": optimizer},
+                },
+                f"optimizer.name {optimizer} keeps its preconditioner in the dtype of the weights, "
+                "and model.dtype bfloat16 is too coarse for one: use float32",
+            )
+            for optimizer in ("soap", "kron")
         ),
     ],
 )
 def test_settings_that_do_not_go_together(data: dict[str, Any], complaint: str) -> None:
     assert complaint in mistake(data)
+
+
+OPTIONS = {"muon_learning_rate": 1e-3, "betas": [0.8, 0.9], "eps": 1e-6, "momentum": 0.5}
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_OPTIONS)
+@pytest.mark.parametrize("key", OPTIONS)
+def test_an_optimizer_takes_its_own_options_alone(name: str, key: str) -> None:
+    data = {"algorithm": "grpo", "optimizer": {"name": name, key: OPTIONS[key]}}
+    if key in OPTIMIZER_OPTIONS[name]:
+        assert resolve(data, {}, "test").optimizer.options() == {key: OPTIONS[key]}
+    else:
+        message = mistake(data)
+        assert message.startswith(f"optimizer.{key} is not an option of {name}, which has ")
+        assert all(own in message for own in OPTIMIZER_OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_OPTIONS)
+def test_a_zero_is_set_and_null_is_not(name: str) -> None:
+    plain = resolve({"algorithm": "grpo", "optimizer": {"name": name}}, {}, "test").optimizer
+    assert plain.options() == {}
+    foreign = {"algorithm": "grpo", "optimizer": {"name": "adamw", "momentum": 0.0}}
+    assert "momentum is not an option of adamw" in mistake(foreign)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "regularizer", "lora", "kept"),
+    [
+        (True, 0.0, None, True),
+        (False, 0.0, None, False),
+        (False, 0.1, None, True),
+        (True, 0.1, {"rank": 2}, False),
+    ],
+)
+def test_when_a_copy_of_the_initial_weights_is_kept(
+    evaluation: bool, regularizer: float, lora: Any, kept: bool
+) -> None:
+    data = {
+        "algorithm": "grpo",
+        "model": {"lora": lora},
+        "evaluation": {"kl_policy_initial": evaluation},
+        "regularizer": {"kl_coef": regularizer},
+    }
+    assert resolve(data, {}, "test").keeps_initial is kept
 
 
 def test_settings_that_do_go_together() -> None:
@@ -687,6 +758,7 @@ def test_settings_that_do_go_together() -> None:
         "model": {"name": "some/model"},
         "task": {"name": "table", "train": "x.jsonl", "rewards": ["a.py:f"], "reward_weights": [2]},
         "optimizer": {"name": "sgd", "momentum": 0.9},
+        "regularizer": {"entropy_coef": 0, "kl_coef": 0.1},
         "rollout": {"num_prompts": 6},
         "update": {"num_minibatches": 3},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,10 @@ from proxstep import session
 from proxstep.checkpoint import latest_checkpoint, load_state
 from proxstep.config import ALGORITHMS
 from proxstep.errors import ProxstepError
+from proxstep.experience import Batch, collect
+from proxstep.metrics import token_log_probs
+from proxstep.rollout import response_logits
+from proxstep.runfolder import RunFolder
 from proxstep.schema import FIELDS, unknown_fields
 from proxstep.trainer import Trainer
 from tests.engine import Silent, tiny_recipe
@@ -58,11 +63,47 @@ def test_a_checkpoint_is_an_ordinary_model(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer("12+7=")["input_ids"]) == "12+7="
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "opo", "isopo-natural"])
+OF_EVERY_KIND = [
+    ("reinforce", {}),
+    ("opo", {}),
+    ("isopo-natural", {}),
+    ("grpo", {"optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}}),
+    (
+        "isopo",
+        {
+            "optimizer": {"name": "muon", "learning_rate": 1e-3, "warmup_updates": 3},
+            "update": {"num_minibatches": 1},
+        },
+    ),
+    (
+        "isopo",
+        {
+            "optimizer": {"name": "soap", "learning_rate": 1e-3},
+            "update": {"num_iterations": 4},  # it renews its basis in the 11th update of 16
+        },
+    ),
+    ("grpo", {"optimizer": {"name": "kron", "learning_rate": 1e-3}}),
+    ("isopo", {"model": {"autocast": "bfloat16"}}),
+    (
+        "isopo",
+        {
+            "regularizer": {"entropy_coef": 0.1, "kl_coef": 1.0},
+            "evaluation": {"every": 2, "num_probe_prompts": 3, "kl_policy_initial": False},
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "own"), OF_EVERY_KIND)
 def test_resuming_repeats_the_run_to_the_bit(
-    tmp_path: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, algorithm: str, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"steps": 4, "update": {"num_minibatches": 2}, "logging": {"checkpoint_every": 2}}
+    changes = {
+        "steps": 4,
+        "update": {"num_minibatches": 2},
+        "logging": {"checkpoint_every": 2},
+        **own,
+    }
     whole = tiny_recipe(tmp_path / "whole", algorithm, **changes)
     session.train(whole, Silent())
 
@@ -217,6 +258,121 @@ def test_samples_are_kept(tmp_path: Path) -> None:
     samples = [json.loads(line) for line in lines]
     assert [s["step"] for s in samples] == [0, 0, 2, 2, 3, 3]
     assert set(samples[0]) == {"step", "prompt", "completion", "answer", "reward"}
+
+
+# bfloat16 autocast
+
+
+def watch_the_policy(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """Return the dtypes in which the policy's output layer computes from now on."""
+    seen: set[torch.dtype] = set()
+    load_model = session.load_model
+
+    def watched(*arguments: Any) -> Any:
+        model: Any = load_model(*arguments)
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+        return model
+
+    monkeypatch.setattr(session, "load_model", watched)
+    return seen
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+@pytest.mark.parametrize("algorithm", ["grpo", "isopo", "isopo-natural"])
+@pytest.mark.parametrize(
+    ("autocast", "dtype"), [(None, torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_the_policy_computes_in_one_dtype_wherever_it_runs(
+    tmp_path: Path,
+    autocast: str | None,
+    dtype: torch.dtype,
+    algorithm: str,
+    lora: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = watch_the_policy(monkeypatch)
+    folder = tmp_path / "run"
+    recipe = tiny_recipe(
+        folder,
+        algorithm,
+        steps=2,
+        model={"autocast": autocast, "lora": lora},
+        update={"num_minibatches": 2},
+        regularizer={"entropy_coef": 0.1, "kl_coef": 0.1},
+    )
+    assert session.train(recipe, Silent()) == "finished"
+    session.evaluate(recipe, latest_checkpoint(folder), Silent())
+    assert seen == {dtype}
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    saved = load_file(latest_checkpoint(folder) / name)
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert records(folder)[0]["kl_policy_initial"] == pytest.approx(0.0, abs=1e-6)
+    assert records(folder)[0]["kl_initial_policy"] == pytest.approx(0.0, abs=1e-6)
+
+
+def one_batch(folder: Path, algorithm: str, autocast: str | None) -> tuple[Trainer, Batch]:
+    """A trainer of the embedded model, and a batch on which its completions differ."""
+    recipe = tiny_recipe(
+        folder, algorithm, model={"autocast": autocast}, update={"num_minibatches": 2}
+    )
+    source = session.model_source(recipe, print)
+    tokenizer, prompts = session._tokenized(recipe, source)
+    model = session.load_model(source, "float32", torch.device("cpu"), None)
+    made = Trainer(recipe, model, tokenizer, *prompts, RunFolder(folder), Silent())
+    torch.manual_seed(0)
+    batch, _ = collect(recipe, made.algorithm, model, tokenizer, prompts[0], 0, made.clock)
+    assert batch is not None
+    signal_B = torch.linspace(-1, 1, len(batch))
+    return made, dataclasses.replace(batch, signal_B=signal_B)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "isopo", "isopo-natural"])
+def test_the_gradient_under_autocast_is_near_the_one_in_float32(
+    tmp_path: Path, algorithm: str
+) -> None:
+    exact, batch = one_batch(tmp_path / "exact", algorithm, None)
+    coarse, _ = one_batch(tmp_path / "coarse", algorithm, "bfloat16")
+    for made in (exact, coarse):
+        made._accumulate(batch, {}, measure_entropy=False)
+    a, b = (
+        {name: p.grad for name, p in made.model.named_parameters() if p.grad is not None}
+        for made in (exact, coarse)
+    )
+    assert set(a) == set(b) == {name for name, _ in exact.model.named_parameters()}
+    for name in a:
+        assert b[name].dtype == torch.float32
+        assert 0 < (a[name] - b[name]).norm() < 0.1 * a[name].norm(), name
+
+
+def test_the_ratio_starts_at_one_under_autocast(tmp_path: Path) -> None:
+    made, batch = one_batch(tmp_path / "run", "grpo", "bfloat16")
+    old_log_prob_BT = batch.old_log_prob_BT
+    assert old_log_prob_BT is not None
+    response_BT = batch.completions.response_BT[:, 1:]
+    token_BT = batch.completions.token_BT[:, 1:]
+
+    def furthest(logits: torch.Tensor) -> float:
+        change_BT = token_log_probs(logits, token_BT) - old_log_prob_BT
+        return change_BT[response_BT].abs().max().item()
+
+    assert furthest(made._logits(batch.completions)) < 1e-5
+    assert furthest(response_logits(made.model, batch.completions, 1.0)) > 1e-3
+
+
+def test_rewards_are_not_graded_under_autocast(tmp_path: Path) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "import torch\n\n"
+        "def exact(prompts, completions, **columns):\n"
+        "    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32\n"
+        "    return [0.5] * len(prompts)\n"
+    )
+    recipe = tiny_recipe(
+        tmp_path / "run", task={"rewards": [f"{reward}:exact"]}, model={"autocast": "bfloat16"}
+    )
+    assert session.train(recipe, Silent()) == "finished"
+    assert session.evaluate(recipe, None, Silent())[0].score == 0.5
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "isopo"])

@@ -13,7 +13,7 @@ from proxstep.advantages import ADVANTAGES
 from proxstep.config import Recipe
 from proxstep.isopo import Isopo
 from proxstep.losses import LOSSES, Aggregation, drive, escort_weights, sequence_coefficients
-from proxstep.sections import OpoSection
+from proxstep.objective_sections import OpoSection
 from proxstep.types import Bool, Float, Int, Tensor
 
 Metrics = dict[str, Float[Tensor, " batch"]]
@@ -79,6 +79,7 @@ class Algorithm:
         num_sequences: int,
         num_tokens: int,
         isopo: Isopo | None,
+        extra_loss: Float[Tensor, ""] | None,
         sequence_ids: Int[Tensor, "batch positions"],
         completion_mask: Bool[Tensor, "batch positions"],
     ) -> tuple[Float[Tensor, ""], Metrics]:
@@ -92,6 +93,7 @@ class Algorithm:
             num_sequences: Sequences of the whole optimizer step.
             num_tokens: Completion tokens of the whole optimizer step.
             isopo: The geometry, or None for the plain gradient.
+            extra_loss: Differentiated together with the objective, where there is no geometry.
             sequence_ids: The sequence of each input position, -1 for padding.
             completion_mask: True at completion positions of the input.
 
@@ -110,7 +112,7 @@ class Algorithm:
         }
         if isopo is None:
             loss, metrics = self.objective.loss(*inputs, **options)
-            loss.backward()
+            (loss if extra_loss is None else loss + extra_loss).backward()
             return loss.detach(), metrics
         coefficient_B, loss, metrics = sequence_coefficients(self.objective, *inputs, **options)
         with isopo.microbatch(sequence_ids, coefficient_B, completion_mask):
@@ -132,32 +134,3 @@ def make_isopo(recipe: Recipe, model: torch.nn.Module) -> Isopo | None:
         decay=geometry.decay,
         seed=recipe.seed,
     )
-
-
-def make_optimizer(
-    recipe: Recipe, model: torch.nn.Module
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return the recipe's optimizer over the trainable parameters, and its schedule."""
-    section = recipe.optimizer
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer: torch.optim.Optimizer
-    if section.name == "adamw":
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=section.learning_rate,
-            betas=(section.betas[0], section.betas[1]),
-            eps=section.eps,
-            weight_decay=section.weight_decay,
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            parameters,
-            lr=section.learning_rate,
-            momentum=section.momentum,
-            weight_decay=section.weight_decay,
-        )
-
-    def ramp(update: int) -> float:
-        return min(1.0, (update + 1) / (section.warmup_updates + 1))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)

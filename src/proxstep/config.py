@@ -12,15 +12,15 @@ from pydantic import Field, model_validator
 from proxstep.advantages import ADVANTAGES
 from proxstep.isopo import PRESETS
 from proxstep.losses import LOSSES
+from proxstep.objective_sections import ObjectiveSection, OpoSection
 from proxstep.sections import (
     EvaluationSection,
     GeometrySection,
     LoggingSection,
     ModelSection,
-    ObjectiveSection,
-    OpoSection,
     OptimizerSection,
     Positive,
+    RegularizerSection,
     RolloutSection,
     Section,
     TaskSection,
@@ -78,14 +78,21 @@ class Recipe(Section):
     task: TaskSection = Field(default_factory=TaskSection)
     objective: ObjectiveSection
     geometry: GeometrySection = Field(default_factory=GeometrySection)
+    regularizer: RegularizerSection = Field(default_factory=RegularizerSection)
     rollout: RolloutSection = Field(default_factory=RolloutSection)
     update: UpdateSection = Field(default_factory=UpdateSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
 
+    @property
+    def keeps_initial(self) -> bool:
+        """Whether a copy of the initial weights is needed; adapters can be switched off instead."""
+        wanted = self.evaluation.kl_policy_initial or self.regularizer.kl_coef > 0
+        return wanted and self.model.lora is None
+
     @model_validator(mode="after")
-    def _check_together(self) -> Recipe:
+    def _check_sampling(self) -> Recipe:
         rollout, update = self.rollout, self.update
         compares = self.objective.advantage in _COMPARES
         if rollout.num_generations == 1 and (compares or isinstance(self.objective, OpoSection)):
@@ -102,11 +109,19 @@ class Recipe(Section):
                 f"rollout.num_prompts {rollout.num_prompts}: a prompt's group stays in one "
                 "minibatch"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_geometry(self) -> Recipe:
         if self.geometry.rule != "none":
             undefined = undefined_composition(self.geometry.rule, self.objective.name)
             if undefined:
                 raise ValueError(undefined)
             self.geometry.to_rule()
+        return self
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Recipe:
         if self.task.name == "table" and self.task.train is None:
             raise ValueError("task.train is needed: a JSONL or Parquet file, or a hub data set")
         if self.task.name != "arithmetic" and self.model.name == "embedded":
@@ -117,6 +132,21 @@ class Recipe(Section):
         weights, rewards = self.task.reward_weights, self.task.rewards
         if weights is not None and (rewards is None or len(weights) != len(rewards)):
             raise ValueError("task.reward_weights needs task.rewards, with one weight for each")
-        if self.optimizer.name == "adamw" and self.optimizer.momentum:
-            raise ValueError("optimizer.momentum is sgd's: adamw has optimizer.betas")
+        return self
+
+    @model_validator(mode="after")
+    def _check_numerics(self) -> Recipe:
+        self.optimizer.options()
+        if self.model.dtype == "bfloat16":
+            if self.model.autocast is not None:
+                raise ValueError(
+                    "model.autocast computes with float32 weights in bfloat16, but model.dtype is "
+                    "bfloat16 already: leave one of them out"
+                )
+            if self.optimizer.name in ("soap", "kron"):
+                raise ValueError(
+                    f"optimizer.name {self.optimizer.name} keeps its preconditioner in the dtype "
+                    "of the weights, and model.dtype bfloat16 is too coarse for one: use float32, "
+                    "with model.autocast bfloat16"
+                )
         return self

@@ -5,7 +5,6 @@ Legend for shape suffixes: B sequences, T token positions.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +52,8 @@ def greedy_score(
         )
         texts += completions.texts(tokenizer)
         lengths += completions.lengths().tolist()
-    table = prompts.grade(range(len(prompts)), texts)
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        table = prompts.grade(range(len(prompts)), texts)  # rewards compute as they always do
     rewards = next(iter(table.per_function.values()))
     given = [reward for reward in rewards if reward is not None]
     score = sum(given) / len(given) if given else float("nan")
@@ -113,6 +113,28 @@ class Probe:
 
 
 @torch.no_grad()
+def initial_logits(
+    model: nn.Module, initial: nn.Module | None, completions: Completions, temperature: float
+) -> Float[Tensor, "batch tokens vocab"]:
+    """Return the initial policy's logits for each token from the second on.
+
+    Args:
+        model: The policy.
+        initial: The initial policy, or None for a model whose adapters can be switched off.
+        completions: The completions.
+        temperature: Divides the logits.
+    """
+    if initial is not None:
+        return response_logits(initial, completions, temperature)
+    was_training = model.training
+    model.eval()
+    with model.disable_adapter():  # type: ignore[operator]
+        logits = response_logits(model, completions, temperature)
+    model.train(was_training)
+    return logits
+
+
+@torch.no_grad()
 def kl_from_initial(
     model: nn.Module,
     initial: nn.Module | None,
@@ -133,10 +155,6 @@ def kl_from_initial(
     was_training = model.training
     model.eval()
     logits = response_logits(model, completions, 1.0)
-    adapters_off = contextlib.nullcontext() if initial is not None else model.disable_adapter()  # type: ignore[operator]
-    with adapters_off:
-        initial_logits = response_logits(
-            initial if initial is not None else model, completions, 1.0
-        )
     model.train(was_training)
-    return kl_divergence(logits, initial_logits)[completions.response_BT[:, 1:]].mean().item()
+    kl_BT = kl_divergence(logits, initial_logits(model, initial, completions, 1.0))
+    return kl_BT[completions.response_BT[:, 1:]].mean().item()

@@ -19,6 +19,7 @@ from proxstep.config import Recipe
 from proxstep.data import Prompts, step_rows
 from proxstep.evaluation import completion_log_probs
 from proxstep.masked import masked_sum
+from proxstep.models import autocast
 from proxstep.rollout import Completions, sample
 from proxstep.types import Float, Int, Tensor
 
@@ -108,7 +109,7 @@ def collect(
     section = recipe.rollout
     rows = step_rows(len(prompts), section.num_prompts, step, recipe.seed)
     repeated = [row for row in rows for _ in range(section.num_generations)]
-    with clock.phase("rollout"):
+    with clock.phase("rollout"), autocast(recipe, model):
         completions = sample(
             model,
             tokenizer,
@@ -150,7 +151,7 @@ def _batch(
     update = recipe.update
     old_log_prob_BT = anchor_B = None
     if update.num_minibatches * update.num_iterations > 1 or algorithm.needs_anchor:
-        with clock.phase("log_probs"):
+        with clock.phase("log_probs"), autocast(recipe, model):
             old_log_prob_BT = completion_log_probs(
                 model,
                 completions,

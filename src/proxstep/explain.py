@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from proxstep.config import Recipe
-from proxstep.sections import ObjectiveSection
+from proxstep.objective_sections import ObjectiveSection
 
 OBJECTIVES: dict[str, type[BaseModel]] = {
     get_args(section.model_fields["name"].annotation)[0]: section

@@ -23,14 +23,14 @@ def token_log_probs(
     Returns:
         Log-probabilities in float32 or better.
     """
-    wide_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    wide_BTV = _wide(logits_BTV)
     chosen_BT = wide_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
     return chosen_BT - wide_BTV.logsumexp(-1)
 
 
 def entropy(logits_BTV: Float[Tensor, "batch tokens vocab"]) -> Float[Tensor, "batch tokens"]:
     """Return the entropy of the distribution over the vocabulary at each position, in nats."""
-    log_prob_BTV = logits_BTV.float().log_softmax(-1)
+    log_prob_BTV = _wide(logits_BTV).log_softmax(-1)
     return -(log_prob_BTV.exp() * log_prob_BTV).sum(-1)
 
 
@@ -39,8 +39,8 @@ def kl_divergence(
     other_logits_BTV: Float[Tensor, "batch tokens vocab"],
 ) -> Float[Tensor, "batch tokens"]:
     """Return KL(p || q) over the vocabulary at each position, in nats; p comes first."""
-    log_p_BTV = logits_BTV.float().log_softmax(-1)
-    log_q_BTV = other_logits_BTV.float().log_softmax(-1)
+    log_p_BTV = _wide(logits_BTV).log_softmax(-1)
+    log_q_BTV = _wide(other_logits_BTV).log_softmax(-1)
     return (log_p_BTV.exp() * (log_p_BTV - log_q_BTV)).sum(-1)
 
 
@@ -62,3 +62,8 @@ def kl_from_samples(
     """
     log_ratio_BT = other_log_prob_BT - log_prob_BT
     return log_ratio_BT.expm1() - log_ratio_BT
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Return logits in float32 or better."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -117,6 +118,14 @@ def load_model(
     if lora is not None:
         model = _with_lora(model, lora)
     return model.to(device)
+
+
+def autocast(recipe: Recipe, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a recipe's model computes; forward passes alone belong in it."""
+    dtype = recipe.model.autocast
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, getattr(torch, dtype))
 
 
 def load_adapters(base: nn.Module, folder: Path) -> nn.Module:

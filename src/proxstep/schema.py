@@ -1,8 +1,8 @@
 """The one schema of metrics.jsonl: what each field is and in which unit.
 
 Every line has every field of `FIELDS`; what was not measured in that step is null. Fields whose
-names depend on the run (one per reward function, objective or geometry statistic) begin with a
-prefix of `PREFIXES`.
+names depend on the run (one per reward function, objective, regularizer or geometry statistic)
+begin with a prefix of `PREFIXES`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ PREFIXES: dict[str, str] = {
     "rewards/": "Mean of one reward function over the step's completions: rewards/NAME.",
     "objective/": "What the objective reports, averaged over sequences and updates: clip_ratio, "
     "ratio, ...",
+    "regularizer/": "The regularizer's terms in nats per completion token, averaged over updates: "
+    "entropy and kl (of the policy from the initial one) before their coefficients, and loss.",
     "geometry/": "What ISOPO reports, averaged over layers and updates: weight_spread, ...",
 }
 

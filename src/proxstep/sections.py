@@ -7,27 +7,18 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from proxstep.isopo import PRESETS, IsometricRule, Isopo, Rule
-from proxstep.losses import LOSSES, escort_weights
 
-AdvantageName = Literal["group-zscore", "group-centered", "leave-one-out", "batch-normalized"]
-AggregationName = Literal[
-    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _default_of(function: Callable[..., Any], name: str) -> Any:
+def default_of(function: Callable[..., Any], name: str) -> Any:
     """Return a keyword's default, so that no default stands in two places."""
     return inspect.signature(function).parameters[name].default
-
-
-def _mode_of(objective: str) -> Any:
-    """Return the aggregation that an objective's paper uses."""
-    return LOSSES[objective].default_loss_agg_mode
 
 
 class Section(BaseModel):
@@ -58,6 +49,12 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Of the weights. Small learning rates get lost in bfloat16 weights.",
+    )
+    autocast: Literal["bfloat16"] | None = Field(
+        default=None,
+        description="Compute in bfloat16 under torch.autocast; weights, gradients, optimizer and "
+        "log-softmax stay in float32. It holds for sampling and evaluation too, so that the policy "
+        "that samples is the one that is updated.",
     )
     lora: Lora | None = Field(
         default=None, description="Train low-rank adapters instead of the weights."
@@ -115,154 +112,6 @@ class TaskSection(Section):
     )
 
 
-class _Objective(Section):
-    advantage: AdvantageName = Field(
-        default="group-zscore", description="How rewards become advantages."
-    )
-
-
-class ReinforceSection(_Objective):
-    """Policy gradient without ratio and clipping."""
-
-    name: Literal["reinforce"]
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("reinforce"), description="How token values become one loss."
-    )
-
-
-class GrpoSection(_Objective):
-    """Token ratios, clipped (arXiv 2402.03300)."""
-
-    name: Literal["grpo"]
-    clip_ratio_low: float = Field(
-        default=_default_of(LOSSES["grpo"].loss, "clip_ratio_low"),
-        ge=0,
-        description="Ratios are clipped at 1 - this.",
-    )
-    clip_ratio_high: float = Field(
-        default=_default_of(LOSSES["grpo"].loss, "clip_ratio_high"),
-        ge=0,
-        description="Ratios are clipped at 1 + this.",
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("grpo"), description="How token values become one loss."
-    )
-
-
-class DapoSection(_Objective):
-    """GRPO with a higher upper bound and a token mean (arXiv 2503.14476)."""
-
-    name: Literal["dapo"]
-    clip_ratio_low: float = Field(
-        default=_default_of(LOSSES["dapo"].loss, "clip_ratio_low"),
-        ge=0,
-        description="Ratios are clipped at 1 - this.",
-    )
-    clip_ratio_high: float = Field(
-        default=_default_of(LOSSES["dapo"].loss, "clip_ratio_high"),
-        ge=0,
-        description="Ratios are clipped at 1 + this.",
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("dapo"), description="How token values become one loss."
-    )
-
-
-class GspoSection(_Objective):
-    """The sequence's mean ratio, clipped (arXiv 2507.18071)."""
-
-    name: Literal["gspo"]
-    clip_ratio_low: float = Field(
-        default=_default_of(LOSSES["gspo"].loss, "clip_ratio_low"),
-        ge=0,
-        description="Ratios are clipped at 1 - this.",
-    )
-    clip_ratio_high: float = Field(
-        default=_default_of(LOSSES["gspo"].loss, "clip_ratio_high"),
-        ge=0,
-        description="Ratios are clipped at 1 + this.",
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("gspo"), description="How token values become one loss."
-    )
-
-
-class CispoSection(_Objective):
-    """Detached, clipped importance weights (arXiv 2506.13585)."""
-
-    name: Literal["cispo"]
-    clip_ratio_low: float = Field(
-        default=_default_of(LOSSES["cispo"].loss, "clip_ratio_low"),
-        ge=0,
-        description="Weights are clipped at 1 - this.",
-    )
-    clip_ratio_high: float = Field(
-        default=_default_of(LOSSES["cispo"].loss, "clip_ratio_high"),
-        ge=0,
-        description="Weights are clipped at 1 + this.",
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("cispo"), description="How token values become one loss."
-    )
-
-
-class DroSection(_Objective):
-    """Quadratic penalty on each token's log-ratio, as verl ships it."""
-
-    name: Literal["dro"]
-    beta: float = Field(
-        default=_default_of(LOSSES["dro"].loss, "beta"), gt=0, description="Weight of the penalty."
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("dro"), description="How token values become one loss."
-    )
-
-
-class OpoSection(_Objective):
-    """Escort-weighted drive with a quadratic penalty (arXiv 2601.12415)."""
-
-    name: Literal["opo"]
-    alpha: float = Field(
-        default=_default_of(escort_weights, "alpha"),
-        ge=0,
-        le=1,
-        description="Escort exponent: 1 is uniform (conservative), 0 aggressive.",
-    )
-    tau: float = Field(
-        default=_default_of(escort_weights, "tau"),
-        gt=0,
-        description="Temperature of the advantage in the escort weight.",
-    )
-    mu: float = Field(
-        default=_default_of(LOSSES["opo"].loss, "mu"),
-        gt=0,
-        description="Curvature of the chi-square penalty.",
-    )
-    surrogate: Literal["log", "ratio"] = Field(
-        default=_default_of(LOSSES["opo"].loss, "surrogate"),
-        description="Eq. 19 (log) or eq. 10 (ratio).",
-    )
-    drive: Literal["center", "zscore", "none"] = Field(
-        default="center", description="omega - 1, z-scored omega, or omega as in algorithm 1."
-    )
-    anchor_correction: Literal["absorbed", "length", "sequence"] = Field(
-        default="absorbed", description="The anchor's factor in eq. 7; see docs/algorithms.md."
-    )
-    length_normalize: bool = Field(default=False, description="Log-ratios per token.")
-
-
-ObjectiveSection = Annotated[
-    ReinforceSection
-    | GrpoSection
-    | DapoSection
-    | GspoSection
-    | CispoSection
-    | DroSection
-    | OpoSection,
-    Field(discriminator="name"),
-]
-
-
 class GeometrySection(Section):
     """What happens to the gradient between the objective and the optimizer (arXiv 2512.23353)."""
 
@@ -295,14 +144,14 @@ class GeometrySection(Section):
         default="transform", description="For what is not a linear layer's weight."
     )
     num_overlap_positions: Positive | None = Field(
-        default=_default_of(Isopo, "num_overlap_positions"),
+        default=default_of(Isopo, "num_overlap_positions"),
         description="K, positions that estimate the Fisher norm; null for all.",
     )
     overlap_positions: Literal["all", "completion"] = Field(
         default="all", description="Where they lie."
     )
     decay: float = Field(
-        default=_default_of(Isopo, "decay"), ge=0, lt=1, description="Of the trailing means."
+        default=default_of(Isopo, "decay"), ge=0, lt=1, description="Of the trailing means."
     )
 
     def to_rule(self) -> Rule:
@@ -355,21 +204,94 @@ class UpdateSection(Section):
     )
 
 
-class OptimizerSection(Section):
-    """The optimizer."""
+class RegularizerSection(Section):
+    """What is added to the objective, on the sampled completions; no geometry transforms it."""
 
-    name: Literal["adamw", "sgd"] = Field(default="adamw", description="From torch.optim.")
-    learning_rate: float = Field(default=1e-6, gt=0, le=1e4, description="Peak learning rate.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled for adamw.")
-    betas: list[Share] = Field(
-        default=[0.9, 0.999], min_length=2, max_length=2, description="adamw."
+    entropy_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="Subtracts this times the policy's entropy, in nats per completion token (mean "
+        "over the optimizer step), exact over the vocabulary. verl's entropy_coeff.",
     )
-    eps: float = Field(default=1e-8, gt=0, description="adamw.")
-    momentum: float = Field(default=0.0, ge=0, description="sgd.")
+    kl_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="Adds this times KL(policy || initial), likewise; above 0 it keeps a copy of "
+        "the initial weights, except with LoRA. TRL's beta, verl's kl_loss_coef, which estimate it "
+        "from the sampled tokens.",
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is added."""
+        return self.entropy_coef > 0 or self.kl_coef > 0
+
+
+_ADAMW = {name: default_of(torch.optim.AdamW, name) for name in ("betas", "eps")}
+
+
+class OptimizerSection(Section):
+    """The optimizer; null keys are the optimizer's own default."""
+
+    name: Literal["adamw", "sgd", "muon", "soap", "kron"] = Field(
+        default="adamw",
+        description="adamw and sgd: torch's. muon: torch's, orthogonalized momentum, for the "
+        "weights of hidden linear layers (of LoRA's adapters too); adamw for embeddings, output "
+        "layer, norms and biases. soap: Adam in the eigenbasis of Shampoo's preconditioner (arXiv "
+        "2409.11321); the first update only fills the preconditioner. kron: PSGD with Kronecker "
+        "factors, the nearest to K-FAC. soap and kron are pytorch-optimizer's.",
+    )
+    learning_rate: float = Field(default=1e-6, gt=0, le=1e4, description="Peak learning rate.")
+    muon_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e4,
+        description="muon: peak learning rate of its matrices, in the units of adamw's (a step's "
+        "RMS is 0.2 times it); null for learning_rate.",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, except sgd's.")
+    betas: list[Share] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=2,
+        description=f"adamw (null for {_ADAMW['betas']}), muon's adamw, soap.",
+    )
+    eps: float | None = Field(
+        default=None, gt=0, description=f"adamw (null for {_ADAMW['eps']}), muon's adamw, soap."
+    )
+    momentum: Share | None = Field(default=None, description="sgd (null for none), muon, kron.")
     max_grad_norm: float | None = Field(
         default=1.0, gt=0, description="Clip the gradient; null for never."
     )
     warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer steps.")
+
+    def options(self) -> dict[str, Any]:
+        """Return what is set of the optimizer's own options; what is null is left out.
+
+        Raises:
+            ValueError: If one of another optimizer is set.
+        """
+        given = {key: getattr(self, key) for key in _OPTIMIZER_KEYS}
+        given = {key: value for key, value in given.items() if value is not None}
+        own = OPTIMIZER_OPTIONS[self.name]
+        foreign = sorted(set(given) - set(own))
+        if foreign:
+            raise ValueError(
+                f"optimizer.{foreign[0]} is not an option of {self.name}, which has "
+                f"{' and '.join(own)}: leave it null"
+            )
+        return given
+
+
+OPTIMIZER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "adamw": ("betas", "eps"),
+    "sgd": ("momentum",),
+    "muon": ("muon_learning_rate", "momentum", "betas", "eps"),
+    "soap": ("betas", "eps"),
+    "kron": ("momentum",),
+}
+"""Which keys of `OptimizerSection` are options of which optimizer."""
+_OPTIMIZER_KEYS = ("muon_learning_rate", "betas", "eps", "momentum")
 
 
 class EvaluationSection(Section):

@@ -14,6 +14,7 @@ from proxstep.data import Prompts, load_prompts, load_rewards
 from proxstep.errors import ProxstepError
 from proxstep.evaluation import GreedyResult, greedy_score
 from proxstep.models import (
+    autocast,
     load_adapters,
     load_model,
     load_tokenizer,
@@ -21,6 +22,7 @@ from proxstep.models import (
     pick_device,
     quiet_transformers,
 )
+from proxstep.optimizers import check_optimizer
 from proxstep.recipes import load_recipe
 from proxstep.runfolder import RunFolder
 from proxstep.tasks import Task, arithmetic_task, gsm8k_task, svamp_task, table_task
@@ -72,7 +74,7 @@ def resume(path: str | Path, progress: Progress) -> str:
     tokenizer, prompts = _tokenized(recipe, str(checkpoint))
     device = pick_device(recipe.device)
     model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
-    if recipe.evaluation.kl_policy_initial and recipe.model.lora is None:
+    if recipe.keeps_initial:
         source = model_source(recipe, progress.note)
         initial = load_model(source, recipe.model.dtype, device).eval().requires_grad_(False)
     trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
@@ -96,13 +98,14 @@ def evaluate(
         model = _load_checkpoint(recipe, checkpoint, device, progress)
     else:
         model = load_model(source, recipe.model.dtype, device)
-    result = greedy_score(
-        model,
-        tokenizer,
-        validation,
-        max_new_tokens=recipe.rollout.max_completion_length,
-        batch_size=recipe.evaluation.batch_size,
-    )
+    with autocast(recipe, model):
+        result = greedy_score(
+            model,
+            tokenizer,
+            validation,
+            max_new_tokens=recipe.rollout.max_completion_length,
+            batch_size=recipe.evaluation.batch_size,
+        )
     return result, validation
 
 
@@ -110,11 +113,13 @@ def check(recipe: Recipe) -> None:
     """Find what is wrong with a recipe that no model is needed for.
 
     Raises:
-        ProxstepError: If the device, the tracker, the data or the rewards are not as they must be.
+        ProxstepError: If the device, the tracker, the optimizer, the data or the rewards are not
+            as they must be.
     """
     quiet_transformers()
     pick_device(recipe.device)
     check_tracker(recipe.logging.tracker)
+    check_optimizer(recipe.optimizer.name)
     load_rewards(recipe, load_task(recipe, chat=False))
 
 

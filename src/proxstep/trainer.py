@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from proxstep.algorithm import Algorithm, make_isopo, make_optimizer
+from proxstep.algorithm import Algorithm, make_isopo
 from proxstep.checkpoint import save_checkpoint
 from proxstep.clock import Clock
 from proxstep.config import Recipe
 from proxstep.data import Prompts
 from proxstep.errors import ProxstepError
-from proxstep.evaluation import Probe, greedy_score, kl_from_initial
+from proxstep.evaluation import Probe, greedy_score, initial_logits, kl_from_initial
 from proxstep.experience import Batch, collect
 from proxstep.interrupt import stop_on_signal
 from proxstep.metrics import entropy, token_log_probs
-from proxstep.rollout import response_logits
+from proxstep.models import autocast
+from proxstep.optimizers import make_optimizer
+from proxstep.regularizers import regularizer_loss
+from proxstep.rollout import Completions, response_logits
 from proxstep.runfolder import RunFolder
 from proxstep.tracking import MetricsLog, Tracker, drop_later_steps
 from proxstep.types import Tensor
@@ -72,7 +76,7 @@ class Trainer:
         self.folder, self.progress = folder, progress
         self.device = next(model.parameters()).device
         self.initial = initial
-        if initial is None and recipe.evaluation.kl_policy_initial and recipe.model.lora is None:
+        if initial is None and recipe.keeps_initial:
             self.initial = copy.deepcopy(model).eval().requires_grad_(False)
         self.algorithm = Algorithm(recipe)
         self.isopo = make_isopo(recipe, model)
@@ -152,11 +156,12 @@ class Trainer:
         self.model.train()
         for iteration in range(section.num_iterations):
             for minibatch in batch.minibatches(section.num_minibatches):
-                loss = self._accumulate(minibatch, sequences, measure_entropy=iteration == 0)
-                steps.setdefault("loss", []).append(loss)
-                steps.setdefault("grad_norm", []).append(self._optimizer_step())
+                taken = self._accumulate(minibatch, sequences, measure_entropy=iteration == 0)
+                taken["grad_norm"] = self._optimizer_step()
                 for name, value in (self.isopo.step() if self.isopo else {}).items():
-                    steps.setdefault(f"geometry/{name}", []).append(value)
+                    taken[f"geometry/{name}"] = value
+                for name, value in taken.items():
+                    steps.setdefault(name, []).append(value)
         self.model.eval()
         return {
             "learning_rate": self.schedule.get_last_lr()[0],
@@ -166,13 +171,14 @@ class Trainer:
 
     def _accumulate(
         self, minibatch: Batch, measured: dict[str, list[Tensor]], *, measure_entropy: bool
-    ) -> float:
-        """Accumulate the gradient of one optimizer step; return its loss."""
+    ) -> dict[str, float]:
+        """Accumulate the gradient of one optimizer step; return its loss, and the regularizer's."""
         response = minibatch.completions.response_BT
-        loss = 0.0
+        num_tokens = int(response.sum())
+        taken: dict[str, float] = defaultdict(float)
         for part in minibatch.microbatches(self.recipe.update.microbatch_size):
             completions = part.completions
-            logits = response_logits(self.model, completions, self.recipe.rollout.temperature)
+            logits = self._logits(completions)
             log_prob_BT = token_log_probs(logits, completions.token_BT[:, 1:])
             response_BT = completions.response_BT[:, 1:]
             if measure_entropy:
@@ -180,20 +186,55 @@ class Trainer:
                     entropy_BT = entropy(logits)
                 measured.setdefault("entropy", []).append(entropy_BT[response_BT])
             old_log_prob_BT = part.old_log_prob_BT
+            regularized = self.recipe.regularizer.active
+            extra_loss = None
+            if regularized and self.isopo is None:
+                extra_loss = self._regularizer_loss(logits, completions, num_tokens, taken)
             share, metrics = self.algorithm.backward(
                 log_prob_BT,
                 log_prob_BT.detach() if old_log_prob_BT is None else old_log_prob_BT,
                 part.signal_B,
                 response_BT,
                 num_sequences=int(response.any(dim=1).sum()),
-                num_tokens=int(response.sum()),
+                num_tokens=num_tokens,
                 isopo=self.isopo,
+                extra_loss=extra_loss,
                 sequence_ids=completions.sequence_ids(),
                 completion_mask=completions.response_BT,
             )
-            loss += share.item()
+            if regularized and self.isopo is not None:
+                with self.isopo.off():
+                    logits = self._logits(completions)
+                    self._regularizer_loss(logits, completions, num_tokens, taken).backward()
+            taken["loss"] += share.item()
             for name, value_B in metrics.items():
                 measured.setdefault(f"objective/{name}", []).append(value_B)
+        return taken
+
+    def _logits(self, completions: Completions) -> Tensor:
+        """Return the policy's logits over the sampling temperature, with their graph."""
+        with autocast(self.recipe, self.model):
+            return response_logits(self.model, completions, self.recipe.rollout.temperature)
+
+    def _regularizer_loss(
+        self, logits: Tensor, completions: Completions, num_tokens: int, taken: dict[str, float]
+    ) -> Tensor:
+        """Return a microbatch's regularizer loss, and add its terms to what was taken."""
+        section, initial = self.recipe.regularizer, None
+        if section.kl_coef > 0:
+            temperature = self.recipe.rollout.temperature
+            with autocast(self.recipe, self.model):
+                initial = initial_logits(self.model, self.initial, completions, temperature)
+        loss, terms = regularizer_loss(
+            logits,
+            initial,
+            completions.response_BT[:, 1:],
+            entropy_coef=section.entropy_coef,
+            kl_coef=section.kl_coef,
+            num_tokens=num_tokens,
+        )
+        for name, value in terms.items():
+            taken[f"regularizer/{name}"] += value
         return loss
 
     def _optimizer_step(self) -> float:
@@ -221,7 +262,7 @@ class Trainer:
         section, limit = self.recipe.evaluation, self.recipe.rollout.max_completion_length
         count = min(section.num_probe_prompts, len(self.validation))
         prompts = [self.validation.tokens(row) for row in range(count)]
-        with self.clock.phase("evaluation"):
+        with self.clock.phase("evaluation"), autocast(self.recipe, self.model):
             torch.manual_seed(self.recipe.seed)
             if self.probe is None:
                 self.probe = Probe.draw(self.model, self.tokenizer, prompts, limit)
