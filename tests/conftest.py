@@ -15,10 +15,19 @@ CHECKED = [
     "proxstep.masked",
     "proxstep.advantages",
     "proxstep.losses",
-    "proxstep.isopo.weights",
+    "proxstep.chunked",
+    "proxstep.regularizers",
+    "proxstep.isopo.diagnostics",
+    "proxstep.isopo.exact",
+    "proxstep.isopo.figures",
+    "proxstep.isopo.forms",
     "proxstep.isopo.layers",
+    "proxstep.isopo.noise",
+    "proxstep.isopo.reduction",
+    "proxstep.isopo.stacked",
+    "proxstep.isopo.summary",
     "proxstep.isopo.trailing",
-    "proxstep.policy",
+    "proxstep.isopo.weights",
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 torch.set_num_threads(1)

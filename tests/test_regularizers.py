@@ -43,7 +43,8 @@ def completions(seed: int = 0) -> Completions:
 
 def batch(signal: tuple[float, ...] = (0.0,) * 4) -> Batch:
     group = torch.tensor([0, 0, 1, 1])
-    return Batch(completions(), torch.tensor(signal, dtype=torch.float64), group, None)
+    index = torch.arange(len(group))
+    return Batch(completions(), torch.tensor(signal, dtype=torch.float64), group, index, None)
 
 
 def trainer(recipe: Recipe, model: nn.Module) -> Trainer:

@@ -82,6 +82,8 @@ class Algorithm:
         extra_loss: Float[Tensor, ""] | None,
         sequence_ids: Int[Tensor, "batch positions"],
         completion_mask: Bool[Tensor, "batch positions"],
+        groups: Int[Tensor, " batch"],
+        sequence_keys: Int[Tensor, " batch"],
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """Accumulate one microbatch's gradient.
 
@@ -96,6 +98,8 @@ class Algorithm:
             extra_loss: Differentiated together with the objective, where there is no geometry.
             sequence_ids: The sequence of each input position, -1 for padding.
             completion_mask: True at completion positions of the input.
+            groups: Each sequence's prompt.
+            sequence_keys: Each sequence's number among all of the rollout.
 
         Returns:
             The microbatch's share of the step's loss, and per-sequence metrics.
@@ -115,8 +119,14 @@ class Algorithm:
             (loss if extra_loss is None else loss + extra_loss).backward()
             return loss.detach(), metrics
         coefficient_B, loss, metrics = sequence_coefficients(self.objective, *inputs, **options)
-        with isopo.microbatch(sequence_ids, coefficient_B, completion_mask):
-            log_prob_BT.masked_fill(~response_BT, 0.0).sum().backward()
+        with isopo.microbatch(
+            sequence_ids,
+            coefficient_B,
+            completion_mask,
+            groups=groups.to(coefficient_B.device),
+            sequence_keys=sequence_keys,
+        ) as microbatch:
+            microbatch.objective(log_prob_BT, response_BT).backward()
         return loss, metrics
 
 
@@ -129,8 +139,12 @@ def make_isopo(recipe: Recipe, model: torch.nn.Module) -> Isopo | None:
         model,
         geometry.to_rule(),
         other_parameters=geometry.other_parameters,
+        fisher=geometry.fisher,
         num_overlap_positions=geometry.num_overlap_positions,
         overlap_positions=geometry.overlap_positions,
+        overlap_source=geometry.overlap_source,
+        fisher_denominator=geometry.fisher_denominator,
         decay=geometry.decay,
         seed=recipe.seed,
+        memory_budget=geometry.memory_mib * 2**20,
     )

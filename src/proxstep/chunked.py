@@ -197,7 +197,9 @@ class ChunkedLogProbs(torch.autograd.Function):
                 )
                 if entropy_N is not None:
                     prob_NV = exp_NV.div_(sum_N[:, None])
-                    entropy_N[rows] = torch.special.entr(prob_NV).sum(-1)
+                    entropy_N[rows] = torch.special.entr(prob_NV, out=prob_NV).sum(-1)
+                    del prob_NV
+                del logits_NV, exp_NV  # before the next chunk's exist
         if entropy_N is not None:
             ctx.mark_non_differentiable(entropy_N)
         return log_prob_N, entropy_N
@@ -224,6 +226,7 @@ class ChunkedLogProbs(torch.autograd.Function):
                     torch.mm(narrow_NV, weight_VD, out=grad_ND[rows])
                 if grad_VD is not None:
                     _add_product(grad_VD, narrow_NV.mT, hidden_ND[rows])
+                del logits_NV, grad_NV, narrow_NV  # before the next chunk's exist
         return (
             grad_ND,
             None if grad_VD is None else grad_VD.to(weight_VD.dtype),

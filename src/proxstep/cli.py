@@ -48,6 +48,13 @@ examples:
 Every algorithm gets the same recipe, prompts and seeds. Settings of one algorithm alone, such as a
 learning rate tuned for it, go under the recipe's key per_algorithm; the report says what differs.
 """,
+    "diagnose": """\
+examples:
+  proxstep train recipes/arithmetic.yaml --algorithm isopo --geometry.diagnose_every 10
+  proxstep diagnose runs/arithmetic-isopo
+
+docs/diagnostics.md says what the figures mean; diagnostics.jsonl holds them all.
+""",
     "report": """\
 examples:
   proxstep report outputs/demo                                a folder of runs
@@ -121,7 +128,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 ENGINES = {"local": "proxstep.session"}
 """Modules with `train` and `resume`, by the engine's name."""
-TAKES_KEYS = {"train": True, "eval": True, "compare": True, "report": False}
+TAKES_KEYS = {"train": True, "eval": True, "compare": True, "report": False, "diagnose": False}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,6 +174,12 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("outputs/compare"), help="folder of the runs"
     )
     compare.add_argument("--overwrite", action="store_true", help="delete the runs in that folder")
+
+    diagnose = _add_command(
+        commands, "diagnose", "say what the geometry did to the gradient of a run", _diagnose
+    )
+    diagnose.add_argument("run_folder", metavar="RUN", help="a run folder")
+    diagnose.add_argument("--step", type=int, help="of that step (default: the last measured)")
 
     report = _add_command(commands, "report", "write a page with the curves of runs", _report)
     report.add_argument("runs", nargs="+", help="run folders, or folders of them")
@@ -313,6 +326,15 @@ COMPARED = {"algorithm": "--algorithms", "seed": "--seeds", "output_dir": "--out
 def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
     del overrides
     return _summarize(arguments.runs, arguments.output, arguments.figure, console)
+
+
+def _diagnose(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+    from proxstep.runfolder import RunFolder
+
+    del overrides
+    record = RunFolder(arguments.run_folder).find_diagnostics(arguments.step)
+    console.out(f"step {record['step']}\n{record['summary']}", highlight=False)
+    return 0
 
 
 def _summarize(paths: Sequence[str], page: Path, figure: Path | None, console: Any) -> int:

@@ -118,6 +118,28 @@ class Recipe(Section):
             if undefined:
                 raise ValueError(undefined)
             self.geometry.to_rule()
+        size, generations = self.update.microbatch_size, self.rollout.num_generations
+        if self.geometry.interact == "group" and size is not None and size < generations:
+            raise ValueError(
+                f"geometry.interact group needs a prompt's completions in one microbatch: "
+                f"update.microbatch_size {size} is below rollout.num_generations {generations}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Recipe:
+        if self.model.head == "full":
+            return self
+        kernel = self.geometry.rule == "isopo-natural" or self.geometry.fisher == "sequences"
+        if self.geometry.rule != "none" and kernel:
+            raise ValueError(
+                "model.head chunked has no kernel, which geometry.rule isopo-natural and "
+                "geometry.fisher sequences need: use model.head full"
+            )
+        if self.regularizer.active:
+            raise ValueError(
+                "regularizer needs all logits: use model.head full, or leave the regularizer out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from proxstep.data import Prompts
-from proxstep.metrics import kl_divergence, kl_from_samples, token_log_probs
+from proxstep.metrics import kl_divergence, kl_from_samples
 from proxstep.rollout import Completions, response_logits, sample
+from proxstep.scores import Head, score
 from proxstep.types import Float, Tensor
 
 
@@ -62,16 +63,18 @@ def greedy_score(
 
 @torch.no_grad()
 def completion_log_probs(
-    model: nn.Module, completions: Completions, temperature: float, batch_size: int
+    model: nn.Module,
+    completions: Completions,
+    temperature: float,
+    batch_size: int,
+    head: Head = "full",
 ) -> Float[Tensor, "batch tokens"]:
-    """Return log pi of the tokens from the second position on, in nats."""
+    """Return log pi of the tokens from the second position on, in nats; of completions at least."""
     was_training = model.training
     model.eval()
     parts = []
     for rows in torch.arange(len(completions)).split(batch_size):
-        part = completions.rows(rows)
-        logits = response_logits(model, part, temperature)
-        parts.append(token_log_probs(logits, part.token_BT[:, 1:]))
+        parts.append(score(model, completions.rows(rows), temperature, head).log_prob_BT)
     model.train(was_training)
     return torch.cat(parts)
 
@@ -88,15 +91,22 @@ class Probe:
 
     @classmethod
     def draw(
-        cls, model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        head: Head = "full",
     ) -> Probe:
         """Sample one completion for each prompt at temperature 1."""
         completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-        return cls(completions, completion_log_probs(model, completions, 1.0, len(completions)))
+        log_prob_BT = completion_log_probs(model, completions, 1.0, len(completions), head)
+        return cls(completions, log_prob_BT)
 
-    def kl(self, model: nn.Module) -> float:
+    def kl(self, model: nn.Module, head: Head = "full") -> float:
         """Return KL(initial || policy) in nats per token."""
-        log_prob_BT = completion_log_probs(model, self.completions, 1.0, len(self.completions))
+        completions = self.completions
+        log_prob_BT = completion_log_probs(model, completions, 1.0, len(completions), head)
         kl_BT = kl_from_samples(self.initial_log_prob_BT, log_prob_BT)
         return kl_BT[self.completions.response_BT[:, 1:]].mean().item()
 
@@ -141,6 +151,7 @@ def kl_from_initial(
     tokenizer: Any,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
+    batch_size: int,
 ) -> float:
     """Return KL(policy || initial) in nats per token, exact over the vocabulary.
 
@@ -150,11 +161,16 @@ def kl_from_initial(
         tokenizer: Of both.
         prompts: Token ids of each prompt.
         max_new_tokens: Longest completion, in tokens.
+        batch_size: Completions whose logits exist at a time.
     """
     completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     was_training = model.training
     model.eval()
-    logits = response_logits(model, completions, 1.0)
+    parts = []
+    for rows in torch.arange(len(completions)).split(batch_size):
+        part = completions.rows(rows)
+        logits = response_logits(model, part, 1.0)
+        kl_BT = kl_divergence(logits, initial_logits(model, initial, part, 1.0))
+        parts.append(kl_BT[part.response_BT[:, 1:]])
     model.train(was_training)
-    kl_BT = kl_divergence(logits, initial_logits(model, initial, completions, 1.0))
-    return kl_BT[completions.response_BT[:, 1:]].mean().item()
+    return torch.cat(parts).mean().item()

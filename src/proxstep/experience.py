@@ -32,6 +32,7 @@ class Batch:
         completions: The completions.
         signal_B: What the objective takes as its advantages.
         group_B: Each completion's prompt, counted from 0.
+        index_B: Each completion's number among all of the step.
         old_log_prob_BT: Log-probabilities under the policy that sampled, or None where the
             update's single pass computes the same.
     """
@@ -39,6 +40,7 @@ class Batch:
     completions: Completions
     signal_B: Float[Tensor, " batch"]
     group_B: Int[Tensor, " batch"]
+    index_B: Int[Tensor, " batch"]
     old_log_prob_BT: Float[Tensor, "batch tokens"] | None
 
     def __len__(self) -> int:
@@ -52,11 +54,11 @@ class Batch:
     def microbatches(self, size: int | None) -> Iterator[Batch]:
         """Yield parts of at most `size` rows, in order, without columns of padding.
 
-        The trainer owns this composition, which the natural rule depends on: a prompt's completions
-        stay together where they fit.
+        A prompt's completions stay together wherever they fit: the trainer owns this composition,
+        which the natural rule depends on.
         """
-        for row in torch.arange(len(self)).split(size or len(self)):
-            yield self.rows(row).trimmed()
+        for rows in _whole_groups(self.group_B, size or len(self)):
+            yield self.rows(rows).trimmed()
 
     def rows(self, index: Tensor) -> Batch:
         """Return the chosen rows."""
@@ -66,6 +68,7 @@ class Batch:
             self.completions.rows(on_device),
             self.signal_B[on_device],
             self.group_B[index],
+            self.index_B[index],
             None if old is None else old[on_device],
         )
 
@@ -77,6 +80,7 @@ class Batch:
             self.completions.columns(columns),
             self.signal_B,
             self.group_B,
+            self.index_B,
             None if old is None else old[:, columns.start : columns.stop - 1],
         )
 
@@ -157,6 +161,7 @@ def _batch(
                 completions,
                 recipe.rollout.temperature,
                 update.microbatch_size or len(completions),
+                recipe.model.head,
             )
         anchor_B = masked_sum(old_log_prob_BT, completions.response_BT[:, 1:]).cpu()
     signal_B, more = algorithm.signal(advantage_B, group_B, anchor_B, completions.lengths().cpu())
@@ -164,7 +169,21 @@ def _batch(
     measured["advantage_range"] = (advantage_B.max() - advantage_B.min()).item()
     measured |= {f"objective/{name}": value for name, value in more.items()}
     on_device = signal_B.to(completions.token_BT.device)
-    return Batch(completions, on_device, group_B, old_log_prob_BT), measured
+    return Batch(
+        completions, on_device, group_B, torch.arange(len(group_B)), old_log_prob_BT
+    ), measured
+
+
+def _whole_groups(group_B: Tensor, size: int) -> Iterator[Tensor]:
+    """Yield the rows of as many groups as fit; a group that is larger than size is split."""
+    gathered: list[int] = []
+    for group in group_B.unique():
+        for row in (group_B == group).nonzero().squeeze(1).split(size):
+            if gathered and len(gathered) + len(row) > size:
+                yield torch.tensor(gathered)
+                gathered = []
+            gathered += row.tolist()
+    yield torch.tensor(gathered)
 
 
 def _with_reward(reward_B: Tensor, group_B: Tensor, minimum: int) -> Tensor:

@@ -19,8 +19,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
-from proxstep.chunked import chunked_log_probs
 from proxstep.errors import ProxstepError
+from proxstep.isopo.head import head_log_probs
 from proxstep.types import Bool, Float, Int, Tensor
 
 REMEDY = "use the full head"
@@ -233,6 +233,8 @@ def completion_log_probs_chunked(
 ) -> Float[Tensor, "batch last"] | tuple[Float[Tensor, "batch last"], Float[Tensor, "batch last"]]:
     """Return log pi of the completions' tokens, with gradient and without T x V logits.
 
+    Where an `Isopo` is installed on the model, the output layer's gradient follows its rule.
+
     Args:
         model: A causal language model that passed `check_chunkable`, wrapped or not.
         token_BT: Prompts and completions.
@@ -251,14 +253,16 @@ def completion_log_probs_chunked(
     """
     head, chosen_BT = output_head(model), response_BT[:, 1:]
     target_N = token_BT[:, 1:][chosen_BT]
+    position_BT = torch.arange(token_BT.numel(), device=token_BT.device).view_as(token_BT)
+    position_N = position_BT[:, :-1][chosen_BT]
     entropies = []
 
     def head_forward(hidden_BTD: Tensor) -> Tensor:
-        scores = chunked_log_probs(
+        scores = head_log_probs(
+            head,
             hidden_BTD[:, :-1][chosen_BT],
-            head.weight,
             target_N,
-            bias_V=head.bias,
+            position_N,
             temperature=temperature,
             chunk_size=chunk_size,
             with_entropy=with_entropy,

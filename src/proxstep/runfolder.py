@@ -1,4 +1,4 @@
-"""The run folder: recipe.yaml, run.json, metrics.jsonl, samples.jsonl and checkpoints/."""
+"""The run folder: recipe.yaml, run.json, checkpoints/ and the .jsonl files of a run."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class RunFolder:
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.diagnostics = self.path / "diagnostics.jsonl"
         self._info = self.path / "run.json"
 
     def check_usable(self, *, overwrite: bool) -> None:
@@ -53,8 +54,9 @@ class RunFolder:
         if not self._info.exists():
             return
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        for file in (self.metrics, self.samples, self.path / "recipe.yaml", self._info):
+        for file in (self.metrics, self.samples, self.diagnostics, self._info):
             file.unlink(missing_ok=True)
+        (self.path / "recipe.yaml").unlink(missing_ok=True)
         for file in self.path.glob("events.out.tfevents.*"):
             file.unlink()
 
@@ -88,8 +90,37 @@ class RunFolder:
 
     def add_samples(self, samples: list[dict[str, Any]]) -> None:
         """Append completions to samples.jsonl."""
-        with self.samples.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+        _append(self.samples, samples)
+
+    def find_diagnostics(self, step: int | None) -> dict[str, Any]:
+        """Return one step's diagnostics; None for the last.
+
+        Raises:
+            ProxstepError: If the folder holds no run, or nothing was measured then.
+        """
+        if not self._info.exists():
+            raise ProxstepError(f"{self.path}: not a run folder, it has no run.json")
+        lines = self.diagnostics.read_text("utf-8") if self.diagnostics.exists() else ""
+        records = [json.loads(line) for line in lines.splitlines()]
+        if not records:
+            raise ProxstepError(
+                f"{self.path}: nothing was measured; train with a geometry.rule and "
+                "--geometry.diagnose_every 1"
+            )
+        chosen = [record for record in records if step in (None, record["step"])]
+        if not chosen:
+            measured = ", ".join(str(record["step"]) for record in records[:10])
+            raise ProxstepError(f"--step {step} was not measured; these were first: {measured}")
+        return chosen[-1]
+
+    def add_diagnostics(self, record: dict[str, Any]) -> None:
+        """Append one step's diagnostics to diagnostics.jsonl."""
+        _append(self.diagnostics, [record])
+
+
+def _append(path: Path, records: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def check_folder(path: Path, name: str) -> None:

@@ -56,6 +56,11 @@ class ModelSection(Section):
         "log-softmax stay in float32. It holds for sampling and evaluation too, so that the policy "
         "that samples is the one that is updated.",
     )
+    head: Literal["full", "chunked"] = Field(
+        default="full",
+        description='"chunked" never holds all positions\' logits, which dominate memory where the '
+        "vocabulary is large; it takes more time.",
+    )
     lora: Lora | None = Field(
         default=None, description="Train low-rank adapters instead of the weights."
     )
@@ -132,6 +137,10 @@ class GeometrySection(Section):
     relative_fisher_power: float | None = Field(default=None, description="r, isometric rule.")
     damping: float | None = Field(default=None, ge=0, description="c, isometric rule.")
     ntk_damping: float | None = Field(default=None, gt=0, description="c, natural rule.")
+    interact: Literal["microbatch", "group"] | None = Field(
+        default=None,
+        description="Natural rule: mix all sequences of a microbatch, or a prompt's completions.",
+    )
     damping_form: Literal["additive", "relative"] | None = Field(
         default=None, description="As printed in the paper, or as in its author's code."
     )
@@ -143,6 +152,11 @@ class GeometrySection(Section):
     other_parameters: Literal["transform", "reinforce", "freeze"] = Field(
         default="transform", description="For what is not a linear layer's weight."
     )
+    fisher: Literal["positions", "sequences"] = Field(
+        default=default_of(Isopo, "fisher"),
+        description="Estimate the Fisher norm from position-wise gradients (eqs. 3 to 6) or from "
+        "the microbatch's sequences (eq. 2).",
+    )
     num_overlap_positions: Positive | None = Field(
         default=default_of(Isopo, "num_overlap_positions"),
         description="K, positions that estimate the Fisher norm; null for all.",
@@ -150,8 +164,26 @@ class GeometrySection(Section):
     overlap_positions: Literal["all", "completion"] = Field(
         default="all", description="Where they lie."
     )
+    overlap_source: Literal["microbatch", "ranks", "previous_step"] = Field(
+        default=default_of(Isopo, "overlap_source"),
+        description="Whose positions: the microbatch's, all ranks', or the last step's, with which "
+        "the result does not depend on microbatch_size.",
+    )
+    fisher_denominator: Literal["sample", "trailing"] = Field(
+        default=default_of(Isopo, "fisher_denominator"),
+        description="Divide by the sample's own sum of squares or by its trailing mean.",
+    )
     decay: float = Field(
         default=default_of(Isopo, "decay"), ge=0, lt=1, description="Of the trailing means."
+    )
+    memory_mib: Positive = Field(
+        default=default_of(Isopo, "memory_budget") // 2**20,
+        description="MiB that one layer's statistics may take at a time.",
+    )
+    diagnose_every: Positive | None = Field(
+        default=None,
+        description="Steps between full measurements of the geometry (diagnostics.jsonl); such a "
+        "step costs as much as the natural rule.",
     )
 
     def to_rule(self) -> Rule:
@@ -174,6 +206,7 @@ _RULE_KEYS = (
     "relative_fisher_power",
     "damping",
     "ntk_damping",
+    "interact",
     "damping_form",
 )
 

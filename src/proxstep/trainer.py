@@ -23,12 +23,14 @@ from proxstep.errors import ProxstepError
 from proxstep.evaluation import Probe, greedy_score, initial_logits, kl_from_initial
 from proxstep.experience import Batch, collect
 from proxstep.interrupt import stop_on_signal
-from proxstep.metrics import entropy, token_log_probs
+from proxstep.isopo.summary import summary
+from proxstep.lm_head import check_chunkable
 from proxstep.models import autocast
 from proxstep.optimizers import make_optimizer
 from proxstep.regularizers import regularizer_loss
-from proxstep.rollout import Completions, response_logits
+from proxstep.rollout import Completions
 from proxstep.runfolder import RunFolder
+from proxstep.scores import Scores, score
 from proxstep.tracking import MetricsLog, Tracker, drop_later_steps
 from proxstep.types import Tensor
 
@@ -78,6 +80,8 @@ class Trainer:
         self.initial = initial
         if initial is None and recipe.keeps_initial:
             self.initial = copy.deepcopy(model).eval().requires_grad_(False)
+        if recipe.model.head == "chunked":
+            check_chunkable(model)
         self.algorithm = Algorithm(recipe)
         self.isopo = make_isopo(recipe, model)
         self.optimizer, self.schedule = make_optimizer(recipe, model)
@@ -98,7 +102,7 @@ class Trainer:
         self.progress.begin(recipe)
         self.folder.update_info(status="running")
         if self.probe is not None:  # a resumed run does what came after its checkpoint again
-            for file in (self.folder.metrics, self.folder.samples):
+            for file in (self.folder.metrics, self.folder.samples, self.folder.diagnostics):
                 drop_later_steps(file, self.step)
         log = MetricsLog(self.folder.metrics)
         section = recipe.logging
@@ -151,6 +155,9 @@ class Trainer:
     def _update(self, batch: Batch) -> dict[str, Any]:
         """Take the recipe's optimizer steps on one batch."""
         section = self.recipe.update
+        every = self.recipe.geometry.diagnose_every
+        if self.isopo is not None:
+            self.isopo.diagnose = every is not None and self.step % every == 0
         sequences: dict[str, list[Tensor]] = {}
         steps: dict[str, list[float]] = {}
         self.model.train()
@@ -158,8 +165,7 @@ class Trainer:
             for minibatch in batch.minibatches(section.num_minibatches):
                 taken = self._accumulate(minibatch, sequences, measure_entropy=iteration == 0)
                 taken["grad_norm"] = self._optimizer_step()
-                for name, value in (self.isopo.step() if self.isopo else {}).items():
-                    taken[f"geometry/{name}"] = value
+                taken |= self._geometry_step()
                 for name, value in taken.items():
                     steps.setdefault(name, []).append(value)
         self.model.eval()
@@ -178,18 +184,15 @@ class Trainer:
         taken: dict[str, float] = defaultdict(float)
         for part in minibatch.microbatches(self.recipe.update.microbatch_size):
             completions = part.completions
-            logits = self._logits(completions)
-            log_prob_BT = token_log_probs(logits, completions.token_BT[:, 1:])
-            response_BT = completions.response_BT[:, 1:]
-            if measure_entropy:
-                with torch.no_grad():
-                    entropy_BT = entropy(logits)
-                measured.setdefault("entropy", []).append(entropy_BT[response_BT])
+            scores = self._score(completions, with_entropy=measure_entropy)
+            log_prob_BT, response_BT = scores.log_prob_BT, completions.response_BT[:, 1:]
+            if scores.entropy_BT is not None:
+                measured.setdefault("entropy", []).append(scores.entropy_BT[response_BT])
             old_log_prob_BT = part.old_log_prob_BT
             regularized = self.recipe.regularizer.active
             extra_loss = None
             if regularized and self.isopo is None:
-                extra_loss = self._regularizer_loss(logits, completions, num_tokens, taken)
+                extra_loss = self._regularizer_loss(scores, completions, num_tokens, taken)
             share, metrics = self.algorithm.backward(
                 log_prob_BT,
                 log_prob_BT.detach() if old_log_prob_BT is None else old_log_prob_BT,
@@ -201,23 +204,49 @@ class Trainer:
                 extra_loss=extra_loss,
                 sequence_ids=completions.sequence_ids(),
                 completion_mask=completions.response_BT,
+                groups=part.group_B,
+                sequence_keys=part.index_B,
             )
             if regularized and self.isopo is not None:
                 with self.isopo.off():
-                    logits = self._logits(completions)
-                    self._regularizer_loss(logits, completions, num_tokens, taken).backward()
+                    scores = self._score(completions)
+                    self._regularizer_loss(scores, completions, num_tokens, taken).backward()
             taken["loss"] += share.item()
             for name, value_B in metrics.items():
                 measured.setdefault(f"objective/{name}", []).append(value_B)
         return taken
 
-    def _logits(self, completions: Completions) -> Tensor:
-        """Return the policy's logits over the sampling temperature, with their graph."""
-        with autocast(self.recipe, self.model):
-            return response_logits(self.model, completions, self.recipe.rollout.temperature)
+    def _geometry_step(self) -> dict[str, float]:
+        """End the geometry's optimizer step; return what it measured."""
+        if self.isopo is None:
+            return {}
+        measured = self.isopo.step()
+        diagnostics = self.isopo.diagnostics
+        if self.isopo.diagnose and diagnostics is not None:
+            self.folder.add_diagnostics(
+                {
+                    "step": self.step + 1,
+                    "update": self.num_updates,
+                    "summary": summary(diagnostics),
+                    **diagnostics.to_dict(),
+                }
+            )
+        return {f"geometry/{name}": value for name, value in measured.items()}
+
+    def _score(self, completions: Completions, *, with_entropy: bool = False) -> Scores:
+        """Return the policy's log-probabilities at the sampling temperature, with their graph."""
+        recipe = self.recipe
+        with autocast(recipe, self.model):
+            return score(
+                self.model,
+                completions,
+                recipe.rollout.temperature,
+                recipe.model.head,
+                with_entropy=with_entropy,
+            )
 
     def _regularizer_loss(
-        self, logits: Tensor, completions: Completions, num_tokens: int, taken: dict[str, float]
+        self, scores: Scores, completions: Completions, num_tokens: int, taken: dict[str, float]
     ) -> Tensor:
         """Return a microbatch's regularizer loss, and add its terms to what was taken."""
         section, initial = self.recipe.regularizer, None
@@ -225,8 +254,9 @@ class Trainer:
             temperature = self.recipe.rollout.temperature
             with autocast(self.recipe, self.model):
                 initial = initial_logits(self.model, self.initial, completions, temperature)
+        assert scores.logits_BTV is not None  # the recipe's check: the head is full
         loss, terms = regularizer_loss(
-            logits,
+            scores.logits_BTV,
             initial,
             completions.response_BT[:, 1:],
             entropy_coef=section.entropy_coef,
@@ -262,10 +292,11 @@ class Trainer:
         section, limit = self.recipe.evaluation, self.recipe.rollout.max_completion_length
         count = min(section.num_probe_prompts, len(self.validation))
         prompts = [self.validation.tokens(row) for row in range(count)]
+        head = self.recipe.model.head
         with self.clock.phase("evaluation"), autocast(self.recipe, self.model):
             torch.manual_seed(self.recipe.seed)
             if self.probe is None:
-                self.probe = Probe.draw(self.model, self.tokenizer, prompts, limit)
+                self.probe = Probe.draw(self.model, self.tokenizer, prompts, limit, head)
             greedy = greedy_score(
                 self.model,
                 self.tokenizer,
@@ -276,11 +307,16 @@ class Trainer:
             measured = {
                 "score": greedy.score,
                 "score_mean_length": greedy.mean_length,
-                "kl_initial_policy": self.probe.kl(self.model),
+                "kl_initial_policy": self.probe.kl(self.model, head),
             }
             if section.kl_policy_initial:
                 measured["kl_policy_initial"] = kl_from_initial(
-                    self.model, self.initial, self.tokenizer, prompts, limit
+                    self.model,
+                    self.initial,
+                    self.tokenizer,
+                    prompts,
+                    limit,
+                    batch_size=len(prompts) if head == "full" else 1,
                 )
         shown = self.recipe.logging.num_samples
         self.folder.add_samples(

@@ -78,8 +78,7 @@ def exact_fisher_terms(
     response_BT: Bool[Tensor, "batch tokens"],
     directions: Mapping[str, Float[Tensor, "directions ..."]],
 ) -> dict[str, Float[Tensor, "directions batch"]]:
-    """Return each sequence's term of each direction's v.F v, of which `exact_fisher_squares` is the
-    mean.
+    """Return each sequence's term of each direction's v.F v: `exact_fisher_squares` is their mean.
 
     J v is found without forward-mode differentiation: J^T u is linear in u, and its gradient with
     respect to u, against v, is J v. Attention runs in torch's plain math form meanwhile, since the

@@ -65,12 +65,18 @@ def head_log_probs(
         ProxstepError: In backward, if the rule needs the head's kernel (the natural rule, or
             fisher="sequences").
     """
-    options = {"temperature": temperature, "with_entropy": with_entropy}
     found = owner_of(head)
     if found is None:
-        return chunked_log_probs(
-            hidden_ND, head.weight, token_N, bias_V=head.bias, chunk_size=chunk_size, **options
+        scores = chunked_log_probs(
+            hidden_ND,
+            head.weight,
+            token_N,
+            bias_V=head.bias,
+            temperature=temperature,
+            chunk_size=chunk_size,
+            with_entropy=True,
         )
+        return scores if with_entropy else scores[0]
     owner, site = found
     key = site.key("weight")
     if head.bias is not None and head.bias.requires_grad:

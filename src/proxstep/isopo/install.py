@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -39,6 +40,7 @@ from proxstep.isopo.samples import (
     OwnSamples,
     Samples,
     SampleStore,
+    keys_on_all_ranks,
 )
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.isopo.weighing import Denominator, Fisher, Log, Sequences, Settings
@@ -134,7 +136,8 @@ class Isopo:
         self._settings = Settings(self.rule, fisher, fisher_denominator, only_linear)
         self._store = self._make_store()
         self._memory, self._log = Memory(memory_budget), Log()
-        self._seed, self._step, self._microbatch, self._version = seed, 0, 0, 0
+        self._seed, self._step, self._microbatch = seed, 0, 0
+        self._versions: dict[int, int] = {}
         self._active: Microbatch | PlainSum | None = None
         self._pending: dict[int, Microbatch] = {}
         self._seen: set[int] = set()
@@ -174,7 +177,7 @@ class Isopo:
             completion_mask: True at completion positions; needed where overlap_positions is
                 "completion".
             groups: Each sequence's prompt, for the natural rule's interact="group" and for the
-                conflict among diagnostics.
+                diagnostics: noise between prompts, conflict within them.
             sequence_keys: A number for each sequence that no other one of the optimizer step has,
                 on any rank.
             fisher_squares: F_b^2 by parameter use, instead of an estimate (see
@@ -270,6 +273,7 @@ class Isopo:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._step, self._microbatch = state["step"], 0
+        self._seen.clear()
         self.trailing.load_state_dict(state["trailing"])
         if self._store is not None:
             self._store.load_state_dict(state.get("samples", {}))
@@ -348,15 +352,17 @@ class Isopo:
                 )
             rank = dist.get_rank(self.process_group) if dist.is_initialized() else 0
             return [_seed(self._seed, self._step, rank, self._microbatch, b) for b in range(count)]
-        keys = sequence_keys.tolist()
-        twice = [key for key in keys if key in self._seen or keys.count(key) > 1]
+        keys = everyone = sequence_keys.tolist()
+        if self.overlap_source == "ranks" and dist.is_initialized():
+            everyone = keys_on_all_ranks(keys, self.process_group)
+        twice = [key for key, times in Counter(everyone).items() if key in self._seen or times > 1]
         if len(keys) != count or twice:
             raise ProxstepError(
                 f"sequence_keys must be {count} different numbers"
                 + (f", and {twice[0]} was seen before in this optimizer step" if twice else "")
                 + ": a sequence must be whole in one microbatch"
             )
-        self._seen.update(keys)
+        self._seen.update(everyone)
         return [_seed(self._seed, self._step, key) for key in keys]
 
     def _check_sequences(self, sequences: Sequences) -> None:
@@ -371,18 +377,16 @@ class Isopo:
 
     def _check_step_was_called(self) -> None:
         """Refuse to damp by averages that are never folded in."""
+        if not self.trailing.has_pending:
+            self._versions.clear()
+        # FSDP2 swaps a sharded parameter for an unsharded one, with a version of its own.
         _, parameter = next(uses(self._modules))
-        version = parameter._version
-        if (
-            self.rule.needs_trailing_means
-            and self.trailing.has_pending
-            and version != self._version
-        ):
+        before = self._versions.setdefault(id(parameter), parameter._version)
+        if self.rule.needs_trailing_means and parameter._version != before:
             raise ProxstepError(
                 "the parameters changed, but isopo.step() was not called: call it after "
                 "optimizer.step(), so that the trailing means that this rule damps by are updated"
             )
-        self._version = version
 
     def _make_store(self) -> SampleStore | None:
         if self.overlap_source != "previous_step":

@@ -135,7 +135,7 @@ class VectorGradients:
 
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, " features"]:
         """Return sum_t weight_t G_t."""
-        return weight_T.to(self.grad_TD.dtype) @ self.grad_TD
+        return weight_T.to(_wide_dtype(self.grad_TD.dtype)) @ _wide(self.grad_TD)
 
 
 @dataclass(frozen=True)

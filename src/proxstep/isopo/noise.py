@@ -181,7 +181,7 @@ def conflict_share(
     """
     pair_MBB = _same(group_MB).triu(diagonal=1)
     opposed = (pair_MBB & (product_MBB < 0)).sum(dim=(-3, -2, -1))
-    return opposed / (pair_MBB & (product_MBB != 0)).sum(dim=(-3, -2, -1))
+    return opposed.double() / (pair_MBB & (product_MBB != 0)).sum(dim=(-3, -2, -1))
 
 
 def _same(unit_MB: Int[Tensor, "*uses microbatches batch"]) -> Tensor:

@@ -131,6 +131,54 @@ class _Embedding(torch.autograd.Function):
         return None, grad_weight, None, None, None, None
 
 
+class _LayerNorm(torch.autograd.Function):
+    """The normalization in one piece, as the module computes it: in half precision a product and a
+    sum of their own would each round its output once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        shape: tuple[int, ...],
+        ticket: Tensor,
+        owner: int,
+        keys: tuple[str, str],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, ticket)
+        ctx.eps, ctx.shape, ctx.owner, ctx.keys = eps, (*shape, weight.shape[0]), owner, keys
+        return nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, ticket = ctx.saved_tensors
+        features, wide = list(weight.shape), torch.promote_types(x.dtype, torch.float32)
+        grad, wide_x = grad.to(wide), x.to(wide)
+        normalized, mean, rstd = torch.native_layer_norm(wide_x, features, None, None, ctx.eps)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+                *(grad, wide_x, features, mean, rstd, weight.to(wide), None, [True, False, False])
+            )
+            grad_x = grad_x.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            each = (grad * normalized).sum_to_size(ctx.shape)
+            grad_weight = _vector_gradient(each, ticket, ctx.owner, ctx.keys[0], weight.dtype)
+        if ctx.needs_input_grad[2]:
+            each = grad.sum_to_size(ctx.shape)
+            grad_bias = _vector_gradient(each, ticket, ctx.owner, ctx.keys[1], weight.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _vector_gradient(
+    grad: Tensor, ticket: Tensor, owner: int, key: str, dtype: torch.dtype
+) -> Tensor:
+    return parameter_gradient([grad], ticket, [grad.shape[-1]], owner, key, -1).to(dtype)
+
+
 class _PerPosition(torch.autograd.Function):
     """A vector parameter repeated over positions: backward sees each one's gradient."""
 
@@ -189,9 +237,10 @@ def _layer_norm_forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
     found = owner_of(self)
     if found is None:
         return type(self).forward(self, x)
-    y = nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps)
-    y = y * _per_position(self, "weight", x, *found)
-    return y if self.bias is None else y + _per_position(self, "bias", x, *found)
+    owner, site = found
+    keys = (site.key("weight"), site.key("bias"))
+    place = (_position_shape(x, owner.grid), owner.ticket, owner.number, keys)
+    return _LayerNorm.apply(x, self.weight, self.bias, self.eps, *place)
 
 
 def _rms_norm_forward(self: nn.Module, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from proxstep.errors import ProxstepError
 from proxstep.isopo.layers import (
     LookupGradients,
     OuterGradients,
@@ -27,6 +28,8 @@ from proxstep.isopo.layout import smallest
 from proxstep.types import Float, Int, Tensor
 
 Group = dist.ProcessGroup | None
+Kept = dict[str, tuple[Tensor, PositionGradients]]
+"""Priorities and gradients of some positions, by parameter."""
 
 
 class Samples(Protocol):
@@ -102,8 +105,8 @@ class CarriedSamples:
         """Return what was kept of the previous step, and keep this microbatch's for the next."""
         own = gradients.at(self.index_K)
         self._store.add(key, self._priority_T[self.index_K], own)
-        sample = self._store.current.get(key, own)
-        return sample, len(sample.grad_TO if isinstance(sample, OuterGradients) else sample.grad_TD)
+        sample = _like(self._store.current.get(key, own), own)
+        return sample, len(_first(sample))
 
     def over_ranks(self, value: Tensor) -> Tensor:
         """Return the value: nothing is shared within a step."""
@@ -120,7 +123,7 @@ class SampleStore:
     def __init__(self, count: int) -> None:
         self.count = count
         self.current: dict[str, PositionGradients] = {}
-        self._pending: dict[str, tuple[Tensor, PositionGradients]] = {}
+        self._pending: Kept = {}
 
     def add(self, key: str, priority_K: Tensor, gradients: PositionGradients) -> None:
         """Keep the K smallest priorities of those kept before and these."""
@@ -132,20 +135,16 @@ class SampleStore:
         self._pending[key] = (priority_K[index_K], gradients.at(index_K))
 
     def fold(self, group: Group) -> None:
-        """End the optimizer step: what was kept is the sample from now on."""
-        for key in sorted(self._pending):
-            priority_K, gradients = self._pending[key]
-            if dist.is_initialized():
-                counts = _all_gather(
-                    torch.tensor([len(priority_K)], device=priority_K.device), group
-                )
-                longest = int(torch.cat(list(counts)).max())
-                padded_K = _pad(priority_K, longest, torch.inf)
-                gathered = _all_gather(padded_K, group)
-                gradients = _gather(gradients, longest, group)
-                gradients = gradients.at(smallest(torch.cat(list(gathered)), self.count))
-            self.current[key] = gradients
-        self._pending.clear()
+        """End the optimizer step: what was kept is the sample from now on.
+
+        Raises:
+            ProxstepError: If ranks kept samples of different parameters, or of the same sequence.
+        """
+        kept = self._pending
+        if dist.is_initialized():
+            kept = _merge(kept, self.count, group)
+        self.current |= {key: gradients for key, (_, gradients) in kept.items()}
+        self._pending = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs: the tensors of each parameter's sample."""
@@ -166,9 +165,47 @@ _KINDS: dict[frozenset[str], Any] = {
 }
 
 
+def keys_on_all_ranks(keys: list[int], group: Group) -> list[int]:
+    """Return the keys of all ranks' sequences; every rank must call it."""
+    everyone: list[list[int]] = [[]] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, keys, group=group)
+    return [key for rank in everyone for key in rank]
+
+
+def _merge(kept: Kept, count: int, group: Group) -> Kept:
+    """Return the samples of the smallest priorities among all ranks', the same on each of them."""
+    own = {key: len(priority_K) for key, (priority_K, _) in kept.items()}
+    everyone: list[dict[str, int]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, own, group=group)
+    rows = {key: max(rank.get(key, -1) for rank in everyone) for rank in everyone for key in rank}
+    merged = {}
+    for key, longest in sorted(rows.items()):
+        if not all(key in rank for rank in everyone):
+            raise ProxstepError(
+                f'{key} received a gradient on some ranks alone: overlap_source="previous_step" '
+                "needs every parameter's on every rank"
+            )
+        priority_K, gradients = kept[key]
+        priority_K = torch.cat(_all_gather(_pad(priority_K, longest, torch.inf), group))
+        index_K = smallest(priority_K, count)
+        merged[key] = (priority_K[index_K], _gather(gradients, longest, group).at(index_K))
+    if merged:
+        _check_distinct(next(iter(merged.values()))[0])
+    return merged
+
+
+def _check_distinct(priority_K: Tensor) -> None:
+    """Refuse equal priorities, which come from equal keys alone."""
+    if len(priority_K.unique()) < len(priority_K):
+        raise ProxstepError(
+            "two ranks have a sequence with the same one of sequence_keys in this optimizer step: "
+            "give every sequence a number of its own, on any rank"
+        )
+
+
 def _kth_smallest(own_K: Tensor, count: int, group: Group) -> float:
     """Return the count-th smallest priority of all ranks, or infinity where there are fewer."""
-    everyone = torch.cat(list(_all_gather(_pad(own_K, count, torch.inf), group)))
+    everyone = torch.cat(_all_gather(_pad(own_K, count, torch.inf), group))
     return everyone.sort().values[count - 1].item()
 
 
@@ -178,7 +215,7 @@ def _gather(gradients: PositionGradients, rows: int, group: Group) -> PositionGr
     def gathered(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return torch.cat(list(_all_gather(_pad(value, rows, 0), group)))
+        return torch.cat(_all_gather(_pad(value, rows, 0), group))
 
     return _map(gradients, gathered)
 
@@ -192,6 +229,16 @@ def _all_gather(value: Tensor, group: Group) -> list[Tensor]:
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, value.contiguous(), group=group)
     return parts
+
+
+def _like(sample: Any, own: Any) -> Any:
+    """Return the sample on the device of a microbatch's own, which may not be a checkpoint's."""
+    device = _first(own).device
+    return _map(sample, lambda value: value.to(device) if isinstance(value, Tensor) else value)
+
+
+def _first(gradients: PositionGradients) -> Tensor:
+    return gradients.grad_TO if isinstance(gradients, OuterGradients) else gradients.grad_TD
 
 
 def _map(gradients: Any, function: Any) -> Any:

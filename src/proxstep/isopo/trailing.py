@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from proxstep.types import Float, Tensor
+
+Pending = dict[str, dict[str, tuple[Tensor, int]]]
+"""The sum of each parameter's moments, and over how many sequences."""
 
 
 class TrailingMeans:
@@ -23,7 +28,7 @@ class TrailingMeans:
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self._means: dict[str, dict[str, Tensor]] = {}
-        self._pending: dict[str, dict[str, tuple[Tensor, int]]] = {}
+        self._pending: Pending = {}
 
     def of(self, key: str) -> Mapping[str, Float[Tensor, ""]]:
         """Return the moments' averages for one parameter; empty before its first step has ended."""
@@ -40,11 +45,12 @@ class TrailingMeans:
         """End the optimizer step: fold its measurements into the averages.
 
         Args:
-            group: The ranks whose measurements are averaged, where torch.distributed is
-                initialized; None for all. They must have measured the same parameters.
+            group: The ranks over which measurements are averaged, where torch.distributed is
+                initialized; None for all. All of them end up with the same averages, whatever each
+                of them has measured.
         """
         if dist.is_initialized() and dist.get_world_size(group) > 1:
-            self._sum_over_ranks(group)
+            self._pending = _sum_over_ranks(self._pending, group)
         for key, pending in self._pending.items():
             means = self._means.setdefault(key, {})
             for name, (total, count) in pending.items():
@@ -52,18 +58,7 @@ class TrailingMeans:
                 means[name] = (
                     self.decay * means[name] + (1 - self.decay) * new if name in means else new
                 )
-        self._pending.clear()
-
-    def _sum_over_ranks(self, group: dist.ProcessGroup | None) -> None:
-        names = [(key, name) for key in sorted(self._pending) for name in self._pending[key]]
-        if not names:
-            return
-        totals = torch.stack([self._pending[key][name][0].double() for key, name in names])
-        counts = [float(self._pending[key][name][1]) for key, name in names]
-        both = torch.stack([totals, totals.new_tensor(counts)])
-        dist.all_reduce(both, group=group)
-        for (key, name), total, count in zip(names, both[0], both[1].tolist(), strict=True):
-            self._pending[key][name] = (total.to(self._pending[key][name][0].dtype), int(count))
+        self._pending = {}
 
     @property
     def has_pending(self) -> bool:
@@ -84,3 +79,29 @@ class TrailingMeans:
         for flat, mean in state.items():
             key, name = flat.rsplit("/", 1)
             self._means.setdefault(key, {})[name] = mean
+
+
+def _sum_over_ranks(pending: Pending, group: dist.ProcessGroup | None) -> Pending:
+    """Return the sums over all ranks, the same numbers in the same order on each of them.
+
+    They are gathered as an object and added here, since a rank may lack what others have measured,
+    and a reduction may add in another order on each rank.
+    """
+    own = {
+        (key, name): (total.item(), count, total.dtype)
+        for key, moments in pending.items()
+        for name, (total, count) in moments.items()
+    }
+    everyone: list[dict[Any, Any]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, own, group=group)
+    summed: dict[Any, tuple[float, int, torch.dtype]] = {}
+    for place, (total, count, dtype) in chain.from_iterable(rank.items() for rank in everyone):
+        before, count_before, _ = summed.get(place, (0.0, 0, dtype))
+        summed[place] = (before + total, count_before + count, dtype)
+    result: Pending = {}
+    for (key, name), (total, count, dtype) in summed.items():
+        here = pending.get(key, {}).get(name)
+        device = None if here is None else here[0].device
+        value = torch.tensor(total, dtype=dtype, device=device)
+        result.setdefault(key, {})[name] = (value, count)
+    return result
