@@ -685,6 +685,49 @@ def test_a_group_of_one_is_fine_with_the_batch_as_its_group() -> None:
             "optimizer.momentum is not an option of adamw, which has betas and eps: leave it null",
         ),
         (
+            {
+                "algorithm": "isopo-natural",
+                "geometry": {"interact": "group"},
+                "update": {"microbatch_size": 4},
+                "rollout": {"num_generations": 8},
+            },
+            "update.microbatch_size 4 is below rollout.num_generations 8",
+        ),
+        (
+            {"algorithm": "isopo", "geometry": {"interact": "group"}},
+            "geometry.interact is not an option of isopo, an isometric rule",
+        ),
+        (
+            {"algorithm": "isopo-natural", "model": {"head": "chunked"}},
+            "model.head chunked has no kernel",
+        ),
+        (
+            {
+                "algorithm": "isopo",
+                "geometry": {"fisher": "sequences"},
+                "model": {"head": "chunked"},
+            },
+            "use model.head full",
+        ),
+        (
+            {
+                "algorithm": "grpo",
+                "model": {"head": "chunked"},
+                "regularizer": {"entropy_coef": 0.1},
+            },
+            "regularizer needs all logits",
+        ),
+        (
+            {
+                "algorithm": "isopo",
+                "geometry": {
+                    "overlap_source": "previous_step",
+                    "num_overlap_positions": None,
+                },
+            },
+            "geometry.num_overlap_positions",
+        ),
+        (
             {"algorithm": "grpo", "model": {"dtype": "bfloat16", "autocast": "bfloat16"}},
             "model.autocast computes with float32 weights in bfloat16, but model.dtype is bfloat16 "
             "already: leave one of them out",

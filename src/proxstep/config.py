@@ -118,6 +118,12 @@ class Recipe(Section):
             if undefined:
                 raise ValueError(undefined)
             self.geometry.to_rule()
+        geometry = self.geometry
+        if geometry.overlap_source == "previous_step" and geometry.num_overlap_positions is None:
+            raise ValueError(
+                "geometry.num_overlap_positions null keeps all positions of every layer from step "
+                "to step, which geometry.overlap_source previous_step cannot: give a number"
+            )
         size, generations = self.update.microbatch_size, self.rollout.num_generations
         if self.geometry.interact == "group" and size is not None and size < generations:
             raise ValueError(
