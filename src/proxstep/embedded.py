@@ -144,7 +144,8 @@ def warm_up(
         ProxstepError: If the share is not reached in 3,000 steps.
     """
     problems = arithmetic_task(difficulty).train
-    tested = [problems[len(problems) - 1 - i] for i in range(_NUM_TESTED)]
+    num_taught = len(problems) - _NUM_TESTED
+    tested = [problems[num_taught + i] for i in range(_NUM_TESTED)]
     teacher = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
     reached, reached_at = 0.0, _MAX_STEPS
@@ -156,8 +157,8 @@ def warm_up(
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * min(1.0, (step + 1) / 50, left)
         examples = [
-            _taught(problems[step * _BATCH_SIZE + i], careless=teacher.random() < _CARELESS)
-            for i in range(_BATCH_SIZE)
+            _taught(problems[i % num_taught], careless=teacher.random() < _CARELESS)
+            for i in range(step * _BATCH_SIZE, (step + 1) * _BATCH_SIZE)
         ]
         loss = solution_loss(model, tokenizer, examples)
         optimizer.zero_grad()

@@ -162,7 +162,8 @@ class GeometrySection(Section):
         description="K, positions that estimate the Fisher norm; null for all.",
     )
     overlap_positions: Literal["all", "completion"] = Field(
-        default="all", description="Where they lie."
+        default="all",
+        description="Where they lie: anywhere, or where a token of the completion is predicted.",
     )
     overlap_source: Literal["microbatch", "ranks", "previous_step"] = Field(
         default=default_of(Isopo, "overlap_source"),

@@ -300,7 +300,8 @@ def test_overlap_positions_of_the_completion() -> None:
         log_probs(model).sum().backward()
     sampled = microbatch.samples.index_K
     assert len(sampled) == 3
-    assert completion.flatten()[sampled].all()
+    predicting = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]]).bool()
+    assert predicting.flatten()[sampled].all()
     with pytest.raises(ProxstepError, match="completion_mask"), isopo.microbatch(IDS, COEFFICIENTS):
         pass
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.patches import Owner, Site, kind_of, patch
@@ -72,13 +73,23 @@ def check_coverage(model: nn.Module, modules: Modules | None) -> None:
 
 
 def freeze_others(model: nn.Module) -> list[nn.Parameter]:
-    """Freeze what is not a linear layer's weight, and return it."""
+    """Freeze what is not a linear layer's weight, and return it.
+
+    Raises:
+        ProxstepError: If the model is wrapped in DDP, which waits for all gradients that there
+            were to be when it was made.
+    """
     frozen = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             linear_weight = kind_of(module) == "linear" and name == "weight"
             if parameter.requires_grad and not linear_weight:
                 frozen.append(parameter)
+    if frozen and isinstance(model, DistributedDataParallel):
+        raise ProxstepError(
+            'other_parameters="freeze" after DistributedDataParallel(...), which would wait for '
+            "their gradients: wrap the model in it after Isopo(...)"
+        )
     for parameter in frozen:
         parameter.requires_grad_(False)
     return frozen

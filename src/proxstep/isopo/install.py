@@ -80,10 +80,12 @@ class Isopo:
             to 6, or "sequences", those of the microbatch's sequences (equation 2).
         num_overlap_positions: K, the token positions on which Fisher norms are estimated; None for
             all.
-        overlap_positions: Sample them from "all" positions or only from those of the "completion".
+        overlap_positions: Sample them from "all" positions or only from those that predict a token
+            of the "completion".
         overlap_source: Sample them from the "microbatch", from all "ranks", or from the
             "previous_step". The latter two make the isometric rule independent of how sequences are
-            spread over ranks, or over microbatches too, and need `sequence_keys`.
+            spread over ranks, or over microbatches too, and need `sequence_keys`. "ranks" exchanges
+            samples in backward: every rank must run the same number of microbatches.
         fisher_denominator: Divide by the "sample"'s own sum of squares or by its "trailing" mean.
         decay: Of the trailing means, per optimizer step.
         seed: Of the sample of positions.
@@ -171,9 +173,9 @@ class Isopo:
         Args:
             sequence_ids: The sequence of each token position, 0 to batch - 1; -1 for padding. In a
                 padded batch row b is sequence b; packed rows hold several.
-            coefficients: One number per sequence, with any normalization (1 / number of sequences
-                of the optimizer step; times the number of ranks where gradients are averaged over
-                them) already in it.
+            coefficients: One number per sequence, with any normalization already in it: 1 / number
+                of sequences of the optimizer step, on all ranks; times the number of ranks where
+                gradients are averaged over them, as DDP and FSDP2 do by default.
             completion_mask: True at completion positions; needed where overlap_positions is
                 "completion".
             groups: Each sequence's prompt, for the natural rule's interact="group" and for the
@@ -228,14 +230,14 @@ class Isopo:
     def step(self) -> dict[str, float]:
         """End an optimizer step: update the trailing means, draw new positions from now on.
 
-        Where torch.distributed is initialized, every rank must call it, after the same number of
-        microbatches.
+        Where torch.distributed is initialized, every rank must call it: it puts together what they
+        measured, so that the next step starts from the same state on all of them.
 
         Returns:
-            Diagnostics of the step, averaged over layers and microbatches: "weight_spread", the
-            standard deviation of the sequences' scales over their mean (isometric),
-            "frac_filled_fisher", the share of Fisher estimates that were exactly zero and filled
-            in, "ntk_off_diagonal", the share of |K| off the diagonal (natural); and with
+            Diagnostics of the step, averaged over layers and this rank's microbatches:
+            "weight_spread", the standard deviation of the sequences' scales over their mean
+            (isometric), "frac_filled_fisher", the share of Fisher estimates that were exactly zero
+            and filled in, "ntk_off_diagonal", the share of |K| off the diagonal (natural); and with
             `diagnose` what `StepDiagnostics.scalars` says, of which `diagnostics` then has all.
         """
         measured = {
@@ -333,7 +335,7 @@ class Isopo:
                     'overlap_positions="completion" needs completion_mask in the shape of '
                     "sequence_ids"
                 )
-            eligible_T = completion_mask.reshape(-1)
+            eligible_T = _predicting(completion_mask).reshape(-1)
             eligible_T = eligible_T if layout.order_T is None else eligible_T[layout.order_T]
         priority_T = sample_priorities(layout, seeds, eligible_T)
         if self._store is not None:
@@ -415,6 +417,13 @@ def _check_choice(name: str, value: object, literal: Any) -> None:
 def _check_coefficients(coefficients: Tensor) -> None:
     if coefficients.dim() != 1 or not torch.isfinite(coefficients).all():
         raise ProxstepError("coefficients must be one finite number per sequence")
+
+
+def _predicting(completion_mask: Tensor) -> Tensor:
+    """Return the positions whose next one belongs to a completion: the prompt's last is one."""
+    following = torch.zeros_like(completion_mask)
+    following[:, :-1] = completion_mask[:, 1:]
+    return following
 
 
 def _seed(*numbers: int) -> int:

@@ -2,7 +2,8 @@
 
 What a forward hands to its backward is a ticket: a tensor with the microbatch's number. A compiled
 graph takes it as an input, so that it is not compiled again for every microbatch, and the operator
-finds everything else through it.
+finds everything else through it. It lies on the autograd context and not among the saved tensors,
+which checkpointing replaces by those of a second forward.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def parameter_gradient(
         if padding_idx >= 0:
             grad = grad.masked_fill((token_T == padding_idx)[:, None], 0.0)
         gradients = LookupGradients(grad, token_T, shape[0])
-    return sink.reduce(key, gradients).to(values[0].dtype).reshape(shape)
+    with torch.autocast(grad.device.type, enabled=False):  # backward may run inside an autocast
+        total = sink.reduce(key, gradients)
+    return total.to(values[0].dtype).reshape(shape)
 
 
 @parameter_gradient.register_fake

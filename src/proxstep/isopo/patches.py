@@ -84,23 +84,25 @@ class _Linear(torch.autograd.Function):
         owner: int,
         keys: tuple[str, str],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, ticket)
-        ctx.owner, ctx.keys = owner, keys
+        ctx.save_for_backward(x, weight)
+        ctx.ticket, ctx.owner, ctx.keys = ticket, owner, keys
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, ticket = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         weight_key, bias_key = ctx.keys
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
         if ctx.needs_input_grad[1]:
             shape = list(weight.shape)
-            grad_weight = parameter_gradient([grad, x], ticket, shape, ctx.owner, weight_key, -1)
+            grad_weight = parameter_gradient(
+                [grad, x], ctx.ticket, shape, ctx.owner, weight_key, -1
+            )
         if ctx.needs_input_grad[2]:
             shape = [weight.shape[0]]
-            grad_bias = parameter_gradient([grad], ticket, shape, ctx.owner, bias_key, -1)
+            grad_bias = parameter_gradient([grad], ctx.ticket, shape, ctx.owner, bias_key, -1)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -117,16 +119,16 @@ class _Embedding(torch.autograd.Function):
         owner: int,
         key: str,
     ) -> Tensor:
-        ctx.save_for_backward(token, ticket)
-        ctx.shape, ctx.owner, ctx.key = list(weight.shape), owner, key
+        ctx.save_for_backward(token)
+        ctx.ticket, ctx.shape, ctx.owner, ctx.key = ticket, list(weight.shape), owner, key
         ctx.padding_idx = -1 if padding_idx is None else padding_idx
         return nn.functional.embedding(token, weight, padding_idx)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        token, ticket = ctx.saved_tensors
+        (token,) = ctx.saved_tensors
         grad_weight = parameter_gradient(
-            [grad, token], ticket, ctx.shape, ctx.owner, ctx.key, ctx.padding_idx
+            [grad, token], ctx.ticket, ctx.shape, ctx.owner, ctx.key, ctx.padding_idx
         )
         return None, grad_weight, None, None, None, None
 
@@ -186,14 +188,12 @@ class _PerPosition(torch.autograd.Function):
     def forward(
         ctx: Any, vector: Tensor, shape: tuple[int, ...], ticket: Tensor, owner: int, key: str
     ) -> Tensor:
-        ctx.save_for_backward(ticket)
-        ctx.owner, ctx.key, ctx.size = owner, key, vector.shape[0]
+        ctx.ticket, ctx.owner, ctx.key, ctx.size = ticket, owner, key, vector.shape[0]
         return vector.expand(*shape, vector.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (ticket,) = ctx.saved_tensors
-        grad_vector = parameter_gradient([grad], ticket, [ctx.size], ctx.owner, ctx.key, -1)
+        grad_vector = parameter_gradient([grad], ctx.ticket, [ctx.size], ctx.owner, ctx.key, -1)
         return grad_vector, None, None, None, None
 
 

@@ -185,13 +185,27 @@ def _merge(kept: Kept, count: int, group: Group) -> Kept:
                 f'{key} received a gradient on some ranks alone: overlap_source="previous_step" '
                 "needs every parameter's on every rank"
             )
-        priority_K, gradients = kept[key]
-        priority_K = torch.cat(_all_gather(_pad(priority_K, longest, torch.inf), group))
-        index_K = smallest(priority_K, count)
-        merged[key] = (priority_K[index_K], _gather(gradients, longest, group).at(index_K))
+        merged[key] = _merge_one(*kept[key], longest, count, group)
     if merged:
         _check_distinct(next(iter(merged.values()))[0])
     return merged
+
+
+def _merge_one(
+    priority_K: Tensor, gradients: PositionGradients, longest: int, count: int, group: Group
+) -> tuple[Tensor, PositionGradients]:
+    """Merge the samples of one parameter, of which every rank has its smallest priorities first.
+
+    Gradients are gathered only of so many rows as the rank with the most of the result has in it.
+    """
+    parts = _all_gather(_pad(priority_K, longest, torch.inf), group)
+    every = torch.cat(parts)
+    chosen_K = every[smallest(every, count)]
+    limit = chosen_K[-1] if len(chosen_K) else -torch.inf
+    rows = max(int((part <= limit).sum()) for part in parts)
+    own = gradients.at(torch.arange(min(rows, len(priority_K)), device=priority_K.device))
+    index_K = smallest(torch.cat([part[:rows] for part in parts]), count)
+    return chosen_K, _gather(own, rows, group).at(index_K)
 
 
 def _check_distinct(priority_K: Tensor) -> None:

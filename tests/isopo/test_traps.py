@@ -1,0 +1,332 @@
+"""The traps that implementations of ISOPO fall into: each is handled, or refused with its remedy.
+
+What installing alone can find (fused heads, adapters added later, padding) is in test_install.
+"""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from tests.families import UNCOVERED, build
+from tests.isopo.test_install import COEFFICIENTS, IDS, gradients, log_probs
+from tests.models import tiny_qwen3
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from proxstep import IsometricRule, Isopo, NaturalRule, ProxstepError
+
+RULES = ["isopo", "isopo-figure4", "isopo-natural"]
+
+
+def one_gradient(rule: object = "isopo", coefficients: Tensor = COEFFICIENTS) -> dict[str, Tensor]:
+    """The gradient of the usual microbatch, on the usual model."""
+    torch.manual_seed(0)
+    model = tiny_qwen3()
+    with Isopo(model, rule).microbatch(IDS, coefficients) as microbatch:  # type: ignore[arg-type]
+        microbatch.objective(log_probs(model)).backward()
+    return gradients(model)
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], factor: float = 1.0) -> None:
+    for name, wanted in theirs.items():
+        assert (ours[name] - factor * wanted).norm() <= 1e-10 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("factor", [0.25, 1024.0, -1.0])
+def test_a_scale_of_the_loss_is_refused(factor: float) -> None:
+    """A gradient scaler, or a division by accumulation steps, would enter the norms."""
+    model = tiny_qwen3()
+    with Isopo(model).microbatch(IDS, COEFFICIENTS) as microbatch:
+        loss = factor * microbatch.objective(log_probs(model))
+        with pytest.raises(ProxstepError, match=f"multiplied by {factor:g} .*coefficients"):
+            loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_scale_of_the_coefficients_is_exact(rule: str) -> None:
+    assert_same(one_gradient(rule, 3 * COEFFICIENTS), one_gradient(rule), 3.0)
+
+
+def reentrant(model: nn.Module) -> nn.Module:
+    model.train()
+    model.activation_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
+    return model
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_reentrant_checkpointing_is_right_inside(rule: str) -> None:
+    torch.manual_seed(0)
+    model = reentrant(tiny_qwen3())
+    model.enable_input_require_grads()  # type: ignore[operator]
+    with Isopo(model, rule).microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model)).backward()
+    assert_same(gradients(model), one_gradient(rule))
+
+
+def test_reentrant_checkpointing_is_refused_outside() -> None:
+    model = reentrant(tiny_qwen3())
+    isopo = Isopo(model)
+    with isopo.microbatch(IDS, COEFFICIENTS):
+        total = log_probs(model).sum()
+    with pytest.raises(ProxstepError, match="use_reentrant=False"):
+        total.backward()
+
+
+def test_other_checkpointing_is_right_outside() -> None:
+    torch.manual_seed(0)
+    model = tiny_qwen3().train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    isopo = Isopo(model)
+    with isopo.microbatch(IDS, COEFFICIENTS):
+        total = log_probs(model).sum()
+    total.backward()
+    assert_same(gradients(model), one_gradient())
+
+
+def test_a_checkpointed_layer_alone() -> None:
+    """As users do by hand, around a part of their model."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(4, 4).double() for _ in range(3))
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    ids = torch.arange(2)[:, None].expand(2, 5)
+    results = []
+    for wrapped in (False, True):
+        for layer in layers:
+            layer.zero_grad()
+        isopo = Isopo(layers, "isopo-natural")
+        with isopo.microbatch(ids, COEFFICIENTS) as microbatch:
+            y = layers[0](x).tanh()
+            y = checkpoint(layers[1], y, use_reentrant=False) if wrapped else layers[1](y)
+            assert isinstance(y, Tensor)
+            microbatch.objective(layers[2](y.tanh())).backward()
+        results.append(gradients(layers))
+        isopo.remove()
+    assert_same(*results)
+
+
+def test_a_sequence_in_two_rows_is_refused() -> None:
+    ids = torch.tensor([[0, 0, 1], [0, 0, -1]])
+    with (
+        pytest.raises(ProxstepError, match=r"more than one row.*context parallelism"),
+        Isopo(tiny_qwen3()).microbatch(ids, COEFFICIENTS),
+    ):
+        pass
+
+
+def test_a_sequence_in_two_microbatches_is_refused() -> None:
+    isopo = Isopo(tiny_qwen3())
+    with isopo.microbatch(IDS, COEFFICIENTS, sequence_keys=torch.tensor([4, 7])):
+        pass
+    with (
+        pytest.raises(ProxstepError, match="7 was seen before in this optimizer step"),
+        isopo.microbatch(IDS, COEFFICIENTS, sequence_keys=torch.tensor([7, 8])),
+    ):
+        pass
+    isopo.step()
+    with isopo.microbatch(IDS, COEFFICIENTS, sequence_keys=torch.tensor([7, 8])):
+        pass
+
+
+def two_groups(interact: str, microbatches: list[list[int]]) -> dict[str, Tensor]:
+    """Four sequences of two prompts, some of them in each microbatch; with a past, so that c is
+    the same for all.
+    """
+    torch.manual_seed(0)
+    model = tiny_qwen3()
+    isopo = Isopo(model, NaturalRule(0.5, interact=interact))  # type: ignore[arg-type]
+    token = torch.randint(19, (4, 6), generator=torch.Generator().manual_seed(1))
+    coefficient = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
+    group = torch.tensor([0, 0, 1, 1])
+    for _ in range(2):
+        model.zero_grad()
+        for rows in microbatches:
+            ids = torch.arange(len(rows))[:, None].expand(len(rows), 6)
+            with isopo.microbatch(ids, coefficient[rows], groups=group[rows]) as microbatch:
+                logits = model(input_ids=token[rows]).logits[:, :-1].log_softmax(-1)
+                chosen = logits.gather(-1, token[rows][:, 1:, None])
+                microbatch.objective(chosen).backward()
+        isopo.step()
+    return gradients(model)
+
+
+def test_the_natural_rule_depends_on_what_shares_a_microbatch() -> None:
+    together, apart = (two_groups("microbatch", m) for m in ([[0, 1, 2, 3]], [[0, 1], [2, 3]]))
+    errors = [float((together[n] - apart[n]).norm() / apart[n].norm()) for n in apart]
+    assert min(errors) > 1e-3
+
+
+def test_the_natural_rule_by_group_does_not() -> None:
+    together, apart = (two_groups("group", m) for m in ([[0, 1, 2, 3]], [[0, 1], [2, 3]]))
+    assert_same(together, apart)
+
+
+def test_the_natural_rule_by_group_needs_groups() -> None:
+    isopo = Isopo(tiny_qwen3(), NaturalRule(interact="group"))
+    with pytest.raises(ProxstepError, match="needs groups"), isopo.microbatch(IDS, COEFFICIENTS):
+        pass
+
+
+def test_entropy_has_an_ordinary_backward_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = tiny_qwen3()
+    isopo = Isopo(model, "isopo-figure4")
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model)).backward()
+    alone = gradients(model)
+    with isopo.off():
+        (0.3 * log_probs(model).square().sum()).backward()
+    both = gradients(model)
+    isopo.remove()
+    model.zero_grad()
+    (0.3 * log_probs(model).square().sum()).backward()
+    assert_same({name: both[name] - alone[name] for name in both}, gradients(model))
+
+
+def test_autocast_leaves_gradients_in_the_parameters_dtype() -> None:
+    torch.manual_seed(0)
+    model = tiny_qwen3(dtype=torch.float32)
+    isopo = Isopo(model, "isopo-figure4")
+    with (
+        isopo.microbatch(IDS, COEFFICIENTS.float()) as microbatch,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        microbatch.objective(log_probs(model)).backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_the_sample_has_a_generator_of_its_own() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    drawn = []
+    for seed in (0, 0, 1):
+        isopo = Isopo(tiny_qwen3(), num_overlap_positions=4, seed=seed)
+        torch.set_rng_state(before)
+        for _ in range(2):
+            with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+                drawn.append(microbatch.samples.index_K.tolist())
+            isopo.step()
+        assert torch.equal(torch.get_rng_state(), before)
+    assert drawn[:2] == drawn[2:4] != drawn[4:]
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("source", ["microbatch", "previous_step"])
+def test_a_checkpoint_holds_the_whole_state(source: str) -> None:
+    rule = IsometricRule(-1.0, damping=0.5, scale="preserved")
+    keys = torch.arange(2)
+    results = []
+    for stops in (False, True):
+        torch.manual_seed(0)
+        model = tiny_qwen3()
+        options = {"overlap_source": source, "num_overlap_positions": 4}
+        isopo = Isopo(model, rule, **options)  # type: ignore[arg-type]
+        for _ in range(3):
+            if stops:
+                file = io.BytesIO()
+                torch.save(isopo.state_dict(), file)
+                file.seek(0)
+                isopo.remove()
+                isopo = Isopo(model, rule, **options)  # type: ignore[arg-type]
+                isopo.load_state_dict(torch.load(file, weights_only=True))
+            model.zero_grad()
+            with isopo.microbatch(IDS, COEFFICIENTS, sequence_keys=keys) as microbatch:
+                microbatch.objective(log_probs(model)).backward()
+            isopo.step()
+        results.append(gradients(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_experts_in_one_tensor_are_refused_by_name() -> None:
+    with pytest.raises(ProxstepError, match=r"experts\.gate_up_proj .*freeze them"):
+        Isopo(build("qwen3-moe", 0))
+    assert "qwen3-moe" in UNCOVERED
+
+
+def test_a_mixture_with_frozen_experts_is_covered() -> None:
+    model = build("qwen3-moe", 0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".mlp." not in name)
+    with Isopo(model).microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model)).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_experts_that_see_only_their_tokens_are_refused() -> None:
+    layer = nn.Linear(4, 4).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    with Isopo(layer).microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(layer(x.reshape(10, 4)[:7]))
+        with pytest.raises(ProxstepError, match=r"saw 7 token positions.*freeze experts"):
+            total.backward()
+
+
+@pytest.mark.parametrize("family", ["qwen3-dora", "llama-dora"])
+def test_a_trainable_bias_under_dora_is_refused(family: str) -> None:
+    model = build(family, 0)
+    layers = [m for m in model.modules() if getattr(m, "lora_magnitude_vector", None)]
+    for layer in layers:
+        base = layer.base_layer
+        assert isinstance(base, nn.Linear)
+        base.bias = nn.Parameter(torch.zeros(base.out_features, dtype=base.weight.dtype))
+    with pytest.raises(ProxstepError, match="a bias under DoRA"):
+        Isopo(model)
+
+
+def test_microbatches_may_be_back_propagated_later_in_any_order() -> None:
+    torch.manual_seed(0)
+    model = tiny_qwen3()
+    isopo = Isopo(model, "isopo-natural")
+    totals = []
+    for coefficients in (COEFFICIENTS, 2 * COEFFICIENTS):
+        with isopo.microbatch(IDS, coefficients) as microbatch:
+            totals.append(microbatch.objective(log_probs(model)))
+    for total in reversed(totals):
+        total.backward()
+    assert_same(gradients(model), one_gradient("isopo-natural"), 3.0)
+
+
+def test_a_backward_in_anothers_microbatch_is_refused() -> None:
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    with isopo.microbatch(IDS, COEFFICIENTS):
+        first = log_probs(model).sum()
+    with (
+        isopo.microbatch(IDS, COEFFICIENTS),
+        pytest.raises(ProxstepError, match="another microbatch than the one that is active"),
+    ):
+        first.backward()
+
+
+def test_a_backward_after_the_step_is_refused() -> None:
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    with isopo.microbatch(IDS, COEFFICIENTS):
+        total = log_probs(model).sum()
+    isopo.step()
+    with pytest.raises(ProxstepError, match="earlier optimizer step"):
+        total.backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap_source": "ranks"}, "needs sequence_keys"),
+        ({"overlap_source": "previous_step"}, "needs sequence_keys"),
+    ],
+)
+def test_shared_samples_need_keys(options: dict[str, str], message: str) -> None:
+    isopo = Isopo(tiny_qwen3(), **options)  # type: ignore[arg-type]
+    with pytest.raises(ProxstepError, match=message), isopo.microbatch(IDS, COEFFICIENTS):
+        pass
+
+
+def test_fisher_norms_of_unknown_parameters_are_refused() -> None:
+    isopo, given = Isopo(tiny_qwen3()), {"lm_head.wieght": torch.ones(2)}
+    with (
+        pytest.raises(ProxstepError, match=r"lm_head\.wieght is no parameter"),
+        isopo.microbatch(IDS, COEFFICIENTS, fisher_squares=given),
+    ):
+        pass
