@@ -36,7 +36,6 @@ def test_python_examples_run(page: Path) -> None:
             "coefficients": advantages / 2,
             "log_probs": log_probs(model),
             "completion_log_probs": log_probs,
-            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         }
         exec("from proxstep import Isopo\n" + code, names)
         grads = [p.grad for p in model.parameters()]

@@ -124,6 +124,11 @@ class Recipe(Section):
                 "geometry.num_overlap_positions null keeps all positions of every layer from step "
                 "to step, which geometry.overlap_source previous_step cannot: give a number"
             )
+        if geometry.overlap_source != "microbatch" and geometry.fisher == "sequences":
+            raise ValueError(
+                f"geometry.overlap_source {geometry.overlap_source} chooses positions, and "
+                "geometry.fisher sequences uses none: leave one of them out"
+            )
         size, generations = self.update.microbatch_size, self.rollout.num_generations
         if self.geometry.interact == "group" and size is not None and size < generations:
             raise ValueError(

@@ -145,7 +145,7 @@ def warm_up(
     """
     problems = arithmetic_task(difficulty).train
     num_taught = len(problems) - _NUM_TESTED
-    tested = [problems[num_taught + i] for i in range(_NUM_TESTED)]
+    tested = [problems[len(problems) - 1 - i] for i in range(_NUM_TESTED)]
     teacher = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
     reached, reached_at = 0.0, _MAX_STEPS

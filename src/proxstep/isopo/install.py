@@ -127,6 +127,11 @@ class Isopo:
         _check_choice("fisher_denominator", fisher_denominator, Denominator)
         if num_overlap_positions is not None and num_overlap_positions < 1:
             raise ProxstepError("num_overlap_positions must be positive, or None for all positions")
+        if fisher == "sequences" and overlap_source != "microbatch":
+            raise ProxstepError(
+                f'overlap_source="{overlap_source}" chooses positions, and fisher="sequences" uses '
+                "none: leave one of them out"
+            )
         self.model = model
         self.other_parameters = other_parameters
         self.num_overlap_positions = num_overlap_positions
@@ -240,9 +245,7 @@ class Isopo:
             and filled in, "ntk_off_diagonal", the share of |K| off the diagonal (natural); and with
             `diagnose` what `StepDiagnostics.scalars` says, of which `diagnostics` then has all.
         """
-        measured = {
-            name: torch.stack(values).mean().item() for name, values in self._log.values.items()
-        }
+        measured = self._log.means()
         if self._log.records:
             self.diagnostics = diagnose(self._log.records)
             measured |= self.diagnostics.scalars()

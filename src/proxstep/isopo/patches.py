@@ -134,8 +134,9 @@ class _Embedding(torch.autograd.Function):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """The normalization in one piece, as the module computes it: in half precision a product and a
-    sum of their own would each round its output once more.
+    """The normalization in one piece, as the module computes it.
+
+    In half precision a product and a sum of their own would each round its output once more.
     """
 
     @staticmethod
@@ -203,7 +204,7 @@ def _linear_forward(self: nn.Module, x: Tensor) -> Tensor:
         return type(self).forward(self, x)
     owner, site = found
     weight, bias = self.weight, self.bias
-    if type(self).__name__ == "Conv1D":
+    if _is(self, "Conv1D", "transformers."):
         weight = weight.mT
     if torch.is_autocast_enabled(x.device.type):
         # Cast outside the function: the casts' own backward returns the gradients to the
@@ -343,7 +344,7 @@ def kind_of(module: nn.Module) -> str | None:
     own = dict(module.named_parameters(recurse=False))
     if cls.forward is nn.Linear.forward:
         return "linear"
-    if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+    if _is(module, "Conv1D", "transformers."):
         return "linear"
     scaled = cls.__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale")
     if isinstance(module, nn.Embedding) and (cls.forward is nn.Embedding.forward or scaled):
@@ -355,9 +356,15 @@ def kind_of(module: nn.Module) -> str | None:
         return "layer_norm"
     if cls.__name__.endswith("RMSNorm") and set(own) == {"weight"}:
         return "rms_norm"
-    if cls.__name__ == "DoraLinearLayer" and cls.__module__.startswith("peft."):
+    if _is(module, "DoraLinearLayer", "peft."):
         return "dora"
     return None
+
+
+def _is(module: nn.Module, name: str, package: str) -> bool:
+    """Whether a module is of a class of another library, or of one that FSDP2 derived from it."""
+    classes = type(module).__mro__[:2]
+    return any(cls.__name__ == name and cls.__module__.startswith(package) for cls in classes)
 
 
 def patch(module: nn.Module, kind: str, site: Site) -> None:

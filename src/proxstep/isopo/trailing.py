@@ -38,8 +38,10 @@ class TrailingMeans:
         """Measure one microbatch's moments, one value per sequence."""
         pending = self._pending.setdefault(key, {})
         for name, value_B in moments.items():
-            total, count = pending.get(name, (value_B.new_zeros(()), 0))
-            pending[name] = (total + value_B.detach().sum(), count + value_B.numel())
+            total, count = value_B.detach().sum(), value_B.numel()
+            if name in pending:
+                total, count = pending[name][0] + total, pending[name][1] + count
+            pending[name] = (total, count)
 
     def fold(self, group: dist.ProcessGroup | None = None) -> None:
         """End the optimizer step: fold its measurements into the averages.

@@ -26,6 +26,8 @@ from proxstep.isopo.weights import (
 )
 from proxstep.types import Float, Int, Tensor
 
+_SMALLEST = torch.finfo(torch.float32).tiny
+
 Fisher = Literal["positions", "sequences"]
 Denominator = Literal["sample", "trailing"]
 
@@ -57,14 +59,32 @@ class Log:
     """What the microbatches of an optimizer step measured.
 
     Attributes:
-        values: Values to average over parameters and microbatches, by name.
+        scales: What the isometric rule multiplied the coefficients by, of each reduction.
+        filled: Which of its Fisher estimates were filled in.
+        off_diagonal: The share of |K| off the diagonal, of each of the natural rule's.
         records: Each parameter's statistics, one per microbatch; only where `keep_records`.
         keep_records: Whether to measure and keep all statistics, the unneeded ones too.
     """
 
     keep_records: bool = False
-    values: dict[str, list[Tensor]] = field(default_factory=dict)
+    scales: list[Tensor] = field(default_factory=list)
+    filled: list[Tensor] = field(default_factory=list)
+    off_diagonal: list[Tensor] = field(default_factory=list)
     records: dict[str, list[LayerRecord]] = field(default_factory=dict)
+
+    def means(self) -> dict[str, float]:
+        """Return what `Isopo.step` reports, averaged over reductions."""
+        values = {
+            "weight_spread": [
+                part_NB.std(dim=1, correction=0) / part_NB.mean(dim=1)
+                for part_NB in _stacked(self.scales)
+            ],
+            "frac_filled_fisher": [
+                part_NB.float().mean(dim=1) for part_NB in _stacked(self.filled)
+            ],
+            "ntk_off_diagonal": [torch.stack(self.off_diagonal)] if self.off_diagonal else [],
+        }
+        return {name: torch.cat(parts).mean().item() for name, parts in values.items() if parts}
 
 
 @dataclass(frozen=True)
@@ -137,14 +157,13 @@ class Weighing:
             figure 3 would scale it by 1e4. It gets the trailing mean, or in the first step the mean
             of the other sequences.
         """
-        total = torch.where(self._total > 0, self._total, torch.ones_like(self._total))
-        square_B = cross_KB.square().sum(dim=0) / total
+        square_B = cross_KB.square().sum(dim=0) / self._total.clamp(min=_SMALLEST)
         filled_B = square_B == 0
         self._filled.append(filled_B)
         if "fisher_sq" in self._past:
             mean = self._past["fisher_sq"].to(square_B)
         else:
-            sums = torch.stack([square_B.sum(), (~filled_B).sum().to(square_B)])
+            sums = torch.stack([square_B.sum(), square_B.count_nonzero().to(square_B)])
             total, count = self._over_ranks(sums).unbind()
             mean = total / count.clamp(min=1)
         return torch.where(filled_B, mean, square_B)
@@ -199,39 +218,31 @@ class Weighing:
             past = {"eigenvalue": self._mean_over_ranks(ntk_BB.diagonal())}
         total = ntk_BB.abs().sum()
         share = ntk_BB.diagonal().sum() / torch.where(total > 0, total, 1.0)
-        self._log.values.setdefault("ntk_off_diagonal", []).append(1 - share)
+        self._log.off_diagonal.append(1 - share)
         return natural_weights(self._sequences.coefficient_B.to(wide), ntk_BB, rule, past)
 
     def conclude(self) -> None:
         """Add the statistics to the trailing means and to the step's log."""
-        values, records = self._log.values, self._log.records
-        moments = {
-            name: torch.cat([part[name] for part in self._moments]) for name in self._moments[0]
-        }
+        moments = {name: _join([part[name] for part in self._moments]) for name in self._moments[0]}
         self._trailing.add(self._key, moments)
-        weight_B = torch.cat([weight for _, weight in self._pieces]).detach()
-        coefficient_B = self._sequences.coefficient_B
-        filled_B = torch.cat(self._filled) if self._filled else None
+        filled_B = _join(self._filled) if self._filled else None
         if filled_B is not None:
-            values.setdefault("frac_filled_fisher", []).append(filled_B.float().mean())
+            self._log.filled.append(filled_B)
         if self._scales:
-            scale_B = torch.cat(self._scales)
-            values.setdefault("weight_spread", []).append(
-                scale_B.std(correction=0) / scale_B.mean()
-            )
+            self._log.scales.append(_join(self._scales))
         if self._log.keep_records:
             first = self._pieces[0][0]
             kernel = first.ntk_BB
             record = LayerRecord(
-                coefficient_B,
-                weight_B,
+                self._sequences.coefficient_B,
+                _join([weight for _, weight in self._pieces]),
                 _cat([piece.fisher_sq_B for piece, _ in self._pieces]),
                 filled_B,
                 _cat([piece.norm_sq_B for piece, _ in self._pieces]),
                 None if kernel is None else kernel.clone(),
                 self._sequences.group_B,
             )
-            records.setdefault(self._key, []).append(record)
+            self._log.records.setdefault(self._key, []).append(record)
 
     def _mean_over_ranks(self, square_B: Tensor) -> Tensor:
         sums = torch.stack([square_B.sum(), square_B.new_tensor(float(len(square_B)))])
@@ -239,6 +250,18 @@ class Weighing:
         return total / count
 
 
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _cat(parts: list[Tensor | None]) -> Tensor | None:
     known = [part for part in parts if part is not None]
-    return torch.cat(known) if known else None
+    return _join(known) if known else None
+
+
+def _stacked(values: list[Tensor]) -> list[Float[Tensor, "rows batch"]]:
+    """Stack the vectors of equal length."""
+    by_length: dict[int, list[Tensor]] = {}
+    for value_B in values:
+        by_length.setdefault(len(value_B), []).append(value_B)
+    return [torch.stack(part) for part in by_length.values()]
