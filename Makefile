@@ -43,12 +43,15 @@ lint: setup  ## Formatting, style and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-bench: setup  ## Time ISOPO against plain REINFORCE in one run, on one thread
+bench: setup  ## Time and memory of ISOPO against plain REINFORCE's, on one thread
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/memory.py
 
 gpu: setup  ## The accelerator's tests and benchmark (needs CUDA)
 	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/python benchmarks/overhead.py --device cuda
+	$(BIN)/python benchmarks/overhead.py --device cuda --dtype bfloat16 --shape qwen3-0.6b \
+	  --lengths 512 1024 2048 --rows reinforce isopo isopo-npg isopo-figure4 isopo-natural paper \
+	  --json benchmarks/baselines/overhead-cuda.json
 
 clean:  ## Delete the environment, the outputs and the caches in this folder
 	rm -rf $(VENV) outputs runs .pytest_cache .ruff_cache .hypothesis

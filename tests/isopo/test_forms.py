@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -14,17 +15,19 @@ from torch import Tensor
 
 from proxstep import PRESETS, Isopo
 from proxstep.isopo import reduction
-from proxstep.isopo.forms import Needs, Plan, Shape, choose
+from proxstep.isopo.forms import Needs, Plan, Shape, choose, held
 from proxstep.isopo.layers import LookupGradients, OuterGradients, VectorGradients
 from proxstep.isopo.layout import Layout, make_layout
 from proxstep.isopo.memory import Memory
 from proxstep.isopo.reduction import Measured, Request, reduce
-from proxstep.isopo.weighing import Settings
+from proxstep.isopo.samples import OwnSamples
+from proxstep.isopo.weighing import Settings, Weighing
 
 IDS_OF = {
     "padded": [[-1, 0, 0, 0, 0], [1, 1, 1, -1, -1], [2, 2, 2, 2, 2]],
     "packed": [[2, 2, 0, 0, 0, 0, 1, -1]],
     "scattered": [[0, 1, 0, 1, 2, 2, -1, 0]],
+    "head": [[0, 0, 0, 0, 0], [1, 1, 1, -1, -1], [2, 2, 2, 2, 2]],
 }
 ALL_NEEDS = [Needs(*flags) for flags in itertools.product([False, True], repeat=3)]
 PLANS = [
@@ -36,11 +39,17 @@ PLANS = [
 
 
 def case(layout: str, dtype: torch.dtype = torch.float64) -> tuple[Layout, Tensor, Tensor]:
-    """A layout, and as many random rows of g and a as its positions."""
+    """A layout, and as many random rows of g and a as its positions.
+
+    A head has many output features, and no gradient at most of the positions.
+    """
     generator = torch.Generator().manual_seed(len(layout))
     made = make_layout(torch.tensor(IDS_OF[layout]), 3)
-    grad_TO = torch.randn(made.num_positions, 7, generator=generator, dtype=torch.float64)
-    input_TI = torch.randn(made.num_positions, 5, generator=generator, dtype=torch.float64)
+    num_out, num_in = (23, 5) if layout == "head" else (7, 5)
+    grad_TO = torch.randn(made.num_positions, num_out, generator=generator, dtype=torch.float64)
+    input_TI = torch.randn(made.num_positions, num_in, generator=generator, dtype=torch.float64)
+    if layout == "head":
+        grad_TO[[0, 1, 2, 7, 8, 9, 10, 14]] = 0.0
     return made, grad_TO.to(dtype), input_TI.to(dtype)
 
 
@@ -148,32 +157,90 @@ def test_the_budget_does_not_change_the_gradient(rule: str) -> None:
             assert (other[name] - wanted).norm() <= 1e-10 * wanted.norm(), name
 
 
-@settings(deadline=None)
-@given(
-    st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
-    st.lists(st.integers(1, 2048), min_size=1, max_size=16),
-    st.integers(1, 500),
-    st.sampled_from(ALL_NEEDS),
-    st.booleans(),
-    st.integers(2**10, 2**30),
+SHAPES = st.fixed_dictionaries(  # of `Shape`, whose checks must not run while values are drawn
+    {
+        "out_features": st.integers(1, 4096),
+        "in_features": st.integers(1, 4096),
+        "lengths": st.lists(st.integers(1, 2048), min_size=1, max_size=16).map(tuple),
+        "num_samples": st.integers(1, 500),
+        "itemsize": st.sampled_from([4, 8]),
+        "device": st.sampled_from(["cpu", "cuda"]),
+    }
 )
-def test_plans_keep_to_the_budget(features, lengths, num_samples, needs, separable, budget) -> None:
-    shape = Shape(*features, tuple(lengths), num_samples)
+BUDGETS = st.integers(2**10, 2**30)
+
+
+def least(shape: Shape, needs: Needs, separable: bool) -> int:
+    """The bytes of the smallest plan that there is."""
+    plans = [Plan("none")]
+    if separable and not needs.ntk:
+        plans.append(Plan("sequences", 1))
+    if needs.norm or needs.ntk:
+        plans.append(Plan("blocks", 1))
+    return min(held(shape, needs, plan) for plan in plans)
+
+
+@settings(deadline=None)
+@given(SHAPES, st.sampled_from(ALL_NEEDS), st.booleans(), BUDGETS)
+def test_plans_keep_to_the_budget(sizes, needs, separable, budget) -> None:
+    shape = Shape(**sizes)
     plan = choose(shape, needs, separable=separable, memory_budget=budget)
-    rows = {"none": 0, "sequences": plan.size * shape.out_features, "blocks": 0}[plan.gradients]
-    if plan.gradients == "blocks":
-        rows = plan.size * len(shape.lengths)
-    held = rows * shape.in_features * shape.itemsize
-    one = (
-        shape.in_features
-        * shape.itemsize
-        * (shape.out_features if plan.gradients == "sequences" else len(shape.lengths))
-    )
-    assert held <= max(budget, one)  # one gradient, or one feature, is the least
+    assert held(shape, needs, plan) <= max(budget, least(shape, needs, separable))
     if plan.gradients == "sequences" and plan.size < len(shape.lengths):
         assert separable
         assert not needs.ntk
         assert plan.ghost_fisher
+    else:
+        assert plan.gradients != "sequences" or plan.size == len(shape.lengths)
+        assert plan.gradients != "blocks" or 1 <= plan.size <= shape.out_features
+
+
+@settings(deadline=None)
+@given(SHAPES, st.sampled_from(ALL_NEEDS), st.booleans(), BUDGETS, st.integers(1, 8))
+def test_a_larger_budget_holds_no_less_of_the_same_kind(
+    sizes, needs, separable, budget, times
+) -> None:
+    shape = Shape(**sizes)
+    small, large = (
+        choose(shape, needs, separable=separable, memory_budget=b) for b in (budget, times * budget)
+    )
+    if small.gradients == large.gradients:
+        assert small.size <= large.size
+
+
+@settings(deadline=None)
+@given(
+    st.integers(32, 4096), st.integers(32, 4096), st.integers(1, 16), st.integers(1, 500), BUDGETS
+)
+def test_fisher_norms_are_ghosts_where_sequences_are_short(
+    num_out, num_in, num_sequences, num_samples, budget
+) -> None:
+    """Where L < IO / (I + O), whatever K and the budget are."""
+    length = num_out * num_in // (num_out + num_in)
+    shape = Shape(num_out, num_in, (length,) * num_sequences, num_samples)
+    plan = choose(shape, Needs(fisher=True), separable=True, memory_budget=budget)
+    assert plan == Plan("none")
+
+
+@settings(deadline=None)
+@given(SHAPES, st.integers(2, 8))
+def test_longer_sequences_never_bring_ghosts_back(sizes, times) -> None:
+    shape = Shape(**sizes)
+    longer = dataclasses.replace(shape, lengths=tuple(times * n for n in shape.lengths))
+    short, long = (
+        choose(s, Needs(fisher=True), separable=True, memory_budget=2**60) for s in (shape, longer)
+    )
+    assert short.ghost_fisher or not long.ghost_fisher
+
+
+@pytest.mark.parametrize(("device", "length"), [("cpu", 128), ("cpu", 1024), ("cuda", 2048)])
+@pytest.mark.parametrize("features", [(512, 512), (1024, 1024), (3072, 1024), (1024, 3072)])
+def test_the_natural_rule_forms_the_gradients_that_fit(features, device, length) -> None:
+    shape = Shape(*features, (length,) * 16, 0, device=device)
+    whole = 16 * shape.area * 4
+    for budget, kind in ((whole, "sequences"), (whole - 1, "blocks")):
+        plan = choose(shape, Needs(ntk=True), separable=False, memory_budget=budget)
+        assert plan.gradients == kind
 
 
 def test_what_is_chosen_where() -> None:
@@ -182,7 +249,6 @@ def test_what_is_chosen_where() -> None:
 
     assert plan(128, Needs(fisher=True)) == Plan("none")  # L < IO / (I + O)
     assert not plan(4096, Needs(fisher=True)).ghost_fisher
-    assert plan(256, Needs(ntk=True)).gradients == "sequences"
     assert plan(16, Needs(norm=True)) == Plan("none")
     assert plan(1024, Needs(norm=True)).gradients == "sequences"
 
@@ -197,15 +263,29 @@ def test_a_rule_asks_for_no_more_than_its_powers() -> None:
     assert Settings(PRESETS["isopo"], fisher="sequences").needs == Needs(ntk=True)
 
 
+def test_reinforce_measures_nothing(monkeypatch) -> None:
+    model = tiny_qwen3()
+    isopo = Isopo(model, "reinforce")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Weighing, "__init__", refuse)
+    monkeypatch.setattr(OwnSamples, "of", refuse)
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model)).backward()
+    assert isopo.step() == {}
+
+
 def test_the_last_inputs_gram_is_shared_and_never_stale() -> None:
-    memory, computed = Memory(), []
+    memory, computed, layout = Memory(), [], object()
 
     def gram_of(value: Tensor) -> Tensor:
         def compute() -> Tensor:
             computed.append(value)
             return value @ value.mT
 
-        return memory.shared("cross", value, compute)
+        return memory.shared("cross", value, layout, compute)
 
     first = torch.randn(4, 3)
     assert gram_of(first) is gram_of(first.view(4, 3))
@@ -219,6 +299,42 @@ def test_the_last_inputs_gram_is_shared_and_never_stale() -> None:
     memory.release()
     gram_of(first)
     assert len(computed) == 5
+    layout = object()
+    gram_of(first)
+    assert len(computed) == 6
+
+
+def test_another_tensor_at_the_same_address_is_not_taken_for_it() -> None:
+    memory, layout = Memory(), object()
+    for value in range(50):  # each one is freed before the next is made, but for the memory's
+        x = torch.full((64, 64), float(value))
+        gram = memory.shared("cross", x, layout, x.square)  # type: ignore[arg-type]
+        assert torch.equal(gram, x.square())
+        del x
+
+
+@pytest.mark.parametrize("rule", ["isopo", "isopo-figure4"])
+def test_microbatches_over_one_input_do_not_share_its_gram(rule: str) -> None:
+    """Back-propagated one after the other, outside of both: each samples positions of its own, and
+    has sequences of its own.
+    """
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = []
+    for later in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(64, 64, dtype=torch.float64)
+        isopo = Isopo(layer, rule, num_overlap_positions=3)
+        totals = []
+        for ids in (IDS, torch.tensor([[1, 1, 1, -1, -1], [0, 0, 0, 0, 0]])):
+            with isopo.microbatch(ids, COEFFICIENTS) as microbatch:
+                totals.append(microbatch.objective(layer(x).sin()))
+                if not later:
+                    totals.pop().backward()
+        for total in totals:
+            total.backward()
+        results.append(gradients(layer))
+    for name, wanted in results[0].items():
+        assert (results[1][name] - wanted).norm() <= 1e-12 * wanted.norm(), name
 
 
 def test_layers_with_the_same_input_share_its_gram(monkeypatch) -> None:
@@ -228,12 +344,12 @@ def test_layers_with_the_same_input_share_its_gram(monkeypatch) -> None:
     computed = []
     own = Memory.shared
 
-    def counting(self: Memory, purpose: str, of: Tensor, compute: object) -> object:
+    def counting(self: Memory, purpose: str, of: Tensor, layout: object, compute: object) -> object:
         def counted() -> object:
             computed.append(purpose)
             return compute()  # type: ignore[operator]
 
-        return own(self, purpose, of, counted)
+        return own(self, purpose, of, layout, counted)
 
     monkeypatch.setattr(Memory, "shared", counting)
     with Isopo(model).microbatch(IDS, COEFFICIENTS) as microbatch:

@@ -88,6 +88,8 @@ def choose(
 ) -> Plan:
     """Return the plan that the cost model finds the cheapest within the memory budget.
 
+    Where none is within it, the one that takes the least.
+
     Args:
         shape: Sizes of the layer and the microbatch.
         needs: What the rule needs.
@@ -115,7 +117,20 @@ def choose(
         block = min(features, shape.out_features)
         plan = Plan("blocks", block, fisher >= ghost_fisher)
         costs[plan] = 2 * product + 2 * formed + gram + fisher
-    return min(costs, key=lambda plan: costs[plan])
+    fitting = [plan for plan in costs if held(shape, needs, plan) <= memory_budget]
+    if fitting:
+        return min(fitting, key=lambda plan: costs[plan])
+    return min(costs, key=lambda plan: held(shape, needs, plan))
+
+
+def held(shape: Shape, needs: Needs, plan: Plan) -> int:
+    """Return the bytes that a plan takes at a time; Grams for F_b come in parts that fit."""
+    if plan.gradients == "sequences":
+        return plan.size * shape.area * shape.itemsize
+    if plan.gradients == "blocks":
+        return plan.size * len(shape.lengths) * shape.in_features * shape.itemsize
+    pairs = 2 * max(shape.lengths, default=0) ** 2  # the two Grams of the longest sequence
+    return pairs * shape.itemsize * (needs.norm or needs.ntk)
 
 
 def _ghost_pairs(shape: Shape, needs: Needs) -> float:

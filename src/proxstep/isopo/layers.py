@@ -12,6 +12,7 @@ gradient that are not zero.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,6 +34,11 @@ class OuterGradients:
         """Return those of some positions."""
         return type(self)(self.grad_TO[index], self.input_TI[index])
 
+    @property
+    def _gram_itemsize(self) -> int:
+        """Bytes of a number in a Gram."""
+        return _wide_dtype(self.grad_TO.dtype).itemsize
+
     def squares(self) -> Float[Tensor, " positions"]:
         """Return |G_t|^2."""
         return _wide(self.grad_TO).square().sum(1) * _wide(self.input_TI).square().sum(1)
@@ -53,11 +59,14 @@ class OuterGradients:
         self, sample: OuterGradients, layout: Layout, memory: Memory
     ) -> Float[Tensor, "samples batch"]:
         """Return <G_k, G_b> in ghost form, so many samples at a time that memory suffices."""
-        row_bytes = 4 * max(layout.num_positions, 1)
+        row_bytes = self._gram_itemsize * max(layout.num_positions, 1)
         chunk = max(1, memory.budget // (2 * row_bytes))
         if len(sample.grad_TO) <= chunk:
             gram_KT = memory.shared(
-                "cross", self.input_TI, lambda: product(sample.input_TI, self.input_TI.mT)
+                "cross",
+                self.input_TI,
+                layout,
+                lambda: product(sample.input_TI, self.input_TI.mT),
             )
             return layout.sum_by_sequence(product(sample.grad_TO, self.grad_TO.mT) * gram_KT)
         parts = []
@@ -72,11 +81,17 @@ class OuterGradients:
     def norm_squares(self, layout: Layout, memory: Memory) -> Float[Tensor, " batch"]:
         """Return |G_b|^2 in ghost form."""
 
-        def grams(value: Tensor) -> list[Tensor]:
-            return [product(value[s:e], value[s:e].mT) for s, e in layout.bounds]
+        def input_gram(part: tuple[int, int]) -> Tensor:
+            input_LI = self.input_TI[slice(*part)]
+            return product(input_LI, input_LI.mT)
 
-        inputs = memory.shared("norm", self.input_TI, lambda: grams(self.input_TI))
-        pairs = zip(layout.bounds, inputs, strict=True)
+        grams: Iterable[Tensor] = map(input_gram, layout.bounds)
+        numbers = sum((end - start) ** 2 for start, end in layout.bounds)
+        if self._gram_itemsize * numbers <= memory.budget:
+            grams = memory.shared(
+                "norm", self.input_TI, layout, lambda: [input_gram(part) for part in layout.bounds]
+            )
+        pairs = zip(layout.bounds, grams, strict=True)
         squares = []
         for (start, end), gram_LL in pairs:
             grad_LO = self.grad_TO[start:end]

@@ -26,7 +26,7 @@ class Memory:
     def __init__(self, budget: int = MEMORY_BUDGET) -> None:
         self.budget = budget
         self._buffer: Tensor | None = None
-        self._shared: dict[str, tuple[tuple[object, ...], Tensor, Any]] = {}
+        self._shared: dict[str, tuple[tuple[object, ...], object, Any]] = {}
 
     def buffer(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return an uninitialized tensor that is valid until the next call."""
@@ -38,16 +38,17 @@ class Memory:
             self._buffer = old = torch.empty(size, dtype=dtype, device=like.device)
         return old[:size].view(shape)
 
-    def shared(self, purpose: str, of: Tensor, compute: Callable[[], Any]) -> Any:
-        """Return `compute()`, or what it returned last for the same purpose and the same tensor.
+    def shared(self, purpose: str, of: Tensor, layout: object, compute: Callable[[], Any]) -> Any:
+        """Return `compute()`, or what it returned last for the same purpose, tensor and layout.
 
-        The tensor is kept as long as its entry, so that no other one can have its address.
+        The tensor is kept as long as its entry, so that no other one can have its address; and the
+        layout, which stands for its microbatch: another one samples other positions.
         """
-        key = (of.data_ptr(), of.shape, of.stride(), of._version)
+        key = (of.data_ptr(), of.shape, of.stride(), of._version, id(layout))
         entry = self._shared.get(purpose)
         if entry is None or entry[0] != key:
             self._shared.pop(purpose, None)
-            entry = self._shared[purpose] = (key, of, compute())
+            entry = self._shared[purpose] = (key, (of, layout), compute())
         return entry[2]
 
     def release(self) -> None:
