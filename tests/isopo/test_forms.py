@@ -233,7 +233,7 @@ def test_longer_sequences_never_bring_ghosts_back(sizes, times) -> None:
     assert short.ghost_fisher or not long.ghost_fisher
 
 
-@pytest.mark.parametrize(("device", "length"), [("cpu", 128), ("cpu", 1024), ("cuda", 2048)])
+@pytest.mark.parametrize(("device", "length"), [("cpu", 256), ("cpu", 1024), ("cuda", 4096)])
 @pytest.mark.parametrize("features", [(512, 512), (1024, 1024), (3072, 1024), (1024, 3072)])
 def test_the_natural_rule_forms_the_gradients_that_fit(features, device, length) -> None:
     shape = Shape(*features, (length,) * 16, 0, device=device)
