@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.isopo.test_install import COEFFICIENTS, IDS, gradients
+from tests.families import FAMILIES, build
+from tests.isopo.test_install import COEFFICIENTS, IDS
 from tests.models import tiny_gpt2, tiny_qwen3
 from torch import nn
 
@@ -16,6 +17,10 @@ pytestmark = pytest.mark.filterwarnings(  # torch's own, of how it traces autogr
 )
 
 MODELS = {"qwen3": tiny_qwen3, "gpt2": tiny_gpt2}
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def gradient_of(
@@ -47,6 +52,24 @@ def test_one_graph_for_all_microbatches(name: str, rule: str) -> None:
         for parameter, value in wanted.items():
             error = (found[parameter] - value).norm()
             assert error <= 1e-10 * value.norm(), parameter
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_one_graph(family: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build(family, 0)
+    isopo = Isopo(model, "isopo-figure4")
+    expected = [gradient_of(model, model, isopo, seed) for seed in range(2)]
+    isopo.load_state_dict({"step": 0, "trailing": {}})
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for seed, wanted in enumerate(expected):
+        found = gradient_of(compiled, model, isopo, seed)  # type: ignore[arg-type]
+        assert found.keys() == wanted.keys()
+        for parameter, value in wanted.items():
+            assert (found[parameter] - value).norm() <= 1e-10 * value.norm(), parameter
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -9,7 +9,8 @@ import io
 
 import pytest
 import torch
-from tests.families import UNCOVERED, build
+from tests import models
+from tests.families import FAMILIES, UNCOVERED, build
 from tests.isopo.test_install import COEFFICIENTS, IDS, gradients, log_probs
 from tests.models import tiny_qwen3
 from torch import Tensor, nn
@@ -197,6 +198,35 @@ def test_autocast_leaves_gradients_in_the_parameters_dtype() -> None:
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_inner_products_are_float32_where_backward_runs_inside_autocast(rule: str) -> None:
+    """As many loops have it, with the loss and its backward in one block."""
+    torch.manual_seed(0)
+    model = tiny_qwen3(dtype=torch.float32)
+    results = []
+    for inside in (False, True):
+        isopo = Isopo(model, rule)
+        model.zero_grad()
+        with isopo.microbatch(IDS, COEFFICIENTS.float()) as microbatch:
+            with torch.autocast("cpu", torch.bfloat16):
+                total = microbatch.objective(log_probs(model))
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                total.backward()
+        results.append(gradients(model))
+        isopo.remove()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_forward_is_the_models_to_the_last_bit(family: str, dtype: torch.dtype) -> None:
+    """Not only up to rounding: else the policy that is trained is not the one that sampled."""
+    model = build(family, 0, dtype, exact=False)
+    wanted = log_probs(model)
+    with Isopo(model).microbatch(IDS, COEFFICIENTS):
+        assert torch.equal(log_probs(model), wanted)
+
+
 def test_the_sample_has_a_generator_of_its_own() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -273,6 +303,79 @@ def test_a_trainable_bias_under_dora_is_refused(family: str) -> None:
         base.bias = nn.Parameter(torch.zeros(base.out_features, dtype=base.weight.dtype))
     with pytest.raises(ProxstepError, match="a bias under DoRA"):
         Isopo(model)
+
+
+class Int8Linear(nn.Linear):
+    """As bitsandbytes' layers: an integer weight that is scaled in the forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, 0.01 * self.weight.to(input.dtype), self.bias)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_quantized_weight_is_covered_by_lora_and_refused_under_dora(use_dora: bool) -> None:
+    model = build("qwen3-dora" if use_dora else "qwen3-lora", 0)
+    for module in model.modules():
+        if (base := getattr(module, "base_layer", None)) is not None:
+            base.__class__ = Int8Linear
+            weight = (100 * base.weight).round().clamp(-127, 127).to(torch.int8)
+            base.weight = nn.Parameter(weight, requires_grad=False)
+    isopo = Isopo(model)
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        if use_dora:
+            with pytest.raises(ProxstepError, match=r"DoRA on a quantized layer.*use LoRA"):
+                log_probs(model)
+        else:
+            microbatch.objective(log_probs(model)).backward()
+
+
+def test_adapters_that_are_added_later_are_found() -> None:
+    model = models.qwen3()
+    isopo = Isopo(model)
+    models.with_adapters(model)
+    with (
+        pytest.raises(ProxstepError, match=r"lora_A\.default\.weight .*before Isopo"),
+        isopo.microbatch(IDS, COEFFICIENTS),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_tied_weight_gets_both_its_uses_gradients(rule: str) -> None:
+    """They are those of the same model with two copies of the weight."""
+    tied, untied = build("qwen3-tied", 0), build("qwen3-untied", 0)
+    untied.load_state_dict(tied.state_dict())
+    found = []
+    for model in (tied, untied):
+        with Isopo(model, rule).microbatch(IDS, COEFFICIENTS) as microbatch:
+            microbatch.objective(log_probs(model)).backward()
+        found.append(gradients(model))
+    both = found[1]["model.embed_tokens.weight"] + found[1].pop("lm_head.weight")
+    found[1]["model.embed_tokens.weight"] = both
+    assert found[0].keys() == found[1].keys()
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("of", ["input", "weight"])
+def test_a_gradients_gradient_is_refused(of: str) -> None:
+    layer = nn.Linear(4, 4).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    with Isopo(layer).microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(layer(x).sin())
+        wanted = x if of == "input" else layer.weight
+        (gradient,) = torch.autograd.grad(total, wanted, create_graph=True)
+        with pytest.raises((ProxstepError, RuntimeError), match=r"twice|no autograd formula"):
+            gradient.square().sum().backward()
+    assert layer.weight.grad is None
+
+
+def test_a_graph_is_back_propagated_once() -> None:
+    model = tiny_qwen3()
+    with Isopo(model).microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(log_probs(model))
+        total.backward(retain_graph=True)
+        with pytest.raises(ProxstepError, match="twice in one microbatch"):
+            total.backward()
 
 
 def test_microbatches_may_be_back_propagated_later_in_any_order() -> None:

@@ -7,9 +7,7 @@ and gradient reduction stay as they are.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -28,28 +26,19 @@ from proxstep.isopo.coverage import (
     uses,
 )
 from proxstep.isopo.diagnostics import StepDiagnostics, diagnose
+from proxstep.isopo.drawing import Drawing, OverlapPositions, OverlapSource
 from proxstep.isopo.forms import MEMORY_BUDGET
-from proxstep.isopo.layout import Layout, make_layout, sample_priorities, smallest
+from proxstep.isopo.layout import make_layout
 from proxstep.isopo.memory import Memory
 from proxstep.isopo.microbatch import Microbatch, PlainSum
 from proxstep.isopo.ops import OWNERS, UNBOUND, Sink
 from proxstep.isopo.patches import unpatch
-from proxstep.isopo.samples import (
-    CarriedSamples,
-    GatheredSamples,
-    OwnSamples,
-    Samples,
-    SampleStore,
-    keys_on_all_ranks,
-)
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.isopo.weighing import Denominator, Fisher, Log, Sequences, Settings
 from proxstep.isopo.weights import PRESETS, NaturalRule, Rule
 from proxstep.types import Bool, Float, Int, Tensor
 
 OtherParameters = Literal["transform", "reinforce", "freeze"]
-OverlapPositions = Literal["all", "completion"]
-OverlapSource = Literal["microbatch", "ranks", "previous_step"]
 
 _NUMBERS = itertools.count()
 _MOST_PENDING = 64
@@ -125,8 +114,6 @@ class Isopo:
         _check_choice("overlap_positions", overlap_positions, OverlapPositions)
         _check_choice("overlap_source", overlap_source, OverlapSource)
         _check_choice("fisher_denominator", fisher_denominator, Denominator)
-        if num_overlap_positions is not None and num_overlap_positions < 1:
-            raise ProxstepError("num_overlap_positions must be positive, or None for all positions")
         if fisher == "sequences" and overlap_source != "microbatch":
             raise ProxstepError(
                 f'overlap_source="{overlap_source}" chooses positions, and fisher="sequences" uses '
@@ -134,20 +121,19 @@ class Isopo:
             )
         self.model = model
         self.other_parameters = other_parameters
-        self.num_overlap_positions = num_overlap_positions
-        self.overlap_positions, self.overlap_source = overlap_positions, overlap_source
         self.diagnose, self.process_group = diagnose, process_group
         self.diagnostics: StepDiagnostics | None = None
         self.trailing = TrailingMeans(decay)
         only_linear = other_parameters == "reinforce"
         self._settings = Settings(self.rule, fisher, fisher_denominator, only_linear)
-        self._store = self._make_store()
+        self._drawing = Drawing(
+            num_overlap_positions, overlap_positions, overlap_source, seed, process_group
+        )
         self._memory, self._log = Memory(memory_budget), Log()
-        self._seed, self._step, self._microbatch = seed, 0, 0
+        self._step, self._microbatch = 0, 0
         self._versions: dict[int, int] = {}
         self._active: Microbatch | PlainSum | None = None
         self._pending: dict[int, Microbatch] = {}
-        self._seen: set[int] = set()
         # What the patched modules read; see `patches.Owner`.
         self.number, self.enabled, self.grid = next(_NUMBERS), True, None
         self.ticket = torch.tensor(UNBOUND)
@@ -199,15 +185,14 @@ class Isopo:
         """
         if self._active is not None:
             raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
-        self._check_step_was_called()
         check_coverage(self.model, self._modules)
+        self._check_step_was_called()
         _check_coefficients(coefficients)
         layout = make_layout(sequence_ids, len(coefficients))
         sequences = Sequences(coefficients.detach(), groups, dict(fisher_squares or {}))
         self._check_sequences(sequences)
-        samples = self._samples(
-            layout, completion_mask, self._seeds(sequence_keys, len(layout.bounds))
-        )
+        place = (self._step, self._microbatch)
+        samples = self._drawing.draw(layout, completion_mask, sequence_keys, place)
         self._log.keep_records = self.diagnose
         microbatch = Microbatch(
             layout, sequences, self._settings, samples, self.trailing, self._memory, self._log
@@ -251,11 +236,9 @@ class Isopo:
             measured |= self.diagnostics.scalars()
         self._log = Log()
         self.trailing.fold(self.process_group)
-        if self._store is not None:
-            self._store.fold(self.process_group)
+        self._drawing.end_step()
         self._memory.release()
         self._pending.clear()
-        self._seen.clear()
         self._step, self._microbatch = self._step + 1, 0
         return measured
 
@@ -270,18 +253,17 @@ class Isopo:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs: trailing means, carried samples, the number of steps."""
-        state: dict[str, Any] = {"step": self._step, "trailing": self.trailing.state_dict()}
-        if self._store is not None:
-            state["samples"] = self._store.state_dict()
-        return state
+        return {
+            "step": self._step,
+            "trailing": self.trailing.state_dict(),
+            "samples": self._drawing.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._step, self._microbatch = state["step"], 0
-        self._seen.clear()
         self.trailing.load_state_dict(state["trailing"])
-        if self._store is not None:
-            self._store.load_state_dict(state.get("samples", {}))
+        self._drawing.load_state_dict(state.get("samples", {}))
 
     def resolve(self, ticket: int, key: str) -> Sink:
         """Return where a parameter's gradients go, for a backward whose forward got this ticket.
@@ -330,46 +312,6 @@ class Isopo:
         if microbatch.reduced:  # back-propagated inside; else its backward is still to come
             self._pending.pop(number, None)
 
-    def _samples(self, layout: Layout, completion_mask: Tensor | None, seeds: list[int]) -> Samples:
-        eligible_T = None
-        if self.overlap_positions == "completion":
-            if completion_mask is None or completion_mask.shape != layout.grid:
-                raise ProxstepError(
-                    'overlap_positions="completion" needs completion_mask in the shape of '
-                    "sequence_ids"
-                )
-            eligible_T = _predicting(completion_mask).reshape(-1)
-            eligible_T = eligible_T if layout.order_T is None else eligible_T[layout.order_T]
-        priority_T = sample_priorities(layout, seeds, eligible_T)
-        if self._store is not None:
-            return CarriedSamples(self._store, priority_T)
-        if self.overlap_source == "ranks" and dist.is_initialized():
-            return GatheredSamples(priority_T, self.num_overlap_positions, self.process_group)
-        return OwnSamples(smallest(priority_T, self.num_overlap_positions))
-
-    def _seeds(self, sequence_keys: Tensor | None, count: int) -> list[int]:
-        """Return a seed for each sequence; equal keys in equal steps give equal ones."""
-        if sequence_keys is None:
-            if self.overlap_source != "microbatch":
-                raise ProxstepError(
-                    f'overlap_source="{self.overlap_source}" needs sequence_keys: a number for '
-                    "each sequence that no other one of the optimizer step has, on any rank"
-                )
-            rank = dist.get_rank(self.process_group) if dist.is_initialized() else 0
-            return [_seed(self._seed, self._step, rank, self._microbatch, b) for b in range(count)]
-        keys = everyone = sequence_keys.tolist()
-        if self.overlap_source == "ranks" and dist.is_initialized():
-            everyone = keys_on_all_ranks(keys, self.process_group)
-        twice = [key for key, times in Counter(everyone).items() if key in self._seen or times > 1]
-        if len(keys) != count or twice:
-            raise ProxstepError(
-                f"sequence_keys must be {count} different numbers"
-                + (f", and {twice[0]} was seen before in this optimizer step" if twice else "")
-                + ": a sequence must be whole in one microbatch"
-            )
-        self._seen.update(everyone)
-        return [_seed(self._seed, self._step, key) for key in keys]
-
     def _check_sequences(self, sequences: Sequences) -> None:
         groups, count = sequences.group_B, len(sequences.coefficient_B)
         if groups is None and isinstance(self.rule, NaturalRule) and self.rule.interact == "group":
@@ -385,23 +327,15 @@ class Isopo:
         if not self.trailing.has_pending:
             self._versions.clear()
         # FSDP2 swaps a sharded parameter for an unsharded one, with a version of its own.
-        _, parameter = next(uses(self._modules))
+        _, parameter = next(uses(self._modules), ("", None))
+        if parameter is None:
+            raise ProxstepError("every parameter that ISOPO covered is frozen now: nothing is left")
         before = self._versions.setdefault(id(parameter), parameter._version)
         if self.rule.needs_trailing_means and parameter._version != before:
             raise ProxstepError(
                 "the parameters changed, but isopo.step() was not called: call it after "
                 "optimizer.step(), so that the trailing means that this rule damps by are updated"
             )
-
-    def _make_store(self) -> SampleStore | None:
-        if self.overlap_source != "previous_step":
-            return None
-        if self.num_overlap_positions is None:
-            raise ProxstepError(
-                'overlap_source="previous_step" needs num_overlap_positions: so many positions are '
-                "kept of every layer"
-            )
-        return SampleStore(self.num_overlap_positions)
 
 
 def _as_rule(rule: str | Rule) -> Rule:
@@ -420,16 +354,3 @@ def _check_choice(name: str, value: object, literal: Any) -> None:
 def _check_coefficients(coefficients: Tensor) -> None:
     if coefficients.dim() != 1 or not torch.isfinite(coefficients).all():
         raise ProxstepError("coefficients must be one finite number per sequence")
-
-
-def _predicting(completion_mask: Tensor) -> Tensor:
-    """Return the positions whose next one belongs to a completion: the prompt's last is one."""
-    following = torch.zeros_like(completion_mask)
-    following[:, :-1] = completion_mask[:, 1:]
-    return following
-
-
-def _seed(*numbers: int) -> int:
-    """Return a seed that depends on all the numbers."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
