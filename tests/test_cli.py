@@ -549,7 +549,10 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> 
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for argument, expected in (("--help", "{train,eval,compare,report}"), ("--version", "proxst")):
+    for argument, expected in (
+        ("--help", "{train,eval,compare,diagnose,report}"),
+        ("--version", "proxst"),
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.main([argument])
         assert stop.value.code == 0
