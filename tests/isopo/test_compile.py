@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from tests.families import FAMILIES, build
@@ -84,6 +86,25 @@ def test_inductor_agrees_in_float32() -> None:
     found = gradient_of(torch.compile(model, fullgraph=True), model, isopo, 0)  # type: ignore[arg-type]
     for name, wanted in expected.items():
         assert (found[name] - wanted).norm() <= 1e-4 * wanted.norm(), name
+
+
+def test_freeing_another_model_compiles_nothing_again() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    other = nn.Linear(4, 4).double()
+    others = Isopo(other)
+    layer = nn.Linear(4, 4).double()
+    isopo = Isopo(layer, "isopo-natural")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    for step in range(2):
+        with isopo.microbatch(IDS, COEFFICIENTS):
+            compiled(x).sum().backward()
+        isopo.step()
+        if step == 0:
+            del other, others
+            gc.collect()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_off_and_on_are_two_graphs() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -37,9 +36,10 @@ class Owner(Protocol):
 
 
 class Site:
-    """A patched module's place: its owner and its name in the model.
+    """A patched module's place, kept on the module: its owner and its name in the model.
 
     The owner is held weakly, since it holds the model: a model and its `Isopo` are freed together.
+    A deep or pickled copy of a patched module has None instead, and so behaves as an ordinary one.
     """
 
     def __init__(self, owner: Owner, name: str) -> None:
@@ -55,14 +55,22 @@ class Site:
         """Return the full name of one of the module's parameters, as this module uses it."""
         return f"{self.name}.{parameter}" if self.name else parameter
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Copy and pickle as None."""
+        return type(None), ()
 
-SITES: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
-"""The patched modules. A deep copy of one is not in here, and so behaves as an ordinary module."""
+
+SITE = "_proxstep_site"
+"""Attribute of a patched module with its `Site`.
+
+Not a dictionary of all patched modules: torch.compile guards such a one by the order of its keys,
+which changes when another model is freed.
+"""
 
 
 def owner_of(module: nn.Module) -> tuple[Owner, Site] | None:
     """Return who routes a forward, or None where it is to be an ordinary one."""
-    site = SITES.get(module)
+    site: Site | None = getattr(module, SITE, None)
     owner = site.owner if site is not None else None
     if site is None or owner is None or not torch.is_grad_enabled() or not owner.enabled:
         return None
@@ -373,7 +381,8 @@ def patch(module: nn.Module, kind: str, site: Site) -> None:
     Raises:
         ProxstepError: If something else has replaced it already.
     """
-    if module in SITES and SITES[module].owner is not None:
+    installed: Site | None = getattr(module, SITE, None)
+    if installed is not None and installed.owner is not None:
         raise ProxstepError(
             f"{site.name}: an Isopo is installed on this model already; call its remove() first"
         )
@@ -385,10 +394,10 @@ def patch(module: nn.Module, kind: str, site: Site) -> None:
             "Isopo first"
         )
     module.forward = FORWARDS[kind].__get__(module)
-    SITES[module] = site
+    module.__dict__[SITE] = site
 
 
 def unpatch(module: nn.Module) -> None:
     """Give the module its own forward back."""
     del module.__dict__["forward"]
-    del SITES[module]
+    del module.__dict__[SITE]
