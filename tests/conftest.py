@@ -28,6 +28,7 @@ CHECKED = [
     "proxstep.isopo.summary",
     "proxstep.isopo.trailing",
     "proxstep.isopo.weights",
+    "proxstep.theory",
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 torch.set_num_threads(1)

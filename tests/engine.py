@@ -5,21 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from proxstep import session
 from proxstep.config import Recipe
+from proxstep.data import Prompts
+from proxstep.experience import Batch, collect
 from proxstep.recipes import resolve
+from proxstep.rewards import RewardFunction
+from proxstep.runfolder import RunFolder
+from proxstep.trainer import Trainer
 
 
 class Silent:
     """Nobody watches."""
 
     def __init__(self) -> None:
+        self.notes: list[str] = []
         self.records: list[dict[str, Any]] = []
 
     def begin(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     def note(self, text: str) -> None:
-        pass
+        self.notes.append(text)
 
     def record(self, record: Any) -> None:
         self.records.append(dict(record))
@@ -37,3 +46,35 @@ def tiny_recipe(folder: Path, algorithm: str = "reinforce", **changes: Any) -> R
         "evaluation": {"every": 2, "num_probe_prompts": 3},
     }
     return resolve(data, changes, "test")
+
+
+def made_trainer(folder: Path, algorithm: str = "reinforce", **changes: Any) -> Trainer:
+    """A trainer of the tiny recipe that has not run yet, watched by a `Silent`."""
+    recipe = tiny_recipe(folder, algorithm, **changes)
+    session.check(recipe)
+    source = session.model_source(recipe, print)
+    tokenizer, prompts = session._tokenized(recipe, source)
+    model = session.load_model(source, "float32", torch.device("cpu"), recipe.model.lora)
+    return Trainer(recipe, model, tokenizer, *prompts, RunFolder(folder), Silent())
+
+
+def collected(trainer: Trainer, first_batch: int = 0) -> tuple[Batch | None, dict[str, Any]]:
+    """What the trainer's next step would learn from, with a fixed seed."""
+    torch.manual_seed(0)
+    return collect(
+        trainer.recipe,
+        trainer.algorithm,
+        trainer.model,
+        trainer.tokenizer,
+        trainer.train_prompts,
+        first_batch,
+        trainer.clock,
+        trainer.initial,
+    )
+
+
+def with_reward(trainer: Trainer, reward: RewardFunction) -> Trainer:
+    """The same trainer, whose training prompts are graded by one function."""
+    examples = trainer.train_prompts.examples
+    trainer.train_prompts = Prompts(examples, trainer.tokenizer, [reward], [1.0])
+    return trainer

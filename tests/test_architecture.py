@@ -11,15 +11,16 @@ SOURCE = Path(__file__).parents[1] / "src" / "proxstep"
 
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "types", "schema", "clock", "interrupt"),
-    ("masked", "metrics", "chunked", "advantages", "losses", "regularizers", "rewards"),
+    ("masked", "metrics", "chunked", "advantages", "losses", "theory", "regularizers", "rewards"),
     ("isopo", "tasks"),
     ("sections",),
-    ("objective_sections",),
+    ("objective_sections", "regularizer_section"),
     ("config",),
     ("explain", "yamlfile"),
     (
         "recipes",
         "algorithm",
+        "signals",
         "optimizers",
         "lm_head",
         "rollout",
@@ -31,6 +32,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("supervised",),
     ("embedded",),
     ("models", "evaluation", "runfolder", "console"),
+    ("generation", "penalties"),
     ("experience",),
     ("trainer",),
     ("session",),
@@ -51,6 +53,7 @@ TORCH_ONLY = (
     "chunked",
     "advantages",
     "losses",
+    "theory",
     "regularizers",
     "isopo",
 )

@@ -227,6 +227,15 @@ class TestMistakesOnTheCommandLine:
             ),
             (["report"], "the following arguments are required: runs; see proxstep report --help"),
             (["trian", "tiny.yaml"], "invalid choice: 'trian'"),
+            (["toy"], "the following arguments are required: toy; see proxstep toy --help"),
+            (["toy", "slots", "--out", "x"], "invalid choice: 'slots'"),
+            (["toy", "bandit"], "are required: --out; see proxstep toy bandit --help"),
+            (["toy", "bandit", "--out", "x", "--steps", "0"], "--steps must be at least 1, got 0"),
+            (["toy", "bandit", "--out", "x", "--seeds=-1"], "--seeds must be at least 1, got -1"),
+            (["toy", "bandit", "--out", "x", "--steps", "ten"], "value: 'ten'; see proxstep toy"),
+            (["toy", "saturation", "--out", "x", "--steps", "3"], "'--steps' is not expected here"),
+            (["toy", "saturation", "--out", "tiny.yaml"], "--out tiny.yaml: tiny.yaml is a file"),
+            (["toy", "bandit", "--out", "tiny.yaml/x"], "--out tiny.yaml/x: tiny.yaml is a file"),
             ([], "the following arguments are required: command; see proxstep --help"),
         ],
     )
@@ -532,7 +541,7 @@ def test_keys_lists_every_key(
     listed = {line.split()[0].removeprefix("--") for line in lines}
     assert all(re.search(r"  \(.+; default .+\)$", line) for line in lines)
     assert "--steps  (int; default 100)\n    Rollout steps.\n" in printed
-    assert "--objective.mu (opo)  (float; default 1.0)\n" in printed
+    assert "--objective.mu (opo)  (float | auto; default 1.0)\n" in printed
     for objective in OBJECTIVES:
         recipe = load_recipe("tiny.yaml", [("algorithm", objective)])
         assert set(leaves(recipe.model_dump())) - {"objective.name"} <= listed
@@ -550,7 +559,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for argument, expected in (
-        ("--help", "{train,eval,compare,diagnose,report}"),
+        ("--help", "{train,eval,compare,diagnose,report,toy}"),
         ("--version", "proxst"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -922,3 +931,43 @@ def test_keys_may_come_before_the_recipe(capsys: pytest.CaptureFixture[str]) -> 
         ["--dry-run", "--engine", "local", "--seed", "3", "--steps=5", "tiny.yaml"],
     ):
         assert run(capsys, "train", *arguments) == after
+
+
+# The toys
+
+
+@pytest.mark.parametrize("toy", ["saturation", "bandit"])
+def test_a_toy_writes_its_files_and_prints_its_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, toy: str
+) -> None:
+    monkeypatch.setattr("proxstep.lab.toy_report.LOGITS", (0.0, 1.0))
+    numbers = ["--seeds", "1", "--steps=2"] if toy == "bandit" else []
+    printed = run(capsys, "toy", toy, "--out", "new/deep", *numbers)
+    assert "gspo" in printed
+    assert printed.endswith("done: new/deep\n")
+    names = {f"{toy}.{ending}" for ending in ("png", "svg", "csv", "json")}
+    assert {path.name for path in Path("new/deep").iterdir()} == names
+
+
+@pytest.mark.parametrize("toy", ["saturation", "bandit"])
+def test_help_of_a_toy_has_an_example(capsys: pytest.CaptureFixture[str], toy: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["toy", toy, "--help"])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    assert f"example:\n  proxstep toy {toy} --out " in out
+
+
+def test_a_toy_needs_a_folder_that_can_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    message = mistake(capsys, "toy", "saturation", "--out", "locked")
+    assert message == "--out locked cannot be written; choose another folder"
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    message = mistake(capsys, "toy", "bandit", "--out", "below")
+    assert message == "--out below cannot be written; choose another folder"

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from proxstep.config import ALGORITHMS
 from proxstep.console import (
     COLUMNS,
     NUM_SHOWN,
     PlainProgress,
     TerminalProgress,
+    advice,
     cell,
     make_progress,
 )
@@ -174,3 +176,51 @@ def test_notes_in_a_terminal_stop_when_the_run_begins_or_ends() -> None:
 def test_ending_before_the_beginning_is_fine(console: Console) -> None:
     """A mistake in the data is found between the two."""
     make_progress(console).end()
+
+
+def test_a_note_during_the_run_stands_above_the_table() -> None:
+    console = terminal()
+    progress = make_progress(console)
+    progress.begin(RECIPE)
+    progress.note("[one] prompt's weight")
+    progress.record(record(0, **EVALUATED))
+    progress.end()
+    written = plain(console)
+    assert "[one] prompt's weight" in written
+    time.sleep(0.2)
+    assert len(plain(console)) == len(written)
+
+
+CLIPPING = ["grpo", "dr-grpo", "dapo", "gspo", "cispo"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_one_update_per_rollout_clips_nothing(algorithm: str) -> None:
+    recipe = resolve({"algorithm": algorithm}, {}, "test")
+    if algorithm not in CLIPPING:
+        assert advice(recipe) == []
+        return
+    (line,) = advice(recipe)
+    assert f"every ratio is 1, so {algorithm} clips nothing" in line
+    for key in ("num_minibatches", "num_iterations"):
+        assert advice(resolve({"algorithm": algorithm}, {"update": {key: 2}}, "test")) == []
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "warned"),
+    [
+        ({"kl_coef": 0.1, "kl_estimator": "k1"}, True),
+        ({"kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "reward"}, False),
+        ({"kl_coef": 0.1, "kl_estimator": "k2"}, False),
+        ({"kl_coef": 0.0, "kl_estimator": "k1"}, False),
+    ],
+)
+def test_a_penalty_without_a_gradient_is_named(regularizer: Any, warned: bool) -> None:
+    data = {"algorithm": "grpo", "regularizer": regularizer}
+    console = Console(file=io.StringIO(), width=40)
+    make_progress(console).begin(resolve(data, {"steps": 7}, "test"))
+    assert isinstance(console.file, io.StringIO)
+    first, *lines = console.file.getvalue().splitlines()
+    assert first.endswith("7 steps")
+    assert len(lines) == 1 + warned
+    assert ("its expected gradient is 0" in lines[-1]) == warned

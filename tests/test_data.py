@@ -1,26 +1,31 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from proxstep.data import Prompts, encode_prompt, step_rows
+from proxstep.data import Prompts, batch_rows, encode_prompt, load_rewards
 from proxstep.embedded import build_embedded_model
+from proxstep.errors import ProxstepError
+from proxstep.recipes import resolve
 from proxstep.rewards import exact_match, load_reward
-from proxstep.tasks import Example
+from proxstep.tasks import Example, arithmetic_task
 
 
-@pytest.mark.parametrize(("num_rows", "num_per_step"), [(10, 3), (4, 4), (3, 8), (1, 2)])
-def test_every_epoch_visits_every_row_once(num_rows: int, num_per_step: int) -> None:
-    drawn = [row for step in range(24) for row in step_rows(num_rows, num_per_step, step, seed=7)]
+@pytest.mark.parametrize(("num_rows", "num_per_batch"), [(10, 3), (4, 4), (3, 8), (1, 2)])
+def test_every_epoch_visits_every_row_once(num_rows: int, num_per_batch: int) -> None:
+    drawn = [
+        row for batch in range(24) for row in batch_rows(num_rows, num_per_batch, batch, seed=7)
+    ]
     for start in range(0, len(drawn) - num_rows + 1, num_rows):
         assert sorted(drawn[start : start + num_rows]) == list(range(num_rows))
 
 
-def test_rows_follow_from_seed_and_step_alone() -> None:
-    assert step_rows(50, 8, 5, seed=1) == step_rows(50, 8, 5, seed=1)
-    assert step_rows(50, 8, 5, seed=1) != step_rows(50, 8, 5, seed=2)
-    assert Counter(step_rows(50, 50, 0, 1)) == Counter(step_rows(50, 50, 1, 1))
+def test_rows_follow_from_seed_and_batch_alone() -> None:
+    assert batch_rows(50, 8, 5, seed=1) == batch_rows(50, 8, 5, seed=1)
+    assert batch_rows(50, 8, 5, seed=1) != batch_rows(50, 8, 5, seed=2)
+    assert Counter(batch_rows(50, 50, 0, 1)) == Counter(batch_rows(50, 50, 1, 1))
 
 
 def test_chats_go_through_the_template_once() -> None:
@@ -60,3 +65,12 @@ def test_rewards_see_the_columns_and_chats_as_messages() -> None:
 
 def test_builtin_reward_by_name() -> None:
     assert load_reward("exact_match") is exact_match
+
+
+@pytest.mark.parametrize("name", ["overlong", "kl"])
+def test_a_reward_does_not_take_the_name_of_what_is_added(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text(f"def {name}(prompts, completions, **columns):\n    return [1.0]\n")
+    recipe = resolve({"algorithm": "grpo", "task": {"rewards": [f"{file}:{name}"]}}, {}, "test")
+    with pytest.raises(ProxstepError, match=f"a reward function is named '{name}'"):
+        load_rewards(recipe, arithmetic_task(1, 4))

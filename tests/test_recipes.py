@@ -105,7 +105,7 @@ def test_every_key_is_described_in_the_recipes_words() -> None:
     assert rows["algorithm"][:2] == ("text", "required")
     assert rows["steps"] == ("int", "100", "Rollout steps.")
     assert rows["optimizer.learning_rate"][1] == "1e-06"
-    assert rows["objective.mu (opo)"][0] == "float"
+    assert rows["objective.mu (opo)"][:2] == ("float | auto", "1.0")
     assert "objective.mu (grpo)" not in rows
     for key in leaves(resolve({"algorithm": "grpo"}, {}, "test").model_dump()):
         if key != "objective.name":
@@ -363,7 +363,7 @@ def test_a_composition_is_defined_or_refused(rule: str, objective: str) -> None:
         return
     message = mistake({"algorithm": name})
     assert message.startswith(f"geometry.rule {rule} with objective {objective}: ")
-    assert "use one of reinforce, gspo, opo, or geometry.rule none" in message
+    assert "use one of reinforce, gspo, opo, rloo, or geometry.rule none" in message
 
 
 @pytest.mark.parametrize(
@@ -718,6 +718,29 @@ def test_a_group_of_one_is_fine_with_the_batch_as_its_group() -> None:
             "regularizer needs all logits",
         ),
         (
+            {"algorithm": "grpo", "model": {"head": "chunked"}, "regularizer": {"kl_coef": 0.1}},
+            "take regularizer.kl_estimator k2",
+        ),
+        (
+            {"algorithm": "grpo", "regularizer": {"kl_in": "reward"}},
+            "regularizer.kl_in reward needs a regularizer.kl_estimator that depends on the sampled "
+            "token, or its last token's choice would cost nothing: use k1",
+        ),
+        (
+            {"algorithm": "dapo", "rollout": {"overlong_buffer": 65}},
+            "rollout.overlong_buffer 65 is longer than a completion can be "
+            "(rollout.max_completion_length 64): lower it",
+        ),
+        (
+            {
+                "algorithm": "reinforce",
+                "objective": {"advantage": "batch-normalized"},
+                "rollout": {"num_generations": 1, "dynamic_sampling_max_batches": 2},
+            },
+            "rollout.dynamic_sampling_max_batches looks for completions of a prompt with different "
+            "rewards, but rollout.num_generations is 1",
+        ),
+        (
             {
                 "algorithm": "isopo",
                 "geometry": {
@@ -809,6 +832,20 @@ def test_settings_that_do_go_together() -> None:
     assert recipe.geometry.to_rule() == PRESETS["isopo-natural"].__class__(
         ntk_damping=2.0, damping_form="relative", scale="paper"
     )
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("place", ["loss", "reward"])
+def test_a_kl_estimate_goes_with_the_chunked_head(estimator: str, place: str) -> None:
+    data = {
+        "algorithm": "isopo",
+        "model": {"head": "chunked"},
+        "regularizer": {"kl_coef": 0.1, "kl_estimator": estimator, "kl_in": place},
+        "rollout": {"overlong_buffer": 64, "dynamic_sampling_max_batches": 1},
+    }
+    section = resolve(data, {}, "test").regularizer
+    assert (section.in_loss, section.in_reward) == (place == "loss", place == "reward")
+    assert not section.needs_logits
 
 
 # Files

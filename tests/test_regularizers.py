@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from proxstep import session
 from proxstep.config import Recipe
 from proxstep.experience import Batch
+from proxstep.metrics import entropy, kl_divergence
 from proxstep.regularizers import regularizer_loss
 from proxstep.rollout import Completions
 from proxstep.runfolder import RunFolder
@@ -66,12 +67,19 @@ def accumulated(
     signal: tuple[float, ...] = (0.0,) * 4,
     size: int | None = None,
     temperature: float = 1.0,
+    estimator: str = "exact",
+    head: str = "full",
 ) -> tuple[list[Tensor], dict[str, float], Trainer]:
     """Return the gradient of one optimizer step, in float64, and what the trainer measured."""
     recipe = tiny_recipe(
         folder,
         algorithm,
-        regularizer={"entropy_coef": coefs[0], "kl_coef": coefs[1]},
+        model={"head": head},
+        regularizer={
+            "entropy_coef": coefs[0],
+            "kl_coef": coefs[1],
+            "kl_estimator": estimator,
+        },
         evaluation={"kl_policy_initial": False},
         update={"microbatch_size": size},
         rollout={"temperature": temperature},
@@ -157,16 +165,59 @@ def test_it_is_added_to_the_gradient_of_the_objective(tmp_path: Path, algorithm:
     assert set(plain) == {"loss"}
 
 
+def estimate_by_hand(
+    policy: nn.Module, initial: nn.Module, coef: float, temperature: float, kind: str
+) -> tuple[list[Tensor], float]:
+    """The gradient of the mean estimate over all tokens, one row at a time; and that mean."""
+    policy, estimates = copy.deepcopy(policy), []
+    drawn = completions()
+    for row in range(4):
+        token = drawn.token_BT[row][drawn.response_BT[row]][:, None]
+        p = probabilities(policy, row, temperature).gather(1, token)
+        ratio = probabilities(initial, row, temperature).detach().gather(1, token) / p
+        of = {"k1": -ratio.log(), "k2": ratio.log() ** 2 / 2, "k3": ratio - 1 - ratio.log()}
+        estimates.append(of[kind])
+    mean = torch.cat(estimates).mean()
+    policy.zero_grad()
+    (coef * mean).backward()
+    return gradients(policy), float(mean.detach())
+
+
+@pytest.mark.parametrize("head", ["full", "chunked"])
+@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("algorithm", ["reinforce", "isopo", "isopo+opo"])
+def test_the_gradient_of_an_estimate_is_the_one_written_by_hand(
+    tmp_path: Path, algorithm: str, kind: str, size: int | None, head: str
+) -> None:
+    grads, taken, made = accumulated(
+        tmp_path, algorithm, (0.0, 0.7), size=size, temperature=0.7, estimator=kind, head=head
+    )
+    torch.manual_seed(0)
+    expected, mean = estimate_by_hand(made.model, tiny_qwen3(), 0.7, 0.7, kind)
+    assert distance(grads, expected) < 1e-9
+    assert taken["regularizer/kl"] == pytest.approx(mean, rel=1e-9)
+    assert taken["regularizer/loss"] == pytest.approx(0.7 * mean, rel=1e-9)
+
+
+def test_an_estimate_and_the_entropy_go_together(tmp_path: Path) -> None:
+    both, taken, _ = accumulated(tmp_path, "reinforce", (0.3, 0.7), estimator="k3")
+    bonus, _, _ = accumulated(tmp_path, "reinforce", (0.3, 0.0))
+    penalty, _, _ = accumulated(tmp_path, "reinforce", (0.0, 0.7), estimator="k3")
+    assert distance(both, [a + b for a, b in zip(bonus, penalty, strict=True)]) < 1e-10
+    assert {"regularizer/entropy", "regularizer/kl"} <= set(taken)
+
+
 def test_nothing_but_completions_counts() -> None:
     drawn = completions()
     generator = torch.Generator().manual_seed(2)
-    logits, initial, other = torch.randn(3, 4, 11, VOCAB, generator=generator).double()
-    response = torch.cat([drawn.response_BT, torch.zeros(4, 1, dtype=torch.bool)], dim=1)[:, 1:]
+    entropy_BT, kl_BT = torch.randn(2, 4, 11, generator=generator, dtype=torch.float64)
     options = {"entropy_coef": 0.3, "kl_coef": 0.7, "num_tokens": sum(RESPONSES)}
-    loss, _ = regularizer_loss(logits, initial, response, **options)
-    outside = torch.where(response[..., None], logits, other)
-    elsewhere = torch.where(response[..., None], initial, float("nan"))
-    assert regularizer_loss(outside, elsewhere, response, **options)[0] == loss
+    loss, _ = regularizer_loss(entropy_BT, kl_BT, drawn.response_BT, **options)
+    elsewhere = kl_BT.masked_fill(~drawn.response_BT, float("nan"))
+    assert regularizer_loss(entropy_BT, elsewhere, drawn.response_BT, **options)[0] == loss
+    by_hand = (-0.3 * entropy_BT + 0.7 * kl_BT)[drawn.response_BT].sum() / sum(RESPONSES)
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -174,16 +225,20 @@ def test_the_terms_are_in_float32_or_better(dtype: torch.dtype) -> None:
     logits, initial = torch.randn(2, 2, 3, VOCAB).to(dtype)
     response = torch.ones(2, 3, dtype=torch.bool)
     options = {"entropy_coef": 1.0, "kl_coef": 1.0, "num_tokens": 6}
-    loss, _ = regularizer_loss(logits, initial, response, **options)
-    exact, _ = regularizer_loss(logits.double(), initial.double(), response, **options)
+
+    def loss_of(logits: Tensor, initial: Tensor) -> Tensor:
+        terms = entropy(logits), kl_divergence(logits, initial)
+        return regularizer_loss(*terms, response, **options)[0]
+
+    loss, exact = loss_of(logits, initial), loss_of(logits.double(), initial.double())
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
-def test_the_penalty_needs_the_initial_policy() -> None:
-    logits, response = torch.zeros(1, 2, VOCAB), torch.ones(1, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="kl_coef > 0 needs initial_logits_BTV"):
-        regularizer_loss(logits, None, response, entropy_coef=0.0, kl_coef=1.0, num_tokens=2)
+def test_a_regularizer_of_nothing_is_refused() -> None:
+    response = torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="needs entropy_BT or kl_BT"):
+        regularizer_loss(None, None, response, entropy_coef=0.0, kl_coef=1.0, num_tokens=2)
 
 
 # In a run
@@ -208,14 +263,24 @@ def run(folder: Path, algorithm: str, **changes: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2}])
-@pytest.mark.parametrize("algorithm", ["reinforce", "isopo"])
+@pytest.mark.parametrize(
+    ("algorithm", "lora", "estimator"),
+    [
+        ("reinforce", None, "exact"),
+        ("reinforce", {"rank": 2}, "exact"),
+        ("isopo", None, "exact"),
+        ("isopo", {"rank": 2}, "exact"),
+        ("reinforce", None, "k2"),
+        ("isopo", {"rank": 2}, "k2"),
+    ],
+)
 def test_a_large_penalty_keeps_the_policy_near_the_initial_one(
-    tmp_path: Path, algorithm: str, lora: Any
+    tmp_path: Path, algorithm: str, lora: Any, estimator: str
 ) -> None:
     model = {"lora": lora}
     free = run(tmp_path / "free", algorithm, model=model)
-    near = run(tmp_path / "near", algorithm, model=model, regularizer={"kl_coef": 20.0})
+    regularizer = {"kl_coef": 20.0, "kl_estimator": estimator}
+    near = run(tmp_path / "near", algorithm, model=model, regularizer=regularizer)
     assert near[-1]["kl_policy_initial"] < 0.3 * free[-1]["kl_policy_initial"]
     assert near[1]["regularizer/kl"] == pytest.approx(0.0, abs=1e-6)
     assert near[-1]["regularizer/kl"] > 0

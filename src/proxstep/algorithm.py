@@ -5,6 +5,8 @@ Legend for shape suffixes: B sequences, T token positions.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ import torch
 from proxstep.advantages import ADVANTAGES
 from proxstep.config import Recipe
 from proxstep.isopo import Isopo
-from proxstep.losses import LOSSES, Aggregation, drive, escort_weights, sequence_coefficients
+from proxstep.losses import LOSSES, Aggregation, sequence_coefficients, tv_bound
 from proxstep.objective_sections import OpoSection
+from proxstep.signals import Anchor, Signal, opo_signal
 from proxstep.types import Bool, Float, Int, Tensor
 
 Metrics = dict[str, Float[Tensor, " batch"]]
@@ -23,7 +26,7 @@ class Algorithm:
     """What a recipe's objective section means.
 
     Args:
-        recipe: The recipe; its objective, and max_completion_length for one of the aggregations.
+        recipe: The recipe; its objective, and of the rollout what a loss depends on.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -33,6 +36,7 @@ class Algorithm:
         self._hyper = {name: getattr(section, name) for name in self.objective.hyper_parameters}
         self._mode = getattr(section, "loss_agg_mode", self.objective.default_loss_agg_mode)
         self._max_length = recipe.rollout.max_completion_length
+        self._importance_cap = recipe.rollout.importance_cap
 
     def advantages(
         self, reward_B: Float[Tensor, " batch"], group_B: Int[Tensor, " batch"]
@@ -43,31 +47,53 @@ class Algorithm:
     @property
     def needs_anchor(self) -> bool:
         """Whether the signal depends on the anchor's log-probabilities."""
-        return (
-            isinstance(self._section, OpoSection) and self._section.anchor_correction != "absorbed"
+        section = self._section
+        own = isinstance(section, OpoSection) and (
+            section.anchor_correction != "absorbed" or section.adaptive_tau
         )
+        return own or self._importance_cap is not None
 
     def signal(
         self,
         advantage_B: Float[Tensor, " batch"],
         group_B: Int[Tensor, " batch"],
-        anchor_log_prob_B: Float[Tensor, " batch"] | None,
-        length_B: Int[Tensor, " batch"],
-    ) -> tuple[Float[Tensor, " batch"], dict[str, float]]:
-        """Return what the loss takes as its advantages: for OPO the drive, else the advantages."""
+        anchor: Anchor | None,
+    ) -> Signal:
+        """Return what the loss takes of a rollout: for OPO the drive, else the advantages.
+
+        Args:
+            advantage_B: One advantage per sequence.
+            group_B: Each sequence's prompt.
+            anchor: The policy before the first update; where `needs_anchor`, not None.
+        """
+        importance_B, measured = None, {}
+        if self._importance_cap is not None:
+            assert anchor is not None
+            importance_B, measured = anchor.importance(self._importance_cap)
+        if not isinstance(self._section, OpoSection):
+            return Signal(advantage_B, importance_B, metrics=measured)
+        signal = opo_signal(self._section, advantage_B, group_B, anchor, importance_B)
+        return dataclasses.replace(signal, metrics=signal.metrics | measured)
+
+    def bounds(self, measured: Mapping[str, Any]) -> dict[str, float]:
+        """Return what follows from a step's means over sequences, and from none of them alone."""
+        chi_square = measured.get("objective/chi_square")
+        return {} if chi_square is None else {"objective/tv_bound": tv_bound(chi_square)}
+
+    def warning(self, measured: Mapping[str, Any]) -> str | None:
+        """Return what a step's measurements warn of, if anything."""
         section = self._section
-        if not isinstance(section, OpoSection):
-            return advantage_B, {}
-        weight_B, metrics = escort_weights(
-            advantage_B,
-            group_B,
-            alpha=section.alpha,
-            tau=section.tau,
-            anchor_sequence_log_probs=anchor_log_prob_B,
-            lengths=length_B,
-            anchor_correction=section.anchor_correction,
+        if not isinstance(section, OpoSection) or section.anchor_correction != "sequence":
+            return None
+        size = measured.get("objective/effective_sample_size_min")
+        if size is None or size >= 2:
+            return None
+        return (
+            "objective.anchor_correction sequence: one completion has nearly all of its prompt's "
+            f"weight (objective/effective_sample_size_min is {size:.2f}): log-probabilities "
+            "of whole sequences differ by many nats. Use absorbed or length, or raise "
+            "objective.alpha"
         )
-        return drive(weight_B, group_B, kind=section.drive), metrics
 
     def backward(
         self,
@@ -84,13 +110,15 @@ class Algorithm:
         completion_mask: Bool[Tensor, "batch positions"],
         groups: Int[Tensor, " batch"],
         sequence_keys: Int[Tensor, " batch"],
+        importance_B: Float[Tensor, " batch"] | None,
+        hyper: Mapping[str, float],
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """Accumulate one microbatch's gradient.
 
         Args:
             log_prob_BT: The policy's log-probabilities in nats, with their graph.
             old_log_prob_BT: Those of the policy that sampled.
-            signal_B: What `signal` returned.
+            signal_B: The value of what `signal` returned.
             response_BT: True at completion tokens, aligned with the log-probabilities.
             num_sequences: Sequences of the whole optimizer step.
             num_tokens: Completion tokens of the whole optimizer step.
@@ -100,20 +128,14 @@ class Algorithm:
             completion_mask: True at completion positions of the input.
             groups: Each sequence's prompt.
             sequence_keys: Each sequence's number among all of the rollout.
+            importance_B: Weight of each sequence, from `signal`.
+            hyper: Hyper-parameters that follow from the rollout, from `signal`.
 
         Returns:
             The microbatch's share of the step's loss, and per-sequence metrics.
         """
         inputs = (log_prob_BT, old_log_prob_BT, signal_B, response_BT)
-        options: dict[str, Any] = {
-            **self._hyper,
-            "aggregation": Aggregation(
-                self._mode,
-                num_sequences=num_sequences,
-                num_tokens=num_tokens,
-                max_length=self._max_length,
-            ),
-        }
+        options = self._options(num_sequences, num_tokens, importance_B, hyper)
         if isopo is None:
             loss, metrics = self.objective.loss(*inputs, **options)
             (loss if extra_loss is None else loss + extra_loss).backward()
@@ -128,6 +150,23 @@ class Algorithm:
         ) as microbatch:
             microbatch.objective(log_prob_BT, response_BT).backward()
         return loss, metrics
+
+    def _options(
+        self,
+        num_sequences: int,
+        num_tokens: int,
+        importance_B: Tensor | None,
+        hyper: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """Return the loss's keyword arguments for one microbatch."""
+        aggregation = Aggregation(
+            self._mode,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            max_length=self._max_length,
+            sequence_weights=importance_B,
+        )
+        return {**self._hyper, **hyper, "aggregation": aggregation}
 
 
 def make_isopo(recipe: Recipe, model: torch.nn.Module) -> Isopo | None:

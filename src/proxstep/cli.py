@@ -1,4 +1,4 @@
-"""The `proxstep` command: train, eval, compare, report."""
+"""The `proxstep` command: train, eval, compare, diagnose, report, toy."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from proxstep import __version__
 from proxstep.errors import ProxstepError
+from proxstep.lab.toy import add_toys, run_toy
 
 OVERRIDES = """\
 Any key of the recipe can follow as --key value, with dots for sections and YAML for values:
@@ -59,6 +60,13 @@ docs/diagnostics.md says what the figures mean; diagnostics.jsonl holds them all
 examples:
   proxstep report outputs/demo                                a folder of runs
   proxstep report runs/a runs/b --output ab.html --figure ab.png
+""",
+    "toy": """\
+examples:
+  proxstep toy saturation --out outputs/saturation
+  proxstep toy bandit --out outputs/bandit --seeds 5 --steps 64
+
+docs/toy.md says what they show; both take seconds.
 """,
 }
 
@@ -105,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Return a command's own arguments, and the recipe keys with their values among the others."""
-    if not argv or not TAKES_KEYS.get(argv[0]):
+    if not argv or argv[0] not in TAKES_KEYS:
         return argv, []
     commands: Any = _parser()._subparsers
     known = commands._group_actions[0].choices[argv[0]]._option_string_actions
@@ -128,7 +136,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 ENGINES = {"local": "proxstep.session"}
 """Modules with `train` and `resume`, by the engine's name."""
-TAKES_KEYS = {"train": True, "eval": True, "compare": True, "report": False, "diagnose": False}
+TAKES_KEYS = {"train", "eval", "compare"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,6 +198,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--figure", type=Path, help="also draw the curves to this PNG, SVG or PDF file"
         )
+
+    add_toys(_add_command(commands, "toy", "compute a small experiment exactly", run_toy))
     return parser
 
 
@@ -198,7 +208,7 @@ def _add_command(commands: Any, name: str, summary: str, run: Any) -> argparse.A
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=EXAMPLES[name] + ("\n" + OVERRIDES if TAKES_KEYS[name] else ""),
+        epilog=EXAMPLES[name] + ("\n" + OVERRIDES if name in TAKES_KEYS else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -13,6 +13,7 @@ from proxstep.advantages import ADVANTAGES
 from proxstep.isopo import PRESETS
 from proxstep.losses import LOSSES
 from proxstep.objective_sections import ObjectiveSection, OpoSection
+from proxstep.regularizer_section import RegularizerSection
 from proxstep.sections import (
     EvaluationSection,
     GeometrySection,
@@ -20,7 +21,6 @@ from proxstep.sections import (
     ModelSection,
     OptimizerSection,
     Positive,
-    RegularizerSection,
     RolloutSection,
     Section,
     TaskSection,
@@ -95,11 +95,13 @@ class Recipe(Section):
     def _check_sampling(self) -> Recipe:
         rollout, update = self.rollout, self.update
         compares = self.objective.advantage in _COMPARES
-        if rollout.num_generations == 1 and (compares or isinstance(self.objective, OpoSection)):
+        escorts = isinstance(self.objective, OpoSection) and self.objective.normalize == "group"
+        if rollout.num_generations == 1 and (compares or escorts):
             what = f"objective.advantage {self.objective.advantage}" if compares else "opo"
             raise ValueError(
                 f"rollout.num_generations is 1, but {what} compares the completions of a prompt: "
-                "use at least 2" + (", or batch-normalized advantages" if compares else "")
+                "use at least 2, or "
+                + ("batch-normalized advantages" if compares else "objective.normalize batch")
             )
         if rollout.num_generations * rollout.num_prompts == 1:
             raise ValueError("one completion per step has nothing to be compared with: sample more")
@@ -108,6 +110,51 @@ class Recipe(Section):
                 f"update.num_minibatches {update.num_minibatches} does not divide "
                 f"rollout.num_prompts {rollout.num_prompts}: a prompt's group stays in one "
                 "minibatch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_opo(self) -> Recipe:
+        section = self.objective
+        if not isinstance(section, OpoSection):
+            return self
+        if section.target_min is not None and section.drive == "none":
+            raise ValueError(
+                "objective.target_min bounds the target from below, and objective.drive none has "
+                "no target below 0: leave one of them out"
+            )
+        if section.adaptive_tau:
+            if not section.tau_min <= section.tau <= section.tau_max:
+                raise ValueError(
+                    f"objective.tau {section.tau} is not between objective.tau_min "
+                    f"{section.tau_min} and objective.tau_max {section.tau_max}"
+                )
+            return self
+        for name in ("tau_min", "tau_max", "tau_entropy_coef", "tau_confidence_coef"):
+            if getattr(section, name) != OpoSection.model_fields[name].default:
+                raise ValueError(
+                    f"objective.{name} is of the adaptive temperature: add objective.adaptive_tau "
+                    "true, or leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Recipe:
+        rollout, longest = self.rollout, self.rollout.max_completion_length
+        if rollout.overlong_buffer is not None and rollout.overlong_buffer > longest:
+            raise ValueError(
+                f"rollout.overlong_buffer {rollout.overlong_buffer} is longer than a completion "
+                f"can be (rollout.max_completion_length {longest}): lower it"
+            )
+        if rollout.dynamic_sampling_max_batches is not None and rollout.num_generations == 1:
+            raise ValueError(
+                "rollout.dynamic_sampling_max_batches looks for completions of a prompt with "
+                "different rewards, but rollout.num_generations is 1: use at least 2"
+            )
+        if self.regularizer.kl_in == "reward" and self.regularizer.kl_estimator == "exact":
+            raise ValueError(
+                "regularizer.kl_in reward needs a regularizer.kl_estimator that depends on the "
+                "sampled token, or its last token's choice would cost nothing: use k1"
             )
         return self
 
@@ -147,9 +194,11 @@ class Recipe(Section):
                 "model.head chunked has no kernel, which geometry.rule isopo-natural and "
                 "geometry.fisher sequences need: use model.head full"
             )
-        if self.regularizer.active:
+        if self.regularizer.needs_logits:
             raise ValueError(
-                "regularizer needs all logits: use model.head full, or leave the regularizer out"
+                "regularizer needs all logits for the entropy and an exact KL divergence: use "
+                "model.head full, or leave regularizer.entropy_coef at 0 and take "
+                "regularizer.kl_estimator k2"
             )
         return self
 

@@ -27,16 +27,22 @@ COLUMNS: dict[str, tuple[str, str]] = {
 NUM_SHOWN = 12
 
 
-def advice(recipe: Recipe) -> str | None:
-    """Return what a reader of the run should know of its recipe beforehand, if anything."""
-    update = recipe.update
+def advice(recipe: Recipe) -> list[str]:
+    """Return what a reader of the run should know of its recipe beforehand, a line for each."""
+    update, regularizer = recipe.update, recipe.regularizer
+    lines = []
     clips = hasattr(recipe.objective, "clip_ratio_high")
     if clips and update.num_minibatches * update.num_iterations == 1:
-        return (
+        lines.append(
             f"one update per rollout: every ratio is 1, so {recipe.objective.name} clips nothing "
             "(raise update.num_minibatches or update.num_iterations)"
         )
-    return None
+    if regularizer.in_loss and regularizer.kl_coef > 0 and regularizer.kl_estimator == "k1":
+        lines.append(
+            "regularizer.kl_estimator k1 in the loss is noise: its expected gradient is 0 (use "
+            "exact or k2, or regularizer.kl_in reward)"
+        )
+    return lines
 
 
 def cell(record: Mapping[str, Any], field: str) -> str:
@@ -68,14 +74,17 @@ class TerminalProgress:
         self._status = console.status("")
 
     def note(self, text: str) -> None:
-        """Show what goes on before the run begins, in place."""
+        """Show what goes on before the run begins, in place; during the run, above the table."""
+        if self._live.is_started:
+            self._console.print(text, markup=False)
+            return
         self._status.start()
         self._status.update(text)
 
     def begin(self, recipe: Recipe) -> None:
         """Draw the empty table."""
         self._status.stop()
-        if text := advice(recipe):
+        for text in advice(recipe):
             self._console.print(text)
         self._task = self._bar.add_task(
             f"{recipe.algorithm} on {recipe.task.name}", total=recipe.steps
@@ -121,7 +130,7 @@ class PlainProgress:
     def begin(self, recipe: Recipe) -> None:
         """Say what runs."""
         self._console.out(f"{recipe.algorithm} on {recipe.task.name}, {recipe.steps} steps")
-        if text := advice(recipe):
+        for text in advice(recipe):
             self._console.out(text)
 
     def record(self, record: Mapping[str, Any]) -> None:

@@ -15,9 +15,13 @@ from proxstep.rewards import (
     RewardTable,
     check_rewards,
     load_reward,
+    reward_name,
     score_completions,
 )
 from proxstep.tasks import Example, Task, reward_columns
+
+ADDED_REWARDS = ("overlong", "kl")
+"""What a recipe can add to the reward, by the names in rewards/NAME."""
 
 
 class Prompts:
@@ -109,11 +113,18 @@ def load_rewards(recipe: Recipe, task: Task) -> tuple[list[RewardFunction], list
     """Return the reward functions and their weights.
 
     Raises:
-        ProxstepError: If one cannot be loaded, or does not accept the task's columns.
+        ProxstepError: If one cannot be loaded, does not accept the task's columns, or has a name
+            that the metrics need for something else.
     """
     functions = [load_reward(spec) for spec in recipe.task.rewards or task.rewards]
     weights = recipe.task.reward_weights or [1.0] * len(functions)
     check_rewards(functions, weights, reward_columns([task.train[0]]))
+    for function in functions:
+        if (name := reward_name(function)) in ADDED_REWARDS:
+            raise ProxstepError(
+                f"task.rewards: a reward function is named {name!r}, and rewards/{name} reports "
+                "what the recipe itself adds to the reward; rename the function"
+            )
     return functions, weights
 
 
@@ -131,21 +142,21 @@ def load_prompts(recipe: Recipe, tokenizer: Any, task: Task) -> tuple[Prompts, P
     return train, validation
 
 
-def step_rows(num_rows: int, num_per_step: int, step: int, seed: int) -> list[int]:
-    """Return the rows of one step; every epoch is a permutation of its own.
+def batch_rows(num_rows: int, num_per_batch: int, batch: int, seed: int) -> list[int]:
+    """Return the rows of one batch of prompts; every epoch is a permutation of its own.
 
     Args:
         num_rows: Rows of the data set.
-        num_per_step: Rows to return; may exceed the data set.
-        step: From 0.
+        num_per_batch: Rows to return; may exceed the data set.
+        batch: How many came before: one for each step, more with dynamic sampling.
         seed: Of the permutations.
 
-    >>> sorted(step_rows(4, 2, 0, seed=0) + step_rows(4, 2, 1, seed=0))
+    >>> sorted(batch_rows(4, 2, 0, seed=0) + batch_rows(4, 2, 1, seed=0))
     [0, 1, 2, 3]
     """
     rows = []
     permutation, current = torch.empty(0), -1
-    for position in range(step * num_per_step, (step + 1) * num_per_step):
+    for position in range(batch * num_per_batch, (batch + 1) * num_per_batch):
         epoch, place = divmod(position, num_rows)
         if epoch != current:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from proxstep.data import Prompts
-from proxstep.metrics import kl_divergence, kl_from_samples
+from proxstep.metrics import kl_divergence, kl_estimate
 from proxstep.rollout import Completions, response_logits, sample
 from proxstep.scores import Head, score
 from proxstep.types import Float, Tensor
@@ -107,12 +107,13 @@ class Probe:
         """Return KL(initial || policy) in nats per token."""
         completions = self.completions
         log_prob_BT = completion_log_probs(model, completions, 1.0, len(completions), head)
-        kl_BT = kl_from_samples(self.initial_log_prob_BT, log_prob_BT)
+        kl_BT = kl_estimate(self.initial_log_prob_BT, log_prob_BT, "k3")
         return kl_BT[self.completions.response_BT[:, 1:]].mean().item()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors."""
-        return {**vars(self.completions), "initial_log_prob_BT": self.initial_log_prob_BT}
+        tensors = {k: v for k, v in vars(self.completions).items() if v is not None}
+        return {**tensors, "initial_log_prob_BT": self.initial_log_prob_BT}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor], device: torch.device) -> Probe:
@@ -142,6 +143,31 @@ def initial_logits(
         logits = response_logits(model, completions, temperature)
     model.train(was_training)
     return logits
+
+
+@torch.no_grad()
+def initial_log_probs(
+    model: nn.Module,
+    initial: nn.Module | None,
+    completions: Completions,
+    temperature: float,
+    batch_size: int,
+    head: Head = "full",
+) -> Float[Tensor, "batch tokens"]:
+    """Return the initial policy's log-probabilities, as `completion_log_probs` does.
+
+    Args:
+        model: The policy.
+        initial: The initial policy, or None for a model whose adapters can be switched off.
+        completions: The completions.
+        temperature: Divides the logits.
+        batch_size: Completions that are scored at a time.
+        head: "chunked" never holds all positions' logits.
+    """
+    if initial is not None:
+        return completion_log_probs(initial, completions, temperature, batch_size, head)
+    with model.disable_adapter():  # type: ignore[operator]
+        return completion_log_probs(model, completions, temperature, batch_size, head)
 
 
 @torch.no_grad()

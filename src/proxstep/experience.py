@@ -5,9 +5,8 @@ Legend for shape suffixes: B sequences, T token positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,11 +15,13 @@ from torch import nn
 from proxstep.algorithm import Algorithm
 from proxstep.clock import Clock
 from proxstep.config import Recipe
-from proxstep.data import Prompts, step_rows
+from proxstep.data import Prompts
 from proxstep.evaluation import completion_log_probs
-from proxstep.masked import masked_sum
+from proxstep.generation import Graded, generate, informative_groups, overlong
 from proxstep.models import autocast
-from proxstep.rollout import Completions, sample
+from proxstep.penalties import reward_penalty
+from proxstep.rollout import Completions
+from proxstep.signals import Anchor, vocabulary_size
 from proxstep.types import Float, Int, Tensor
 
 
@@ -35,6 +36,8 @@ class Batch:
         index_B: Each completion's number among all of the step.
         old_log_prob_BT: Log-probabilities under the policy that sampled, or None where the
             update's single pass computes the same.
+        importance_B: Weight of each completion's loss, or None for 1.
+        hyper: Hyper-parameters of the loss that follow from the rollout, the same in all its parts.
     """
 
     completions: Completions
@@ -42,6 +45,8 @@ class Batch:
     group_B: Int[Tensor, " batch"]
     index_B: Int[Tensor, " batch"]
     old_log_prob_BT: Float[Tensor, "batch tokens"] | None
+    importance_B: Float[Tensor, " batch"] | None = None
+    hyper: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -70,6 +75,8 @@ class Batch:
             self.group_B[index],
             self.index_B[index],
             None if old is None else old[on_device],
+            None if self.importance_B is None else self.importance_B[on_device],
+            self.hyper,
         )
 
     def trimmed(self) -> Batch:
@@ -82,6 +89,8 @@ class Batch:
             self.group_B,
             self.index_B,
             None if old is None else old[:, columns.start : columns.stop - 1],
+            self.importance_B,
+            self.hyper,
         )
 
 
@@ -91,12 +100,16 @@ def collect(
     model: nn.Module,
     tokenizer: Any,
     prompts: Prompts,
-    step: int,
+    first_batch: int,
     clock: Clock,
+    initial: nn.Module | None = None,
 ) -> tuple[Batch | None, dict[str, Any]]:
-    """Sample and grade one step's completions.
+    """Sample and grade one step's completions, and choose those that the update learns from.
 
     Completions without a finite reward are left out, and so are groups that keep fewer than two.
+    Dynamic sampling keeps the first `num_prompts` groups whose rewards, before anything is added
+    to them, differ. A truncated completion that the recipe masks counts in its group's advantages
+    and in an objective's weights of the rollout, and is left out after that.
 
     Args:
         recipe: The recipe.
@@ -104,41 +117,52 @@ def collect(
         model: The policy.
         tokenizer: Its tokenizer.
         prompts: The training prompts.
-        step: From 0; it decides which prompts are drawn.
+        first_batch: How many batches of prompts the run sampled before; it decides which prompts
+            are drawn.
         clock: Measures the phases.
+        initial: The initial policy, where a KL penalty in the reward needs it; None for a model
+            whose adapters can be switched off.
 
     Returns:
         The batch, or None where nothing is left to learn from, and what was measured.
     """
-    section = recipe.rollout
-    rows = step_rows(len(prompts), section.num_prompts, step, recipe.seed)
-    repeated = [row for row in rows for _ in range(section.num_generations)]
-    with clock.phase("rollout"), autocast(recipe, model):
-        completions = sample(
-            model,
-            tokenizer,
-            [prompts.tokens(row) for row in repeated],
-            max_new_tokens=section.max_completion_length,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
-        )
-    with clock.phase("reward"):
-        table = prompts.grade(repeated, completions.texts(tokenizer))
-    reward_B = torch.tensor(table.total, dtype=torch.float64)
-    group_B = torch.arange(len(rows)).repeat_interleave(section.num_generations)
-    measured = _describe(completions, reward_B)
-    for name, values in table.per_function.items():
-        given = [value for value in values if value is not None and math.isfinite(value)]
-        measured[f"rewards/{name}"] = sum(given) / len(given) if given else None
-    kept = _with_reward(reward_B, group_B, minimum=min(2, section.num_generations))
+    graded, num_batches = generate(recipe, model, tokenizer, prompts, first_batch, clock)
+    measured = {**graded.describe(), "generation_batches": num_batches}
+    reward_B = graded.reward_B
+    if (punishment_B := overlong(recipe, graded.completions)) is not None:
+        measured["rewards/overlong"] = punishment_B.mean().item()
+        reward_B = reward_B + punishment_B
+    kept = _chosen(recipe, graded)
     if not len(kept):
         return None, measured
-    completions = completions.rows(kept.to(completions.token_BT.device))
+    completions = graded.completions.rows(kept.to(graded.completions.token_BT.device))
+    reward_B, group_B, log_prob_BT = reward_B[kept], graded.group_B[kept], None
+    if recipe.regularizer.in_reward:
+        with clock.phase("log_probs"):
+            log_prob_BT = _log_probs(recipe, model, completions)
+            penalty_B = reward_penalty(recipe, model, initial, log_prob_BT, completions).cpu()
+        measured["rewards/kl"] = penalty_B.double().mean().item()
+        reward_B = reward_B + penalty_B
     batch, more = _batch(
-        recipe, algorithm, model, completions, reward_B[kept], group_B[kept], clock
+        recipe, algorithm, model, completions, reward_B, group_B, clock, log_prob_BT
     )
-    return batch, measured | more
+    measured |= more
+    if not recipe.rollout.mask_truncated_completions:
+        return batch, measured
+    truncated_B = completions.truncated_B.cpu()
+    measured["frac_masked_completions"] = truncated_B.double().mean().item()
+    left = (~truncated_B).nonzero().squeeze(1)
+    return batch.rows(left) if len(left) else None, measured
+
+
+def _chosen(recipe: Recipe, graded: Graded) -> Tensor:
+    """Return the rows of the completions whose rewards become advantages."""
+    section = recipe.rollout
+    kept = _with_reward(graded.reward_B, graded.group_B, minimum=min(2, section.num_generations))
+    if section.dynamic_sampling_max_batches is None:
+        return kept
+    informative = informative_groups(graded.reward_B, graded.group_B)[: section.num_prompts]
+    return kept[torch.isin(graded.group_B[kept], informative)]
 
 
 def _batch(
@@ -149,28 +173,39 @@ def _batch(
     reward_B: Tensor,
     group_B: Tensor,
     clock: Clock,
+    log_prob_BT: Tensor | None,
 ) -> tuple[Batch, dict[str, Any]]:
     """Return the batch of graded completions, and what was measured of advantages and signal."""
-    advantage_B, spread = algorithm.advantages(reward_B.float(), group_B)
+    # Rewards are equal if float32 says so; in float64 the squares of large ones are finite.
+    advantage_B, spread = algorithm.advantages(reward_B.float().double(), group_B)
+    advantage_B = advantage_B.float()
     update = recipe.update
-    old_log_prob_BT = anchor_B = None
+    old_log_prob_BT = anchor = None
     if update.num_minibatches * update.num_iterations > 1 or algorithm.needs_anchor:
-        with clock.phase("log_probs"), autocast(recipe, model):
-            old_log_prob_BT = completion_log_probs(
-                model,
-                completions,
-                recipe.rollout.temperature,
-                update.microbatch_size or len(completions),
-                recipe.model.head,
+        with clock.phase("log_probs"):
+            old_log_prob_BT = (
+                _log_probs(recipe, model, completions) if log_prob_BT is None else log_prob_BT
             )
-        anchor_B = masked_sum(old_log_prob_BT, completions.response_BT[:, 1:]).cpu()
-    signal_B, more = algorithm.signal(advantage_B, group_B, anchor_B, completions.lengths().cpu())
+        anchor = Anchor(
+            old_log_prob_BT,
+            completions.response_BT[:, 1:],
+            vocabulary_size(model),
+            completions.sampler_log_prob_BT,
+        )
+    signal = algorithm.signal(advantage_B, group_B, anchor)
     measured = {name: spread[name] for name in ("frac_reward_zero_std", "reward_std")}
     measured["advantage_range"] = (advantage_B.max() - advantage_B.min()).item()
-    measured |= {f"objective/{name}": value for name, value in more.items()}
-    on_device = signal_B.to(completions.token_BT.device)
+    measured |= {f"objective/{name}": value for name, value in signal.metrics.items()}
+    device = completions.token_BT.device
+    importance_B = signal.importance_B
     return Batch(
-        completions, on_device, group_B, torch.arange(len(group_B)), old_log_prob_BT
+        completions,
+        signal.value_B.to(device),
+        group_B,
+        torch.arange(len(group_B)),
+        old_log_prob_BT,
+        None if importance_B is None else importance_B.to(device),
+        signal.hyper,
     ), measured
 
 
@@ -194,13 +229,13 @@ def _with_reward(reward_B: Tensor, group_B: Tensor, minimum: int) -> Tensor:
     return (finite_B & (left[group_B] >= minimum)).nonzero().squeeze(1)
 
 
-def _describe(completions: Completions, reward_B: Tensor) -> dict[str, Any]:
-    lengths = completions.lengths().double()
-    finite = reward_B[reward_B.isfinite()]
-    return {
-        "reward": finite.mean().item() if len(finite) else None,
-        "frac_invalid_reward": 1 - len(finite) / len(reward_B),
-        "completions_mean_length": lengths.mean().item(),
-        "completions_max_length": int(lengths.max()),
-        "completions_clipped_ratio": completions.truncated_B.double().mean().item(),
-    }
+def _log_probs(recipe: Recipe, model: nn.Module, completions: Completions) -> Tensor:
+    """Return the sampling policy's log-probabilities of the tokens from the second on."""
+    with autocast(recipe, model):
+        return completion_log_probs(
+            model,
+            completions,
+            recipe.rollout.temperature,
+            recipe.update.microbatch_size or len(completions),
+            recipe.model.head,
+        )

@@ -5,9 +5,15 @@ Legend for shape suffixes: B sequences, T token positions, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+from proxstep.errors import ProxstepError
+from proxstep.losses.ratio import LOG_RATIO_BOUND
 from proxstep.types import Float, Int, Tensor
+
+KlEstimator = Literal["k1", "k2", "k3"]
 
 
 def token_log_probs(
@@ -44,24 +50,51 @@ def kl_divergence(
     return (log_p_BTV.exp() * (log_p_BTV - log_q_BTV)).sum(-1)
 
 
-def kl_from_samples(
-    log_prob_BT: Float[Tensor, "batch tokens"], other_log_prob_BT: Float[Tensor, "batch tokens"]
+def kl_estimate(
+    log_prob_BT: Float[Tensor, "batch tokens"],
+    other_log_prob_BT: Float[Tensor, "batch tokens"],
+    kind: KlEstimator,
 ) -> Float[Tensor, "batch tokens"]:
-    """Return an unbiased, non-negative estimate of KL(p || q) from tokens that p sampled.
+    """Return an estimate of KL(p || q) at each token that p sampled, from that token alone.
 
-    With r = q / p it is r - 1 - log r at each token, whose expectation under p is KL(p || q).
+    With x = log q - log p of the token:
+
+        k1 = -x               unbiased, of either sign
+        k2 = x^2 / 2          biased, never negative
+        k3 = exp(x) - 1 - x   unbiased, never negative
+
+    As a term of a loss, the gradient passes through log p but not through the choice of the token.
+    Its expectation over tokens from p itself is then, exactly:
+
+        k1: 0    k2: the gradient of KL(p || q)    k3: the gradient of KL(q || p)
+
+    so that the estimator with the right value (k3, or k1) is not the one with the right gradient.
 
     Args:
         log_prob_BT: log p of the sampled tokens, in nats.
         other_log_prob_BT: log q of the same tokens.
+        kind: Which estimator.
 
     Returns:
         One estimate per token, in nats.
 
-    Source: J. Schulman, "Approximating KL divergence" (2020), the estimator k3.
+    Raises:
+        ProxstepError: If there is no such estimator.
+
+    Source: J. Schulman, "Approximating KL divergence" (2020).
+
+    Differs: k3's x is bounded at 20 nats from above, beyond which exp(x) would drown every other
+        token before it overflows; there its gradient is 0.
     """
     log_ratio_BT = other_log_prob_BT - log_prob_BT
-    return log_ratio_BT.expm1() - log_ratio_BT
+    if kind == "k1":
+        return -log_ratio_BT
+    if kind == "k2":
+        return log_ratio_BT.square() / 2
+    if kind == "k3":
+        log_ratio_BT = log_ratio_BT.clamp(max=LOG_RATIO_BOUND)
+        return log_ratio_BT.expm1() - log_ratio_BT
+    raise ProxstepError(f"the KL estimator is {kind!r}; it must be k1, k2 or k3.")
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from proxstep.losses import LOSSES, escort_weights
+from proxstep.losses import adaptive_tau as adaptive_tau_rule
+from proxstep.losses import drive as drive_rule
 from proxstep.sections import Section, default_of
 
 AdvantageName = Literal["group-zscore", "group-centered", "leave-one-out", "batch-normalized"]
@@ -138,22 +140,103 @@ class OpoSection(_Objective):
         gt=0,
         description="Temperature of the advantage in the escort weight.",
     )
-    mu: float = Field(
-        default=default_of(LOSSES["opo"].loss, "mu"),
+    adaptive_tau: bool = Field(
+        default=False,
+        description="Each sequence's own temperature, from how likely the anchor found its tokens "
+        "and from its advantage; tau is the base.",
+    )
+    tau_min: float = Field(
+        default=default_of(adaptive_tau_rule, "low"),
         gt=0,
-        description="Curvature of the chi-square penalty.",
+        description="adaptive_tau: the smallest.",
+    )
+    tau_max: float = Field(
+        default=default_of(adaptive_tau_rule, "high"),
+        gt=0,
+        description="adaptive_tau: the largest.",
+    )
+    tau_entropy_coef: float = Field(
+        default=default_of(adaptive_tau_rule, "entropy_coef"),
+        ge=0,
+        description="adaptive_tau: how far the anchor's entropy raises the temperature.",
+    )
+    tau_confidence_coef: float = Field(
+        default=default_of(adaptive_tau_rule, "confidence_coef"),
+        ge=0,
+        description="adaptive_tau: how far being confident and wrong raises it, and being "
+        "confident and right lowers it.",
+    )
+    mu: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default=default_of(LOSSES["opo"].loss, "mu"),
+        description='Curvature of the chi-square penalty; "auto" is the largest drive of the '
+        "rollout, at least 1, so that no target asks for a negative probability.",
+    )
+    target_min: float | None = Field(
+        default=None,
+        ge=-1,
+        lt=0,
+        description="Smallest target drive / mu, such as -0.999; null for no bound.",
     )
     surrogate: Literal["log", "ratio"] = Field(
         default=default_of(LOSSES["opo"].loss, "surrogate"),
         description="Eq. 19 (log) or eq. 10 (ratio).",
     )
+    form: Literal["work", "regression"] = Field(
+        default=default_of(LOSSES["opo"].loss, "form"),
+        description="What the loss's value means: -drive u + mu/2 u^2, or the squared distance to "
+        "the target (eq. 16); one gradient.",
+    )
     drive: Literal["center", "zscore", "none"] = Field(
-        default="center", description="omega - 1, z-scored omega, or omega as in algorithm 1."
+        default=default_of(drive_rule, "kind"),
+        description="omega - 1, z-scored omega, or omega as in algorithm 1.",
+    )
+    normalize: Literal["group", "batch"] = Field(
+        default=default_of(escort_weights, "normalize"),
+        description="Where the escort weights have mean 1: in each prompt's group, or in the "
+        "whole rollout.",
     )
     anchor_correction: Literal["absorbed", "length", "sequence"] = Field(
-        default="absorbed", description="The anchor's factor in eq. 7; see docs/algorithms.md."
+        default=default_of(escort_weights, "anchor_correction"),
+        description="The anchor's factor in eq. 7; see docs/algorithms.md.",
     )
-    length_normalize: bool = Field(default=False, description="Log-ratios per token.")
+    length_normalize: bool = Field(
+        default=default_of(LOSSES["opo"].loss, "length_normalize"),
+        description="Log-ratios per token.",
+    )
+
+
+class DrGrpoSection(_Objective):
+    """GRPO without the biases of length and of the group's spread (arXiv 2503.20783)."""
+
+    name: Literal["dr-grpo"]
+    advantage: AdvantageName = Field(
+        default="group-centered", description="How rewards become advantages."
+    )
+    clip_ratio_low: float = Field(
+        default=default_of(LOSSES["dr-grpo"].loss, "clip_ratio_low"),
+        ge=0,
+        description="Ratios are clipped at 1 - this.",
+    )
+    clip_ratio_high: float = Field(
+        default=default_of(LOSSES["dr-grpo"].loss, "clip_ratio_high"),
+        ge=0,
+        description="Ratios are clipped at 1 + this.",
+    )
+    loss_agg_mode: AggregationName = Field(
+        default=_mode_of("dr-grpo"), description="How token values become one loss."
+    )
+
+
+class RlooSection(_Objective):
+    """REINFORCE against the mean of the prompt's other completions (arXiv 2402.14740)."""
+
+    name: Literal["rloo"]
+    advantage: AdvantageName = Field(
+        default="leave-one-out", description="How rewards become advantages."
+    )
+    loss_agg_mode: AggregationName = Field(
+        default=_mode_of("rloo"), description="How token values become one loss."
+    )
 
 
 ObjectiveSection = Annotated[
@@ -163,6 +246,8 @@ ObjectiveSection = Annotated[
     | GspoSection
     | CispoSection
     | DroSection
-    | OpoSection,
+    | OpoSection
+    | DrGrpoSection
+    | RlooSection,
     Field(discriminator="name"),
 ]

@@ -13,11 +13,20 @@ FIELDS: dict[str, str] = {
     "num_sequences": "Completions sampled for training so far.",
     "elapsed_seconds": "Wall-clock seconds since the run began, pauses between resumed parts left "
     "out.",
-    "reward": "Mean reward of this step's sampled completions, in reward units.",
+    "reward": "Mean reward of all of this step's sampled completions, in reward units, before "
+    "anything is added for length or divergence.",
     "reward_std": "Mean over groups of the standard deviation of the rewards in the group.",
     "frac_reward_zero_std": "Share of groups whose rewards are all equal; they give no gradient.",
     "frac_invalid_reward": "Share of completions left out because no reward function gave a finite "
     "number.",
+    "frac_informative_groups": "Share of the sampled groups whose rewards, before anything is "
+    "added, are not all equal; dynamic sampling learns from these alone.",
+    "generation_batches": "Batches of num_prompts prompts that the step sampled; above 1 only with "
+    "dynamic sampling.",
+    "frac_masked_completions": "Share of truncated completions, which are masked, among those that "
+    "have an advantage; null where rollout.mask_truncated_completions is off.",
+    "skipped": "1 where nothing was left to learn from, so that parameters and optimizer stayed as "
+    "they were; 0 elsewhere.",
     "advantage_range": "Largest minus smallest advantage of the step.",
     "score": "Greedy validation score: mean of the first reward function over the validation "
     "prompts.",
@@ -48,7 +57,9 @@ FIELDS: dict[str, str] = {
 }
 
 PREFIXES: dict[str, str] = {
-    "rewards/": "Mean of one reward function over the step's completions: rewards/NAME.",
+    "rewards/": "Mean of one reward function over the step's completions: rewards/NAME. Likewise "
+    "what is added to the reward: rewards/overlong for length and, over the completions that have "
+    "an advantage, rewards/kl for divergence from the initial policy.",
     "objective/": "What the objective reports, averaged over sequences and updates: clip_ratio, "
     "ratio, ...",
     "regularizer/": "The regularizer's terms in nats per completion token, averaged over updates: "

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from proxstep.isopo import PRESETS, IsometricRule, Isopo, Rule
+from proxstep.rewards import overlong_punishment
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -223,6 +224,32 @@ class RolloutSection(Section):
     )
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus; below 1 is off-policy.")
     top_k: int = Field(default=0, ge=0, description="0 for the whole vocabulary; else off-policy.")
+    dynamic_sampling_max_batches: Positive | None = Field(
+        default=None,
+        description="Learn only from prompts whose completions' rewards differ: sample up to this "
+        "many batches of num_prompts until there are num_prompts such (DAPO; verl's "
+        "filter_groups.max_num_gen_batches); null to take one batch as it is.",
+    )
+    mask_truncated_completions: bool = Field(
+        default=False,
+        description="Completions cut off at max_completion_length count in their group's "
+        "advantages, but give no gradient. TRL's name.",
+    )
+    overlong_buffer: Positive | None = Field(
+        default=None,
+        description="Tokens before max_completion_length over which a punishment for length grows "
+        "(DAPO, eq. 13; verl's overlong_buffer.len); null for none.",
+    )
+    overlong_penalty: float = Field(
+        default=default_of(overlong_punishment, "penalty"),
+        ge=0,
+        description="Largest such punishment, in reward units. verl's penalty_factor.",
+    )
+    importance_cap: float | None = Field(
+        default=None,
+        gt=0,
+        description="Truncates pi_anchor/pi_sampler per sequence; null for no correction.",
+    )
 
 
 class UpdateSection(Section):
@@ -236,29 +263,6 @@ class UpdateSection(Section):
         default=None,
         description="Sequences per forward and backward; null for the whole minibatch.",
     )
-
-
-class RegularizerSection(Section):
-    """What is added to the objective, on the sampled completions; no geometry transforms it."""
-
-    entropy_coef: float = Field(
-        default=0.0,
-        ge=0,
-        description="Subtracts this times the policy's entropy, in nats per completion token (mean "
-        "over the optimizer step), exact over the vocabulary. verl's entropy_coeff.",
-    )
-    kl_coef: float = Field(
-        default=0.0,
-        ge=0,
-        description="Adds this times KL(policy || initial), likewise; above 0 it keeps a copy of "
-        "the initial weights, except with LoRA. TRL's beta, verl's kl_loss_coef, which estimate it "
-        "from the sampled tokens.",
-    )
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is added."""
-        return self.entropy_coef > 0 or self.kl_coef > 0
 
 
 _ADAMW = {name: default_of(torch.optim.AdamW, name) for name in ("betas", "eps")}

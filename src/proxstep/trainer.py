@@ -20,14 +20,15 @@ from proxstep.clock import Clock
 from proxstep.config import Recipe
 from proxstep.data import Prompts
 from proxstep.errors import ProxstepError
-from proxstep.evaluation import Probe, greedy_score, initial_logits, kl_from_initial
+from proxstep.evaluation import Probe, greedy_score, kl_from_initial
 from proxstep.experience import Batch, collect
+from proxstep.generation import shortage
 from proxstep.interrupt import stop_on_signal
 from proxstep.isopo.summary import summary
 from proxstep.lm_head import check_chunkable
 from proxstep.models import autocast
 from proxstep.optimizers import make_optimizer
-from proxstep.regularizers import regularizer_loss
+from proxstep.penalties import loss_penalty
 from proxstep.rollout import Completions
 from proxstep.runfolder import RunFolder
 from proxstep.scores import Scores, score
@@ -88,6 +89,7 @@ class Trainer:
         self.clock = Clock(self.device)
         self.probe: Probe | None = None
         self.step, self.num_updates, self.num_sequences = 0, 0, 0
+        self._warned: set[str] = set()
 
     def run(self) -> str:
         """Train to the recipe's last step, or until somebody interrupts.
@@ -132,25 +134,38 @@ class Trainer:
         """Sample, reward and update once; return what was measured."""
         recipe = self.recipe
         # Everything random of a step follows from seed and step: a resumed run repeats it exactly.
+        # Which prompts are drawn follows from how many were, for a step can take several batches.
         torch.manual_seed(recipe.seed * 1_000_003 + self.step)
+        batch_size = recipe.rollout.num_prompts * recipe.rollout.num_generations
         batch, measured = collect(
             recipe,
             self.algorithm,
             self.model,
             self.tokenizer,
             self.train_prompts,
-            self.step,
+            self.num_sequences // batch_size,
             self.clock,
+            self.initial,
         )
-        self.num_sequences += recipe.rollout.num_prompts * recipe.rollout.num_generations
+        self.num_sequences += measured["generation_batches"] * batch_size
+        measured["skipped"] = int(batch is None)
+        self._warn("rollout", shortage(recipe, measured))
         if batch is not None:
             with self.clock.phase("update"):
                 measured |= self._update(batch)
+            measured |= self.algorithm.bounds(measured)
+            self._warn("objective", self.algorithm.warning(measured))
             if measured["advantage_range"] > 0:
                 half_range = measured["advantage_range"] / 2
                 measured["grad_response_efficiency"] = measured["grad_norm"] / half_range
         self.step += 1
         return {"step": self.step, **measured}
+
+    def _warn(self, about: str, text: str | None) -> None:
+        """Tell who watches what a step warns of, the first time for each of the subjects."""
+        if text is not None and about not in self._warned:
+            self._warned.add(about)
+            self.progress.note(text)
 
     def _update(self, batch: Batch) -> dict[str, Any]:
         """Take the recipe's optimizer steps on one batch."""
@@ -189,7 +204,7 @@ class Trainer:
             if scores.entropy_BT is not None:
                 measured.setdefault("entropy", []).append(scores.entropy_BT[response_BT])
             old_log_prob_BT = part.old_log_prob_BT
-            regularized = self.recipe.regularizer.active
+            regularized = self.recipe.regularizer.in_loss
             extra_loss = None
             if regularized and self.isopo is None:
                 extra_loss = self._regularizer_loss(scores, completions, num_tokens, taken)
@@ -206,6 +221,8 @@ class Trainer:
                 completion_mask=completions.response_BT,
                 groups=part.group_B,
                 sequence_keys=part.index_B,
+                importance_B=part.importance_B,
+                hyper=part.hyper,
             )
             if regularized and self.isopo is not None:
                 with self.isopo.off():
@@ -249,19 +266,8 @@ class Trainer:
         self, scores: Scores, completions: Completions, num_tokens: int, taken: dict[str, float]
     ) -> Tensor:
         """Return a microbatch's regularizer loss, and add its terms to what was taken."""
-        section, initial = self.recipe.regularizer, None
-        if section.kl_coef > 0:
-            temperature = self.recipe.rollout.temperature
-            with autocast(self.recipe, self.model):
-                initial = initial_logits(self.model, self.initial, completions, temperature)
-        assert scores.logits_BTV is not None  # the recipe's check: the head is full
-        loss, terms = regularizer_loss(
-            scores.logits_BTV,
-            initial,
-            completions.response_BT[:, 1:],
-            entropy_coef=section.entropy_coef,
-            kl_coef=section.kl_coef,
-            num_tokens=num_tokens,
+        loss, terms = loss_penalty(
+            self.recipe, self.model, self.initial, scores, completions, num_tokens
         )
         for name, value in terms.items():
             taken[f"regularizer/{name}"] += value

@@ -18,11 +18,17 @@ from proxstep.losses import (
     sequence_coefficients,
 )
 
-SEQUENCE_LEVEL = ("reinforce", "gspo", "opo")
+SEQUENCE_LEVEL = ("reinforce", "gspo", "opo", "rloo")
 VARIANTS = {
     "reinforce": [{}],
     "gspo": [{}, {"clip_ratio_low": 0.5, "clip_ratio_high": 0.5}],
-    "opo": [{}, {"surrogate": "ratio", "mu": 0.5}, {"length_normalize": True}],
+    "opo": [
+        {},
+        {"surrogate": "ratio", "mu": 0.5},
+        {"length_normalize": True},
+        {"form": "regression", "surrogate": "ratio"},
+    ],
+    "rloo": [{}],
 }
 
 
@@ -108,7 +114,7 @@ def test_a_clipped_sequence_has_coefficient_zero():
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in SEQUENCE_LEVEL])
 def test_a_token_level_objective_is_refused(name):
     with pytest.raises(
-        ProxstepError, match=rf"{name} is a token-level objective.*reinforce, gspo, opo"
+        ProxstepError, match=rf"{name} is a token-level objective.*reinforce, gspo, opo, rloo\."
     ):
         sequence_coefficients(LOSSES[name], *make_case(0).tensors)
 

@@ -33,8 +33,10 @@ HYPER = {
     "cispo": {"clip_ratio_low": 0.25, "clip_ratio_high": 0.35},
     "dro": {"beta": 0.7},
     "opo": {"mu": 1.3},
+    "dr-grpo": {"clip_ratio_low": 0.05, "clip_ratio_high": 0.25},
+    "rloo": {},
 }
-TOKEN_CLIPPED = ("grpo", "dapo")
+TOKEN_CLIPPED = ("grpo", "dapo", "dr-grpo")
 
 
 def token_values(name: str, case: Case, log_probs: torch.Tensor, hyper: dict) -> list[list[float]]:
@@ -52,7 +54,7 @@ def token_values(name: str, case: Case, log_probs: torch.Tensor, hyper: dict) ->
         delta = sum(n - o for n, o, m in zip(new, old, mask, strict=True) if m)
         row = []
         for t in range(log_probs.shape[1]):
-            if name == "reinforce":
+            if name in ("reinforce", "rloo"):
                 value = -advantage * new[t]
             elif name in TOKEN_CLIPPED:
                 rho = ratio(new[t], old[t])
@@ -74,9 +76,11 @@ def token_values(name: str, case: Case, log_probs: torch.Tensor, hyper: dict) ->
     return rows
 
 
-def oracle(name: str, case: Case, log_probs: torch.Tensor, mode: str, hyper: dict) -> float:
+def oracle(
+    name: str, case: Case, log_probs: torch.Tensor, mode: str, hyper: dict, max_length: int = 9
+) -> float:
     values = token_values(name, case, log_probs, hyper)
-    return loop_aggregate(values, case.response_mask, mode, max_length=9)
+    return loop_aggregate(values, case.response_mask, mode, max_length)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -104,18 +108,24 @@ def test_defaults_equal_the_formula_with_the_papers_values(name):
         "dro": ("token-mean", {"beta": 1.0}),
         "opo": (
             "seq-mean-token-mean",
-            {"mu": 1.0, "surrogate": "log", "length_normalize": False},
+            {"mu": 1.0, "surrogate": "log", "form": "work", "length_normalize": False},
         ),
+        "dr-grpo": (
+            "seq-mean-token-sum-norm",
+            {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2},
+        ),
+        "rloo": ("seq-mean-token-sum", {}),
     }
     mode, hyper = defaults[name]
     assert LOSSES[name].default_loss_agg_mode == mode
     assert LOSSES[name].hyper_parameters == hyper
     case = make_case(3)
     loss, _ = LOSSES[name].loss(*case.tensors)
-    assert_close(loss, oracle(name, case, case.log_probs, mode, hyper))
+    width = case.log_probs.shape[1]
+    assert_close(loss, oracle(name, case, case.log_probs, mode, hyper, max_length=width))
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("reinforce", "dro", "opo")])
+@pytest.mark.parametrize("name", [n for n in LOSSES if "clip_ratio_low" in HYPER[n]])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_at_ratio_one_a_clipped_objective_has_the_gradient_of_reinforce(name, seed, mode):
@@ -298,7 +308,7 @@ def test_dro_is_not_opo_for_longer_sequences(seed):
     assert not torch.allclose(dro, loss_and_gradient("opo", case)[1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "dapo"])  # dapo is grpo
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("dapo", "dr-grpo")])  # both grpo
 def test_wrong_inputs_are_refused(name):
     function = inspect.unwrap(LOSSES[name].loss)  # past the shape checks of the test suite
     log_probs, old, advantages, mask = make_case(0).tensors
@@ -314,7 +324,7 @@ def test_wrong_inputs_are_refused(name):
         function(log_probs[:, 0], old, advantages, mask)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr-grpo", "gspo", "cispo"])
 @pytest.mark.parametrize("argument", ["clip_ratio_low", "clip_ratio_high"])
 @pytest.mark.parametrize("value", [-0.1, float("nan")])
 def test_a_negative_clip_width_is_refused(name, argument, value):
@@ -339,6 +349,8 @@ def test_the_table_says_which_objectives_are_sequence_level():
         "cispo": "token",
         "dro": "token",
         "opo": "sequence",
+        "dr-grpo": "token",
+        "rloo": "sequence",
     }
     assert all(name == objective.name for name, objective in LOSSES.items())
 
@@ -347,3 +359,19 @@ def test_an_unknown_objective_names_the_nearest():
     assert find_objective("gspo") is LOSSES["gspo"]
     with pytest.raises(ProxstepError, match="'reinforce'"):
         find_objective("reinforc")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dr_grpo_divides_every_sequence_by_the_same_length(seed):
+    case = make_case(seed).on_policy()
+    aggregation = Aggregation("seq-mean-token-sum-norm", max_length=11)
+    loss, gradient, _ = loss_and_gradient("dr-grpo", case, aggregation=aggregation)
+    expected = loss_and_gradient(
+        "grpo", case, aggregation=Aggregation("seq-mean-token-sum"), **HYPER["grpo"]
+    )
+    assert_close(gradient, expected[1] / 11)
+    assert_close(loss, expected[0] / 11)
+
+
+def test_rloo_is_reinforce():
+    assert LOSSES["rloo"].loss is LOSSES["reinforce"].loss

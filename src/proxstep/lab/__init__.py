@@ -1,1 +1,1 @@
-"""Comparing algorithms: run folders, their statistics, their curves and the report page."""
+"""Comparing algorithms: runs with their statistics, curves and report page, and exact toys."""

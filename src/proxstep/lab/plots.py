@@ -31,7 +31,7 @@ _DASHES: tuple[LineStyleType, ...] = ("-", "--", ":")
 _MOST_POINTS_WITH_MARKERS = 15
 _LOG_SCALE_ABOVE_RATIO = 30.0
 _INK, _GRID = "#33383f", "#e3e6ea"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "text.color": _INK,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
@@ -165,7 +165,7 @@ def curve_svg(runs: Sequence[Run], chart: Chart) -> str:
     The element scales with its container, has text as text and says in its label how each curve
     ends. Its identifiers are salted with the field, so that charts of one page do not clash.
     """
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": chart.field}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": chart.field}):
         width, names = 4.2, list(by_algorithm(runs))
         num_rows = ceil(len(names) / _legend_columns(names, width))
         figure = Figure(figsize=(width, 2.9 + 0.2 * num_rows), layout="constrained")
@@ -182,7 +182,7 @@ def overview_figure(runs: Sequence[Run]) -> Figure:
 
     At `dpi=160` the text is still read easily where a README shows the picture at half its size.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(
             figsize=(10.5, 6.2), layout=ConstrainedLayoutEngine(wspace=0.05, hspace=0.04)
         )
@@ -251,7 +251,7 @@ def _legend_columns(names: Sequence[str], inches: float) -> int:
     >>> _legend_columns(["isopo-euclidean", "isopo-natural", "isopo-npg", "isopo"], inches=4.2)
     3
     """
-    ems = inches * 72 / _STYLE["font.size"]
+    ems = inches * 72 / STYLE["font.size"]
     for num_columns in range(len(names), 1, -1):
         columns = np.array_split(names, num_columns)
         if sum(4 + 0.6 * max(map(len, column)) for column in columns) <= ems:

@@ -16,18 +16,22 @@ from proxstep.losses.aggregate import (
 from proxstep.losses.cispo import cispo
 from proxstep.losses.composition import sequence_coefficients
 from proxstep.losses.dro import dro
+from proxstep.losses.escort import drive, escort_weights
 from proxstep.losses.gspo import gspo
+from proxstep.losses.importance import importance_weights
 from proxstep.losses.opo import (
-    adaptive_tau,
-    drive,
-    escort_weights,
+    auto_mu,
+    clip_target,
     opo,
     positivity,
     regression_target,
+    target_shares,
+    tv_bound,
 )
 from proxstep.losses.ppo import dapo, grpo
 from proxstep.losses.reinforce import reinforce
 from proxstep.losses.table import LOSSES, Objective, find_objective
+from proxstep.losses.temperature import adaptive_tau, entropy_proxy
 
 __all__ = [
     "LOSSES",
@@ -39,17 +43,23 @@ __all__ = [
     "Objective",
     "adaptive_tau",
     "aggregate",
+    "auto_mu",
     "cispo",
+    "clip_target",
     "dapo",
     "drive",
     "dro",
+    "entropy_proxy",
     "escort_weights",
     "find_objective",
     "grpo",
     "gspo",
+    "importance_weights",
     "opo",
     "positivity",
     "regression_target",
     "reinforce",
     "sequence_coefficients",
+    "target_shares",
+    "tv_bound",
 ]

@@ -38,6 +38,9 @@ class Aggregation:
         max_length: Divisor of seq-mean-token-sum-norm, in tokens: a constant of the run, such as
             max_completion_length. None means the width of the tensors at hand, which varies with
             padding.
+        sequence_weights: Multiplies each sequence's values, such as by how much likelier it was
+            under another policy than under the one that sampled it (`importance_weights`); None for
+            1. The counts stay as they are, and no gradient reaches the weights.
 
     Raises:
         ProxstepError: The mode is unknown or a count is below 1.
@@ -47,6 +50,7 @@ class Aggregation:
     num_sequences: int | None = None
     num_tokens: int | None = None
     max_length: int | None = None
+    sequence_weights: Float[Tensor, " batch"] | None = None
 
     def __post_init__(self) -> None:
         check_choice("loss_agg_mode", self.mode, LOSS_AGG_MODES)
@@ -74,6 +78,8 @@ def aggregate(
     seq-mean-token-mean:     sum_b (sum_t x_bt / length_b) / num_sequences
     seq-mean-token-sum-norm: sum_b (sum_t x_bt / max_length) / num_sequences
 
+    With the aggregation's sequence weights, every x_bt is w_b x_bt.
+
     Args:
         value_BT: One value per token position; anything, NaN included, where the mask is false.
         response_mask: True at the response's tokens. A sequence without any is not counted.
@@ -81,6 +87,9 @@ def aggregate(
 
     Returns:
         The scalar; 0 when no position counts.
+
+    Raises:
+        ProxstepError: The aggregation's sequence weights are not one per sequence.
 
     Source: arXiv 2402.03300, equation 3 (seq-mean-token-mean); arXiv 2503.14476, section 3.3
     (token-mean); arXiv 2503.20783, section 3.2 (seq-mean-token-sum-norm). Names and counts: verl
@@ -90,13 +99,25 @@ def aggregate(
     length_B = response_mask.sum(dim=-1)
     if mode == "token-mean":
         num_tokens = aggregation.num_tokens or length_B.sum().clamp(min=1)
-        return masked_sum(value_BT, response_mask).sum() / num_tokens
+        return _weighted(masked_sum(value_BT, response_mask), aggregation).sum() / num_tokens
     reduce = masked_mean if mode == "seq-mean-token-mean" else masked_sum
     num_sequences = aggregation.num_sequences or (length_B > 0).sum().clamp(min=1)
-    loss = reduce(value_BT, response_mask).sum() / num_sequences
+    loss = _weighted(reduce(value_BT, response_mask), aggregation).sum() / num_sequences
     if mode == "seq-mean-token-sum-norm":
         return loss / (aggregation.max_length or response_mask.shape[-1])
     return loss
+
+
+def _weighted(value_B: Tensor, aggregation: Aggregation) -> Tensor:
+    weight_B = aggregation.sequence_weights
+    if weight_B is None:
+        return value_B
+    if weight_B.shape != value_B.shape:
+        raise ProxstepError(
+            f"sequence_weights has shape {tuple(weight_B.shape)}; it must be "
+            f"{tuple(value_B.shape)}, one per sequence of the tensors at hand."
+        )
+    return weight_B.detach() * value_B
 
 
 def aggregate_sequences(

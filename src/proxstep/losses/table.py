@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from proxstep.losses.aggregate import Aggregation
 from proxstep.losses.checks import check_choice
 from proxstep.losses.cispo import cispo
 from proxstep.losses.dro import dro
@@ -20,6 +22,9 @@ from proxstep.types import Tensor
 @dataclass(frozen=True)
 class Objective:
     """An objective and what its users must know of it.
+
+    Objectives may share a loss: `rloo` is `reinforce`, and `dr-grpo` is `grpo` aggregated in its
+    own way, each with its paper's advantage as the default in its recipe section.
 
     Attributes:
         name: The name in recipes.
@@ -57,6 +62,9 @@ class Objective:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+# arXiv 2503.20783, section 3.2: a sum over tokens, over a constant, takes the length bias away.
+_DR_GRPO = partial(grpo, aggregation=Aggregation("seq-mean-token-sum-norm"))
+
 LOSSES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
@@ -67,6 +75,8 @@ LOSSES: dict[str, Objective] = {
         Objective("cispo", cispo, "token"),
         Objective("dro", dro, "token"),
         Objective("opo", opo, "sequence"),
+        Objective("dr-grpo", _DR_GRPO, "token"),
+        Objective("rloo", reinforce, "sequence"),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from proxstep.rewards.functions import completion_text, exact_match, numeric_answer
 from proxstep.rewards.numeric import final_number
+from proxstep.rewards.overlong import overlong_punishment
 from proxstep.rewards.registry import BUILTIN_REWARDS, RewardFunction, load_reward, reward_name
 from proxstep.rewards.scoring import RewardTable, check_rewards, score_completions
 
@@ -15,6 +16,7 @@ __all__ = [
     "final_number",
     "load_reward",
     "numeric_answer",
+    "overlong_punishment",
     "reward_name",
     "score_completions",
 ]
