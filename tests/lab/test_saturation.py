@@ -16,6 +16,7 @@ from proxstep.lab.saturation import (
     make_curves,
     objective_magnitude,
     pair_drives,
+    pair_magnitude,
     rate,
     sft_loss,
     trace,
@@ -126,6 +127,27 @@ def test_opo_in_the_logit_has_a_zero_and_falls_like_sft(surrogate):
     assert rate(one) == pytest.approx(-1, abs=1e-2)
 
 
+@pytest.mark.parametrize("z", LOGITS)
+def test_opo_over_both_outcomes_is_the_expectation_under_the_anchor(z):
+    p, (favored, disfavored) = sigmoid(z), pair_drives()
+    delta, other = math.log(2 * p), math.log(2 * (1 - p))
+    in_log = (MU * delta - favored) * (1 - p) - (MU * other - disfavored) * p
+    assert pair_magnitude("log", z) == pytest.approx(abs(in_log) / 2, rel=1e-12)
+    v = 2 * p - 1
+    in_ratio = 2 * p * (1 - p) * ((MU * v - favored) - (-MU * v - disfavored))
+    assert pair_magnitude("ratio", z) == pytest.approx(abs(in_ratio) / 2, rel=1e-9)
+
+
+def test_opo_over_both_outcomes_grows_linearly_in_the_logit():
+    slope, miss = fit_slope([(z, pair_magnitude("log", z)) for z in range(6, 16)])
+    assert slope == pytest.approx(MU / 2, rel=1e-2)
+    assert miss < 5e-3
+    grown = [pair_magnitude("log", z / 4) for z in range(4, 40)]
+    assert all(later > earlier for earlier, later in itertools.pairwise(grown))
+    in_ratio = Curve("", "", "z", lambda z: pair_magnitude("ratio", z))
+    assert rate(in_ratio) == pytest.approx(-1, abs=1e-2)
+
+
 def test_isopo_in_the_exact_metric():
     for z in (-3.0, -0.7, 0.0, 1.3, 4.0):
         p = sigmoid(z)
@@ -193,7 +215,7 @@ def test_the_page_shows_the_committed_table_and_it_is_current():
             now = one.magnitude(math.log(p / (1 - p)))
             assert row[f"p={p:g}"] == pytest.approx(now, rel=1e-4)
         numbers = [f"{row[f'p={p:g}']:.2g}" for p in toy_report.SHOWN_PROBS]
-        last = "-" if row["rate"] is None else f"{row['rate']:.2f}"
+        last = "-" if row["rate"] is None else f"{round(row['rate'], 2) + 0.0:.2f}"
         derivative = row["derivative"].replace("|", "\\|")
         cells = [one.name, derivative, one.settings, *numbers, last]
         assert f"| {' | '.join(cells)} |" in page

@@ -122,6 +122,30 @@ def objective_magnitude(
     return grad.abs().item()
 
 
+def pair_magnitude(surrogate: str, z: float) -> float:
+    """Return OPO's |dL/dz| in expectation over both outcomes, with the drives of `pair_drives`.
+
+    The anchor gives each of them 1/2, so that the loss's mean over the pair is the expectation in
+    equations 10 and 19. The logarithm of the other outcome's ratio is about -z: its square is what
+    keeps pulling back where the policy is confident.
+
+    Args:
+        surrogate: log or ratio.
+        z: The logit, in nats.
+
+    Returns:
+        The absolute value of the derivative.
+    """
+    leaf = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+    log_prob_BT = logsigmoid(torch.stack([leaf, -leaf]))[:, None]
+    anchor_BT = torch.full((2, 1), math.log(ANCHOR_PROB), dtype=torch.float64)
+    drive_B = torch.tensor(pair_drives(), dtype=torch.float64)
+    mask_BT = torch.ones(2, 1, dtype=torch.bool)
+    loss, _ = LOSSES["opo"].loss(log_prob_BT, anchor_BT, drive_B, mask_BT, surrogate=surrogate)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return grad.abs().item()
+
+
 def isopo_magnitude(preset: str, z: float) -> float:
     """Return the magnitude of REINFORCE's gradient in z after an isometric rule of ISOPO.
 
@@ -186,6 +210,7 @@ def make_curves() -> list[Curve]:
     return [
         *(Curve(name, _exact(name), "z", partial(isopo_magnitude, name)) for name in _ISOMETRIC),
         *opo,
+        Curve("opo, log, both", opo_settings, "z", partial(pair_magnitude, "log")),
         Curve("sft", "", "z", partial(logit_magnitude, sft_loss)),
         *dpo,
         *(

@@ -72,14 +72,14 @@ def _draw_confident(
         value_N = [max(value, _BELOW_THE_AXIS) for value in columns[curve.name]]
         _line(axes, columns["z"], value_N, looks[curve.name])
     axes.set_yscale("log")
-    axes.set_xlim(0, _logit(_TICKS[-1]))
+    axes.set_xlim(-0.2, _logit(_TICKS[-1]))
     axes.set_ylim(1e-5, 100)
     axes.set_yticks([float(text) for text in _MAGNITUDES], _MAGNITUDES)
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks([_logit(p) for p in _TICKS], [f"{p:g}" for p in _TICKS])
     axes.set_xlabel("confidence p, spaced by z")
     axes.set_title("(b) |dL/dz|, log scale")
-    axes.text(0.2, 30, "a vertical drop: exactly 0 from there on", fontsize=8)
+    axes.text(0.2, 30, "dashed vertical drop: exactly 0 from there on", fontsize=8)
 
 
 def bandit_figure(traces: Mapping[str, Sequence[Trace]]) -> Figure:

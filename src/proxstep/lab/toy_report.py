@@ -61,7 +61,7 @@ def saturation_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
     )
     for name, row in summary.items():
         numbers = [f"{row[f'p={p:g}']:.2g}" for p in SHOWN_PROBS]
-        rate = "-" if row["rate"] is None else f"{row['rate']:.2f}"
+        rate = "-" if row["rate"] is None else f"{round(row['rate'], 2) + 0.0:.2f}"
         table.add_row(*map(Text, (name, row["derivative"], row["settings"], *numbers, rate)))
     return table
 
