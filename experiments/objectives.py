@@ -1,6 +1,6 @@
 """Every objective on the arithmetic task: score, drift, entropy, gradients; five seeds each.
 
-    python experiments/objectives.py                # an hour on two cores
+    python experiments/objectives.py                # 25 minutes on two cores
     python experiments/objectives.py --table        # the table again, from the rows
 
 One recipe for all (recipes/arithmetic.yaml with four updates per rollout, so that ratios leave 1),
@@ -15,7 +15,6 @@ import argparse
 import datetime
 import itertools
 import json
-import math
 import random
 import statistics
 import tempfile
@@ -25,7 +24,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from proxstep.lab.compare import Job, run_jobs
 from proxstep.lab.runs import Run, load_run
@@ -74,7 +72,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 
 FIGURES = {
     "score": "score",
-    "KL(pi||pi_0)": "kl_policy_initial",
+    "KL(policy ‖ initial)": "kl_policy_initial",
     "entropy": "entropy",
     "grad norm": "grad_norm",
     "response efficiency": "grad_response_efficiency",
@@ -117,25 +115,22 @@ def measure(seeds: int, parallel: int, output: Path, console: Console) -> list[d
     ]
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return the rows' means with their intervals."""
-    table = Table(box=None)
-    table.add_column("", no_wrap=True)
-    table.add_column("worst seed", justify="right")
-    for heading in FIGURES:
-        table.add_column(heading, justify="right", no_wrap=True)
+def markdown_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows' means with their intervals as a table in Markdown."""
+    headings = ["", "worst seed", *FIGURES]
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     for name in dict.fromkeys(row["row"] for row in rows):
         own = [row for row in rows if row["row"] == name]
-        cells = []
+        cells = [name, f"{min(row['score'] for row in own):.3f}"]
         for key in FIGURES.values():
-            values = [row[key] for row in own if row[key] is not None and math.isfinite(row[key])]
-            if len(values) < len(own):
+            values = [row[key] for row in own if row[key] is not None]
+            if not values:
                 cells.append("")
                 continue
             low, high = interval(values)
             cells.append(f"{statistics.mean(values):.3f} [{low:.3f}, {high:.3f}]")
-        table.add_row(name, f"{min(row['score'] for row in own):.3f}", *cells)
-    return table
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -160,7 +155,7 @@ def main() -> None:
         ROWS.write_text(json.dumps(report, indent=1) + "\n")
     rows = json.loads(ROWS.read_text())["rows"]
     console.print(f"score before training: {rows[0]['start']:.3f}")
-    console.print(table_of(rows))
+    console.out(markdown_of(rows), highlight=False)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from experiments.objectives import VARIANTS, markdown_of
 
 from proxstep import cli
 from tests.isopo.test_install import IDS, log_probs
@@ -83,3 +85,9 @@ def test_make_targets_of_the_readme_exist() -> None:
     named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text()))
     assert named
     assert named <= targets
+
+
+def test_the_table_of_objectives_is_of_the_committed_rows() -> None:
+    rows = json.loads((ROOT / "experiments" / "objectives" / "rows.json").read_text())["rows"]
+    assert len(rows) == 5 * len(VARIANTS)
+    assert markdown_of(rows) in (ROOT / "docs" / "algorithms.md").read_text()
