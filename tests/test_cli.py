@@ -235,6 +235,7 @@ class TestMistakesOnTheCommandLine:
             (["toy", "bandit", "--out", "x", "--steps", "ten"], "value: 'ten'; see proxstep toy"),
             (["toy", "saturation", "--out", "x", "--steps", "3"], "'--steps' is not expected here"),
             (["toy", "saturation", "--out", "tiny.yaml"], "--out tiny.yaml: tiny.yaml is a file"),
+            (["toy", "bandit", "--out="], "--out: is empty; name a folder"),
             (["toy", "bandit", "--out", "tiny.yaml/x"], "--out tiny.yaml/x: tiny.yaml is a file"),
             ([], "the following arguments are required: command; see proxstep --help"),
         ],
@@ -554,7 +555,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> 
     out, err = capsys.readouterr()
     assert (stop.value.code, err) == (0, "")
     assert f"examples:\n  proxstep {command} " in out
-    assert ("--objective.mu 2.0" in out) == (command != "report")
+    assert ("--objective.alpha 0.2" in out) == (command != "report")
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -947,6 +948,15 @@ def test_a_toy_writes_its_files_and_prints_its_table(
     assert printed.endswith("done: new/deep\n")
     names = {f"{toy}.{ending}" for ending in ("png", "svg", "csv", "json")}
     assert {path.name for path in Path("new/deep").iterdir()} == names
+
+
+def test_a_toy_names_the_file_that_it_cannot_write(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxstep.lab.toy_report.LOGITS", (0.0, 1.0))
+    Path("taken/saturation.png").mkdir(parents=True)
+    assert cli.main(["toy", "saturation", "--out", "taken"]) == 2
+    assert "taken/saturation.png cannot be written (Is a directory)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("toy", ["saturation", "bandit"])

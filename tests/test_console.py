@@ -85,8 +85,9 @@ def test_plain_lines_have_no_codes_and_are_never_wrapped(pipe: Console) -> None:
     written = pipe.file.getvalue()
     assert "\x1b" not in written
     assert "\r" not in written
-    first, second, third = written.splitlines()
+    first, hint, second, third = written.splitlines()
     assert first == "isopo+opo on arithmetic, 40 steps"
+    assert "objective.mu changes nothing" in hint
     assert second == (
         "step 0  reward 0.500  greedy 0.250  KL(π‖π₀) 0.0123  KL(π₀‖π) 0.0543  entropy 1.234  "
         "|grad| 0.0123  length 4.2  s/step 0.13"
@@ -191,36 +192,46 @@ def test_a_note_during_the_run_stands_above_the_table() -> None:
     assert len(plain(console)) == len(written)
 
 
-CLIPPING = ["grpo", "dr-grpo", "dapo", "gspo", "cispo"]
+IDLE = {
+    **dict.fromkeys(("grpo", "dr-grpo", "dapo", "gspo", "cispo"), "clips nothing"),
+    "opo": "has no penalty to pay: objective.mu changes nothing",
+    "dro": "has no penalty to pay: objective.beta changes nothing",
+}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_one_update_per_rollout_clips_nothing(algorithm: str) -> None:
+def test_what_one_update_per_rollout_leaves_idle(algorithm: str) -> None:
     recipe = resolve({"algorithm": algorithm}, {}, "test")
-    if algorithm not in CLIPPING:
+    if algorithm not in IDLE:
         assert advice(recipe) == []
         return
     (line,) = advice(recipe)
-    assert f"every ratio is 1, so {algorithm} clips nothing" in line
+    assert f"every ratio is 1, so {algorithm} {IDLE[algorithm]}" in line
     for key in ("num_minibatches", "num_iterations"):
         assert advice(resolve({"algorithm": algorithm}, {"update": {key: 2}}, "test")) == []
 
 
 @pytest.mark.parametrize(
-    ("regularizer", "warned"),
+    ("algorithm", "regularizer", "warning"),
     [
-        ({"kl_coef": 0.1, "kl_estimator": "k1"}, True),
-        ({"kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "reward"}, False),
-        ({"kl_coef": 0.1, "kl_estimator": "k2"}, False),
-        ({"kl_coef": 0.0, "kl_estimator": "k1"}, False),
+        ("grpo", {"kl_coef": 0.1, "kl_estimator": "k1"}, "its expected gradient is 0"),
+        ("rloo", {"kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "reward"}, None),
+        (
+            "reinforce",
+            {"kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "reward"},
+            "the penalty alone is scaled up to a full advantage",
+        ),
+        ("reinforce", {"kl_coef": 0.1, "kl_estimator": "k2"}, None),
     ],
 )
-def test_a_penalty_without_a_gradient_is_named(regularizer: Any, warned: bool) -> None:
-    data = {"algorithm": "grpo", "regularizer": regularizer}
+def test_a_penalty_that_misleads_is_named(
+    algorithm: str, regularizer: Any, warning: str | None
+) -> None:
+    data = {"algorithm": algorithm, "regularizer": regularizer, "update": {"num_iterations": 2}}
     console = Console(file=io.StringIO(), width=40)
     make_progress(console).begin(resolve(data, {"steps": 7}, "test"))
     assert isinstance(console.file, io.StringIO)
     first, *lines = console.file.getvalue().splitlines()
     assert first.endswith("7 steps")
-    assert len(lines) == 1 + warned
-    assert ("its expected gradient is 0" in lines[-1]) == warned
+    assert [warning is not None and warning in line for line in lines] == [True] * len(lines)
+    assert len(lines) == (warning is not None)

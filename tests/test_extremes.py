@@ -108,6 +108,16 @@ def test_rewards_that_are_no_numbers_skip_the_step(tmp_path: Path, algorithm: st
     check_finite(made, record)
 
 
+def test_one_completion_left_in_all_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    alone = {"num_prompts": 8, "num_generations": 1, "max_completion_length": 3}
+    objective = {"advantage": "batch-normalized"}
+    made = trainer(tmp_path, "reinforce", rollout=alone, objective=objective)
+    with_reward(made, spread)
+    made._train_step()
+    with_reward(made, graded(lambda index: 1.0 if index == 0 else None))
+    check_skipped(made)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_few_of_them_are_left_out(tmp_path: Path, algorithm: str) -> None:
     """The last completion of each group has none; each group's is missing in a way of its own."""

@@ -148,7 +148,8 @@ def test_a_step_learns_from_what_there_is_and_says_so_once(tmp_path: Path) -> No
     assert made.num_updates == sum(found)  # a minibatch has at least one group
     assert isinstance(made.progress, Silent)
     (note,) = made.progress.notes
-    assert note.startswith(f"2 generation batches gave {found[0]} prompts whose rewards differ ")
+    assert note.startswith(f"generation batches: 2, prompts whose rewards differ: {found[0]} ")
+    assert ("the step learns from those alone" if found[0] else "the step is skipped") in note
     assert "raise rollout.dynamic_sampling_max_batches" in note
 
 

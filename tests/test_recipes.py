@@ -569,6 +569,9 @@ def test_a_choice_of_types_is_named_without_their_names_in_python() -> None:
     message = mistake(data)
     assert message.startswith("model.lora.target_modules[1]: input should be a valid string, got 3")
     assert "list[str]" not in message
+    message = mistake({"algorithm": "opo", "objective": {"mu": "abc"}})
+    assert message.startswith("objective.mu: input should be a valid number")
+    assert message.endswith("or input should be 'auto', got 'abc'")
 
 
 # What does not go together
@@ -722,9 +725,17 @@ def test_a_group_of_one_is_fine_with_the_batch_as_its_group() -> None:
             "take regularizer.kl_estimator k2",
         ),
         (
-            {"algorithm": "grpo", "regularizer": {"kl_in": "reward"}},
+            {"algorithm": "grpo", "regularizer": {"kl_coef": 0.1, "kl_in": "reward"}},
             "regularizer.kl_in reward needs a regularizer.kl_estimator that depends on the sampled "
             "token, or its last token's choice would cost nothing: use k1",
+        ),
+        (
+            {"algorithm": "grpo", "regularizer": {"kl_estimator": "k3"}},
+            "regularizer.kl_estimator is of a divergence that regularizer.kl_coef 0 does not price",
+        ),
+        (
+            {"algorithm": "dapo", "rollout": {"overlong_penalty": 2.0}},
+            "rollout.overlong_penalty is the largest punishment within rollout.overlong_buffer",
         ),
         (
             {"algorithm": "dapo", "rollout": {"overlong_buffer": 65}},

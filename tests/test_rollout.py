@@ -160,6 +160,8 @@ def test_minibatches_keep_groups_whole_and_microbatches_keep_order(policy) -> No
     batch = Batch(completions, signal, group, torch.arange(len(group)), old)
     parts = list(batch.minibatches(2))
     assert [p.group_B.unique().tolist() for p in parts] == [[0, 1], [2, 3]]
+    sizes = [[len(p.group_B.unique()) for p in batch.minibatches(n)] for n in (3, 4, 5)]
+    assert sizes == [[2, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]  # as equal as can be, none empty
     micro = [m for p in parts for m in p.microbatches(3)]
     assert torch.cat([m.signal_B for m in micro]).tolist() == signal.tolist()
     assert [len(m) for m in micro] == [3, 2, 3, 1, 3]  # group 2 is too large, group 3 stays whole

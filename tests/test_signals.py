@@ -365,6 +365,13 @@ def test_the_warning_names_the_key_and_the_remedy() -> None:
     assert algorithm(anchor_correction="sequence").warning({}) is None
 
 
+def test_a_loss_that_importance_weights_shrink_is_named() -> None:
+    text = algorithm().warning({"objective/importance_mean": 0.05})
+    assert text is not None
+    assert text.startswith("rollout.importance_cap: the mean importance weight is 0.05")
+    assert algorithm().warning({"objective/importance_mean": 0.1}) is None
+
+
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "dr-grpo", "opo", "isopo+opo"])
 def test_a_truncated_sampler_is_corrected(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

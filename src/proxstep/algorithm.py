@@ -19,6 +19,8 @@ from proxstep.objective_sections import OpoSection
 from proxstep.signals import Anchor, Signal, opo_signal
 from proxstep.types import Bool, Float, Int, Tensor
 
+_LEAST_IMPORTANCE = 0.1
+
 Metrics = dict[str, Float[Tensor, " batch"]]
 
 
@@ -82,17 +84,23 @@ class Algorithm:
 
     def warning(self, measured: Mapping[str, Any]) -> str | None:
         """Return what a step's measurements warn of, if anything."""
-        section = self._section
+        section, mean = self._section, measured.get("objective/importance_mean")
+        if mean is not None and mean < _LEAST_IMPORTANCE:
+            return (
+                f"rollout.importance_cap: the mean importance weight is {mean:.2g}, and the loss "
+                "shrinks with it: the sampler and the anchor are far apart. Raise rollout.top_p "
+                "and lift rollout.top_k, whose cuts multiply over a completion's tokens, or leave "
+                "rollout.importance_cap out"
+            )
         if not isinstance(section, OpoSection) or section.anchor_correction != "sequence":
             return None
         size = measured.get("objective/effective_sample_size_min")
         if size is None or size >= 2:
             return None
         return (
-            "objective.anchor_correction sequence: one completion has nearly all of its prompt's "
-            f"weight (objective/effective_sample_size_min is {size:.2f}): log-probabilities "
-            "of whole sequences differ by many nats. Use absorbed or length, or raise "
-            "objective.alpha"
+            "objective.anchor_correction sequence: one completion has most of its prompt's weight "
+            f"(objective/effective_sample_size_min is {size:.2f}): the least likely one, right or "
+            "wrong. Use absorbed or length, or raise objective.alpha"
         )
 
     def backward(

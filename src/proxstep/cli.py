@@ -20,7 +20,7 @@ from proxstep.lab.toy import add_toys, run_toy
 
 OVERRIDES = """\
 Any key of the recipe can follow as --key value, with dots for sections and YAML for values:
-  --algorithm opo --objective.mu 2.0 --optimizer.learning_rate 1e-5 --rollout.num_generations 16
+  --algorithm opo --objective.alpha 0.2 --optimizer.learning_rate 1e-5 --rollout.num_generations 16
 `proxstep train --keys` lists all of them with their defaults.
 """
 EXAMPLES = {

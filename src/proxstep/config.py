@@ -61,6 +61,11 @@ def undefined_composition(rule: str, objective: str) -> str | None:
     )
 
 
+def _chosen(section: Section, name: str) -> bool:
+    """Whether a key has another value than its default."""
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
 _COMPARES = tuple(name for name in ADVANTAGES if name != "batch-normalized")
 
 
@@ -131,7 +136,7 @@ class Recipe(Section):
                 )
             return self
         for name in ("tau_min", "tau_max", "tau_entropy_coef", "tau_confidence_coef"):
-            if getattr(section, name) != OpoSection.model_fields[name].default:
+            if _chosen(section, name):
                 raise ValueError(
                     f"objective.{name} is of the adaptive temperature: add objective.adaptive_tau "
                     "true, or leave it out"
@@ -146,6 +151,17 @@ class Recipe(Section):
                 f"rollout.overlong_buffer {rollout.overlong_buffer} is longer than a completion "
                 f"can be (rollout.max_completion_length {longest}): lower it"
             )
+        if rollout.overlong_buffer is None and _chosen(rollout, "overlong_penalty"):
+            raise ValueError(
+                "rollout.overlong_penalty is the largest punishment within "
+                "rollout.overlong_buffer, which is null: give a number of tokens"
+            )
+        for name in ("kl_estimator", "kl_in"):
+            if self.regularizer.kl_coef == 0 and _chosen(self.regularizer, name):
+                raise ValueError(
+                    f"regularizer.{name} is of a divergence that regularizer.kl_coef 0 does not "
+                    "price: raise kl_coef, or leave it out"
+                )
         if rollout.dynamic_sampling_max_batches is not None and rollout.num_generations == 1:
             raise ValueError(
                 "rollout.dynamic_sampling_max_batches looks for completions of a prompt with "

@@ -25,17 +25,28 @@ COLUMNS: dict[str, tuple[str, str]] = {
 }
 """Field of the metrics: heading and format; π is the policy, π₀ the initial one."""
 NUM_SHOWN = 12
+PENALIZED = {"opo": "objective.mu", "dro": "objective.beta"}
+"""Objectives with a penalty on the distance to the anchor, and the key of its weight."""
 
 
 def advice(recipe: Recipe) -> list[str]:
     """Return what a reader of the run should know of its recipe beforehand, a line for each."""
     update, regularizer = recipe.update, recipe.regularizer
     lines = []
-    clips = hasattr(recipe.objective, "clip_ratio_high")
-    if clips and update.num_minibatches * update.num_iterations == 1:
+    name = recipe.objective.name
+    idle = "clips nothing" if hasattr(recipe.objective, "clip_ratio_high") else None
+    if name in PENALIZED:
+        idle = f"has no penalty to pay: {PENALIZED[name]} changes nothing"
+    if idle and update.num_minibatches * update.num_iterations == 1:
         lines.append(
-            f"one update per rollout: every ratio is 1, so {recipe.objective.name} clips nothing "
+            f"one update per rollout: every ratio is 1, so {name} {idle} "
             "(raise update.num_minibatches or update.num_iterations)"
+        )
+    if regularizer.in_reward and recipe.objective.advantage in ("group-zscore", "batch-normalized"):
+        lines.append(
+            f"regularizer.kl_in reward under {recipe.objective.advantage}: where the rewards are "
+            "equal the penalty alone is scaled up to a full advantage, whatever its kl_coef (use "
+            "group-centered or leave-one-out advantages, or rollout.dynamic_sampling_max_batches)"
         )
     if regularizer.in_loss and regularizer.kl_coef > 0 and regularizer.kl_estimator == "k1":
         lines.append(

@@ -52,9 +52,10 @@ class Batch:
         return len(self.completions)
 
     def minibatches(self, number: int) -> Iterator[Batch]:
-        """Yield that many parts, each of whole groups, in order."""
-        for groups in self.group_B.unique().chunk(number):
-            yield self.rows(torch.isin(self.group_B, groups).nonzero().squeeze(1))
+        """Yield that many parts of nearly equal size, each of whole groups; fewer if need be."""
+        for groups in self.group_B.unique().tensor_split(number):
+            if len(groups):
+                yield self.rows(torch.isin(self.group_B, groups).nonzero().squeeze(1))
 
     def microbatches(self, size: int | None) -> Iterator[Batch]:
         """Yield parts of at most `size` rows, in order, without columns of padding.
@@ -159,6 +160,8 @@ def _chosen(recipe: Recipe, graded: Graded) -> Tensor:
     """Return the rows of the completions whose rewards become advantages."""
     section = recipe.rollout
     kept = _with_reward(graded.reward_B, graded.group_B, minimum=min(2, section.num_generations))
+    if len(kept) < 2:  # nothing to be compared with
+        return kept[:0]
     if section.dynamic_sampling_max_batches is None:
         return kept
     informative = informative_groups(graded.reward_B, graded.group_B)[: section.num_prompts]

@@ -85,8 +85,12 @@ def explain(error: ValidationError, source: str) -> str:
         elif detail["type"] in ("model_type", "model_attributes_type", "union_tag_not_found"):
             lines[key] = f"{key}: expected keys and values, got {detail['input']!r:.80}"
         else:
-            said = f"{key}: {problem[0].lower()}{problem[1:]}, got {detail['input']!r:.80}"
-            lines.setdefault(key, said)
+            problem = f"{problem[0].lower()}{problem[1:]}"
+            got = f", got {detail['input']!r:.80}"
+            if detail["type"] == "literal_error" and lines.get(key, "").endswith(got):
+                lines[key] = lines[key].removesuffix(got) + f", or {problem}{got}"
+            else:
+                lines.setdefault(key, f"{key}: {problem}{got}")
     return f"{source}: " + "\n  ".join(lines.values())
 
 

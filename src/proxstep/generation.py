@@ -123,9 +123,10 @@ def shortage(recipe: Recipe, measured: Mapping[str, Any]) -> str | None:
     found = round(measured["frac_informative_groups"] * batches * section.num_prompts)
     if section.dynamic_sampling_max_batches is None or found >= section.num_prompts:
         return None
+    rest = "the step learns from those alone" if found else "the step is skipped"
     return (
-        f"{batches} generation batches gave {found} prompts whose rewards differ instead of "
-        f"{section.num_prompts}, and the step learns from those alone: raise "
+        f"generation batches: {batches}, prompts whose rewards differ: {found} instead of "
+        f"{section.num_prompts}, and {rest}: raise "
         "rollout.dynamic_sampling_max_batches, or take prompts that are neither too easy nor too "
         "hard. It may happen again; watch frac_informative_groups"
     )

@@ -137,7 +137,7 @@ class OpoSection(_Objective):
     )
     tau: float = Field(
         default=default_of(escort_weights, "tau"),
-        gt=0,
+        ge=1e-6,
         description="Temperature of the advantage in the escort weight.",
     )
     adaptive_tau: bool = Field(
@@ -147,7 +147,7 @@ class OpoSection(_Objective):
     )
     tau_min: float = Field(
         default=default_of(adaptive_tau_rule, "low"),
-        gt=0,
+        ge=1e-6,
         description="adaptive_tau: the smallest.",
     )
     tau_max: float = Field(
@@ -169,7 +169,7 @@ class OpoSection(_Objective):
     mu: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default=default_of(LOSSES["opo"].loss, "mu"),
         description='Curvature of the chi-square penalty; "auto" is the largest drive of the '
-        "rollout, at least 1, so that no target asks for a negative probability.",
+        "rollout, at least 1: no target is more than one anchor's probability away.",
     )
     target_min: float | None = Field(
         default=None,

@@ -24,6 +24,7 @@ class RegularizerSection(Section):
     kl_coef: float = Field(
         default=0.0,
         ge=0,
+        le=1e6,
         description="Price of a nat of KL(policy || initial); above 0 it keeps a copy of the "
         "initial weights, except with LoRA. TRL's beta, verl's kl_loss_coef.",
     )

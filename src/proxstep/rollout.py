@@ -193,8 +193,7 @@ class _Recorder:
         self._look_up(token_BT)
         log_prob_BT = torch.zeros(response_BT.shape, device=token_BT.device)
         for column, log_prob_B in self._log_probs.items():
-            if column < token_BT.shape[1]:  # generate may step on before it sees the end
-                log_prob_BT[:, column - 1] = log_prob_B
+            log_prob_BT[:, column - 1] = log_prob_B
         return log_prob_BT.masked_fill(~response_BT, 0.0)
 
     def _look_up(self, token_BT: Tensor) -> None:

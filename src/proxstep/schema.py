@@ -60,8 +60,9 @@ PREFIXES: dict[str, str] = {
     "rewards/": "Mean of one reward function over the step's completions: rewards/NAME. Likewise "
     "what is added to the reward: rewards/overlong for length and, over the completions that have "
     "an advantage, rewards/kl for divergence from the initial policy.",
-    "objective/": "What the objective reports, averaged over sequences and updates: clip_ratio, "
-    "ratio, ...",
+    "objective/": "What the objective reports. Of each update, averaged over sequences and "
+    "updates: clip_ratio, ratio, kl_old_policy, abs_delta, chi_square, ... Of the rollout: "
+    "effective_sample_size, mu, tau, importance_mean, ... docs/algorithms.md has OPO's.",
     "regularizer/": "The regularizer's terms in nats per completion token, averaged over updates: "
     "entropy and kl (of the policy from the initial one) before their coefficients, and loss.",
     "geometry/": "What ISOPO reports, averaged over layers and updates: weight_spread, ...",

@@ -243,12 +243,15 @@ class RolloutSection(Section):
     overlong_penalty: float = Field(
         default=default_of(overlong_punishment, "penalty"),
         ge=0,
+        le=1e6,
         description="Largest such punishment, in reward units. verl's penalty_factor.",
     )
     importance_cap: float | None = Field(
         default=None,
         gt=0,
-        description="Truncates pi_anchor/pi_sampler per sequence; null for no correction.",
+        description="Weights each sequence's loss with pi_anchor/pi_sampler, at most this (TRL's "
+        "vllm_importance_sampling_cap, verl's rollout importance sampling, per sequence); null for "
+        "no correction.",
     )
 
 

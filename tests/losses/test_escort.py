@@ -248,3 +248,9 @@ def test_an_empty_completion_has_correction_zero_per_token():
         anchor_correction="length",
     )
     assert weight_B.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("alpha", [0.4, 1.0])
+def test_a_temperature_too_small_for_its_advantages_is_named(alpha: float) -> None:
+    with pytest.raises(ProxstepError, match="advantages / tau"):
+        escort_weights(torch.tensor([1.0, -1.0]), torch.tensor([0, 0]), alpha=alpha, tau=1e-40)

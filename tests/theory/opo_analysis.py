@@ -36,7 +36,8 @@ NEWTON = ("theory.surrogate._wright_omega", "(log_w + w - value_V)", "(log_w - v
     holds=CORRECTED,
     remark="E[v] = 0 but E[Delta] = -KL(pi_k, pi): the drive omega, as printed, adds KL(pi_k, pi), "
     "that is 1 to the curvature, and the optimum is (omega - 1) / (mu + 1) to first order. The "
-    "drive omega - 1 gives theorem 4.3's (omega - 1) / mu and is proxstep's default.",
+    "drive omega - 1 gives theorem 4.3's (omega - 1) / mu, to first order too, and is proxstep's "
+    "default.",
 )
 def log_surrogate(seed: int) -> None:
     case = Case(seed)

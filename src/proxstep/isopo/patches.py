@@ -60,12 +60,9 @@ class Site:
         return type(None), ()
 
 
+# A patched module's attribute, not one dictionary of all: torch.compile would guard that one by the
+# order of its keys, which changes when another model is freed.
 SITE = "_proxstep_site"
-"""Attribute of a patched module with its `Site`.
-
-Not a dictionary of all patched modules: torch.compile guards such a one by the order of its keys,
-which changes when another model is freed.
-"""
 
 
 def owner_of(module: nn.Module) -> tuple[Owner, Site] | None:

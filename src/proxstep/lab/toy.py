@@ -42,7 +42,7 @@ def add_toys(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         toy.add_argument(
-            "--out", type=Path, required=True, metavar="DIR", help="folder of the files"
+            "--out", type=_folder, required=True, metavar="DIR", help="folder of the files"
         )
         if name == "bandit":
             toy.add_argument(
@@ -59,6 +59,12 @@ def add_toys(parser: argparse.ArgumentParser) -> None:
                 metavar="N",
                 help="updates of each method (default: %(default)s)",
             )
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a folder")
+    return Path(text)
 
 
 def run_toy(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
@@ -93,9 +99,14 @@ def run_toy(arguments: argparse.Namespace, overrides: list[tuple[str, str]], con
         raise ProxstepError(f"--out {folder} cannot be written; choose another folder")
     from proxstep.lab.toy_report import report_bandit, report_saturation
 
-    if arguments.toy == "bandit":
-        report_bandit(folder, console, num_seeds=arguments.seeds, steps=arguments.steps)
-    else:
-        report_saturation(folder, console)
+    try:
+        if arguments.toy == "bandit":
+            report_bandit(folder, console, num_seeds=arguments.seeds, steps=arguments.steps)
+        else:
+            report_saturation(folder, console)
+    except OSError as error:
+        raise ProxstepError(
+            f"{error.filename} cannot be written ({error.strerror}); choose another --out"
+        ) from None
     console.out(f"done: {folder}")
     return 0

@@ -84,7 +84,9 @@ def escort_weights(
     _check_importance(importance)
     correction_B = _anchor_correction(anchor_correction, anchor_sequence_log_probs, lengths)
     groups = _groups(group_ids, normalize)
-    exponent_B = (1 - alpha) * (advantages.detach() / tau - correction_B)
+    tilt_B = advantages.detach() / tau
+    check_finite("advantages / tau", tilt_B)
+    exponent_B = (1 - alpha) * (tilt_B - correction_B)
     unnormalized_B = (exponent_B - groups.max(exponent_B)[groups.index_B]).exp()
     weight_B = unnormalized_B / _mean(unnormalized_B, groups, importance)[groups.index_B]
     share_B = weight_B if importance is None else importance * weight_B
