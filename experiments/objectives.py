@@ -15,7 +15,6 @@ import argparse
 import datetime
 import itertools
 import json
-import random
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -95,9 +94,12 @@ def figures_of(run: Run) -> dict[str, float | None]:
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """Return the 95 % percentile-bootstrap interval of a mean."""
-    draw = random.Random(seed)
-    means = sorted(statistics.mean(draw.choices(values, k=len(values))) for _ in range(10_000))
-    return means[249], means[9749]
+    value_N = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    drawn_RN = torch.randint(len(values), (10_000, len(values)), generator=generator)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = value_N[drawn_RN].mean(1).quantile(ends).tolist()
+    return low, high
 
 
 def measure(seeds: int, parallel: int, output: Path, console: Console) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ def forward_with_head(
         calls.append(hidden_BTD.shape[:2])
         return head_forward(hidden_BTD)
 
-    with _head_computes(head, observed):
+    with head_computes(head, observed):
         out = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -285,8 +285,13 @@ def _spread(value_N: Tensor, chosen_BT: Tensor) -> Tensor:
 
 
 @contextmanager
-def _head_computes(head: nn.Linear, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the layer's forward on the instance, and put back what was there."""
+def head_computes(head: nn.Linear, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the layer's forward on the instance, and put back what was there.
+
+    Args:
+        head: The output layer.
+        function: What it computes meanwhile, from its inputs (batch, tokens, features).
+    """
     before = {name: value for name, value in vars(head).items() if name == "forward"}
     vars(head)["forward"] = function
     try:

@@ -30,7 +30,7 @@ from proxstep.isopo.drawing import Drawing, OverlapPositions, OverlapSource
 from proxstep.isopo.forms import MEMORY_BUDGET
 from proxstep.isopo.layout import make_layout
 from proxstep.isopo.memory import Memory
-from proxstep.isopo.microbatch import Microbatch, PlainSum
+from proxstep.isopo.microbatch import Microbatch, PlainSum, check_coefficients
 from proxstep.isopo.ops import OWNERS, UNBOUND, Sink
 from proxstep.isopo.patches import unpatch
 from proxstep.isopo.trailing import TrailingMeans
@@ -166,7 +166,8 @@ class Isopo:
                 padded batch row b is sequence b; packed rows hold several.
             coefficients: One number per sequence, with any normalization already in it: 1 / number
                 of sequences of the optimizer step, on all ranks; times the number of ranks where
-                gradients are averaged over them, as DDP and FSDP2 do by default.
+                gradients are averaged over them, as DDP and FSDP2 do by default. Where they follow
+                from the forward, pass zeros and call `Microbatch.set_coefficients`.
             completion_mask: True at completion positions; needed where overlap_positions is
                 "completion".
             groups: Each sequence's prompt, for the natural rule's interact="group" and for the
@@ -187,7 +188,7 @@ class Isopo:
             raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
         check_coverage(self.model, self._modules)
         self._check_step_was_called()
-        _check_coefficients(coefficients)
+        check_coefficients(coefficients)
         layout = make_layout(sequence_ids, len(coefficients))
         sequences = Sequences(coefficients.detach(), groups, dict(fisher_squares or {}))
         self._check_sequences(sequences)
@@ -349,8 +350,3 @@ def _as_rule(rule: str | Rule) -> Rule:
 def _check_choice(name: str, value: object, literal: Any) -> None:
     if value not in get_args(literal):
         raise ProxstepError(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
-
-
-def _check_coefficients(coefficients: Tensor) -> None:
-    if coefficients.dim() != 1 or not torch.isfinite(coefficients).all():
-        raise ProxstepError("coefficients must be one finite number per sequence")

@@ -5,6 +5,10 @@ Legend for shape suffixes: B sequences of the microbatch.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from proxstep.errors import ProxstepError
 from proxstep.isopo.forms import Needs
 from proxstep.isopo.layers import OuterGradients, PositionGradients
@@ -44,6 +48,18 @@ class Microbatch:
         self.reduced: set[str] = set()
         self._settings, self._trailing = settings, trailing
         self._memory, self._log = memory, log
+
+    def set_coefficients(self, coefficients: Float[Tensor, " batch"]) -> None:
+        """Replace the coefficients, where they follow from the forward itself; before backward.
+
+        Raises:
+            ProxstepError: If they are not one finite number per sequence, or a parameter was
+                back-propagated with the earlier ones.
+        """
+        check_coefficients(coefficients, len(self.sequences.coefficient_B))
+        if self.reduced:
+            raise ProxstepError("set_coefficients() came after backward: call it before")
+        self.sequences = replace(self.sequences, coefficient_B=coefficients.detach())
 
     def select(self, key: str, value: Tensor) -> Tensor:
         """Flatten (..., features) to (positions, features), in the layout's order.
@@ -149,6 +165,13 @@ class PlainSum:
 
 
 Sink = Microbatch | PlainSum
+
+
+def check_coefficients(coefficients: Tensor, count: int | None = None) -> None:
+    """Raise ProxstepError unless they are one finite number per sequence."""
+    fits = coefficients.dim() == 1 and count in (None, len(coefficients))
+    if not fits or not torch.isfinite(coefficients).all():
+        raise ProxstepError("coefficients must be one finite number per sequence")
 
 
 def _refuse_scale(grad: Tensor) -> None:

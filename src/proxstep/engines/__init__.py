@@ -1,0 +1,1 @@
+"""Engines that run ISOPO and OPO inside other libraries' trainers."""

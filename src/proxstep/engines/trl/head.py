@@ -1,0 +1,118 @@
+"""TRL's fused output layer, with the head's gradient under ISOPO's rule.
+
+TRL computes log-probabilities from the hidden states and the head's weight, past the head's
+forward. Where the weight is trained, that would leave its gradient plain; here the same call gives
+the transformed one: in chunks where the rule and the model allow it, else from all logits.
+
+Legend for shape suffixes: B sequences, T token positions, N scored positions, D features, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from proxstep.errors import ProxstepError
+from proxstep.isopo.head import head_log_probs
+from proxstep.isopo.patches import owner_of
+from proxstep.lm_head import check_chunkable, head_computes, output_head
+from proxstep.metrics import entropy, token_log_probs
+from proxstep.types import Tensor
+
+_IGNORED = -100
+
+
+def transform_head(core: Any, temperature: float, *, needs_kernel: bool) -> tuple[int, str]:
+    """Put the model's fused output layer under the rule of the `Isopo` that is installed on it.
+
+    Args:
+        core: The transformers model, with TRL's fused head already on it.
+        temperature: Of the sampling.
+        needs_kernel: Whether the rule needs the head's kernel, which a chunked head does not form.
+
+    Returns:
+        What was done, for the log, and at which level: a warning where it costs memory.
+
+    Raises:
+        ProxstepError: If the output layer is not a plain linear one.
+    """
+    if not core.get_output_embeddings().weight.requires_grad:
+        return logging.INFO, "the output layer is frozen: TRL's fused one is used as it is"
+    head, fused = output_head(core), core.forward
+    reason = "the rule needs its kernel" if needs_kernel else _not_chunkable(core, head)
+    score = _full if reason else _chunked
+
+    @functools.wraps(fused)  # generate() looks at the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("fused_lm_head") or owner_of(head) is None:
+            return fused(*args, **kwargs)
+        del kwargs["fused_lm_head"]
+        labels_BT = kwargs.pop("labels")
+        kwargs["use_cache"] = False
+        return score(functools.partial(fused, *args, **kwargs), head, labels_BT, temperature)
+
+    core.forward = types.MethodType(forward, core)
+    if reason:
+        text = f"the output layer is transformed from all logits, in T x V memory: {reason}"
+        return logging.WARNING, text
+    return logging.INFO, "the output layer is transformed in chunks, in place of TRL's fused one"
+
+
+def _not_chunkable(core: Any, head: nn.Linear) -> str:
+    if head.bias is not None and head.bias.requires_grad:
+        return "it has a trained bias"
+    try:
+        check_chunkable(core)
+    except ProxstepError as error:
+        return str(error)
+    return ""
+
+
+def _chunked(forward: Any, head: nn.Linear, labels_BT: Tensor, temperature: float) -> Any:
+    """Score the labels a chunk of positions at a time, inside the output layer's call."""
+    scored_BT = labels_BT[:, 1:] != _IGNORED
+    index_BT = torch.arange(labels_BT.numel(), device=labels_BT.device).view_as(labels_BT)
+    entropies: list[Tensor] = []
+
+    def score(hidden_BTD: Tensor) -> Tensor:
+        scores = head_log_probs(
+            head,
+            hidden_BTD[:, :-1][scored_BT],
+            labels_BT[:, 1:][scored_BT],
+            index_BT[:, :-1][scored_BT],
+            temperature=temperature,
+            with_entropy=True,
+        )
+        entropies.append(_spread(scores[1], scored_BT))
+        return _spread(scores[0], scored_BT)
+
+    with head_computes(head, score):
+        log_prob_BT = forward().logits
+    return _output(log_prob_BT, entropies[0], scored_BT)
+
+
+def _full(forward: Any, head: nn.Linear, labels_BT: Tensor, temperature: float) -> Any:
+    """Score the labels from all positions' logits, which come out of the output layer's forward."""
+    del head
+    scored_BT = labels_BT[:, 1:] != _IGNORED
+    logits_NV = forward().logits[:, :-1][scored_BT] / temperature
+    log_prob_N = token_log_probs(logits_NV[None], labels_BT[:, 1:][scored_BT][None])[0]
+    entropy_N = entropy(logits_NV.detach()[None])[0]
+    return _output(_spread(log_prob_N, scored_BT), _spread(entropy_N, scored_BT), scored_BT)
+
+
+def _output(log_prob_BT: Tensor, entropy_BT: Tensor, scored_BT: Tensor) -> FusedCausalLMOutput:
+    return FusedCausalLMOutput(log_probs=log_prob_BT, entropy=entropy_BT, label_mask=scored_BT)
+
+
+def _spread(value_N: Tensor, scored_BT: Tensor) -> Tensor:
+    """Return the values at the scored positions and zeros elsewhere."""
+    zeros_BT = value_N.new_zeros(scored_BT.shape)
+    return zeros_BT.masked_scatter(scored_BT, value_N)

@@ -1,0 +1,118 @@
+"""What of GRPOConfig our trainers do not do, by name and with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from trl.trainer.grpo_config import GRPOConfig
+
+from proxstep.errors import ProxstepError
+
+CLIPPING = ("epsilon", "epsilon_high")
+OTHER_LOSSES = (
+    "delta",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "importance_sampling_level",
+    "top_entropy_quantile",
+    "off_policy_mask_threshold",
+)
+"""Options of TRL's own losses, which have no meaning for one coefficient per sequence."""
+
+_DEFAULTS = {
+    field.name: field.default for field in fields(GRPOConfig) if field.default is not MISSING
+}
+
+
+def refuse_other_losses(args: Any) -> None:
+    """Refuse options of losses that are not computed here.
+
+    Raises:
+        ProxstepError: If one of them is not at its default.
+    """
+    unused = OTHER_LOSSES if args.loss_type == "gspo" else (*CLIPPING, *OTHER_LOSSES)
+    for name in unused:
+        if getattr(args, name) != _DEFAULTS[name]:
+            raise ProxstepError(
+                f"{name} is an option of TRL's token-level losses and has no effect on "
+                f"{args.loss_type}: remove it from {type(args).__name__}"
+            )
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        mode = args.vllm_importance_sampling_mode
+        if not mode.startswith("sequence"):
+            raise ProxstepError(
+                f"vllm_importance_sampling_mode is {mode!r}: a weight for every token leaves a "
+                "sequence without a single coefficient; use sequence_mask or sequence_truncate"
+            )
+
+
+def _uses_kernels(args: Any) -> bool:
+    options = args.model_init_kwargs
+    return isinstance(options, dict) and bool(options.get("use_kernels"))
+
+
+_Refusal = tuple[str, Callable[[Any], bool], str]
+
+ISOPO: tuple[_Refusal, ...] = (
+    (
+        "fp16",
+        lambda args: args.fp16,
+        "its gradient scaler's factor would enter ISOPO's norms; use bf16, or fp16=False with "
+        "bf16=False for float32",
+    ),
+    (
+        "use_liger_kernel",
+        lambda args: args.use_liger_kernel,
+        "its kernels bypass the layers whose gradients ISOPO transforms; turn it off",
+    ),
+    (
+        "model_init_kwargs",
+        _uses_kernels,
+        "use_kernels replaces the layers whose gradients ISOPO transforms; leave it out",
+    ),
+    (
+        "cast_lm_head_to_fp32",
+        lambda args: args.cast_lm_head_to_fp32,
+        "it replaces the output layer's forward, which ISOPO needs; turn it off (the "
+        "log-probabilities are computed in float32 either way)",
+    ),
+    (
+        "torch_compile",
+        lambda args: args.torch_compile,
+        "the compiled model would bypass ISOPO's output layer; turn it off",
+    ),
+    ("deepspeed", lambda args: args.deepspeed, "ISOPO was not tested with it; use DDP"),
+    ("fsdp", lambda args: args.fsdp, "ISOPO was not tested with it in TRL; use DDP"),
+    (
+        "parallelism_config",
+        lambda args: args.parallelism_config is not None,
+        "ISOPO needs whole sequences and whole layers; use DDP",
+    ),
+    (
+        "use_adaptive_entropy",
+        lambda args: args.use_adaptive_entropy,
+        "its controller would measure every batch twice; use a fixed entropy_coef",
+    ),
+    (
+        "optim",
+        lambda args: any(name in str(args.optim).lower() for name in ("lomo", "layerwise")),
+        "it updates weights during backward, before the gradient is whole; use another optimizer",
+    ),
+)
+
+
+def refuse_for_isopo(args: Any) -> None:
+    """Refuse options under which ISOPO's gradient would not be ISOPO's.
+
+    Raises:
+        ProxstepError: If one of them is set.
+    """
+    for name, applies, reason in ISOPO:
+        if applies(args):
+            raise ProxstepError(f"{name} and ISOPO do not go together: {reason}")
