@@ -13,9 +13,10 @@ import torch
 
 from proxstep.advantages import ADVANTAGES
 from proxstep.config import Recipe
-from proxstep.isopo import Isopo
+from proxstep.isopo import Isopo, Rule
 from proxstep.losses import LOSSES, Aggregation, sequence_coefficients, tv_bound
 from proxstep.objective_sections import OpoSection
+from proxstep.sections import GeometrySection
 from proxstep.signals import Anchor, Signal, opo_signal
 from proxstep.types import Bool, Float, Int, Tensor
 
@@ -179,19 +180,25 @@ class Algorithm:
 
 def make_isopo(recipe: Recipe, model: torch.nn.Module) -> Isopo | None:
     """Install the recipe's geometry on a model; None where it has none."""
-    geometry = recipe.geometry
-    if geometry.rule == "none":
+    if recipe.geometry.rule == "none":
         return None
+    return install_geometry(recipe.geometry, recipe.geometry.to_rule(), model, recipe.seed)
+
+
+def install_geometry(
+    section: GeometrySection, rule: Rule, model: torch.nn.Module, seed: int
+) -> Isopo:
+    """Install a geometry section's rule on a model, with the section's other keys."""
     return Isopo(
         model,
-        geometry.to_rule(),
-        other_parameters=geometry.other_parameters,
-        fisher=geometry.fisher,
-        num_overlap_positions=geometry.num_overlap_positions,
-        overlap_positions=geometry.overlap_positions,
-        overlap_source=geometry.overlap_source,
-        fisher_denominator=geometry.fisher_denominator,
-        decay=geometry.decay,
-        seed=recipe.seed,
-        memory_budget=geometry.memory_mib * 2**20,
+        rule,
+        other_parameters=section.other_parameters,
+        fisher=section.fisher,
+        num_overlap_positions=section.num_overlap_positions,
+        overlap_positions=section.overlap_positions,
+        overlap_source=section.overlap_source,
+        fisher_denominator=section.fisher_denominator,
+        decay=section.decay,
+        seed=seed,
+        memory_budget=section.memory_mib * 2**20,
     )

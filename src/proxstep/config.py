@@ -204,8 +204,7 @@ class Recipe(Section):
     def _check_head(self) -> Recipe:
         if self.model.head == "full":
             return self
-        kernel = self.geometry.rule == "isopo-natural" or self.geometry.fisher == "sequences"
-        if self.geometry.rule != "none" and kernel:
+        if self.geometry.needs_kernel:
             raise ValueError(
                 "model.head chunked has no kernel, which geometry.rule isopo-natural and "
                 "geometry.fisher sequences need: use model.head full"

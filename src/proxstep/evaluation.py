@@ -5,7 +5,8 @@ Legend for shape suffixes: B sequences, T token positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,14 +136,8 @@ def initial_logits(
         completions: The completions.
         temperature: Divides the logits.
     """
-    if initial is not None:
-        return response_logits(initial, completions, temperature)
-    was_training = model.training
-    model.eval()
-    with model.disable_adapter():  # type: ignore[operator]
-        logits = response_logits(model, completions, temperature)
-    model.train(was_training)
-    return logits
+    with _initial_policy(model, initial) as policy:
+        return response_logits(policy, completions, temperature)
 
 
 @torch.no_grad()
@@ -164,10 +159,23 @@ def initial_log_probs(
         batch_size: Completions that are scored at a time.
         head: "chunked" never holds all positions' logits.
     """
+    with _initial_policy(model, initial) as policy:
+        return completion_log_probs(policy, completions, temperature, batch_size, head)
+
+
+@contextmanager
+def _initial_policy(model: nn.Module, initial: nn.Module | None) -> Iterator[nn.Module]:
+    """Yield the initial policy: itself, or the model in evaluation mode without its adapters."""
     if initial is not None:
-        return completion_log_probs(initial, completions, temperature, batch_size, head)
-    with model.disable_adapter():  # type: ignore[operator]
-        return completion_log_probs(model, completions, temperature, batch_size, head)
+        yield initial
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():  # type: ignore[operator]
+            yield model
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()

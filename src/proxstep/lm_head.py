@@ -251,11 +251,47 @@ def completion_log_probs_chunked(
     Raises:
         ProxstepError: As `forward_with_head` and `chunked_log_probs` do.
     """
-    head, chosen_BT = output_head(model), response_BT[:, 1:]
+    head_forward, entropies = scoring_forward(
+        output_head(model),
+        token_BT,
+        response_BT[:, 1:],
+        temperature,
+        chunk_size=chunk_size,
+        with_entropy=with_entropy,
+    )
+    attention = attention_BT.long()
+    position_BT = (attention.cumsum(dim=1) - 1).clamp(min=0)
+    log_prob_BT = forward_with_head(model, head_forward, token_BT, attention, position_BT)
+    return (log_prob_BT, entropies[0]) if with_entropy else log_prob_BT
+
+
+def scoring_forward(
+    head: nn.Linear,
+    token_BT: Int[Tensor, "batch tokens"],
+    chosen_BT: Bool[Tensor, "batch last"],
+    temperature: float,
+    *,
+    chunk_size: int | None = None,
+    with_entropy: bool = False,
+) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    """Return a forward for the output layer that scores tokens in chunks.
+
+    Args:
+        head: The output layer.
+        token_BT: The tokens; only the chosen ones matter.
+        chosen_BT: True where the token after a position is to be scored.
+        temperature: Of the sampling.
+        chunk_size: Positions whose logits exist at a time, see `chunked_log_probs`.
+        with_entropy: Keep the entropies as well.
+
+    Returns:
+        From the last hidden states (batch, tokens, features) to log-probabilities (batch, last),
+        0 where not chosen; and a list to which each call appends its entropies of that shape.
+    """
     target_N = token_BT[:, 1:][chosen_BT]
     position_BT = torch.arange(token_BT.numel(), device=token_BT.device).view_as(token_BT)
     position_N = position_BT[:, :-1][chosen_BT]
-    entropies = []
+    entropies: list[Tensor] = []
 
     def head_forward(hidden_BTD: Tensor) -> Tensor:
         scores = head_log_probs(
@@ -268,17 +304,16 @@ def completion_log_probs_chunked(
             with_entropy=with_entropy,
         )
         if not isinstance(scores, tuple):
-            return _spread(scores, chosen_BT)
-        entropies.append(_spread(scores[1], chosen_BT))
-        return _spread(scores[0], chosen_BT)
+            return spread(scores, chosen_BT)
+        entropies.append(spread(scores[1], chosen_BT))
+        return spread(scores[0], chosen_BT)
 
-    attention = attention_BT.long()
-    position_BT = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    log_prob_BT = forward_with_head(model, head_forward, token_BT, attention, position_BT)
-    return (log_prob_BT, entropies[0]) if with_entropy else log_prob_BT
+    return head_forward, entropies
 
 
-def _spread(value_N: Tensor, chosen_BT: Tensor) -> Tensor:
+def spread(
+    value_N: Float[Tensor, " chosen"], chosen_BT: Bool[Tensor, "batch last"]
+) -> Float[Tensor, "batch last"]:
     """Return the values at the chosen positions and zeros elsewhere."""
     zeros_BT = value_N.new_zeros(chosen_BT.shape)
     return zeros_BT.index_put(chosen_BT.nonzero(as_tuple=True), value_N)

@@ -17,100 +17,74 @@ AggregationName = Literal[
 ]
 
 
-def _mode_of(objective: str) -> Any:
-    """Return the aggregation that an objective's paper uses."""
-    return LOSSES[objective].default_loss_agg_mode
+def _advantage(default: str) -> Any:
+    """Return the key of the advantages."""
+    return Field(default=default, description="How rewards become advantages.")
+
+
+def _aggregation_of(objective: str) -> Any:
+    """Return the key of the aggregation; by default the one that the objective's paper uses."""
+    return Field(
+        default=LOSSES[objective].default_loss_agg_mode,
+        description="How token values become one loss.",
+    )
+
+
+def _width(side: Literal["low", "high"], objective: str, clipped: str = "Ratios") -> Any:
+    """Return the key of a clip's width below or above 1."""
+    sign = {"low": "-", "high": "+"}[side]
+    return Field(
+        default=default_of(LOSSES[objective].loss, f"clip_ratio_{side}"),
+        ge=0,
+        description=f"{clipped} are clipped at 1 {sign} this.",
+    )
 
 
 class _Objective(Section):
-    advantage: AdvantageName = Field(
-        default="group-zscore", description="How rewards become advantages."
-    )
+    advantage: AdvantageName = _advantage("group-zscore")
 
 
 class ReinforceSection(_Objective):
     """Policy gradient without ratio and clipping."""
 
     name: Literal["reinforce"]
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("reinforce"), description="How token values become one loss."
-    )
+    loss_agg_mode: AggregationName = _aggregation_of("reinforce")
 
 
 class GrpoSection(_Objective):
     """Token ratios, clipped (arXiv 2402.03300)."""
 
     name: Literal["grpo"]
-    clip_ratio_low: float = Field(
-        default=default_of(LOSSES["grpo"].loss, "clip_ratio_low"),
-        ge=0,
-        description="Ratios are clipped at 1 - this.",
-    )
-    clip_ratio_high: float = Field(
-        default=default_of(LOSSES["grpo"].loss, "clip_ratio_high"),
-        ge=0,
-        description="Ratios are clipped at 1 + this.",
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("grpo"), description="How token values become one loss."
-    )
+    clip_ratio_low: float = _width("low", "grpo")
+    clip_ratio_high: float = _width("high", "grpo")
+    loss_agg_mode: AggregationName = _aggregation_of("grpo")
 
 
 class DapoSection(_Objective):
     """GRPO with a higher upper bound and a token mean (arXiv 2503.14476)."""
 
     name: Literal["dapo"]
-    clip_ratio_low: float = Field(
-        default=default_of(LOSSES["dapo"].loss, "clip_ratio_low"),
-        ge=0,
-        description="Ratios are clipped at 1 - this.",
-    )
-    clip_ratio_high: float = Field(
-        default=default_of(LOSSES["dapo"].loss, "clip_ratio_high"),
-        ge=0,
-        description="Ratios are clipped at 1 + this.",
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("dapo"), description="How token values become one loss."
-    )
+    clip_ratio_low: float = _width("low", "dapo")
+    clip_ratio_high: float = _width("high", "dapo")
+    loss_agg_mode: AggregationName = _aggregation_of("dapo")
 
 
 class GspoSection(_Objective):
     """The sequence's mean ratio, clipped (arXiv 2507.18071)."""
 
     name: Literal["gspo"]
-    clip_ratio_low: float = Field(
-        default=default_of(LOSSES["gspo"].loss, "clip_ratio_low"),
-        ge=0,
-        description="Ratios are clipped at 1 - this.",
-    )
-    clip_ratio_high: float = Field(
-        default=default_of(LOSSES["gspo"].loss, "clip_ratio_high"),
-        ge=0,
-        description="Ratios are clipped at 1 + this.",
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("gspo"), description="How token values become one loss."
-    )
+    clip_ratio_low: float = _width("low", "gspo")
+    clip_ratio_high: float = _width("high", "gspo")
+    loss_agg_mode: AggregationName = _aggregation_of("gspo")
 
 
 class CispoSection(_Objective):
     """Detached, clipped importance weights (arXiv 2506.13585)."""
 
     name: Literal["cispo"]
-    clip_ratio_low: float = Field(
-        default=default_of(LOSSES["cispo"].loss, "clip_ratio_low"),
-        ge=0,
-        description="Weights are clipped at 1 - this.",
-    )
-    clip_ratio_high: float = Field(
-        default=default_of(LOSSES["cispo"].loss, "clip_ratio_high"),
-        ge=0,
-        description="Weights are clipped at 1 + this.",
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("cispo"), description="How token values become one loss."
-    )
+    clip_ratio_low: float = _width("low", "cispo", "Weights")
+    clip_ratio_high: float = _width("high", "cispo", "Weights")
+    loss_agg_mode: AggregationName = _aggregation_of("cispo")
 
 
 class DroSection(_Objective):
@@ -120,9 +94,7 @@ class DroSection(_Objective):
     beta: float = Field(
         default=default_of(LOSSES["dro"].loss, "beta"), gt=0, description="Weight of the penalty."
     )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("dro"), description="How token values become one loss."
-    )
+    loss_agg_mode: AggregationName = _aggregation_of("dro")
 
 
 class OpoSection(_Objective):
@@ -209,34 +181,18 @@ class DrGrpoSection(_Objective):
     """GRPO without the biases of length and of the group's spread (arXiv 2503.20783)."""
 
     name: Literal["dr-grpo"]
-    advantage: AdvantageName = Field(
-        default="group-centered", description="How rewards become advantages."
-    )
-    clip_ratio_low: float = Field(
-        default=default_of(LOSSES["dr-grpo"].loss, "clip_ratio_low"),
-        ge=0,
-        description="Ratios are clipped at 1 - this.",
-    )
-    clip_ratio_high: float = Field(
-        default=default_of(LOSSES["dr-grpo"].loss, "clip_ratio_high"),
-        ge=0,
-        description="Ratios are clipped at 1 + this.",
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("dr-grpo"), description="How token values become one loss."
-    )
+    advantage: AdvantageName = _advantage("group-centered")
+    clip_ratio_low: float = _width("low", "dr-grpo")
+    clip_ratio_high: float = _width("high", "dr-grpo")
+    loss_agg_mode: AggregationName = _aggregation_of("dr-grpo")
 
 
 class RlooSection(_Objective):
     """REINFORCE against the mean of the prompt's other completions (arXiv 2402.14740)."""
 
     name: Literal["rloo"]
-    advantage: AdvantageName = Field(
-        default="leave-one-out", description="How rewards become advantages."
-    )
-    loss_agg_mode: AggregationName = Field(
-        default=_mode_of("rloo"), description="How token values become one loss."
-    )
+    advantage: AdvantageName = _advantage("leave-one-out")
+    loss_agg_mode: AggregationName = _aggregation_of("rloo")
 
 
 ObjectiveSection = Annotated[

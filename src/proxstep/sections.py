@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from proxstep.isopo import PRESETS, IsometricRule, Isopo, Rule
+from proxstep.isopo import PRESETS, IsometricRule, Isopo, NaturalRule, Rule
 from proxstep.rewards import overlong_punishment
 
 Positive = Annotated[int, Field(ge=1)]
@@ -187,6 +187,16 @@ class GeometrySection(Section):
         description="Steps between full measurements of the geometry (diagnostics.jsonl); such a "
         "step costs as much as the natural rule.",
     )
+
+    @property
+    def needs_kernel(self) -> bool:
+        """Whether the inner products of sequences' gradients are formed, as a chunked head cannot.
+
+        False where the rule is "none".
+        """
+        if self.rule == "none":
+            return False
+        return isinstance(PRESETS[self.rule], NaturalRule) or self.fisher == "sequences"
 
     def to_rule(self) -> Rule:
         """Return the preset with this section's values in place of its own."""

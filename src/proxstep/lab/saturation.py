@@ -116,8 +116,7 @@ def objective_magnitude(
         deviation = torch.tensor(z, dtype=torch.float64).sigmoid() / ANCHOR_PROB - 1
         leaf = deviation.requires_grad_()
         log_prob = leaf.log1p() + math.log(ANCHOR_PROB)
-    log_prob_BT, old_log_prob_BT, advantage_B, mask_BT = _one_token(log_prob, advantage)
-    loss, _ = LOSSES[objective].loss(log_prob_BT, old_log_prob_BT, advantage_B, mask_BT, **hyper)
+    loss, _ = LOSSES[objective].loss(*_one_token(log_prob, advantage), **hyper)
     (grad,) = torch.autograd.grad(loss, leaf)
     return grad.abs().item()
 
@@ -137,11 +136,8 @@ def pair_magnitude(surrogate: str, z: float) -> float:
         The absolute value of the derivative.
     """
     leaf = torch.tensor(z, dtype=torch.float64, requires_grad=True)
-    log_prob_BT = logsigmoid(torch.stack([leaf, -leaf]))[:, None]
-    anchor_BT = torch.full((2, 1), math.log(ANCHOR_PROB), dtype=torch.float64)
-    drive_B = torch.tensor(pair_drives(), dtype=torch.float64)
-    mask_BT = torch.ones(2, 1, dtype=torch.bool)
-    loss, _ = LOSSES["opo"].loss(log_prob_BT, anchor_BT, drive_B, mask_BT, surrogate=surrogate)
+    inputs = _one_token(logsigmoid(torch.stack([leaf, -leaf])), *pair_drives())
+    loss, _ = LOSSES["opo"].loss(*inputs, surrogate=surrogate)
     (grad,) = torch.autograd.grad(loss, leaf)
     return grad.abs().item()
 
@@ -261,13 +257,14 @@ def rate(curve: Curve, *, low: float = 8.0, high: float = 9.0) -> float | None:
     return (math.log(last) - math.log(first)) / (high - low)
 
 
-def _one_token(log_prob: Tensor, advantage: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return an objective's four arguments for one sequence of one token."""
+def _one_token(log_prob: Tensor, *advantages: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return an objective's four arguments for sequences of one token, one for each advantage."""
+    log_prob_BT = log_prob.reshape(-1, 1)
     return (
-        log_prob.reshape(1, 1),
-        torch.full((1, 1), math.log(ANCHOR_PROB), dtype=torch.float64),
-        torch.tensor([advantage], dtype=torch.float64),
-        torch.ones(1, 1, dtype=torch.bool),
+        log_prob_BT,
+        torch.full_like(log_prob_BT, math.log(ANCHOR_PROB), requires_grad=False),
+        torch.tensor(advantages, dtype=torch.float64),
+        torch.ones_like(log_prob_BT, dtype=torch.bool),
     )
 
 

@@ -27,14 +27,15 @@ def _key(section: type[Section], name: str) -> Any:
     return dataclasses.field(default=info.default, metadata={"help": text})
 
 
-def _read(section: type[Section], values: dict[str, Any]) -> Any:
-    """Return a recipe's section made of a configuration's values.
+def _read(section: type[Section], config: GRPOConfig, **fixed: Any) -> Any:
+    """Return a recipe's section made of the configuration's fields that it knows.
 
     Raises:
         ProxstepError: If one of them does not fit, by name.
     """
+    names = set(section.model_fields) & {field.name for field in dataclasses.fields(config)}
     try:
-        return section(**values)
+        return section(**fixed, **{name: getattr(config, name) for name in names})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:1])
@@ -83,8 +84,7 @@ class OpoConfig(GRPOConfig):
 
     def opo_section(self) -> OpoSection:
         """Return OPO's keys as a recipe has them."""
-        names = set(OpoSection.model_fields) & {field.name for field in dataclasses.fields(self)}
-        return _read(OpoSection, {"name": "opo"} | {name: getattr(self, name) for name in names})
+        return _read(OpoSection, self, name="opo")
 
     def aggregation(self) -> Aggregation:
         """Return how token values become one loss."""
@@ -146,9 +146,7 @@ class IsopoConfig(OpoConfig):
 
     def geometry_section(self) -> GeometrySection:
         """Return ISOPO's keys as a recipe has them."""
-        names = set(GeometrySection.model_fields)
-        names &= {field.name for field in dataclasses.fields(self)}
-        return _read(GeometrySection, {name: getattr(self, name) for name in names})
+        return _read(GeometrySection, self)
 
     def to_rule(self) -> Rule:
         """Return the rule that the keys describe.

@@ -15,14 +15,12 @@ import logging
 import types
 from typing import Any
 
-import torch
 from torch import nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.head import head_log_probs
 from proxstep.isopo.patches import owner_of
-from proxstep.lm_head import check_chunkable, head_computes, output_head
+from proxstep.lm_head import check_chunkable, head_computes, output_head, scoring_forward, spread
 from proxstep.metrics import entropy, token_log_probs
 from proxstep.types import Tensor
 
@@ -78,21 +76,7 @@ def _not_chunkable(core: Any, head: nn.Linear) -> str:
 def _chunked(forward: Any, head: nn.Linear, labels_BT: Tensor, temperature: float) -> Any:
     """Score the labels a chunk of positions at a time, inside the output layer's call."""
     scored_BT = labels_BT[:, 1:] != _IGNORED
-    index_BT = torch.arange(labels_BT.numel(), device=labels_BT.device).view_as(labels_BT)
-    entropies: list[Tensor] = []
-
-    def score(hidden_BTD: Tensor) -> Tensor:
-        scores = head_log_probs(
-            head,
-            hidden_BTD[:, :-1][scored_BT],
-            labels_BT[:, 1:][scored_BT],
-            index_BT[:, :-1][scored_BT],
-            temperature=temperature,
-            with_entropy=True,
-        )
-        entropies.append(_spread(scores[1], scored_BT))
-        return _spread(scores[0], scored_BT)
-
+    score, entropies = scoring_forward(head, labels_BT, scored_BT, temperature, with_entropy=True)
     with head_computes(head, score):
         log_prob_BT = forward().logits
     return _output(log_prob_BT, entropies[0], scored_BT)
@@ -105,14 +89,8 @@ def _full(forward: Any, head: nn.Linear, labels_BT: Tensor, temperature: float) 
     logits_NV = forward().logits[:, :-1][scored_BT] / temperature
     log_prob_N = token_log_probs(logits_NV[None], labels_BT[:, 1:][scored_BT][None])[0]
     entropy_N = entropy(logits_NV.detach()[None])[0]
-    return _output(_spread(log_prob_N, scored_BT), _spread(entropy_N, scored_BT), scored_BT)
+    return _output(spread(log_prob_N, scored_BT), spread(entropy_N, scored_BT), scored_BT)
 
 
 def _output(log_prob_BT: Tensor, entropy_BT: Tensor, scored_BT: Tensor) -> FusedCausalLMOutput:
     return FusedCausalLMOutput(log_probs=log_prob_BT, entropy=entropy_BT, label_mask=scored_BT)
-
-
-def _spread(value_N: Tensor, scored_BT: Tensor) -> Tensor:
-    """Return the values at the scored positions and zeros elsewhere."""
-    zeros_BT = value_N.new_zeros(scored_BT.shape)
-    return zeros_BT.masked_scatter(scored_BT, value_N)

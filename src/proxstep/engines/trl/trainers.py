@@ -14,11 +14,11 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from proxstep.algorithm import install_geometry
 from proxstep.engines.trl.base import GROUP, KEY, Scored, SequenceTrainer
 from proxstep.engines.trl.configs import IsopoConfig, OpoConfig
 from proxstep.engines.trl.head import transform_head
 from proxstep.errors import ProxstepError
-from proxstep.isopo import Isopo, NaturalRule
 from proxstep.losses import sequence_coefficients
 from proxstep.types import Tensor
 
@@ -65,23 +65,10 @@ class IsopoTrainer(SequenceTrainer):
                 "the model's router has an auxiliary loss, which goes through the layers that "
                 "ISOPO transforms: set router_aux_loss_coef=0.0"
             )
-        section, rule = self.args.geometry_section(), self.args.to_rule()
-        self.isopo = Isopo(
-            self.model,
-            rule,
-            other_parameters=section.other_parameters,
-            fisher=section.fisher,
-            num_overlap_positions=section.num_overlap_positions,
-            overlap_positions=section.overlap_positions,
-            overlap_source=section.overlap_source,
-            fisher_denominator=section.fisher_denominator,
-            decay=section.decay,
-            seed=self.args.seed,
-            memory_budget=section.memory_mib * 2**20,
-        )
-        needs_kernel = isinstance(rule, NaturalRule) or section.fisher == "sequences"
+        section = self.args.geometry_section()
+        self.isopo = install_geometry(section, self.args.to_rule(), self.model, self.args.seed)
         core = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        level, text = transform_head(core, self.temperature, needs_kernel=needs_kernel)
+        level, text = transform_head(core, self.temperature, needs_kernel=section.needs_kernel)
         logger.log(level, "ISOPO: %s", text)
         self._open: ExitStack | None = None
         self._passes_before = 0
