@@ -81,8 +81,8 @@ class Prompts:
             if not isinstance(example.prompt, str) and self._tokenizer.chat_template is None:
                 raise ProxstepError(
                     f"{place}: the prompt is a chat, but the model's tokenizer has no chat "
-                    "template: use a chat model, or give prompts as strings (for gsm8k and svamp: "
-                    "task.prompt_format plain)"
+                    "template: use a chat model, or give prompts as strings (for gsm8k, math and "
+                    "svamp: task.prompt_format plain)"
                 )
             try:
                 length = len(self.tokens(row))

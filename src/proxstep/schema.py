@@ -57,9 +57,10 @@ FIELDS: dict[str, str] = {
 }
 
 PREFIXES: dict[str, str] = {
-    "rewards/": "Mean of one reward function over the step's completions: rewards/NAME. Likewise "
-    "what is added to the reward: rewards/overlong for length and, over the completions that have "
-    "an advantage, rewards/kl for divergence from the initial policy.",
+    "rewards/": "Mean of one reward function over the step's completions: rewards/NAME, and "
+    "of what it measured besides: rewards/NAME/MEASURED. Likewise what is added to the reward: "
+    "rewards/overlong for length and, over the completions that have an advantage, rewards/kl for "
+    "divergence from the initial policy.",
     "objective/": "What the objective reports. Of each update, averaged over sequences and "
     "updates: clip_ratio, ratio, kl_old_policy, abs_delta, chi_square, ... Of the rollout: "
     "effective_sample_size, mu, tau, importance_mean, ... docs/algorithms.md has OPO's.",

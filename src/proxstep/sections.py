@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from proxstep.isopo import PRESETS, IsometricRule, Isopo, NaturalRule, Rule
 from proxstep.rewards import overlong_punishment
@@ -77,11 +77,14 @@ class ModelSection(Section):
 class TaskSection(Section):
     """Prompts, answers and rewards."""
 
-    name: Literal["arithmetic", "gsm8k", "svamp", "table"] = Field(
+    name: Literal["arithmetic", "gsm8k", "math", "svamp", "table"] = Field(
         default="arithmetic", description='The data set; "table" is your own JSONL or Parquet file.'
     )
     difficulty: int = Field(
         default=3, ge=1, le=5, description="arithmetic: 1 (one-digit sums) to 5 (products)."
+    )
+    level: Annotated[int, Field(ge=1, le=5)] | None = Field(
+        default=None, description="math: only the problems of this level, 1 to 5; null for all."
     )
     train: str | None = Field(
         default=None,
@@ -102,7 +105,7 @@ class TaskSection(Section):
     num_validation: Positive = Field(default=256, description="Number of validation rows.")
     prompt_format: Literal["auto", "chat", "plain"] = Field(
         default="auto",
-        description='gsm8k, svamp: "auto" is chat where the tokenizer has a template.',
+        description='gsm8k, math, svamp: "auto" is chat where the tokenizer has a template.',
     )
     max_prompt_length: Positive = Field(
         default=512, description="Longer prompts, in tokens, are an error before training starts."
@@ -110,12 +113,22 @@ class TaskSection(Section):
     rewards: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Reward functions: numeric_answer, exact_match or FILE.py:FUNCTION with TRL's "
-        "signature; null for the task's own. The first is the validation score.",
+        description="Reward functions: numeric_answer, exact_match, math_verify or "
+        "FILE.py:FUNCTION with TRL's signature; null for the task's own. The first is the "
+        "validation score.",
     )
     reward_weights: list[float] | None = Field(
         default=None, description="One per reward; null for 1."
     )
+
+    @field_validator("level")
+    @classmethod
+    def _check_level(cls, level: int | None, info: ValidationInfo) -> int | None:
+        if level is not None and info.data.get("name", "math") != "math":
+            raise ValueError(
+                f"only math has levels, and task.name is {info.data['name']}: leave it out"
+            )
+        return level
 
 
 class GeometrySection(Section):

@@ -25,7 +25,14 @@ from proxstep.models import (
 from proxstep.optimizers import check_optimizer
 from proxstep.recipes import load_recipe
 from proxstep.runfolder import RunFolder
-from proxstep.tasks import Task, arithmetic_task, gsm8k_task, svamp_task, table_task
+from proxstep.tasks import (
+    Task,
+    arithmetic_task,
+    gsm8k_task,
+    math_task,
+    svamp_task,
+    table_task,
+)
 from proxstep.tracking import check_tracker
 from proxstep.trainer import Progress, Trainer
 
@@ -157,6 +164,8 @@ def load_task(recipe: Recipe, *, chat: bool) -> Task:
         "num_validation": section.num_validation,
     }
     try:
+        if section.name == "math":
+            return math_task(**options, chat=chat, level=section.level)
         if section.name != "table":
             task_of = {"gsm8k": gsm8k_task, "svamp": svamp_task}[section.name]
             return task_of(**options, chat=chat)

@@ -7,8 +7,9 @@ import pytest
 from pyarrow import parquet
 
 from proxstep.errors import ProxstepError
-from proxstep.tasks import table_task, tabular
+from proxstep.tasks import table_task
 from proxstep.tasks.data import Row
+from proxstep.tasks.rows import DEFAULT_HELD_OUT
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3+4?"}]
 
@@ -176,5 +177,5 @@ def test_splits_of_a_folder(tmp_path, monkeypatch):
 
 
 def test_default_validation_is_not_cut_to_the_held_out_number(write):
-    path = write(numbered(tabular.DEFAULT_HELD_OUT + 10))
-    assert len(table_task(path, path).validation) == tabular.DEFAULT_HELD_OUT + 10
+    path = write(numbered(DEFAULT_HELD_OUT + 10))
+    assert len(table_task(path, path).validation) == DEFAULT_HELD_OUT + 10

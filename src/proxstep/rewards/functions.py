@@ -31,7 +31,7 @@ def numeric_answer(
     [1.0, 0.0]
     """
     del prompts, columns
-    _check_length("numeric_answer", completions, answer)
+    check_length("numeric_answer", completions, answer)
     references = [final_number(str(reference)) for reference in answer]
     for index, reference in enumerate(references):
         if reference is None:
@@ -66,7 +66,7 @@ def exact_match(
     [1.0, 0.0]
     """
     del prompts, columns
-    _check_length("exact_match", completions, answer)
+    check_length("exact_match", completions, answer)
     return [
         float(completion_text(completion).strip() == str(reference).strip())
         for completion, reference in zip(completions, answer, strict=True)
@@ -91,7 +91,7 @@ def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
     return content or ""
 
 
-def _check_length(name: str, completions: Sequence[Any], answer: Sequence[Any]) -> None:
+def check_length(name: str, completions: Sequence[Any], answer: Sequence[Any]) -> None:
     """Raise where the reference answers are not one per completion."""
     if len(answer) != len(completions):
         raise ProxstepError(

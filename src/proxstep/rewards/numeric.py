@@ -15,6 +15,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from proxstep.rewards.boxed import boxed_answer
+
 # A completion is hostile input: every pattern takes linear time; these bounds keep numbers small.
 MAX_CHARACTERS = 20_000
 MAX_DIGITS = 100
@@ -68,7 +70,7 @@ def final_number(text: str) -> Fraction | None:
     True
     """
     text = _normalize(text)
-    box = _last_box(text)
+    box = boxed_answer(text) or ""
     match = (
         _number_without_letters_before(_after_last(text, "####"))
         or _first_number(_after_last(box, "="))
@@ -93,17 +95,6 @@ def _after_last(text: str, marker: str) -> str:
     """Return what follows the last occurrence of a marker, or nothing where it does not occur."""
     _, found, rest = text.rpartition(marker)
     return rest if found else ""
-
-
-def _last_box(text: str) -> str:
-    r"""Return the content of the last `\boxed{...}`, or nothing where none is or it stays open."""
-    content = _after_last(text, r"\boxed{")
-    depth = 1
-    for position, character in enumerate(content):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return content[:position]
-    return ""
 
 
 def _after_answer_phrase(text: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 
 from proxstep.errors import ProxstepError
 from proxstep.rewards.functions import exact_match, numeric_answer
+from proxstep.rewards.mathematics import check_math_verify, math_verify
 
 
 class RewardFunction(Protocol):
@@ -31,6 +32,7 @@ class RewardFunction(Protocol):
 BUILTIN_REWARDS: dict[str, RewardFunction] = {
     "numeric_answer": numeric_answer,
     "exact_match": exact_match,
+    "math_verify": math_verify,
 }
 
 
@@ -45,7 +47,8 @@ def load_reward(spec: str) -> RewardFunction:
         The function.
 
     Raises:
-        ProxstepError: Nothing of that name exists, it cannot be imported, or it is not callable.
+        ProxstepError: Nothing of that name exists, it cannot be imported, or it is not callable;
+            or what math_verify needs is not there.
     """
     place, colon, name = spec.rpartition(":")
     if not colon:
@@ -54,6 +57,8 @@ def load_reward(spec: str) -> RewardFunction:
                 f"reward {spec!r} is unknown{_nearest(spec, list(BUILTIN_REWARDS))}; use one of "
                 f"{', '.join(BUILTIN_REWARDS)}, or FILE.py:FUNCTION, or PACKAGE.MODULE:FUNCTION"
             )
+        if spec == "math_verify":
+            check_math_verify()
         return BUILTIN_REWARDS[spec]
     if not place or not name:
         raise ProxstepError(

@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any
 
 from proxstep.errors import ProxstepError
+from proxstep.rewards.measured import MeasuredRewards
 from proxstep.rewards.registry import RewardFunction, reward_name
 
 
@@ -19,6 +20,7 @@ class RewardTable:
 
     Attributes:
         per_function: For each function's name, B rewards; None where the function does not apply.
+            After a function's rewards, what else it measured, as FUNCTION/NAME.
         total: B weighted sums over the functions that apply. NaN, which means no reward, where none
             applies or one is not finite.
     """
@@ -57,12 +59,16 @@ def score_completions(
                 f"column {column!r} has {len(values)} values for {len(completions)} completions; "
                 "give one each"
             )
-    per_function = {
-        name: _call(name, function, prompts, completions, columns)
-        for name, function in zip(names, functions, strict=True)
-    }
+    per_function: dict[str, list[float | None]] = {}
+    for name, function in zip(names, functions, strict=True):
+        rewards = _call(name, function, prompts, completions, columns)
+        per_function[name] = _checked_rewards(name, rewards, len(completions))
+        if isinstance(rewards, MeasuredRewards):
+            for key, values in rewards.measured.items():
+                per_function[f"{name}/{key}"] = _checked_rewards(name, values, len(completions))
     total = [
-        _weighted_sum(rewards, weights) for rewards in zip(*per_function.values(), strict=True)
+        _weighted_sum(rewards, weights)
+        for rewards in zip(*(per_function[name] for name in names), strict=True)
     ]
     return RewardTable(per_function, total)
 
@@ -110,8 +116,8 @@ def _call(
     prompts: list[Any],
     completions: list[Any],
     columns: dict[str, list[Any]],
-) -> list[float | None]:
-    """Return one function's rewards; raise where it does not keep to the signature."""
+) -> Any:
+    """Return what one function returns; raise where it does not accept the data."""
     try:
         inspect.signature(function).bind(prompts=prompts, completions=completions, **columns)
     except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
@@ -120,16 +126,20 @@ def _call(
             f"({', '.join(columns) or 'none'}): {error}; add the argument or **columns to it, "
             "or the column to the data"
         ) from error
-    rewards = function(prompts=prompts, completions=completions, **columns)
+    return function(prompts=prompts, completions=completions, **columns)
+
+
+def _checked_rewards(name: str, rewards: Any, num_completions: int) -> list[float | None]:
+    """Return a function's rewards; raise where they are not one number or None per completion."""
     if not isinstance(rewards, list):
         raise ProxstepError(
             f"reward function {name!r} returned a {type(rewards).__name__}; "
             "return a list of numbers or None"
         )
-    if len(rewards) != len(completions):
+    if len(rewards) != num_completions:
         raise ProxstepError(
             f"reward function {name!r} returned {len(rewards)} rewards for "
-            f"{len(completions)} completions; return one each"
+            f"{num_completions} completions; return one each"
         )
     return [_checked_reward(name, index, reward) for index, reward in enumerate(rewards)]
 

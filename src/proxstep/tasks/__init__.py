@@ -1,14 +1,16 @@
-"""Tasks: procedural arithmetic, GSM8K, SVAMP, and any table of prompts and answers."""
+"""Tasks: procedural arithmetic, GSM8K, MATH, SVAMP, and any table of prompts and answers."""
 
 from proxstep.tasks.arithmetic import ALPHABET, arithmetic_task
 from proxstep.tasks.base import Example, Prompt, Task, reward_columns
 from proxstep.tasks.data import Row, load_hub_rows, load_rows, read_rows
+from proxstep.tasks.math import IN_A_BOX, math_task
 from proxstep.tasks.tabular import STEP_BY_STEP, gsm8k_task, svamp_task, table_task
 
-TASKS = ("arithmetic", "gsm8k", "svamp", "table")
+TASKS = ("arithmetic", "gsm8k", "math", "svamp", "table")
 
 __all__ = [
     "ALPHABET",
+    "IN_A_BOX",
     "STEP_BY_STEP",
     "TASKS",
     "Example",
@@ -19,6 +21,7 @@ __all__ = [
     "gsm8k_task",
     "load_hub_rows",
     "load_rows",
+    "math_task",
     "read_rows",
     "reward_columns",
     "svamp_task",

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TypeAlias
-
 from proxstep.errors import ProxstepError
-from proxstep.rewards import final_number
-from proxstep.tasks.base import Example, Prompt, Task
+from proxstep.tasks.base import Example, Task
 from proxstep.tasks.cells import answer_cell, other_cells, prompt_cell, text_cell
 from proxstep.tasks.data import Row, load_rows
+from proxstep.tasks.rows import (
+    Source,
+    load_task_rows,
+    question_prompt,
+    split_rows,
+    task_of_rows,
+)
 
-Source: TypeAlias = str | Path
-
-DEFAULT_HELD_OUT = 256
 # Source: verl, examples/data_preprocess/gsm8k.py.
 STEP_BY_STEP = ' Let\'s think step by step and output the final answer after "####".'
 
@@ -46,7 +45,7 @@ def table_task(
         validation_split: Split of a folder or hub data set to validate on.
         num_train: Use at most so many training examples, the first ones; None for all.
         num_validation: Use at most so many validation examples, the first ones; None for all, or
-            for `DEFAULT_HELD_OUT` where they are held out of train.
+            for `rows.DEFAULT_HELD_OUT` where they are held out of train.
         rewards: Default reward functions. With "numeric_answer" each answer must hold a number.
 
     Returns:
@@ -66,8 +65,8 @@ def table_task(
 
     train_rows = load_rows(train, config, train_split)
     test_rows = None if validation is None else load_rows(validation, config, validation_split)
-    split = _split(train_rows, test_rows, num_train, num_validation)
-    return _task("table", *split, to_example, rewards)
+    split = split_rows(train_rows, test_rows, num_train, num_validation)
+    return task_of_rows("table", *split, to_example, rewards)
 
 
 def gsm8k_task(
@@ -108,14 +107,14 @@ def gsm8k_task(
                 f"{row.where}: column 'answer' has no \"####\"; put it before the final answer"
             )
         return Example(
-            prompt=_question(text_cell(row, "question") + instruction, chat),
+            prompt=question_prompt(text_cell(row, "question") + instruction, chat),
             answer=answer.strip(),
             solution=solution if chat else f" {solution}",
             columns=other_cells(row, ("question", "answer")),
         )
 
-    rows = _load("openai/gsm8k", "main", train, validation)
-    return _task("gsm8k", *_split(*rows, num_train, num_validation), to_example)
+    rows = load_task_rows("openai/gsm8k", "main", train, validation)
+    return task_of_rows("gsm8k", *split_rows(*rows, num_train, num_validation), to_example)
 
 
 def svamp_task(
@@ -147,70 +146,10 @@ def svamp_task(
     def to_example(row: Row) -> Example:
         question = f"{text_cell(row, 'Body')} {text_cell(row, 'Question')}{instruction}"
         return Example(
-            prompt=_question(question, chat),
+            prompt=question_prompt(question, chat),
             answer=answer_cell(row, "Answer"),
             columns=other_cells(row, ("Body", "Question", "Answer")),
         )
 
-    rows = _load("ChilleD/SVAMP", None, train, validation)
-    return _task("svamp", *_split(*rows, num_train, num_validation), to_example)
-
-
-def _question(question: str, chat: bool) -> Prompt:
-    """Return a question as a prompt."""
-    return [{"role": "user", "content": question}] if chat else f"Question: {question}\nAnswer:"
-
-
-def _load(
-    hub_id: str, config: str | None, train: Source | None, validation: Source | None
-) -> tuple[list[Row], list[Row] | None]:
-    """Return training and validation rows, the hub's where no source is given."""
-    hub = (hub_id, config)
-    train_rows = load_rows(*hub, "train") if train is None else load_rows(train, split="train")
-    if validation is not None:
-        return train_rows, load_rows(validation, split="test")
-    return train_rows, load_rows(*hub, "test") if train is None else None
-
-
-def _split(
-    train: list[Row],
-    validation: list[Row] | None,
-    num_train: int | None,
-    num_validation: int | None,
-) -> tuple[list[Row], list[Row]]:
-    """Return at most so many rows of each, the validation rows held out of train where None."""
-    for name, number in (("num_train", num_train), ("num_validation", num_validation)):
-        if number is not None and number < 1:
-            raise ProxstepError(f"{name} is {number}; give at least 1, or leave it out")
-    if validation is None:
-        held_out = num_validation or DEFAULT_HELD_OUT
-        if held_out >= len(train):
-            raise ProxstepError(
-                f"{held_out} validation rows cannot be held out of {len(train)} training rows; "
-                "set a smaller num_validation or give validation data"
-            )
-        train, validation = train[:-held_out], train[-held_out:]
-    return train[:num_train], validation[:num_validation]
-
-
-def _task(
-    name: str,
-    train: list[Row],
-    validation: list[Row],
-    to_example: Callable[[Row], Example],
-    rewards: tuple[str, ...] = ("numeric_answer",),
-) -> Task:
-    """Return a task from rows; raise where a number is graded and an answer holds none."""
-
-    def checked(row: Row) -> Example:
-        example = to_example(row)
-        if "numeric_answer" in rewards and final_number(example.answer) is None:
-            raise ProxstepError(
-                f"{row.where}: the answer {example.answer!r:.80} holds no number; "
-                "correct it or choose another reward than numeric_answer"
-            )
-        return example
-
-    return Task(
-        name, [checked(row) for row in train], [checked(row) for row in validation], rewards
-    )
+    rows = load_task_rows("ChilleD/SVAMP", None, train, validation)
+    return task_of_rows("svamp", *split_rows(*rows, num_train, num_validation), to_example)

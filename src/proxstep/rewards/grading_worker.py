@@ -1,0 +1,127 @@
+"""A process that compares answers by math-verify, and can do nothing else; see `grading_pool`.
+
+    python -P -B grading_worker.py CPU_SECONDS MEMORY_MIB
+
+It reads one JSON list [reference, answer] a line and writes one byte for each: 1 for equal, 0 for
+not. It first writes R once it is ready, or E and why it cannot be.
+
+An answer is a model's: hostile input. It is read by math-verify's LaTeX grammar alone, never by the
+extraction of plain expressions, which hands text to sympy's `parse_expr` and so to `eval`. The
+grammar hands it the digits of numbers; `number` is in its place. What still tried to compile text,
+write a file, start a process or open a connection would end this process at once, as do too much
+processor time and too much memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_READS = ("os.listdir", "os.scandir")  # what an import does
+_GENERATED = b"def monomial_"  # sympy's polynomials write these from a number of variables alone
+_FORBIDDEN = ("os.", "shutil.", "socket.", "subprocess.", "ctypes.")
+
+
+def is_equal(reference: str, answer: str) -> bool:
+    """Return whether math-verify finds two LaTeX expressions equal.
+
+    Its own time limits are off: they are signals that a long computation in C never looks at.
+    """
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    gold, pred = (
+        parse(rf"\boxed{{{text}}}", config, parsing_timeout=0) for text in (reference, answer)
+    )
+    return verify(gold, pred, timeout_seconds=0)
+
+
+def number(text: str, **options: Any) -> Any:
+    """Return a number without evaluating its text; stands in for sympy's `parse_expr`.
+
+    Args:
+        text: Digits with at most one decimal point; all else is refused.
+        **options: Those of `parse_expr`; not read.
+    """
+    from sympy import Float, Integer, SympifyError
+
+    del options
+    digits = text.replace(".", "", 1)
+    if not (digits.isascii() and digits.isdigit()):
+        raise SympifyError(text)
+    return Float(text) if "." in text else Integer(text)
+
+
+def _warm_up() -> None:
+    """Import what sympy imports late: some of its modules do at import what is refused later."""
+    for reference, answer in (
+        (r"\frac{1}{2}", "0.5"),
+        ("[0,1)", "(0,1]"),
+        (r"\{1,2\}", "2,1"),
+        ("(1,2)", "(2,1)"),
+        ("x^2+2x+1", "(x+1)^2"),
+        ("x=5", "5<x"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+        (r"\sin^2 x+\cos^2 x", "1+i"),
+    ):
+        is_equal(reference, answer)
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    """End the process where it does what grading has no need of; an audit hook."""
+    if event == "compile":
+        source, file = arguments
+        refused = not (str(file).endswith(".py") or bytes(source or b"").startswith(_GENERATED))
+    elif event == "open":
+        refused = bool(arguments[2] & _WRITES)
+    else:
+        refused = event.startswith(_FORBIDDEN) and event not in _READS
+    if refused:
+        os._exit(3)
+
+
+def _confine(memory_mib: int) -> None:
+    """Give up what grading has no need of, for good."""
+    from sympy.parsing import sympy_parser
+
+    sympy_parser.parse_expr = number  # sympify looks it up at every call
+    limits = {
+        resource.RLIMIT_AS: memory_mib * 2**20,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+    }
+    for limit, value in limits.items():
+        with contextlib.suppress(OSError, ValueError):  # macOS refuses to bound the address space
+            resource.setrlimit(limit, (value, value))
+    sys.addaudithook(_refuse)
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    cpu_seconds, memory_mib = float(sys.argv[1]), int(sys.argv[2])
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a library prints is no reply
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    try:
+        _warm_up()
+    except ImportError as error:
+        replies.write(f"E{error}".encode())
+        return
+    _confine(memory_mib)
+    replies.write(b"R")
+    for request in sys.stdin.buffer:
+        reference, answer = json.loads(request)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        equal = is_equal(reference, answer)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write(b"1" if equal else b"0")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from proxstep.errors import ProxstepError
+from proxstep.rewards import grading_pool
+from proxstep.rewards.grading_pool import GradingPool, shared_pool
+
+HANG = ("2", r"9^{9^{9^{9}}}")
+
+
+@pytest.fixture
+def pool() -> Iterator[GradingPool]:
+    pool = GradingPool(1, cpu_seconds=1.0)
+    yield pool
+    pool.close()
+
+
+def pids(pool: GradingPool) -> list[int]:
+    return [worker.process.pid for worker in pool._workers]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def worker_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str) -> None:
+    path = tmp_path / "worker.py"
+    path.write_text(source)
+    monkeypatch.setattr(grading_pool, "WORKER", path)
+
+
+READY = "import os, sys, time\nos.write(1, b'R')\nfor line in sys.stdin.buffer:\n    "
+
+
+def test_processes_start_with_the_first_question_and_no_sooner(pool: GradingPool) -> None:
+    assert pool.grade([]) == []
+    assert pids(pool) == []
+    assert pool.grade([("2", "2.0")]) == [True]
+    assert len(pids(pool)) == 1
+
+
+def test_results_come_in_order_from_several_processes() -> None:
+    pool = GradingPool(3)
+    pairs = [("7", f"{i % 9}.0") for i in range(300)]
+    assert pool.grade(pairs) == [i % 9 == 7 for i in range(300)]
+    assert len(pids(pool)) == 3
+    running = pids(pool)
+    pool.close()
+    assert not any(map(is_running, running))
+    assert pool.grade([("2", "2.0")]) == [True]  # and it starts again
+    pool.close()
+
+
+def test_a_hang_costs_one_answer_and_one_process(pool: GradingPool) -> None:
+    pool.grade([("2", "2.0")])
+    before = pids(pool)
+    assert pool.grade([("2", "2.0"), HANG, ("2", "3.0"), HANG, ("2", "2.00")]) == [
+        True,
+        None,
+        False,
+        None,
+        True,
+    ]
+    assert not any(map(is_running, before))
+
+
+def test_two_hundred_answers_a_second(pool: GradingPool) -> None:
+    pool.grade([("2", "2.0")])
+    pairs = [(str(i), f"{i}.0") for i in range(200)]
+    pairs += [(rf"\frac{{{i}}}{{7}}", f"{i}/7") for i in range(200)]
+    start = _cpu_seconds(pids(pool)[0])
+    assert all(pool.grade(pairs))
+    assert _cpu_seconds(pids(pool)[0]) - start < len(pairs) / 200
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_process_that_was_killed_while_idle_is_replaced(pool: GradingPool) -> None:
+    pool.grade([("2", "2.0")])
+    os.kill(pids(pool)[0], signal.SIGKILL)
+    time.sleep(0.2)
+    assert pool.grade([("2", "2.0")]) == [True]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "os._exit(1)",
+        "os.kill(os.getpid(), 11)",
+        "os.write(1, b'?')",
+        "time.sleep(600)",
+        "os.kill(os.getpid(), 19)",
+    ],
+    ids=["exit", "crash", "nonsense", "sleep", "stopped"],
+)
+def test_a_lost_process_costs_its_answer_alone(
+    body: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker_script(
+        monkeypatch, tmp_path, f"{READY}if b'bad' in line: {body}\n    os.write(1, b'1')\n"
+    )
+    pool = GradingPool(2, wall_seconds=1.0)
+    pairs = [("a", "b"), ("a", "bad"), ("a", "b"), ("a", "bad"), ("a", "b")]
+    assert pool.grade(pairs) == [True, None, True, None, True]
+    pool.close()
+
+
+def test_processes_are_renewed(monkeypatch: pytest.MonkeyPatch, pool: GradingPool) -> None:
+    monkeypatch.setattr(grading_pool, "JOBS_PER_WORKER", 3)
+    pool.grade([("2", "2.0")])
+    first = pids(pool)
+    assert pool.grade([("2", f"{i}.0") for i in range(4)]) == [False, False, True, False]
+    assert pids(pool) != first
+    assert not is_running(first[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import os; os.write(1, b'ENo module named sympy')", "No module named sympy"),
+        ("raise SystemExit(1)", "it ended or hung"),
+        ("import time; time.sleep(600)", "it ended or hung"),
+    ],
+)
+def test_a_process_that_does_not_start_is_one_message(
+    source: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker_script(monkeypatch, tmp_path, source)
+    monkeypatch.setattr(grading_pool, "STARTING_SECONDS", 1.0)
+    pool = GradingPool(1)
+    with pytest.raises(ProxstepError, match=f"does not start \\({reason}\\)") as error:
+        pool.grade([("1", "2")])
+    assert "\n" not in str(error.value)
+    assert pids(pool) == []
+
+
+CONFINED = {
+    "compile": "compile('1', '<string>', 'eval')",
+    "eval": "eval('1+1')",
+    "write": "open('{canary}', 'w')",
+    "append": "open('{canary}', 'ab')",
+    "process": "__import__('subprocess').run(['touch', '{canary}'])",
+    "system": "os.system('touch {canary}')",
+    "remove": "os.remove('{other}')",
+    "connection": "__import__('socket').socket().connect(('127.0.0.1', 9))",
+    "memory": "bytearray(2 * 2**30)",
+}
+
+
+@pytest.mark.parametrize("kind", CONFINED)
+def test_a_confined_process_can_do_nothing_else(kind: str, tmp_path: Path) -> None:
+    canary, other = tmp_path / "canary", tmp_path / "other"
+    other.touch()
+    code = CONFINED[kind].replace("{canary}", str(canary)).replace("{other}", str(other))
+    source = (
+        f"import os, sys; sys.path.insert(0, {str(grading_pool.WORKER.parent)!r}); "
+        "import math_verify, socket, subprocess; from grading_worker import _confine; "
+        f"code = compile({code!r}, 'given.py', 'exec'); _confine(1024); exec(code); "
+        "os.write(1, b'done')"
+    )
+    done = subprocess.run([sys.executable, "-B", "-c", source], capture_output=True)
+    assert done.returncode == (1 if kind == "memory" else 3)
+    assert done.stdout == b""
+    assert not canary.exists()
+    assert other.exists()
+
+
+def test_numbers_are_read_and_nothing_else() -> None:
+    source = (
+        f"import sys; sys.path.insert(0, {str(grading_pool.WORKER.parent)!r})\n"
+        "from grading_worker import number\n"
+        "from sympy import Float, Integer, SympifyError\n"
+        "assert number('0180') == Integer(180) and number('18.50') == Float('18.5')\n"
+        "for text in ('x', '1+1', '__import__', '', '.', '1.2.3', '1e5', '\\u0663', '-1', '1_0'):\n"
+        "    try: number(text)\n"
+        "    except SympifyError: pass\n"
+        "    else: raise SystemExit(text)\n"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True)
+
+
+def test_many_threads_share_a_pool(pool: GradingPool) -> None:
+    found: dict[int, list[bool | None]] = {}
+
+    def ask(number: int) -> None:
+        pairs = [(str(number), f"{i}.0") for i in range(20)]
+        found[number] = pool.grade(pairs)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: [i == number for i in range(20)] for number in range(8)}
+    assert len(pids(pool)) == 1
+
+
+def _ask_shared(answers: list[str]) -> tuple[list[bool | None], list[int]]:
+    return shared_pool().grade([("2", answer) for answer in answers]), pids(shared_pool())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_child_process_has_a_pool_of_its_own(method: str) -> None:
+    results, own = _ask_shared(["2.0"])
+    context = multiprocessing.get_context(method)
+    with context.Pool(2) as children:  # daemons, which may not have multiprocessing's children
+        answers = children.map(_ask_shared, [["2.0", "3.0"], ["3.0", "2.0"]])
+    assert results == [True]
+    assert [result for result, _ in answers] == [[True, False], [False, True]]
+    assert not {pid for _, theirs in answers for pid in theirs} & set(own)
+    assert _ask_shared(["2.00"])[0] == [True]
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for _, theirs in answers for pid in theirs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)", "os._exit(0)", "1 / 0"])
+def test_no_process_outlives_the_program(end: str) -> None:
+    source = (
+        "import os\nfrom proxstep.rewards.grading_pool import shared_pool\n"
+        "shared_pool().grade([('2', '2.0')])\n"
+        "print(shared_pool()._workers[0].process.pid, flush=True)\n" + end
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 20
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
