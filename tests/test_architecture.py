@@ -10,7 +10,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "proxstep"
 
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "types", "schema", "clock", "interrupt"),
+    ("errors", "types", "schema", "clock", "interrupt", "helptexts"),
     ("masked", "metrics", "chunked", "advantages", "losses", "theory", "regularizers", "rewards"),
     ("isopo", "tasks"),
     ("sections",),

@@ -70,18 +70,23 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> Path:
-    """Return a run's newest checkpoint.
+    """Return a run's newest checkpoint; of a run of verl, the model that it saved there.
 
     Raises:
         ProxstepError: If it has none.
     """
-    found = checkpoints(folder)
+    found = checkpoints(folder) or _of_verl(folder)
     if not found:
         raise ProxstepError(
             f"{folder}: no checkpoint there; a run writes one when it ends or is interrupted, and "
             "every logging.checkpoint_every steps"
         )
     return found[-1]
+
+
+def _of_verl(folder: Path) -> list[Path]:
+    found = (folder / "checkpoints").glob("global_step_*/actor/huggingface")
+    return sorted(found, key=lambda path: int(path.parts[-3].removeprefix("global_step_")))
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

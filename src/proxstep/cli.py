@@ -16,59 +16,8 @@ from typing import Any, NoReturn
 
 from proxstep import __version__
 from proxstep.errors import ProxstepError
+from proxstep.helptexts import EXAMPLES, OVERRIDES
 from proxstep.lab.toy import add_toys, run_toy
-
-OVERRIDES = """\
-Any key of the recipe can follow as --key value, with dots for sections and YAML for values:
-  --algorithm opo --objective.alpha 0.2 --optimizer.learning_rate 1e-5 --rollout.num_generations 16
-`proxstep train --keys` lists all of them with their defaults.
-"""
-EXAMPLES = {
-    "train": """\
-examples:
-  proxstep train recipes/arithmetic.yaml
-  proxstep train recipes/arithmetic.yaml --algorithm isopo-natural --output_dir runs/natural
-  proxstep train recipes/gsm8k-isopo.yaml --model.name ./my-model --dry-run
-  proxstep train --resume runs/natural
-
-The run folder holds recipe.yaml (every value resolved), metrics.jsonl, samples.jsonl and
-checkpoints/, whose newest `transformers.AutoModelForCausalLM.from_pretrained` loads.
-Ctrl-C stops after the current step and writes a checkpoint.
-""",
-    "eval": """\
-examples:
-  proxstep eval runs/arithmetic                      the newest checkpoint of a run
-  proxstep eval recipes/gsm8k-isopo.yaml                   a recipe's model, before any training
-  proxstep eval runs/arithmetic --task.difficulty 4  the same checkpoint on something harder
-""",
-    "compare": """\
-examples:
-  proxstep compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 3
-  proxstep compare recipes/arithmetic.yaml --algorithms isopo,isopo+opo --seeds 5 --steps 80
-
-Every algorithm gets the same recipe, prompts and seeds. Settings of one algorithm alone, such as a
-learning rate tuned for it, go under the recipe's key per_algorithm; the report says what differs.
-""",
-    "diagnose": """\
-examples:
-  proxstep train recipes/arithmetic.yaml --algorithm isopo --geometry.diagnose_every 10
-  proxstep diagnose runs/arithmetic-isopo
-
-docs/diagnostics.md says what the figures mean; diagnostics.jsonl holds them all.
-""",
-    "report": """\
-examples:
-  proxstep report outputs/demo                                a folder of runs
-  proxstep report runs/a runs/b --output ab.html --figure ab.png
-""",
-    "toy": """\
-examples:
-  proxstep toy saturation --out outputs/saturation
-  proxstep toy bandit --out outputs/bandit --seeds 5 --steps 64
-
-docs/toy.md says what they show; both take seconds.
-""",
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,8 +83,14 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return own, pairs
 
 
-ENGINES = {"local": "proxstep.session"}
-"""Modules with `train` and `resume`, by the engine's name."""
+ENGINES = {
+    "local": "proxstep.session",
+    "trl": "proxstep.engines.trl.launch",
+    "verl": "proxstep.engines.verl_recipe.launch",
+}
+"""Modules with `train` and `resume`, by the engine's name; but for local also with `command`. The
+others need the package of their name.
+"""
 TAKES_KEYS = {"train", "eval", "compare"}
 
 
@@ -153,8 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--engine",
         choices=list(ENGINES),
-        default="local",
         help="what runs the training (default: local)",
+    )
+    train.add_argument(
+        "--print-command",
+        action="store_true",
+        help="print what runs the recipe without us: a script (trl), a command line (verl)",
     )
     train.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe")
     train.add_argument("--resume", metavar="RUN", help="continue a run from its newest checkpoint")
@@ -223,19 +182,29 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], cons
     if arguments.keys:
         _print_keys(console)
         return 0
-    engine = importlib.import_module(ENGINES[arguments.engine])
     progress = make_progress(console)
     if arguments.resume:
-        if arguments.recipe or overrides or arguments.dry_run or arguments.overwrite:
+        given = (arguments.recipe, overrides, arguments.engine)
+        if any((*given, arguments.dry_run, arguments.print_command, arguments.overwrite)):
             raise ProxstepError("--resume continues a run by its own recipe: give nothing else")
         folder = arguments.resume
+        engine = _engine(_engine_of(folder))
         begin = lambda: engine.resume(folder, progress)  # noqa: E731
     else:
         if not arguments.recipe:
             raise ProxstepError("which recipe? Try proxstep train recipes/arithmetic.yaml")
+        name = arguments.engine or "local"
+        if arguments.print_command and name == "local":
+            raise ProxstepError(
+                "--print-command is for the engines that can run without us: add --engine trl or "
+                "--engine verl"
+            )
         recipe = load_recipe(arguments.recipe, overrides)
-        if arguments.dry_run:
-            console.out(dump_recipe(recipe), end="", highlight=False)
+        engine = _engine(name)
+        command = "" if name == "local" else engine.command(recipe)  # refuses what it cannot do
+        if arguments.dry_run or arguments.print_command:
+            text = command if arguments.print_command else dump_recipe(recipe)
+            console.out(text, end="", highlight=False)
             return 0
         folder = recipe.output_dir
         begin = lambda: engine.train(recipe, progress, overwrite=arguments.overwrite)  # noqa: E731
@@ -250,6 +219,23 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], cons
         return 130
     console.out(f"done: {folder}")
     return 0
+
+
+def _engine(name: str) -> Any:
+    """Return an engine's module."""
+    return importlib.import_module(ENGINES[name])
+
+
+def _engine_of(folder: str) -> str:
+    """Return the name of the engine that began a run."""
+    from proxstep.runfolder import RunFolder
+
+    name = RunFolder(folder).info().get("engine", "local")
+    if name not in ENGINES:
+        raise ProxstepError(
+            f"{folder}: its run.json says engine {name!r}, which is none of {', '.join(ENGINES)}"
+        )
+    return name
 
 
 def _eval(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from proxstep.config import Recipe
 from proxstep.data import Prompts
 from proxstep.metrics import kl_divergence, kl_estimate
 from proxstep.rollout import Completions, response_logits, sample
@@ -60,6 +61,73 @@ def greedy_score(
     given = [reward for reward in rewards if reward is not None]
     score = sum(given) / len(given) if given else float("nan")
     return GreedyResult(score, sum(lengths) / len(lengths), texts, rewards)
+
+
+def evaluate(
+    recipe: Recipe,
+    model: nn.Module,
+    initial: nn.Module | None,
+    tokenizer: Any,
+    validation: Prompts,
+    probe: Probe | None,
+) -> tuple[dict[str, float], list[dict[str, Any]], Probe]:
+    """Measure a policy as a recipe says; torch's generator starts at the recipe's seed.
+
+    Args:
+        recipe: The recipe.
+        model: The policy.
+        initial: The initial policy, or None for a model whose adapters can be switched off.
+        tokenizer: Of both.
+        validation: Validation prompts.
+        probe: What the initial policy sampled; None where the policy is still the initial one.
+
+    Returns:
+        The metrics, the completions to keep (their step left out), and the probe.
+    """
+    section, limit = recipe.evaluation, recipe.rollout.max_completion_length
+    count = min(section.num_probe_prompts, len(validation))
+    prompts = [validation.tokens(row) for row in range(count)]
+    head = recipe.model.head
+    torch.manual_seed(recipe.seed)
+    if probe is None:
+        probe = Probe.draw(model, tokenizer, prompts, limit, head)
+    greedy = greedy_score(
+        model, tokenizer, validation, max_new_tokens=limit, batch_size=section.batch_size
+    )
+    measured = {
+        "score": greedy.score,
+        "score_mean_length": greedy.mean_length,
+        "kl_initial_policy": probe.kl(model, head),
+    }
+    if section.kl_policy_initial:
+        measured["kl_policy_initial"] = kl_from_initial(
+            model,
+            initial,
+            tokenizer,
+            prompts,
+            limit,
+            batch_size=len(prompts) if head == "full" else 1,
+        )
+    return measured, _samples(validation, greedy, recipe.logging.num_samples), probe
+
+
+def _samples(validation: Prompts, greedy: GreedyResult, count: int) -> list[dict[str, Any]]:
+    """Return the first completions with their prompts, answers and rewards."""
+    first = zip(
+        validation.examples[:count],
+        greedy.completions[:count],
+        greedy.rewards[:count],
+        strict=True,
+    )
+    return [
+        {
+            "prompt": example.prompt,
+            "completion": completion,
+            "answer": example.answer,
+            "reward": reward,
+        }
+        for example, completion, reward in first
+    ]
 
 
 @torch.no_grad()

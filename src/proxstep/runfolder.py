@@ -53,7 +53,8 @@ class RunFolder:
         """Delete the files of the run that the folder holds, and nothing else."""
         if not self._info.exists():
             return
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        for below in ("checkpoints", "verl"):
+            shutil.rmtree(self.path / below, ignore_errors=True)
         for file in (self.metrics, self.samples, self.diagnostics, self._info):
             file.unlink(missing_ok=True)
         (self.path / "recipe.yaml").unlink(missing_ok=True)

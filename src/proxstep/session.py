@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,31 @@ def load_run_recipe(path: str | Path) -> Recipe:
     return load_recipe(file).model_copy(update={"output_dir": str(path)})
 
 
+def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[str, Any]]:
+    """Return the function that makes the recipe's task, and its keyword arguments.
+
+    Args:
+        recipe: The recipe.
+        chat: Whether the tokenizer has a chat template, for the tasks that can do either.
+    """
+    section = recipe.task
+    if section.name == "arithmetic":
+        keys = ("difficulty", "num_validation")
+        return arithmetic_task, {key: getattr(section, key) for key in keys}
+    keys = ("train", "validation", "num_train", "num_validation")
+    if section.name == "math":
+        keys += ("level",)
+    if section.name == "table":
+        keys += ("prompt_column", "answer_column", "config", "train_split", "validation_split")
+    options = {key: getattr(section, key) for key in keys}
+    if section.name == "table":
+        return table_task, options | {"rewards": tuple(section.rewards or ["numeric_answer"])}
+    if section.prompt_format != "auto":
+        chat = section.prompt_format == "chat"
+    task_of = {"gsm8k": gsm8k_task, "math": math_task, "svamp": svamp_task}
+    return task_of[section.name], options | {"chat": chat}
+
+
 def load_task(recipe: Recipe, *, chat: bool) -> Task:
     """Return the recipe's task.
 
@@ -152,32 +178,9 @@ def load_task(recipe: Recipe, *, chat: bool) -> Task:
     Raises:
         ProxstepError: If the data is missing, empty or malformed.
     """
-    section = recipe.task
-    if section.name == "arithmetic":
-        return arithmetic_task(section.difficulty, section.num_validation)
-    if section.prompt_format != "auto":
-        chat = section.prompt_format == "chat"
-    options: dict[str, Any] = {
-        "train": section.train,
-        "validation": section.validation,
-        "num_train": section.num_train,
-        "num_validation": section.num_validation,
-    }
+    function, options = task_call(recipe, chat=chat)
     try:
-        if section.name == "math":
-            return math_task(**options, chat=chat, level=section.level)
-        if section.name != "table":
-            task_of = {"gsm8k": gsm8k_task, "svamp": svamp_task}[section.name]
-            return task_of(**options, chat=chat)
-        return table_task(
-            **options,
-            prompt_column=section.prompt_column,
-            answer_column=section.answer_column,
-            config=section.config,
-            train_split=section.train_split,
-            validation_split=section.validation_split,
-            rewards=tuple(section.rewards or ["numeric_answer"]),
-        )
+        return function(**options)
     except ProxstepError as error:
         raise ProxstepError(f"task.train or task.validation: {error}") from None
 

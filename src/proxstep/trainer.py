@@ -20,7 +20,7 @@ from proxstep.clock import Clock
 from proxstep.config import Recipe
 from proxstep.data import Prompts
 from proxstep.errors import ProxstepError
-from proxstep.evaluation import Probe, greedy_score, kl_from_initial
+from proxstep.evaluation import Probe, evaluate
 from proxstep.experience import Batch, collect
 from proxstep.generation import shortage
 from proxstep.interrupt import stop_on_signal
@@ -295,53 +295,11 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """Measure the policy as it is now; no step's randomness depends on it."""
-        section, limit = self.recipe.evaluation, self.recipe.rollout.max_completion_length
-        count = min(section.num_probe_prompts, len(self.validation))
-        prompts = [self.validation.tokens(row) for row in range(count)]
-        head = self.recipe.model.head
         with self.clock.phase("evaluation"), autocast(self.recipe, self.model):
-            torch.manual_seed(self.recipe.seed)
-            if self.probe is None:
-                self.probe = Probe.draw(self.model, self.tokenizer, prompts, limit, head)
-            greedy = greedy_score(
-                self.model,
-                self.tokenizer,
-                self.validation,
-                max_new_tokens=limit,
-                batch_size=section.batch_size,
+            measured, samples, self.probe = evaluate(
+                self.recipe, self.model, self.initial, self.tokenizer, self.validation, self.probe
             )
-            measured = {
-                "score": greedy.score,
-                "score_mean_length": greedy.mean_length,
-                "kl_initial_policy": self.probe.kl(self.model, head),
-            }
-            if section.kl_policy_initial:
-                measured["kl_policy_initial"] = kl_from_initial(
-                    self.model,
-                    self.initial,
-                    self.tokenizer,
-                    prompts,
-                    limit,
-                    batch_size=len(prompts) if head == "full" else 1,
-                )
-        shown = self.recipe.logging.num_samples
-        self.folder.add_samples(
-            [
-                {
-                    "step": self.step,
-                    "prompt": example.prompt,
-                    "completion": completion,
-                    "answer": example.answer,
-                    "reward": reward,
-                }
-                for example, completion, reward in zip(
-                    self.validation.examples[:shown],
-                    greedy.completions[:shown],
-                    greedy.rewards[:shown],
-                    strict=True,
-                )
-            ]
-        )
+        self.folder.add_samples([{"step": self.step, **sample} for sample in samples])
         return measured
 
     def _write(self, log: MetricsLog, tracker: Tracker, record: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from datasets import Dataset
 from tests import models
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from trl import GRPOConfig
 
 from proxstep.embedded import build_embedded_model
 
@@ -87,7 +89,8 @@ def made(
     """A trainer that is watched; options are its configuration's, or the trainer's own."""
     own = {name: options.pop(name) for name in ("eval_dataset", "peft_config") if name in options}
     with quiet():
-        config = trainer_class.config_class(str(folder), **(SIZES | options))
+        config_class = getattr(trainer_class, "config_class", GRPOConfig)
+        config = config_class(str(folder), **(SIZES | options))
         trainer = trainer_class(
             model, text_reward, config, dataset(), processing_class=tokenizer, **own
         )
@@ -122,3 +125,10 @@ def trained(trainer: Any, **options: Any) -> None:
 
 def copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
+
+
+def environment(*first: str) -> dict[str, str]:
+    """A process's, which finds this TRL, and before it what lies in the folders given."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join([*first, root, os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -14,7 +14,7 @@ from proxstep.losses.aggregate import (
     aggregate,
 )
 from proxstep.losses.cispo import cispo
-from proxstep.losses.composition import sequence_coefficients
+from proxstep.losses.composition import gradient_by_sequence, sequence_coefficients
 from proxstep.losses.dro import dro
 from proxstep.losses.escort import drive, escort_weights
 from proxstep.losses.gspo import gspo
@@ -23,6 +23,7 @@ from proxstep.losses.opo import (
     auto_mu,
     clip_target,
     opo,
+    opo_by_sequence,
     positivity,
     regression_target,
     target_shares,
@@ -52,10 +53,12 @@ __all__ = [
     "entropy_proxy",
     "escort_weights",
     "find_objective",
+    "gradient_by_sequence",
     "grpo",
     "gspo",
     "importance_weights",
     "opo",
+    "opo_by_sequence",
     "positivity",
     "regression_target",
     "reinforce",

@@ -67,12 +67,37 @@ def sequence_coefficients(
         leaf_BT = log_probs.detach().requires_grad_()
         loss, metrics = objective.loss(leaf_BT, old_log_probs, advantages, response_mask, **hyper)
         (grad_BT,) = torch.autograd.grad(loss, leaf_BT)
+    grad_B = gradient_by_sequence(
+        grad_BT,
+        response_mask,
+        f"{objective.name} is declared sequence-level, but its gradient differs between the tokens "
+        'of a sequence: declare it with level="token".',
+    )
+    return -grad_B, loss.detach(), metrics
+
+
+def gradient_by_sequence(
+    grad_BT: Float[Tensor, "batch tokens"],
+    response_mask: Bool[Tensor, "batch tokens"],
+    otherwise: str,
+) -> Float[Tensor, " batch"]:
+    """Return the one number that a loss's gradient is at all response tokens of a sequence.
+
+    Args:
+        grad_BT: The gradient with respect to the tokens' log-probabilities.
+        response_mask: True at the response's tokens.
+        otherwise: What to say where there is no such number.
+
+    Returns:
+        The gradient with respect to log pi(y_b); 0 for a sequence without response tokens.
+
+    Raises:
+        ProxstepError: The gradient differs between the tokens of a sequence.
+    """
+    grad_BT = grad_BT.masked_fill(~response_mask, 0.0)
     first_token_B = response_mask.to(torch.uint8).argmax(dim=-1, keepdim=True)
     grad_B = grad_BT.gather(1, first_token_B).squeeze(1)
     unequal_BT = ~torch.isclose(grad_BT, grad_B[:, None], rtol=1e-4, atol=0.0) & response_mask
     if unequal_BT.any():
-        raise ProxstepError(
-            f"{objective.name} is declared sequence-level, but its gradient differs between the "
-            'tokens of a sequence: declare it with level="token".'
-        )
-    return -grad_B, loss.detach(), metrics
+        raise ProxstepError(otherwise)
+    return grad_B

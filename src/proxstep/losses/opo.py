@@ -80,15 +80,59 @@ def opo(
     sequence beyond the bound gives the ratio surrogate no gradient. The log surrogate itself is not
     bounded.
     """
-    check_inputs(log_probs, anchor_log_probs, advantages, response_mask)
-    check_positive("mu", mu)
-    check_choice("surrogate", surrogate, SURROGATES)
-    check_choice("form", form, FORMS)
     if aggregation.mode != SEQ_MEAN_TOKEN_MEAN.mode:
         raise ProxstepError(
             f"loss_agg_mode is {aggregation.mode!r}, but opo has one value per sequence: use "
             f"{SEQ_MEAN_TOKEN_MEAN.mode!r} (for a mean over tokens inside Delta, length_normalize)."
         )
+    loss_B, metrics = opo_by_sequence(
+        log_probs,
+        anchor_log_probs,
+        advantages,
+        response_mask,
+        mu=mu,
+        surrogate=surrogate,
+        form=form,
+        length_normalize=length_normalize,
+    )
+    return aggregate_sequences(loss_B, response_mask, aggregation), metrics
+
+
+def opo_by_sequence(
+    log_probs: Float[Tensor, "batch tokens"],
+    anchor_log_probs: Float[Tensor, "batch tokens"],
+    advantages: Float[Tensor, " batch"],
+    response_mask: Bool[Tensor, "batch tokens"],
+    *,
+    mu: float,
+    surrogate: str,
+    form: str,
+    length_normalize: bool,
+) -> tuple[Float[Tensor, " batch"], dict[str, Float[Tensor, " batch"]]]:
+    """Return what `opo` takes the mean of: each sequence's loss, for another aggregation.
+
+    Args:
+        log_probs: As in `opo`, and so are the others.
+        anchor_log_probs: In nats.
+        advantages: The drive of each sequence.
+        response_mask: True at the response's tokens.
+        mu: Curvature of the penalty, above 0.
+        surrogate: log or ratio.
+        form: work or regression.
+        length_normalize: Take Delta as the mean over tokens.
+
+    Returns:
+        The loss of each sequence, of no meaning where it has no response token; and the metrics.
+
+    Raises:
+        ProxstepError: As `opo`.
+
+    Source: as `opo`.
+    """
+    check_inputs(log_probs, anchor_log_probs, advantages, response_mask)
+    check_positive("mu", mu)
+    check_choice("surrogate", surrogate, SURROGATES)
+    check_choice("form", form, FORMS)
     log_ratio_BT = token_log_ratio(log_probs, anchor_log_probs, response_mask)
     reduce = masked_mean if length_normalize else masked_sum
     delta_B = reduce(log_ratio_BT, response_mask)
@@ -100,13 +144,12 @@ def opo(
     else:
         loss_B = 0.5 * mu * (u_B - regression_target(drive_B, mu=mu)).square()
     abs_delta_B = delta_B.detach().abs()
-    metrics = {
+    return loss_B, {
         "abs_delta": abs_delta_B,
         "chi_square": deviation_B.detach().square(),
         "ratio": deviation_B.detach() + 1,
         "delta_clamped": (abs_delta_B > LOG_RATIO_BOUND).to(log_probs),
     }
-    return aggregate_sequences(loss_B, response_mask, aggregation), metrics
 
 
 def regression_target(

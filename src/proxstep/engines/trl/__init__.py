@@ -1,6 +1,6 @@
 """ISOPO and OPO in TRL: GRPOTrainer with another objective, and everything else as it is there."""
 
-from proxstep.engines.trl.versions import check_trl
+from proxstep.engines.versions import check_trl
 
 check_trl()
 

@@ -10,7 +10,6 @@ Legend for shape suffixes: B sequences, T completion tokens, W sequences of all 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from proxstep.engines.trl.configs import OpoConfig
+from proxstep.engines.trl.release import SCORING_INPUTS
 from proxstep.errors import ProxstepError
 from proxstep.losses import LOSSES
 from proxstep.signals import Anchor, opo_signal, vocabulary_size
@@ -131,8 +131,7 @@ class SequenceTrainer(GRPOTrainer):
 
     def _score_again(self, output: Mapping[str, Any]) -> Tensor:
         """Return the policy's log-probabilities of the completions, without gradient."""
-        known = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
-        images = {name: output[name] for name in known if name in output}
+        images = {name: output[name] for name in SCORING_INPUTS if name in output}
         ids_BT = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         mask_BT = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         width = output["completion_ids"].shape[1]

@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
-from pydantic import ValidationError
 from trl.trainer.grpo_config import GRPOConfig
 
+from proxstep.engines.fields import field_of, known_fields, read_section
 from proxstep.engines.trl.refusals import refuse_for_isopo, refuse_other_losses
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, Rule
 from proxstep.losses import LOSSES, Aggregation
 from proxstep.objective_sections import OpoSection
-from proxstep.sections import GeometrySection, Section, default_of
+from proxstep.sections import GeometrySection, default_of
 
 OBJECTIVES = ("reinforce", "gspo", "opo")
 """What ISOPO acts on: sequence-level objectives whose advantages are TRL's."""
-
-
-def _key(section: type[Section], name: str) -> Any:
-    """Return a field with a recipe section's default and sentence."""
-    info = section.model_fields[name]
-    text = (info.description or "").replace("%", "%%")
-    return dataclasses.field(default=info.default, metadata={"help": text})
-
-
-def _read(section: type[Section], config: GRPOConfig, **fixed: Any) -> Any:
-    """Return a recipe's section made of the configuration's fields that it knows.
-
-    Raises:
-        ProxstepError: If one of them does not fit, by name.
-    """
-    names = set(section.model_fields) & {field.name for field in dataclasses.fields(config)}
-    try:
-        return section(**fixed, **{name: getattr(config, name) for name in names})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][:1])
-        raise ProxstepError(f"{name} is {first['input']!r}: {first['msg']}") from None
 
 
 @dataclass
@@ -54,21 +31,21 @@ class OpoConfig(GRPOConfig):
         default=None,
         metadata={"help": "How token values become one loss; None for the objective's own."},
     )
-    alpha: float = _key(OpoSection, "alpha")
-    tau: float = _key(OpoSection, "tau")
-    adaptive_tau: bool = _key(OpoSection, "adaptive_tau")
-    tau_min: float = _key(OpoSection, "tau_min")
-    tau_max: float = _key(OpoSection, "tau_max")
-    tau_entropy_coef: float = _key(OpoSection, "tau_entropy_coef")
-    tau_confidence_coef: float = _key(OpoSection, "tau_confidence_coef")
-    mu: float | str = _key(OpoSection, "mu")
-    target_min: float | None = _key(OpoSection, "target_min")
-    surrogate: str = _key(OpoSection, "surrogate")
-    form: str = _key(OpoSection, "form")
-    drive: str = _key(OpoSection, "drive")
-    normalize: str = _key(OpoSection, "normalize")
-    anchor_correction: str = _key(OpoSection, "anchor_correction")
-    length_normalize: bool = _key(OpoSection, "length_normalize")
+    alpha: float = field_of(OpoSection, "alpha")
+    tau: float = field_of(OpoSection, "tau")
+    adaptive_tau: bool = field_of(OpoSection, "adaptive_tau")
+    tau_min: float = field_of(OpoSection, "tau_min")
+    tau_max: float = field_of(OpoSection, "tau_max")
+    tau_entropy_coef: float = field_of(OpoSection, "tau_entropy_coef")
+    tau_confidence_coef: float = field_of(OpoSection, "tau_confidence_coef")
+    mu: float | str = field_of(OpoSection, "mu")
+    target_min: float | None = field_of(OpoSection, "target_min")
+    surrogate: str = field_of(OpoSection, "surrogate")
+    form: str = field_of(OpoSection, "form")
+    drive: str = field_of(OpoSection, "drive")
+    normalize: str = field_of(OpoSection, "normalize")
+    anchor_correction: str = field_of(OpoSection, "anchor_correction")
+    length_normalize: bool = field_of(OpoSection, "length_normalize")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +61,7 @@ class OpoConfig(GRPOConfig):
 
     def opo_section(self) -> OpoSection:
         """Return OPO's keys as a recipe has them."""
-        return _read(OpoSection, self, name="opo")
+        return read_section(OpoSection, {"name": "opo", **known_fields(OpoSection, self)})
 
     def aggregation(self) -> Aggregation:
         """Return how token values become one loss."""
@@ -115,22 +92,22 @@ class IsopoConfig(OpoConfig):
         default=default_of(Isopo, "rule"),
         metadata={"help": "A preset of ISOPO; the keys below are the preset's where None."},
     )
-    fisher_power: float | None = _key(GeometrySection, "fisher_power")
-    norm_power: float | None = _key(GeometrySection, "norm_power")
-    relative_fisher_power: float | None = _key(GeometrySection, "relative_fisher_power")
-    damping: float | None = _key(GeometrySection, "damping")
-    ntk_damping: float | None = _key(GeometrySection, "ntk_damping")
-    interact: str | None = _key(GeometrySection, "interact")
-    damping_form: str | None = _key(GeometrySection, "damping_form")
-    scale: str = _key(GeometrySection, "scale")
-    other_parameters: str = _key(GeometrySection, "other_parameters")
-    fisher: str = _key(GeometrySection, "fisher")
-    num_overlap_positions: int | None = _key(GeometrySection, "num_overlap_positions")
-    overlap_positions: str = _key(GeometrySection, "overlap_positions")
-    overlap_source: str = _key(GeometrySection, "overlap_source")
-    fisher_denominator: str = _key(GeometrySection, "fisher_denominator")
-    decay: float = _key(GeometrySection, "decay")
-    memory_mib: int = _key(GeometrySection, "memory_mib")
+    fisher_power: float | None = field_of(GeometrySection, "fisher_power")
+    norm_power: float | None = field_of(GeometrySection, "norm_power")
+    relative_fisher_power: float | None = field_of(GeometrySection, "relative_fisher_power")
+    damping: float | None = field_of(GeometrySection, "damping")
+    ntk_damping: float | None = field_of(GeometrySection, "ntk_damping")
+    interact: str | None = field_of(GeometrySection, "interact")
+    damping_form: str | None = field_of(GeometrySection, "damping_form")
+    scale: str = field_of(GeometrySection, "scale")
+    other_parameters: str = field_of(GeometrySection, "other_parameters")
+    fisher: str = field_of(GeometrySection, "fisher")
+    num_overlap_positions: int | None = field_of(GeometrySection, "num_overlap_positions")
+    overlap_positions: str = field_of(GeometrySection, "overlap_positions")
+    overlap_source: str = field_of(GeometrySection, "overlap_source")
+    fisher_denominator: str = field_of(GeometrySection, "fisher_denominator")
+    decay: float = field_of(GeometrySection, "decay")
+    memory_mib: int = field_of(GeometrySection, "memory_mib")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,7 +123,7 @@ class IsopoConfig(OpoConfig):
 
     def geometry_section(self) -> GeometrySection:
         """Return ISOPO's keys as a recipe has them."""
-        return _read(GeometrySection, self)
+        return read_section(GeometrySection, known_fields(GeometrySection, self))
 
     def to_rule(self) -> Rule:
         """Return the rule that the keys describe.

@@ -1,8 +1,13 @@
-"""TRL's fused output layer, with the head's gradient under ISOPO's rule.
+"""TRL's scoring of tokens, with the output layer's gradient under ISOPO's rule.
 
-TRL computes log-probabilities from the hidden states and the head's weight, past the head's
-forward. Where the weight is trained, that would leave its gradient plain; here the same call gives
-the transformed one: in chunks where the rule and the model allow it, else from all logits.
+TRL's fused output layer computes log-probabilities from the hidden states and the layer's weight,
+past the layer's forward. Where the weight is trained, that would leave its gradient plain; here the
+same call gives the transformed one: in chunks where the rule and the model allow it, else from all
+logits.
+
+A release without it takes the model's own logits, at the completions' positions alone: the layer
+would see fewer positions than the others do. Here it gets them all; TRL takes what it needs of the
+logits afterwards.
 
 Legend for shape suffixes: B sequences, T token positions, N scored positions, D features, V
 vocabulary.
@@ -15,9 +20,10 @@ import logging
 import types
 from typing import Any
 
+import torch
 from torch import nn
-from trl.trainer.utils import FusedCausalLMOutput
 
+from proxstep.engines.trl.release import FusedOutput
 from proxstep.errors import ProxstepError
 from proxstep.isopo.patches import owner_of
 from proxstep.lm_head import check_chunkable, head_computes, output_head, scoring_forward, spread
@@ -25,13 +31,14 @@ from proxstep.metrics import entropy, token_log_probs
 from proxstep.types import Tensor
 
 _IGNORED = -100
+_FROM_ALL = "the output layer is transformed from all logits, in T x V memory"
 
 
 def transform_head(core: Any, temperature: float, *, needs_kernel: bool) -> tuple[int, str]:
-    """Put the model's fused output layer under the rule of the `Isopo` that is installed on it.
+    """Put the model's output layer under the rule of the `Isopo` that is installed on it.
 
     Args:
-        core: The transformers model, with TRL's fused head already on it.
+        core: The transformers model, with TRL's fused head already on it where TRL has one.
         temperature: Of the sampling.
         needs_kernel: Whether the rule needs the head's kernel, which a chunked head does not form.
 
@@ -39,10 +46,14 @@ def transform_head(core: Any, temperature: float, *, needs_kernel: bool) -> tupl
         What was done, for the log, and at which level: a warning where it costs memory.
 
     Raises:
-        ProxstepError: If the output layer is not a plain linear one.
+        ProxstepError: If TRL's output layer is fused, and the model's not a plain linear one.
     """
-    if not core.get_output_embeddings().weight.requires_grad:
-        return logging.INFO, "the output layer is frozen: TRL's fused one is used as it is"
+    if not any(weight.requires_grad for weight in core.get_output_embeddings().parameters()):
+        return logging.INFO, "the output layer is frozen: TRL's scoring is used as it is"
+    if FusedOutput is None:
+        _give_every_position(core)
+        reason = "this release of TRL has no fused one"
+        return logging.WARNING, f"{_FROM_ALL}: {reason}"
     head, fused = output_head(core), core.forward
     reason = "the rule needs its kernel" if needs_kernel else _not_chunkable(core, head)
     score = _full if reason else _chunked
@@ -58,9 +69,21 @@ def transform_head(core: Any, temperature: float, *, needs_kernel: bool) -> tupl
 
     core.forward = types.MethodType(forward, core)
     if reason:
-        text = f"the output layer is transformed from all logits, in T x V memory: {reason}"
-        return logging.WARNING, text
+        return logging.WARNING, f"{_FROM_ALL}: {reason}"
     return logging.INFO, "the output layer is transformed in chunks, in place of TRL's fused one"
+
+
+def _give_every_position(core: Any) -> None:
+    """Let a forward with gradient compute the logits at all positions, as without the argument."""
+    own = core.forward
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            kwargs.pop("logits_to_keep", None)
+        return own(*args, **kwargs)
+
+    core.forward = types.MethodType(forward, core)
 
 
 def _not_chunkable(core: Any, head: nn.Linear) -> str:
@@ -92,5 +115,5 @@ def _full(forward: Any, head: nn.Linear, labels_BT: Tensor, temperature: float) 
     return _output(spread(log_prob_N, scored_BT), spread(entropy_N, scored_BT), scored_BT)
 
 
-def _output(log_prob_BT: Tensor, entropy_BT: Tensor, scored_BT: Tensor) -> FusedCausalLMOutput:
-    return FusedCausalLMOutput(log_probs=log_prob_BT, entropy=entropy_BT, label_mask=scored_BT)
+def _output(log_prob_BT: Tensor, entropy_BT: Tensor, scored_BT: Tensor) -> Any:
+    return FusedOutput(log_probs=log_prob_BT, entropy=entropy_BT, label_mask=scored_BT)

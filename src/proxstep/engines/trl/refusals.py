@@ -79,7 +79,7 @@ ISOPO: tuple[_Refusal, ...] = (
     (
         "cast_lm_head_to_fp32",
         lambda args: args.cast_lm_head_to_fp32,
-        "it replaces the output layer's forward, which ISOPO needs; turn it off (the "
+        "it replaces the output layer's forward, which ISOPO needs; turn it off (since TRL 1.15 "
         "log-probabilities are computed in float32 either way)",
     ),
     (

@@ -1,0 +1,81 @@
+"""A recipe as a Python script of TRL's, for people to edit and to launch as they like."""
+
+from __future__ import annotations
+
+from proxstep.config import Recipe
+from proxstep.engines.trl.expressions import Call, Code, Name, Shared, imports_of, write
+from proxstep.engines.trl.recipe import Plan, plan
+
+_HEAD = '''"""{algorithm} on {task}, in TRL.
+
+    python train.py
+    torchrun --nproc_per_node 2 train.py
+
+Made by `proxstep train --engine trl --print-command`, which trains the same weights; it adds the
+run folder and the greedy evaluation.
+"""
+
+'''
+
+
+def script(recipe: Recipe) -> str:
+    """Return a script that trains as `proxstep train --engine trl` does.
+
+    Raises:
+        ProxstepError: If TRL cannot do what the recipe says.
+    """
+    section = recipe.task
+    asks = section.name in ("gsm8k", "math", "svamp") and section.prompt_format == "auto"
+    chat = Code("tokenizer.chat_template is not None")
+    made = plan(recipe, chat=chat if asks else False)
+    lines = [_HEAD.format(algorithm=recipe.algorithm, task=section.name)]
+    lines.append(_imports(made, asks=asks))
+    if _is_shared(made):
+        lines.append('world_size = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun\n')
+    model = write(made.model)
+    lines.append(
+        f"model = str({model})\n" if isinstance(made.model, Call) else f"model = {model}\n"
+    )
+    if asks:
+        lines.append("tokenizer = AutoTokenizer.from_pretrained(model)\n")
+    lines.append(f"task = {write(made.task)}\n")
+    lines.append(write_trainer(made))
+    lines.append("trainer.train()\n")
+    return "".join(lines)
+
+
+def write_trainer(made: Plan) -> str:
+    """Return the statement that makes the trainer."""
+    arguments = {
+        "model": "model",
+        "reward_funcs": write(made.rewards, 4),
+        "args": write(made.args, 4),
+        "train_dataset": "Dataset.from_list(rows(task.train))",
+    }
+    if made.lora is not None:
+        arguments["peft_config"] = write(made.lora, 4)
+    inside = "".join(f"    {name}={code},\n" for name, code in arguments.items())
+    return f"trainer = {made.trainer.name}(\n{inside})\n"
+
+
+def _is_shared(made: Plan) -> bool:
+    return any(isinstance(value, Shared) for value in made.args.keywords.values())
+
+
+def _imports(made: Plan, *, asks: bool) -> str:
+    """Return the import statements, the standard library's first and ours last."""
+    names = imports_of([made.trainer, made.args, made.model, made.task, *made.rewards, made.lora])
+    names |= imports_of([Name("datasets", "Dataset"), Name("proxstep.engines.trl.data", "rows")])
+    if asks:
+        names.add(("transformers", "AutoTokenizer"))
+    by_module: dict[str, list[str]] = {}
+    for module, name in sorted(names):
+        by_module.setdefault(module, []).append(name)
+    statements = [
+        f"from {module} import {', '.join(by_module[module])}\n"
+        for module in sorted(by_module, key=lambda module: (module.startswith("proxstep"), module))
+    ]
+    first = next(i for i, line in enumerate(statements) if line.startswith("from proxstep"))
+    statements.insert(first, "\n")
+    standard = "import os\n\n" if _is_shared(made) else ""
+    return standard + "".join(statements) + "\n"
