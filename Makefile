@@ -2,11 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# verl holds transformers below what the rest is developed with, and weighs 2 GB.
+VERL := .venv-verl
+VERL_PIP = $(VERL)/bin/python -m pip install -q --disable-pip-version-check
+# The oldest release of TRL that is supported, before the environment's own on the path.
+TRL_OLDEST := .trl-oldest
+OLDEST = PYTHONPATH=$(CURDIR)/$(TRL_OLDEST) $(BIN)/python
+TRL_TESTS := $(addprefix tests/engines/test_trl_,release.py gradients.py options.py runs.py recipe.py)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figure reference test test-all lint bench gpu clean
+.PHONY: help setup demo figure reference test test-all test-trl-oldest test-verl lint bench gpu clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +24,20 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[train,dev]"
+	touch $@
+
+# verl without its dependencies, which would fetch vision packages and with them another torch.
+$(VERL)/.installed: pyproject.toml tests/verl/requirements.txt
+	test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
+	$(VERL_PIP) torch==2.13.0
+	$(VERL_PIP) --no-deps verl==0.9.1
+	$(VERL_PIP) -r tests/verl/requirements.txt
+	$(VERL_PIP) --no-deps -e .
+	touch $@
+
+$(TRL_OLDEST)/.installed: Makefile $(VENV)/.installed
+	rm -rf $(TRL_OLDEST)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRL_OLDEST) trl==1.14.2
 	touch $@
 
 setup: $(VENV)/.installed  ## Create .venv with proxstep and its development tools
@@ -37,8 +58,17 @@ reference: setup  ## Write the reference pages of docs/ from the code
 test: setup  ## The test suite (under 10 minutes on two cores)
 	$(BIN)/python -m pytest -q -n 2
 
-test-all: test  ## The test suite and the slow tests
+test-all: test  ## The test suite, the slow tests, TRL's with its oldest release, verl's
 	$(BIN)/python -m pytest -q -n 2 -m slow
+	$(MAKE) test-trl-oldest test-verl
+
+test-trl-oldest: $(TRL_OLDEST)/.installed  ## TRL's tests with the oldest release that is supported
+	$(OLDEST) -c 'import trl; assert trl.__version__ == "1.14.2", trl.__file__'
+	$(OLDEST) -m pytest -q -n 2 $(TRL_TESTS)
+	$(OLDEST) -m pytest -q -n 2 -m slow tests/engines/test_trl_runs.py
+
+test-verl: $(VERL)/.installed  ## verl's tests, in .venv-verl: on the CPU, with Ray (about 10 minutes)
+	$(VERL)/bin/python -m pytest -q -m verl tests/verl
 
 lint: setup  ## Formatting, style and types
 	$(BIN)/ruff format --check .
@@ -56,4 +86,4 @@ gpu: setup  ## The accelerator's tests and benchmark (needs CUDA)
 	  --json benchmarks/baselines/overhead-cuda.json
 
 clean:  ## Delete the environment, the outputs and the caches in this folder
-	rm -rf $(VENV) outputs runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERL) $(TRL_OLDEST) outputs runs .pytest_cache .ruff_cache .hypothesis
