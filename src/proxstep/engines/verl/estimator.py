@@ -1,0 +1,97 @@
+"""OPO's drive as an advantage estimator of verl: on the driver, where a prompt's responses meet.
+
+Legend for shape suffixes: B sequences, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from verl.utils.config import omega_conf_to_dataclass
+
+from proxstep.advantages import ADVANTAGES, Groups
+from proxstep.engines.verl.policy_loss import NAME, PLACE, OpoPolicyLossConfig, check_config
+from proxstep.errors import ProxstepError
+from proxstep.signals import opo_signal
+from proxstep.types import Tensor
+
+_SIBLING = "..actor_rollout_ref.actor.policy_loss"
+"""Where the loss's keys are from `algorithm`, which is all that verl hands over."""
+
+
+def opo_drive(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    config: Any = None,
+    index: Sequence[Any] | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return OPO's drive at each response token, in the place of advantages, and of returns.
+
+    A prompt's rewards become advantages, escort weights and the drive, as in the local engine. A
+    prompt none of whose responses has a token (verl's padding) and a response that is alone with
+    its prompt have drive 0 and are left out of every statistic.
+
+    Args:
+        token_level_rewards: In reward units, (batch, tokens); a response's reward is their sum.
+        response_mask: 1 at the response's tokens.
+        config: verl's `algorithm` section, beside which the policy loss's keys stand.
+        index: The prompt of each response.
+        others: What verl hands to other estimators.
+
+    Returns:
+        The drive twice: verl's returns have a meaning only for a critic.
+
+    Raises:
+        ProxstepError: If the policy loss is not ours, prompts are not known, or every response is
+            alone with its prompt.
+
+    Source: arXiv 2601.12415, equations 5 to 7; see `proxstep.signals.opo_signal`.
+    """
+    del others
+    if index is None:
+        raise ProxstepError(f"algorithm.adv_estimator={NAME} needs the batch's uid, one per prompt")
+    section = _loss_config(config).section()
+    reward_B, response_BT = token_level_rewards.sum(dim=1), response_mask.bool()
+    group_B = numbered(index).to(reward_B.device)
+    kept_B = _compared(group_B, response_BT.any(dim=1))
+    drive_B = torch.zeros_like(reward_B)
+    with torch.no_grad():
+        advantage_B, _ = ADVANTAGES[section.advantage](reward_B[kept_B], group_B[kept_B])
+        drive_B[kept_B] = opo_signal(section, advantage_B, group_B[kept_B], None, None).value_B
+    drive_BT = drive_B[:, None] * response_BT
+    return drive_BT, drive_BT
+
+
+def numbered(labels: Sequence[Any]) -> Tensor:
+    """Return a number for each label, the same for equal ones."""
+    numbers: dict[Any, int] = {}
+    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
+
+
+def _compared(group_B: Tensor, counted_B: Tensor) -> Tensor:
+    """Return which responses enter the statistics; all where that would be none."""
+    groups = Groups.from_ids(group_B)
+    group_counts_P = groups.sum(counted_B.double()) > 0
+    kept_B = (group_counts_P & (groups.size_P > 1))[groups.index_B]
+    return kept_B if kept_B.any() else torch.ones_like(kept_B)
+
+
+def _loss_config(algorithm: Any) -> OpoPolicyLossConfig:
+    """Return the policy loss's configuration, which verl hands to the loss alone.
+
+    Raises:
+        ProxstepError: If it is not OPO's, or out of reach.
+    """
+    found = None
+    if isinstance(algorithm, DictConfig):
+        found = OmegaConf.select(algorithm, _SIBLING)
+    if found is None:
+        raise ProxstepError(
+            f"algorithm.adv_estimator={NAME} reads {PLACE.rstrip('.')} beside the algorithm "
+            "section, which is not there: hand it verl's whole configuration"
+        )
+    return check_config(omega_conf_to_dataclass(found))

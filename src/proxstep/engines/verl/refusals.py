@@ -1,0 +1,159 @@
+"""What of verl's options ISOPO cannot go together with, by name and with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from verl.utils.torch_dtypes import PrecisionType
+
+from proxstep.errors import ProxstepError
+from proxstep.isopo import NaturalRule, Rule
+from proxstep.sections import GeometrySection
+
+SEQUENCE_LOSSES = ("gpg", "gspo", "chi2_opo", "bypass_mode")
+"""Policy losses whose gradient is one number for a response, under each of verl's aggregations.
+
+gpg is REINFORCE; bypass_mode is, with loss_type=reinforce.
+"""
+
+_ACTOR, _MODEL, _ENGINE = (
+    "actor_rollout_ref.actor.",
+    "actor_rollout_ref.model.",
+    "actor_rollout_ref.actor.fsdp_config.",
+)
+_Refusal = tuple[str, Callable[[Any], Any], str]
+
+ACTOR: tuple[_Refusal, ...] = (
+    (
+        "use_fused_kernels",
+        lambda actor: actor.use_fused_kernels,
+        "the fused output layer bypasses the layer whose gradient ISOPO transforms; set "
+        "actor_rollout_ref.model.use_fused_kernels=False",
+    ),
+    (
+        "ulysses_sequence_parallel_size",
+        lambda actor: actor.ulysses_sequence_parallel_size > 1,
+        "ISOPO needs whole sequences; set it to 1",
+    ),
+    (
+        "use_prefix_grouper",
+        lambda actor: actor.use_prefix_grouper,
+        "it shares a prompt's positions between sequences; set it to False",
+    ),
+    (
+        "calculate_sum_pi_squared",
+        lambda actor: actor.calculate_sum_pi_squared,
+        "it is for estimators with an advantage for every token; set it to False",
+    ),
+)
+
+ENGINE: tuple[_Refusal, ...] = (
+    (
+        "ulysses_sequence_parallel_size",
+        lambda engine: engine.ulysses_sequence_parallel_size > 1,
+        "ISOPO needs whole sequences; set it to 1",
+    ),
+    (
+        "mixed_precision",
+        lambda engine: _computes_in_half(engine),
+        "float16 needs a gradient scaler, whose factor would enter ISOPO's norms; use bf16 or fp32",
+    ),
+    (
+        "model_dtype",
+        lambda engine: PrecisionType.is_fp16(engine.model_dtype),
+        "float16 needs a gradient scaler, whose factor would enter ISOPO's norms; use bf16 or fp32",
+    ),
+    (
+        "qat.enable",
+        lambda engine: getattr(engine.qat, "enable", False),
+        "it replaces the linear layers that ISOPO transforms; set it to False",
+    ),
+)
+
+MODEL: tuple[_Refusal, ...] = (
+    (
+        "use_fused_kernels",
+        lambda model: model.use_fused_kernels,
+        "the fused output layer bypasses the one whose gradient ISOPO transforms; set it to False",
+    ),
+    (
+        "use_liger",
+        lambda model: model.use_liger,
+        "its kernels replace layers whose gradients ISOPO transforms; set it to False",
+    ),
+    (
+        "tiled_mlp.enabled",
+        lambda model: model.tiled_mlp.get("enabled", False),
+        "it runs the linear layers on pieces of a sequence; set it to False",
+    ),
+    (
+        "enable_activation_offload",
+        lambda model: model.enable_activation_offload,
+        "ISOPO was not tested with it; use enable_gradient_checkpointing",
+    ),
+    (
+        "mtp.enable",
+        lambda model: model.mtp.enable,
+        "its layers are trained by a loss of their own; set it to False",
+    ),
+)
+
+
+def _computes_in_half(engine: Any) -> bool:
+    precision = engine.mixed_precision or {}
+    return PrecisionType.is_fp16(precision.get("param_dtype"))
+
+
+def refuse_actor(actor: Any, section: GeometrySection, rule: Rule) -> None:
+    """Refuse what the actor's configuration shows, before any process is started.
+
+    Args:
+        actor: verl's FSDPActorConfig.
+        section: ISOPO's keys.
+        rule: What they describe.
+
+    Raises:
+        ProxstepError: If an option is set that cannot work.
+    """
+    _refuse(actor, ACTOR, _ACTOR)
+    _refuse(actor.fsdp_config, ENGINE, _ENGINE)
+    if actor.use_dynamic_bsz and isinstance(rule, NaturalRule):
+        raise ProxstepError(
+            "actor_rollout_ref.actor.use_dynamic_bsz and ISOPO's natural rule do not go together: "
+            "the rule mixes a micro-batch's sequences, which would be as many as their lengths "
+            f"allow; set it to False, or geometry.rule to another one than {section.rule}"
+        )
+    mode = actor.policy_loss.loss_mode
+    if mode not in SEQUENCE_LOSSES:
+        raise ProxstepError(
+            f"actor_rollout_ref.actor.policy_loss.loss_mode is {mode!r}; ISOPO needs one "
+            "coefficient per sequence, which a token-level objective does not have: use "
+            f"{', '.join(SEQUENCE_LOSSES)} (gpg is REINFORCE)"
+        )
+    kind = actor.policy_loss.rollout_correction.get("loss_type", "ppo_clip")
+    if mode == "bypass_mode" and kind != "reinforce":
+        raise ProxstepError(
+            f"actor_rollout_ref.actor.policy_loss.rollout_correction.loss_type is {kind!r}, a "
+            "token-level objective, and ISOPO needs one coefficient per sequence: use reinforce"
+        )
+
+
+def refuse_model(model: Any, engine: Any) -> None:
+    """Refuse what only the engine sees, before the model is built.
+
+    Args:
+        model: verl's HFModelConfig.
+        engine: verl's FSDPEngineConfig.
+
+    Raises:
+        ProxstepError: If an option is set that cannot work.
+    """
+    _refuse(model, MODEL, _MODEL)
+    _refuse(engine, ENGINE, _ENGINE)
+
+
+def _refuse(config: Any, table: tuple[_Refusal, ...], place: str) -> None:
+    for name, applies, reason in table:
+        if applies(config):
+            raise ProxstepError(f"{place}{name} and ISOPO do not go together: {reason}")

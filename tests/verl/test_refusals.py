@@ -1,0 +1,214 @@
+"""What cannot work is refused at start-up, each with one message: the field and the remedy."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from tests import models
+from tests.verl.verl_case import Case, actor_config, made_engine, saved_model
+from tests.verl.verl_data import quiet
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import FSDPEngineConfig, MtpConfig
+
+import verl
+from proxstep.engines.verl import IsopoActorConfig, IsopoEngineConfig, OpoPolicyLossConfig
+from proxstep.engines.verl.refusals import SEQUENCE_LOSSES
+from proxstep.engines.versions import check_verl
+from proxstep.errors import ProxstepError
+
+pytestmark = pytest.mark.verl
+
+TOKEN_LOSSES = (
+    *("vanilla", "dppo_tv", "dppo_kl", "sapo", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"),
+    *("unheard_of", "chi2_no_policy_term"),
+)
+
+
+def refused(case: Case, message: str) -> None:
+    with pytest.raises(ProxstepError, match=message) as caught:
+        actor_config(case)
+    assert "\n" not in str(caught.value)
+
+
+# -- by the actor's configuration, before any process is started -----------------------------------
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_token_level_losses(name: str) -> None:
+    case = Case("", policy_loss={"loss_mode": name})
+    refused(case, rf"policy_loss.loss_mode is '{name}'; .* use gpg, gspo, chi2_opo")
+
+
+def test_all_of_verls_losses_are_known() -> None:
+    """A loss that a new release adds is one or the other."""
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    assert set(POLICY_LOSS_REGISTRY) == {*SEQUENCE_LOSSES, *TOKEN_LOSSES} - {"unheard_of"}
+
+
+def test_clipping_in_bypass_mode() -> None:
+    refused(
+        Case("", policy_loss={"loss_mode": "bypass_mode"}), "loss_type is 'ppo_clip'.*reinforce"
+    )
+
+
+@pytest.mark.parametrize(
+    ("actor", "message"),
+    [
+        ({"use_fused_kernels": True}, "model.use_fused_kernels=False"),
+        ({"ulysses_sequence_parallel_size": 2}, "ulysses_sequence_parallel_size.*whole sequences"),
+        ({"use_prefix_grouper": True}, "use_prefix_grouper"),
+        ({"calculate_sum_pi_squared": True}, "calculate_sum_pi_squared"),
+        ({"strategy": "fsdp"}, "strategy is 'fsdp'.*actor.strategy=isopo"),
+        ({"strategy": "megatron"}, "strategy is 'megatron'.*actor.strategy=isopo"),
+    ],
+)
+def test_options_of_the_actor(actor: dict[str, Any], message: str) -> None:
+    refused(Case("", actor=actor), message)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"ulysses_sequence_parallel_size": 2}, "fsdp_config.ulysses_sequence_parallel_size"),
+        ({"mixed_precision": {"param_dtype": "fp16"}}, "fsdp_config.mixed_precision.*bf16 or fp32"),
+        ({"model_dtype": "float16"}, "fsdp_config.model_dtype.*bf16 or fp32"),
+    ],
+)
+def test_options_of_fsdp(engine: dict[str, Any], message: str) -> None:
+    refused(Case("", engine=engine), message)
+
+
+def test_quantization() -> None:
+    from verl.workers.config.engine import QATEngineConfig
+
+    refused(Case("", engine={"qat": QATEngineConfig(enable=True)}), "fsdp_config.qat.enable")
+
+
+def test_the_natural_rule_and_batches_by_length() -> None:
+    case = Case("", geometry={"rule": "isopo-natural"}, actor={"use_dynamic_bsz": True})
+    refused(case, "use_dynamic_bsz and ISOPO's natural rule")
+    actor_config(Case("", geometry={"rule": "isopo"}, actor={"use_dynamic_bsz": True}))
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ({"rule": "none"}, 'geometry.rule is "none"'),
+        ({"rule": "isopo5"}, "geometry.rule is 'isopo5'"),
+        ({"rules": "isopo"}, "geometry.rules is 'isopo'"),
+        ({"diagnose_every": 3}, "geometry.diagnose_every is an option of the local engine"),
+        ({"rule": "isopo-natural", "damping": 1.0}, "actor.geometry.damping is not an option of"),
+        ({"decay": 2.0}, "geometry.decay is 2.0"),
+    ],
+)
+def test_keys_of_the_geometry(geometry: dict[str, Any], message: str) -> None:
+    refused(Case("", geometry=geometry), message)
+
+
+# -- by the engine, before the model is built ------------------------------------------------------
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    saved_model(tmp_path / "model")
+    return Case(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"use_fused_kernels": True}, "model.use_fused_kernels"),
+        ({"use_liger": True}, "model.use_liger"),
+        ({"tiled_mlp": {"enabled": True, "num_shards": 2}}, "model.tiled_mlp.enabled"),
+        ({"enable_activation_offload": True}, "model.enable_activation_offload"),
+        ({"mtp": MtpConfig(enable=True)}, "model.mtp.enable"),
+    ],
+)
+def test_options_of_the_model(case: Case, model: dict[str, Any], message: str) -> None:
+    case.model = model
+    with pytest.raises(ProxstepError, match=message):
+        made_engine(case)
+
+
+def test_a_plain_configuration(case: Case) -> None:
+    """`strategy=isopo` alone: verl hands our engine its own configuration class."""
+    case.geometry = None
+    with pytest.raises(ProxstepError, match=r"actor\._target_=proxstep\.engines\.verl\.IsopoActor"):
+        made_engine(case, strategy="isopo")
+
+
+def test_experts_in_three_dimensions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with quiet():
+        models.qwen3_moe().save_pretrained(tmp_path)
+    with pytest.raises(ProxstepError, match=r"does not cover .*experts.*; freeze them"):
+        made_engine(Case(str(tmp_path)))
+
+
+# -- releases --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("found", ["0.9.0", "0.8.2", "0.10.0", "1.0", None])
+def test_another_verl_is_refused(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("proxstep.engines.versions.version", version)
+    with pytest.raises(
+        ProxstepError, match=r'pip install "proxstep\[verl\]" \(verl>=0.9.1,<0.10\)'
+    ):
+        check_verl()
+
+
+@pytest.mark.parametrize("found", ["0.9.1", "0.9.2", "0.9.1.post1"])
+def test_these_are_supported(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr("proxstep.engines.versions.version", lambda name: found)
+    check_verl()
+
+
+# -- verl's own configuration files ----------------------------------------------------------------
+
+
+def composed(*overrides: str) -> Any:
+    """verl's whole configuration with these overrides, as its main program makes it."""
+    folder = str(Path(verl.__file__).parent / "trainer" / "config")
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(folder, version_base=None):
+        config = hydra.compose("ppo_trainer", list(overrides))
+    return config.actor_rollout_ref.actor
+
+
+ACTOR = "actor_rollout_ref.actor."
+SIZES = (f"{ACTOR}ppo_micro_batch_size_per_gpu=2",)
+OPO = (
+    f"{ACTOR}policy_loss._target_=proxstep.engines.verl.OpoPolicyLossConfig",
+    f"{ACTOR}policy_loss.loss_mode=chi2_opo",
+)
+ISOPO = (f"{ACTOR}strategy=isopo", f"{ACTOR}_target_=proxstep.engines.verl.IsopoActorConfig")
+
+
+def test_the_documented_overrides() -> None:
+    actor = omega_conf_to_dataclass(composed(*SIZES, *OPO, f"+{ACTOR}policy_loss.alpha=0.3"))
+    assert isinstance(actor.policy_loss, OpoPolicyLossConfig)
+    assert actor.policy_loss.section().alpha == 0.3
+    keys = (f"+{ACTOR}geometry.rule=isopo-npg", f"+{ACTOR}geometry.damping=0")
+    actor = omega_conf_to_dataclass(composed(*SIZES, *ISOPO, *OPO, *keys))
+    assert isinstance(actor, IsopoActorConfig)
+    assert isinstance(actor.engine, IsopoEngineConfig)
+    assert actor.engine.strategy == "isopo"
+    assert actor.engine.geometry == {"rule": "isopo-npg", "damping": 0}
+    assert actor.engine.seed == FSDPEngineConfig().seed
+
+
+def test_hydra_passes_the_message_on() -> None:
+    with pytest.raises(hydra.errors.InstantiationException, match="loss_mode is 'vanilla'; ISOPO"):
+        omega_conf_to_dataclass(composed(*SIZES, *ISOPO))
