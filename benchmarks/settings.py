@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ DTYPES = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, rows: Iterable[str] = ROWS) -> None:
     """Add the options that say what is run on what."""
-    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    names = list(rows)
+    parser.add_argument("--rows", nargs="+", choices=names, metavar="ROW", help=", ".join(names))
     parser.add_argument("--shape", choices=SHAPES, help="the sizes of a published model")
     parser.add_argument("--num-layers", type=int, default=4, help="where --shape is not given")
     parser.add_argument("--vocab-size", type=int, default=8192, help="where --shape is not given")

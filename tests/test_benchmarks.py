@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import literal, memory, overhead, per_sample
+from benchmarks import literal, memory, overhead, per_sample, turns
 from benchmarks.rows import MAIN_ROWS, ROWS
 from benchmarks.workload import (
     Batch,
@@ -333,3 +334,49 @@ def test_the_scripts_run_on_an_accelerator(tmp_path: Path, dtype: str) -> None:
     run("memory.py", *sizes, *place, "--json", str(path))
     for row in json.loads(path.read_text())["sections"]["rules"]:
         assert row["ratio"] > 0
+
+
+def test_loops_take_turns_and_their_failures_arrive() -> None:
+    log: list[str] = []
+
+    class Loop:
+        def update(self) -> None:
+            time.sleep(0)
+            sum(range(200_000))
+
+    def loop(name: str, steps: int) -> Callable[[turns.Turns], None]:
+        def run(turn: turns.Turns) -> None:
+            work = Loop()
+            turn.measure(work, "update", is_update=name == "a")
+            for _ in range(steps):
+                work.update()
+                log.append(name)
+                turn.end_of_step()
+
+        return run
+
+    first, second = turns.Turns(loop("a", 9)), turns.Turns(loop("b", 1))
+    assert not log
+    of_first = first.step()
+    of_second = second.step()
+    assert 0 < of_first.update <= of_first.step
+    assert of_second.update < of_second.step / 2  # what was measured there is no update
+    first.step()
+    assert log == ["a", "b", "a"]
+    with pytest.raises(RuntimeError, match="ended before the benchmark"):
+        second.step()
+    first.close()
+    assert log == ["a", "b", "a"]
+
+
+@pytest.mark.slow
+def test_engines_benchmark_runs(tmp_path: Path) -> None:
+    path = tmp_path / "engines.json"
+    words = ["--hidden-size", "64", *SIZES, "--num-sequences", "16", "--lengths", "3"]
+    rows = ["trl-isopo", "local-grpo"]
+    command = [sys.executable, ROOT / "benchmarks" / "engines.py", *words, "--repeats", "2"]
+    subprocess.run([*command, "--rows", *rows, "--json", path], check=True)
+    report = json.loads(path.read_text())
+    assert [row["row"] for row in report["rows"]] == rows
+    for row in report["rows"]:
+        assert all(0 < value < 100 for value in row["step_over_trl_grpo"] + row["update"])

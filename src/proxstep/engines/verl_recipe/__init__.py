@@ -1,0 +1,1 @@
+"""A recipe as a run of verl: its data, its hydra overrides, its process and its metrics."""

@@ -1,0 +1,266 @@
+"""Runs of verl by a recipe: `python -m verl.trainer.main_ppo` in a process of its own.
+
+The run folder is the local engine's, with what verl writes beside its metrics under verl/.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proxstep.config import Recipe
+from proxstep.engines.verl_cpu_overrides import cpu_environment
+from proxstep.engines.verl_recipe.data import plan, prepare
+from proxstep.engines.verl_recipe.hydra import override
+from proxstep.engines.verl_recipe.metrics import record, samples
+from proxstep.engines.verl_recipe.overrides import Machine, Prepared, overrides
+from proxstep.engines.versions import check_verl
+from proxstep.errors import ProxstepError
+from proxstep.interrupt import StopRequest, stop_on_signal
+from proxstep.models import pick_device
+from proxstep.recipes import dump_recipe
+from proxstep.runfolder import RunFolder
+from proxstep.session import check, load_run_recipe
+from proxstep.tracking import MetricsLog, drop_later_steps
+from proxstep.trainer import Progress
+
+_CPU_RANKS = 2
+_SECONDS_TO_STOP = 20
+_SECONDS_BETWEEN_LOOKS = 0.5
+_PR_SET_PDEATHSIG = 1
+
+
+def command(recipe: Recipe) -> str:
+    """Return a shell script that does the same run without `proxstep train`.
+
+    Raises:
+        ProxstepError: If the recipe asks for what verl cannot do.
+    """
+    prepared, _ = plan(recipe)
+    machine = _machine(recipe)
+    folder = shlex.quote(recipe.output_dir)
+    arguments = [_quoted(text) for text in overrides(recipe, prepared, machine)]
+    lines = [
+        "#!/bin/sh",
+        "set -e",
+        "# The recipe, the prompts as Parquet files (and the embedded model): once.",
+        f"mkdir -p {folder}",
+        f"cat > {folder}/recipe.yaml <<'END_OF_RECIPE'",
+        dump_recipe(recipe).rstrip("\n"),
+        "END_OF_RECIPE",
+        f"python -m proxstep.engines.verl_recipe {folder}/recipe.yaml",
+        "# The run. On several nodes: start Ray on all of them, and set trainer.nnodes.",
+        *(f"export {name}={shlex.quote(value)}" for name, value in _environment(machine).items()),
+        "python -m verl.trainer.main_ppo \\",
+        " \\\n".join(f"  {text}" for text in arguments),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str:
+    """Run a recipe in verl from its beginning.
+
+    Returns:
+        "finished" or "interrupted".
+
+    Raises:
+        ProxstepError: If anything in the recipe, the data or the model is wrong, or verl fails.
+    """
+    check_verl()
+    folder = RunFolder(recipe.output_dir)
+    folder.check_usable(overwrite=overwrite)
+    check(recipe)
+    machine = _machine(recipe)
+    overrides(recipe, plan(recipe)[0], machine)  # refuses what verl cannot do
+    if overwrite:
+        folder.clear()
+    prepared = prepare(recipe, progress.note)
+    folder.create(recipe, pick_device(recipe.device), _num_parameters(prepared.model))
+    folder.update_info(engine="verl", verl_version=version("verl"))
+    return _run(recipe, folder, prepared, machine, progress, first_step=0)
+
+
+def resume(path: str | Path, progress: Progress) -> str:
+    """Continue a run from verl's newest checkpoint.
+
+    Raises:
+        ProxstepError: If the folder holds no run with a checkpoint, or its run is finished.
+    """
+    check_verl()
+    folder = RunFolder(path)
+    recipe = load_run_recipe(path)
+    step = _last_checkpoint(folder)
+    if step == 0:
+        raise ProxstepError(
+            f"{path}: no checkpoint there; verl writes one every logging.checkpoint_every steps, "
+            "and at the end"
+        )
+    if step >= recipe.steps:
+        raise ProxstepError(f"{path}: the run is finished, at step {step} of {recipe.steps}")
+    for file in (folder.metrics, folder.samples):
+        drop_later_steps(file, step)
+    prepared = prepare(recipe, progress.note)
+    return _run(recipe, folder, prepared, _machine(recipe), progress, first_step=step)
+
+
+def _run(
+    recipe: Recipe,
+    folder: RunFolder,
+    prepared: Prepared,
+    machine: Machine,
+    progress: Progress,
+    first_step: int,
+) -> str:
+    """Run verl and follow what it logs until it ends."""
+    own = folder.path.absolute() / "verl"
+    measured, log = own / "metrics.jsonl", own / "log.txt"
+    measured.unlink(missing_ok=True)
+    arguments = overrides(recipe, prepared, machine)
+    arguments.append(override("trainer.val_before_train", first_step == 0))
+    environment = os.environ | _environment(machine) | {"VERL_FILE_LOGGER_PATH": str(measured)}
+    folder.update_info(status="running")
+    progress.note("verl starts; its output goes to " + str(log))
+    before = folder.info().get("elapsed_seconds", 0.0)
+    began = time.monotonic()
+    with stop_on_signal() as stop, log.open("wb") as output:
+        sink = MetricsLog(folder.metrics)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        try:
+            for number, line in enumerate(_follow(process, measured, stop)):
+                if number == 0:
+                    progress.begin(recipe)
+                elapsed = before + time.monotonic() - began
+                full = record(recipe, line["step"], line["data"]) | {"elapsed_seconds": elapsed}
+                sink.write(full)
+                progress.record(full)
+                _add_samples(recipe, folder, line["step"])
+                folder.update_info(elapsed_seconds=elapsed)
+        finally:
+            _end(process)
+            sink.close()
+    return _conclude(folder, process.returncode, stop, log)
+
+
+def _follow(
+    process: subprocess.Popen[bytes], measured: Path, stop: StopRequest
+) -> Iterator[dict[str, Any]]:
+    """Yield verl's lines of metrics as they come, until it ends or is to stop."""
+    position, running = 0, True
+    while running and not stop.made:
+        running = process.poll() is None
+        if measured.exists():
+            with measured.open("rb") as file:
+                file.seek(position)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    position += len(line)
+                    yield json.loads(line)
+        if running:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End verl and what it started, if it is still there; Ray's processes follow their driver."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        try:
+            process.wait(_SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _conclude(folder: RunFolder, status: int, stop: StopRequest, log: Path) -> str:
+    """Return how the run ended.
+
+    Raises:
+        ProxstepError: If verl failed, or was stopped with nothing saved.
+    """
+    if status == 0:
+        folder.update_info(status="finished")
+        return "finished"
+    folder.update_info(status="interrupted" if stop.made else "failed")
+    if not stop.made:
+        raise ProxstepError(f"verl ended with status {status}: {_reason(log)}; all it said: {log}")
+    if _last_checkpoint(folder) == 0:
+        raise ProxstepError(
+            f"{folder.path}: stopped before verl saved a checkpoint; set logging.checkpoint_every "
+            "for one every so many steps"
+        )
+    return "interrupted"
+
+
+def _reason(log: Path) -> str:
+    """Return the last error that a log names."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
+    ours = [line for line in errors if "ProxstepError" in line]
+    chosen = (ours or errors or lines or ["no output"])[-1]
+    return re.sub(r"^.*?((\w+\.)*\w*(Error|Exception): )", r"\1", chosen).strip()
+
+
+def _add_samples(recipe: Recipe, folder: RunFolder, step: int) -> None:
+    path = folder.path / "verl" / "validation" / f"{step}.jsonl"
+    if recipe.logging.num_samples and path.exists():
+        folder.add_samples(list(samples(path, step, recipe.logging.num_samples)))
+
+
+def _last_checkpoint(folder: RunFolder) -> int:
+    """Return the step of verl's newest complete checkpoint, 0 for none."""
+    path = folder.path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return int(path.read_text()) if path.exists() else 0
+
+
+def _machine(recipe: Recipe) -> Machine:
+    if recipe.device != "cpu" and torch.cuda.is_available():
+        return Machine(num_ranks=torch.cuda.device_count(), accelerator=True)
+    return Machine(num_ranks=_CPU_RANKS, accelerator=False)
+
+
+def _environment(machine: Machine) -> dict[str, str]:
+    """Return the environment variables of verl's process."""
+    return {"RAY_USAGE_STATS_ENABLED": "0"} if machine.accelerator else cpu_environment()
+
+
+def _quoted(text: str) -> str:
+    """Return a word of a shell command; in double quotes where it has single ones itself."""
+    if "'" in text and not re.search(r'["$`\\!]', text):
+        return f'"{text}"'
+    return shlex.quote(text)
+
+
+def _num_parameters(source: str) -> int:
+    """Return how many weights a model has, without loading them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _die_with_parent() -> None:
+    """Have Linux end this process where the one that started it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

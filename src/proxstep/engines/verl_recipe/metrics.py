@@ -1,0 +1,68 @@
+"""verl's metrics under our names, and its validation completions as samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from proxstep.config import Recipe
+
+FIELDS = {
+    "reward": "critic/score/mean",
+    "entropy": "actor/entropy",
+    "loss": "actor/loss",
+    "grad_norm": "actor/grad_norm",
+    "learning_rate": "actor/lr",
+    "completions_mean_length": "response_length/mean",
+    "completions_max_length": "response_length/max",
+    "completions_clipped_ratio": "response_length/clip_ratio",
+    "seconds_rollout": "timing_s/gen",
+    "seconds_log_probs": "timing_s/old_log_prob",
+    "seconds_update": "timing_s/update_actor",
+    "seconds_evaluation": "timing_s/testing",
+    "seconds_step": "timing_s/step",
+}
+"""Our fields, and verl's names of the same."""
+
+PREFIXES = {"objective/": "actor/objective_", "geometry/": "actor/geometry_"}
+"""Our prefixes, and those under which `proxstep.engines.verl` reports the same."""
+
+
+def record(recipe: Recipe, step: int, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one line of metrics.jsonl from what verl logged of a step; step 0 is validation.
+
+    >>> from proxstep.recipes import resolve
+    >>> recipe = resolve({"algorithm": "reinforce"}, {}, "example")
+    >>> record(recipe, 0, {"val-core/arithmetic/acc/mean@1": 0.5})["score"]
+    0.5
+    """
+    section, update = recipe.rollout, recipe.update
+    found: dict[str, Any] = {
+        "step": step,
+        "num_updates": step * update.num_minibatches * update.num_iterations,
+        "num_sequences": step * section.num_prompts * section.num_generations,
+    }
+    found |= {ours: measured[theirs] for ours, theirs in FIELDS.items() if theirs in measured}
+    for name, value in measured.items():
+        for ours, theirs in PREFIXES.items():
+            if name.startswith(theirs):
+                found[ours + name.removeprefix(theirs)] = value
+        if name.startswith("val-core/") and name.endswith("/acc/mean@1"):
+            found["score"] = value
+    return found
+
+
+def samples(path: Path, step: int, count: int) -> Iterator[dict[str, Any]]:
+    """Yield the first lines of verl's file of validation completions, as samples.jsonl has them."""
+    with path.open(encoding="utf-8") as file:
+        for _, line in zip(range(count), file, strict=False):
+            row = json.loads(line)
+            yield {
+                "step": step,
+                "prompt": row["input"],
+                "completion": row["output"],
+                "answer": row["gts"],
+                "reward": row["acc"],
+            }

@@ -1,0 +1,304 @@
+"""A recipe as verl's hydra overrides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from proxstep.config import Recipe
+from proxstep.engines.keys import refuse
+from proxstep.engines.verl_cpu_overrides import cpu_overrides
+from proxstep.engines.verl_recipe.hydra import override
+from proxstep.engines.verl_recipe.table import (
+    ACTOR,
+    ADVANTAGES,
+    KL_ESTIMATORS,
+    LOSS_MODES,
+    MODEL,
+    OPTIMIZER,
+    OPTIMIZERS,
+    REFUSED,
+    RENAMED,
+    ROLLOUT,
+)
+from proxstep.errors import ProxstepError
+from proxstep.losses import LOSSES
+from proxstep.objective_sections import OpoSection
+from proxstep.sections import Section
+
+_NO_LIMIT = 1e9
+"""verl's dual clip has no off: a bound this large never binds."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the overrides point to.
+
+    Attributes:
+        model: The model's folder or hub name.
+        train: The training prompts as verl's Parquet file.
+        validation: The validation prompts.
+        rewards: Specifications of the reward functions.
+        reward_weights: One for each.
+        chat_template: What makes a plain prompt out of verl's messages, or None for the
+            tokenizer's own.
+    """
+
+    model: str
+    train: Path
+    validation: Path
+    rewards: tuple[str, ...]
+    reward_weights: tuple[float, ...]
+    chat_template: str | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What verl runs on.
+
+    Attributes:
+        num_ranks: Data-parallel ranks, all on this machine.
+        accelerator: Whether they have accelerators; else verl needs the CPU platform.
+    """
+
+    num_ranks: int
+    accelerator: bool
+
+
+def overrides(recipe: Recipe, prepared: Prepared, machine: Machine) -> list[str]:
+    """Return the arguments of `python -m verl.trainer.main_ppo`.
+
+    Raises:
+        ProxstepError: If the recipe asks for what verl cannot do.
+    """
+    refuse("verl", recipe, REFUSED)
+    parts = (
+        _renamed(recipe),
+        _data(recipe, prepared),
+        _objective(recipe),
+        _geometry(recipe),
+        _regularizer(recipe),
+        _rollout(recipe),
+        _update(recipe, machine),
+        _optimizer(recipe),
+        _run(recipe),
+        _model(recipe, prepared),
+    )
+    merged: dict[str, Any] = reduce(lambda left, right: left | right, parts)
+    ours = {key: override(key, value) for key, value in merged.items()}
+    return list((_machine(machine) | ours).values())
+
+
+def _renamed(recipe: Recipe) -> dict[str, Any]:
+    """Return the keys that verl has under another name; an objective without one leaves it out."""
+    found = {}
+    for key, name in RENAMED.items():
+        section, _, field = key.rpartition(".")
+        holder = getattr(recipe, section) if section else recipe
+        if hasattr(holder, field):
+            found[name] = getattr(holder, field)
+    return found
+
+
+def _data(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "data.train_files": str(prepared.train),
+        "data.val_files": str(prepared.validation),
+        "data.shuffle": False,  # the rows are in the order of the local engine's batches
+        "data.seed": recipe.seed,
+        "data.truncation": "error",
+        "reward.custom_reward_function.path": "pkg://proxstep.engines.verl_recipe.rewards",
+        "reward.custom_reward_function.name": "compute_score",
+        "+reward.custom_reward_function.reward_kwargs": {
+            "rewards": list(prepared.rewards),
+            "weights": list(prepared.reward_weights),
+        },
+    }
+
+
+def _objective(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.objective
+    if isinstance(section, OpoSection):
+        return _opo(section)
+    found: dict[str, Any] = {
+        **{f"algorithm.{key}": value for key, value in ADVANTAGES[section.advantage].items()},
+        f"{ACTOR}.policy_loss.loss_mode": LOSS_MODES[section.name],
+    }
+    if LOSS_MODES[section.name] == "vanilla":
+        found[f"{ACTOR}.clip_ratio_c"] = _NO_LIMIT
+    if getattr(section, "loss_agg_mode", None) == "seq-mean-token-sum-norm":
+        found[f"{ACTOR}.loss_scale_factor"] = recipe.rollout.max_completion_length
+    return found
+
+
+def _opo(section: OpoSection) -> dict[str, Any]:
+    """Return OPO's estimator, loss and options; it is a mean over sequences."""
+    return {
+        "algorithm.adv_estimator": LOSS_MODES["opo"],
+        f"{ACTOR}.policy_loss._target_": "proxstep.engines.verl.OpoPolicyLossConfig",
+        f"{ACTOR}.policy_loss.loss_mode": LOSS_MODES["opo"],
+        f"{ACTOR}.loss_agg_mode": LOSSES["opo"].default_loss_agg_mode,
+        **{f"+{ACTOR}.policy_loss.{key}": value for key, value in _chosen(section).items()},
+    }
+
+
+def _geometry(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.geometry
+    if section.rule == "none":
+        return {f"{ACTOR}.strategy": "fsdp2"}
+    return {
+        f"{ACTOR}.strategy": "isopo",
+        f"{ACTOR}._target_": "proxstep.engines.verl.IsopoActorConfig",
+        f"+{ACTOR}.geometry": _chosen(section),
+    }
+
+
+def _chosen(section: Section) -> dict[str, Any]:
+    """Return the keys of a section that are not at their defaults; verl's classes have the same."""
+    return section.model_dump(exclude_defaults=True, exclude={"name"})
+
+
+def _regularizer(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.regularizer
+    if section.kl_coef == 0:
+        return {}
+    estimator = KL_ESTIMATORS[section.kl_estimator]
+    if section.in_reward:
+        return {
+            "algorithm.use_kl_in_reward": True,
+            "algorithm.kl_penalty": estimator,
+            "algorithm.kl_ctrl.kl_coef": section.kl_coef,
+        }
+    return {
+        f"{ACTOR}.use_kl_loss": True,
+        f"{ACTOR}.kl_loss_type": estimator,
+        f"{ACTOR}.kl_loss_coef": section.kl_coef,
+    }
+
+
+def _rollout(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.rollout
+    found: dict[str, Any] = {
+        f"{ROLLOUT}.top_k": section.top_k or -1,
+        f"{ROLLOUT}.seed": recipe.seed,
+    }
+    if section.importance_cap is not None:
+        correction = "algorithm.rollout_correction"
+        found[f"{correction}.rollout_is"] = "sequence"
+        found[f"{correction}.rollout_is_threshold"] = section.importance_cap
+    if section.overlong_buffer is not None:
+        found["reward.reward_manager.name"] = "dapo"
+        found["+reward.reward_kwargs.max_resp_len"] = section.max_completion_length
+        found["+reward.reward_kwargs.overlong_buffer_cfg"] = {
+            "enable": True,
+            "len": section.overlong_buffer,
+            "penalty_factor": section.overlong_penalty,
+            "log": False,
+        }
+    return found
+
+
+def _update(recipe: Recipe, machine: Machine) -> dict[str, Any]:
+    """Return the sizes of minibatches, in prompts, and of microbatches, in sequences of a rank.
+
+    Raises:
+        ProxstepError: If a minibatch cannot be divided among the ranks.
+    """
+    rollout, update = recipe.rollout, recipe.update
+    num_prompts = rollout.num_prompts // update.num_minibatches
+    num_sequences = num_prompts * rollout.num_generations
+    if num_sequences % machine.num_ranks:
+        raise ProxstepError(
+            f"update.num_minibatches {update.num_minibatches} leaves {num_sequences} sequences for "
+            f"an optimizer step, which verl cannot divide among {machine.num_ranks} ranks: change "
+            "rollout.num_prompts or rollout.num_generations"
+        )
+    per_rank = num_sequences // machine.num_ranks
+    size = per_rank if update.microbatch_size is None else min(update.microbatch_size, per_rank)
+    size = max(number for number in range(1, size + 1) if per_rank % number == 0)
+    return {
+        f"{ACTOR}.ppo_mini_batch_size": num_prompts,
+        f"{ACTOR}.ppo_micro_batch_size_per_gpu": size,
+        f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": size,
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": size,
+    }
+
+
+def _optimizer(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.optimizer
+    options = section.options()
+    found: dict[str, Any] = {
+        f"{OPTIMIZER}.optimizer": OPTIMIZERS[section.name],
+        f"{OPTIMIZER}.clip_grad": section.max_grad_norm or math.inf,
+        f"{OPTIMIZER}.lr_warmup_steps": _warmup_rollouts(recipe),
+    }
+    if "betas" in options:
+        found[f"{OPTIMIZER}.betas"] = options.pop("betas")
+    if options:
+        found[f"+{OPTIMIZER}.override_optimizer_config"] = options
+    return found
+
+
+def _warmup_rollouts(recipe: Recipe) -> int:
+    """Return the warm-up in rollouts, in which verl counts; -1 for none."""
+    updates = recipe.update.num_minibatches * recipe.update.num_iterations
+    return math.ceil(recipe.optimizer.warmup_updates / updates) or -1
+
+
+def _run(recipe: Recipe) -> dict[str, Any]:
+    folder = Path(recipe.output_dir).absolute()
+    section = recipe.logging
+    found: dict[str, Any] = {
+        "trainer.default_local_dir": str(folder / "checkpoints"),
+        "trainer.experiment_name": recipe.algorithm,
+        "trainer.logger": ["console", "file"],
+        "trainer.total_epochs": 1,  # the training file holds every step's prompts
+        "trainer.save_freq": section.checkpoint_every or recipe.steps,
+        "trainer.max_actor_ckpt_to_keep": 1,
+        "trainer.resume_mode": "auto",
+        f"{ACTOR}.data_loader_seed": recipe.seed,
+        f"{ACTOR}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+    }
+    if section.tracker != "none":
+        found["trainer.logger"] = [*found["trainer.logger"], section.tracker]
+    if section.num_samples:
+        found["trainer.validation_data_dir"] = str(folder / "verl" / "validation")
+    return found
+
+
+def _model(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    section, lora = recipe.model, recipe.model.lora
+    computes = "bf16" if "bfloat16" in (section.dtype, section.autocast) else "fp32"
+    weights = "bf16" if section.dtype == "bfloat16" else "fp32"
+    precision = {"param_dtype": computes, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    found: dict[str, Any] = {
+        f"{MODEL}.path": prepared.model,
+        f"{ACTOR}.fsdp_config.model_dtype": weights,
+        f"+{ACTOR}.fsdp_config.mixed_precision": precision,
+        f"{ROLLOUT}.dtype": "bfloat16" if computes == "bf16" else "float32",
+    }
+    if recipe.geometry.rule != "none" or recipe.objective.name == "opo":
+        found[f"{MODEL}.external_lib"] = "proxstep.engines.verl"
+    if prepared.chat_template is not None:
+        found[f"{MODEL}.custom_chat_template"] = prepared.chat_template
+    if lora is not None:
+        found[f"{MODEL}.lora_rank"] = lora.rank
+        found[f"{MODEL}.lora_alpha"] = lora.alpha
+        found[f"{MODEL}.target_modules"] = lora.target_modules
+    return found
+
+
+def _machine(machine: Machine) -> dict[str, str]:
+    """Return what depends on the machine, by key."""
+    if not machine.accelerator:
+        return {text.partition("=")[0]: text for text in cpu_overrides(machine.num_ranks)}
+    values = {
+        "trainer.nnodes": 1,
+        "trainer.n_gpus_per_node": machine.num_ranks,
+        f"{ROLLOUT}.name": "vllm",
+        f"{ROLLOUT}.tensor_model_parallel_size": 1,
+    }
+    return {key: override(key, value) for key, value in values.items()}

@@ -1,0 +1,351 @@
+"""A recipe in verl's terms: nothing of it is lost, and what verl cannot do is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from proxstep.data import batch_rows
+from proxstep.engines.verl_recipe import table
+from proxstep.engines.verl_recipe.data import messages, plan, prepare
+from proxstep.engines.verl_recipe.launch import command
+from proxstep.engines.verl_recipe.metrics import FIELDS, record
+from proxstep.engines.verl_recipe.overrides import Machine, Prepared, overrides
+from proxstep.engines.verl_recipe.rewards import compute_score
+from proxstep.errors import ProxstepError
+from proxstep.explain import describe_keys
+from proxstep.recipes import load_recipe, resolve
+from proxstep.schema import unknown_fields
+
+PREPARED = Prepared("model", Path("/t.parquet"), Path("/v.parquet"), ("exact_match",), (1.0,), None)
+CPU, GPUS = Machine(2, accelerator=False), Machine(8, accelerator=True)
+
+
+def options(changes: dict[str, Any] | None = None, machine: Machine = CPU) -> dict[str, str]:
+    recipe = resolve({"algorithm": "grpo"}, changes or {}, "test")
+    return dict(pair.split("=", 1) for pair in overrides(recipe, PREPARED, machine))
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+LINES = [
+    line.removeprefix("#").split()
+    for path in sorted(RECIPES.glob("*.yaml"))
+    for line in path.read_text().splitlines()
+    if "--engine verl" in line
+]
+
+
+@pytest.mark.parametrize("words", LINES, ids=" ".join)
+def test_what_the_recipes_say_of_verl_can_be_done(words: list[str]) -> None:
+    assert words[:2] == ["proxstep", "train"]
+    options = dict(zip(words[3::2], words[4::2], strict=True))
+    assert options.pop("--engine") == "verl"
+    changes = [(key.removeprefix("--"), value) for key, value in options.items()]
+    recipe = load_recipe(RECIPES / Path(words[2]).name, changes)
+    assert overrides(recipe, PREPARED, GPUS)
+
+
+def test_the_recipes_of_both_papers_and_of_the_demo_speak_of_verl() -> None:
+    said = {Path(words[2]).name for words in LINES}
+    assert said == {"arithmetic-isopo.yaml", "gsm8k-isopo.yaml", "math-opo.yaml"}
+
+
+def test_every_key_of_a_recipe_has_its_place() -> None:
+    keys = {key.split(" ")[0] for key, *_ in describe_keys()}
+    refused = {key for key, *_ in table.REFUSED}
+    placed = [
+        set(table.RENAMED),
+        table.COMPUTED,
+        table.PREPARED,
+        table.UNMEASURED,
+        table.of_opo(),
+        table.of_geometry(),
+    ]
+    assert keys <= set().union(refused, *placed)
+    assert set().union(refused, *placed) - {"objective.name"} <= keys
+    for number, left in enumerate(placed):  # in one place each
+        for right in placed[number + 1 :]:
+            assert not left & right
+    assert refused - set().union(*placed) == {
+        "geometry.diagnose_every",
+        "model.head",
+        "model.lora.dropout",
+        "optimizer.muon_learning_rate",
+        "rollout.dynamic_sampling_max_batches",
+        "rollout.mask_truncated_completions",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"device": "cuda:1"}, "device"),
+        ({"model": {"head": "chunked"}}, "model.head"),
+        ({"model": {"lora": {"dropout": 0.1}}}, "model.lora.dropout"),
+        ({"objective": {"advantage": "batch-normalized"}}, "objective.advantage"),
+        ({"algorithm": "opo", "objective": {"mu": "auto"}}, "objective.mu"),
+        ({"algorithm": "opo", "objective": {"adaptive_tau": True}}, "objective.adaptive_tau"),
+        (
+            {"algorithm": "isopo+opo", "objective": {"anchor_correction": "length"}},
+            "objective.anchor_correction",
+        ),
+        ({"algorithm": "isopo", "geometry": {"diagnose_every": 1}}, "geometry.diagnose_every"),
+        ({"regularizer": {"kl_coef": 0.1}}, "regularizer.kl_estimator"),
+        ({"rollout": {"dynamic_sampling_max_batches": 2}}, "rollout.dynamic_sampling_max_batches"),
+        ({"rollout": {"mask_truncated_completions": True}}, "rollout.mask_truncated_completions"),
+        ({"optimizer": {"name": "soap"}}, "optimizer.name"),
+        ({"optimizer": {"name": "muon", "muon_learning_rate": 1e-3}}, "optimizer.name"),
+    ],
+)
+def test_what_verl_cannot_do_is_refused_by_name(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ProxstepError, match=rf"^{key} \S+ is not for --engine verl: "):
+        options(changes)
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in table.RENAMED if key.partition(".")[0] != "objective"]
+)
+def test_renamed_keys_carry_their_value(key: str) -> None:
+    section, _, field = key.rpartition(".")
+    value: Any = {"logging.project": "mine", "rollout.top_p": 0.5}.get(key, 4)
+    if isinstance(value, int) and key.split(".")[-1] in ("temperature", "entropy_coef"):
+        value = 0.25
+    if key.startswith("optimizer."):
+        value = 0.125
+    found = options({section: {field: value}} if section else {field: value})
+    assert found[table.RENAMED[key]] == str(value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"algorithm": "reinforce"}, {"policy_loss.loss_mode": "gpg"}),
+        ({"algorithm": "dapo"}, {"clip_ratio_high": "0.28", "loss_agg_mode": "token-mean"}),
+        ({"algorithm": "gspo"}, {"policy_loss.loss_mode": "gspo"}),
+        ({"algorithm": "cispo"}, {"policy_loss.loss_mode": "cispo"}),
+        ({"algorithm": "dro", "objective": {"beta": 0.5}}, {"policy_loss.dro_beta": "0.5"}),
+        (
+            {"algorithm": "dr-grpo", "rollout": {"max_completion_length": 7}},
+            {"loss_scale_factor": "7", "loss_agg_mode": "seq-mean-token-sum-norm"},
+        ),
+        (
+            {"regularizer": {"kl_coef": 0.5, "kl_estimator": "k2"}},
+            {"use_kl_loss": "true", "kl_loss_type": "mse", "kl_loss_coef": "0.5"},
+        ),
+        (
+            {"update": {"num_minibatches": 4, "microbatch_size": 5}},
+            {"ppo_mini_batch_size": "4", "ppo_micro_batch_size_per_gpu": "4"},
+        ),
+        (
+            {"optimizer": {"name": "sgd", "momentum": 0.5, "max_grad_norm": None}},
+            {
+                "optim.optimizer": "SGD",
+                "optim.override_optimizer_config": "{momentum:0.5}",
+                "optim.clip_grad": "inf",
+            },
+        ),
+        (
+            {"optimizer": {"warmup_updates": 5}, "update": {"num_iterations": 2}},
+            {"optim.lr_warmup_steps": "3"},
+        ),
+        (
+            {"algorithm": "opo", "objective": {"alpha": 0.3, "advantage": "group-centered"}},
+            {
+                "policy_loss._target_": "proxstep.engines.verl.OpoPolicyLossConfig",
+                "policy_loss.loss_mode": "chi2_opo",
+                "policy_loss.alpha": "0.3",
+                "policy_loss.advantage": "group-centered",
+                "loss_agg_mode": "seq-mean-token-mean",
+            },
+        ),
+        (
+            {"algorithm": "isopo-natural+opo", "geometry": {"ntk_damping": 0.5}},
+            {
+                "strategy": "isopo",
+                "_target_": "proxstep.engines.verl.IsopoActorConfig",
+                "geometry": "{rule:isopo-natural,ntk_damping:0.5}",
+                "policy_loss.loss_mode": "chi2_opo",
+            },
+        ),
+        (
+            {"model": {"autocast": "bfloat16"}},
+            {
+                "fsdp_config.model_dtype": "fp32",
+                "fsdp_config.mixed_precision": "{param_dtype:bf16,reduce_dtype:fp32,"
+                "buffer_dtype:fp32}",
+            },
+        ),
+    ],
+)
+def test_keys_of_the_actor(changes: dict[str, Any], expected: dict[str, str]) -> None:
+    found = options(changes)
+    for name, value in expected.items():
+        key = f"{table.ACTOR}.{name}"
+        assert found.get(key, found.get(f"+{key}")) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"algorithm": "opo"}, {"algorithm.adv_estimator": "chi2_opo"}),
+        ({"algorithm": "isopo"}, {f"{table.MODEL}.external_lib": "proxstep.engines.verl"}),
+        ({"objective": {"advantage": "leave-one-out"}}, {"algorithm.adv_estimator": "rloo"}),
+        (
+            {"objective": {"advantage": "group-centered"}},
+            {"algorithm.norm_adv_by_std_in_grpo": "false"},
+        ),
+        (
+            {"rollout": {"importance_cap": 2.0}},
+            {
+                "algorithm.rollout_correction.rollout_is": "sequence",
+                "algorithm.rollout_correction.rollout_is_threshold": "2.0",
+            },
+        ),
+        (
+            {"regularizer": {"kl_coef": 0.5, "kl_estimator": "k1", "kl_in": "reward"}},
+            {"algorithm.use_kl_in_reward": "true", "algorithm.kl_penalty": "kl"},
+        ),
+        (
+            {"rollout": {"overlong_buffer": 8, "max_completion_length": 32}},
+            {"reward.reward_manager.name": "dapo", "+reward.reward_kwargs.max_resp_len": "32"},
+        ),
+        ({"rollout": {"top_k": 0}}, {f"{table.ROLLOUT}.top_k": "-1"}),
+        ({"model": {"lora": {"rank": 4}}}, {f"{table.MODEL}.lora_rank": "4"}),
+        ({"logging": {"tracker": "wandb"}}, {"trainer.logger": "[console,file,wandb]"}),
+        ({"steps": 7, "logging": {"checkpoint_every": None}}, {"trainer.save_freq": "7"}),
+    ],
+)
+def test_keys_outside_the_actor(changes: dict[str, Any], expected: dict[str, str]) -> None:
+    found = options(changes)
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_the_machine_decides_the_rollout_engine_and_the_ranks() -> None:
+    there, here = options(machine=GPUS), options(machine=CPU)
+    assert there[f"{table.ROLLOUT}.name"] == "vllm"
+    assert there["trainer.n_gpus_per_node"] == "8"
+    assert there[f"{table.ACTOR}.ppo_micro_batch_size_per_gpu"] == "16"
+    assert here["trainer.device"] == "cpu"
+    with pytest.raises(ProxstepError, match=r"^update.num_minibatches 1 .* 8 ranks"):
+        options({"rollout": {"num_prompts": 3, "num_generations": 5}}, GPUS)
+
+
+def test_data_is_in_the_local_engines_order(tmp_path: Path, monkeypatch: Any) -> None:
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "level": i % 2} for i in range(7)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = _saved_model(tmp_path)
+    changes = {
+        "steps": 3,
+        "seed": 5,
+        "output_dir": str(tmp_path / "run"),
+        "model": {"name": str(model)},
+        "task": {"name": "table", "train": str(source), "validation": str(source)},
+        "rollout": {"num_prompts": 4},
+    }
+    recipe = resolve({"algorithm": "grpo"}, changes, "test")
+    prepared = prepare(recipe, print)
+    assert prepared == plan(recipe)[0]
+    written = parquet.read_table(prepared.train).to_pylist()
+    chosen = [row for step in range(3) for row in batch_rows(7, 4, step, 5)]
+    assert [row["prompt"][0]["content"] for row in written] == [rows[i]["prompt"] for i in chosen]
+    assert [row["reward_model"]["ground_truth"] for row in written] == [
+        rows[i]["answer"] for i in chosen
+    ]
+    for row in parquet.read_table(prepared.validation).to_pylist():
+        number = row["reward_model"]["ground_truth"]
+        arguments = (row["data_source"], f"so {number}", number, row["extra_info"])
+        graded = compute_score(*arguments, ["numeric_answer"], [2.0])
+        assert graded["score"] == 2.0
+        assert graded["acc"] == graded["rewards/numeric_answer"] == 1.0
+
+
+def _saved_model(folder: Path) -> Path:
+    from tests.engines.trl_case import tiny
+
+    tokenizer, model = tiny()
+    for part in (tokenizer, model):
+        part.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def test_a_tokenizer_that_adds_tokens_to_plain_prompts_is_refused(tmp_path: Path) -> None:
+    from tests.engines.trl_case import tiny
+
+    from proxstep.engines.verl_recipe.data import PLAIN_TEMPLATE, _check_tokens
+    from proxstep.tasks import Example
+
+    tokenizer, _ = tiny()
+    example = Example("1+1=", "2")
+    _check_tokens(tokenizer, PLAIN_TEMPLATE, [example])
+    assert messages(Example([{"role": "user", "content": "x"}], "2"))[0]["content"] == "x"
+
+    class Adding:
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            found = tokenizer(text)["input_ids"]
+            return {"input_ids": [0, *found] if add_special_tokens else found}
+
+        apply_chat_template = tokenizer.apply_chat_template
+
+    with pytest.raises(ProxstepError, match="special tokens"):
+        _check_tokens(Adding(), PLAIN_TEMPLATE, [example])
+
+
+def test_a_completion_without_a_reward_gets_none(tmp_path: Path) -> None:
+    file = tmp_path / "graders.py"
+    file.write_text(
+        "def broken(prompts, completions, **columns):\n"
+        "    return [float('nan') for _ in completions]\n"
+        "def absent(prompts, completions, **columns):\n"
+        "    return [None for _ in completions]\n"
+    )
+    info = {"example": json.dumps({"prompt": "1+1=", "columns": {}})}
+    for name in ("broken", "absent"):
+        graded = compute_score("mine", "2", "2", info, [f"{file}:{name}"], [1.0])
+        assert graded["score"] == 0.0
+        assert graded["invalid_reward"] == 1.0
+        assert all(map(math.isfinite, graded.values()))
+
+
+def test_metrics_have_our_names() -> None:
+    recipe = resolve({"algorithm": "grpo", "update": {"num_minibatches": 2}}, {}, "test")
+    measured = {theirs: float(i) for i, theirs in enumerate(FIELDS.values())}
+    measured |= {"val-core/arithmetic/acc/mean@1": 0.5, "actor/geometry_weight_spread": 3.0}
+    found = record(recipe, 4, measured)
+    assert not unknown_fields(found)
+    assert found["score"] == 0.5
+    assert found["geometry/weight_spread"] == 3.0
+    assert found["num_updates"] == 8
+    assert found["num_sequences"] == 4 * 16 * 8
+    assert {name: found[name] for name in FIELDS} == {
+        ours: measured[theirs] for ours, theirs in FIELDS.items()
+    }
+
+
+def test_the_printed_script_is_a_script(tmp_path: Path) -> None:
+    import subprocess
+
+    folder = tmp_path / "it's mine"
+    recipe = resolve({"algorithm": "grpo", "output_dir": str(folder)}, {}, "test")
+    path = tmp_path / "run.sh"
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    fake.chmod(0o755)
+    path.write_text(command(recipe))
+    said = subprocess.run(
+        ["sh", path],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert said[:3] == ["-m", "proxstep.engines.verl_recipe", f"{folder}/recipe.yaml"]
+    prepared, _ = plan(recipe)
+    arguments = overrides(recipe, prepared, CPU)
+    assert said[3:] == ["-m", "verl.trainer.main_ppo", *arguments]
+    assert load_recipe(folder / "recipe.yaml") == recipe
