@@ -28,13 +28,12 @@ from scripts.scaling_formulas import (  # noqa: E402
 )
 from scripts.scaling_network import (  # noqa: E402
     exact_natural,
-    fold_object,
+    fold_bytes,
     fsdp_bytes,
     gathered,
     largest_share,
     merged,
     num_gathers,
-    padded,
 )
 
 from proxstep.isopo.forms import FLOPS_PER_BYTE, Needs  # noqa: E402
@@ -171,12 +170,11 @@ def network_table() -> list[str]:
     for model in MODELS:
         if model.name == "Qwen3-1.7B":  # between its neighbors
             continue
-        entry = len(fold_object(model, ISOPO, SHORT.num_sequences))
+        entry = fold_bytes(model, len(ISOPO))
         for ranks in RANKS:
             share = largest_share(SHORT.num_samples, ranks)
             plain = fsdp_bytes(model, ranks)
             own = gathered(model, SHORT, ranks, share)
-            time = slower(model, padded(SHORT, ranks), RULES["isopo"])
             state = HELD * num_parameters(model) / ranks
             rows.append(
                 [
@@ -188,12 +186,11 @@ def network_table() -> list[str]:
                     f"{entry * ranks / 1e6:.1f}",
                     f"{_gb(own)} ({_percent(own / plain)})",
                     f"{share} ({share * ranks:,})",
-                    _percent(time),
                     _gb(merged(model, SHORT, ranks, share)),
                 ]
             )
     head = ["model", "GPUs", "state", "FSDP2", "its time", "`fold`, MB", "`ranks`"]
-    head += ["rows (all)", "its time", "`previous_step`"]
+    head += ["rows (all)", "`previous_step`"]
     return _table(head, rows)
 
 
@@ -270,7 +267,7 @@ def facts() -> list[str]:
     return [
         f"At peak the plain microbatch of 8 x 1,024 takes {times}.",
         f"At 70B `fold` gathers {entries:,} entries, "
-        f"{len(fold_object(biggest, ISOPO, 8)) / 1e3:.0f} kB, from every rank; "
+        f"{fold_bytes(biggest, len(ISOPO)) / 1e3:.0f} kB, from every rank; "
         f'`overlap_source="ranks"` runs {num_gathers(biggest):,} collectives in each backward.',
     ]
 

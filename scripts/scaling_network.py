@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import replace
 
-import torch
 from scripts.scaling_formulas import WIDE, Model, Work, num_parameters, row_bytes, uses
 
 
@@ -26,11 +24,10 @@ def fsdp_bytes(model: Model, ranks: int) -> float:
     return (2.0 * (2 * total - root) + WIDE * total) * (ranks - 1) / ranks
 
 
-def fold_object(model: Model, moments: tuple[str, ...], num_sequences: int) -> bytes:
-    """Return what a rank hands to the others in `TrailingMeans.fold`."""
-    entries = [(use.key, name) for use in uses(model) for name in moments]
-    own = {key: (float(i), num_sequences, torch.float32) for i, key in enumerate(entries)}
-    return pickle.dumps(own)
+def fold_bytes(model: Model, num_moments: int) -> int:
+    """Return what a rank hands to the others in `TrailingMeans.fold`: a digest, and the numbers."""
+    numbers = 2 * num_moments * len(uses(model))
+    return len(pickle.dumps((bytes(16), bytes(8 * numbers))))
 
 
 def gathered(model: Model, work: Work, ranks: int, rows: int) -> float:
@@ -67,11 +64,6 @@ def largest_share(num_samples: int, ranks: int) -> int:
         term *= rate / rows
         below += term
     return rows
-
-
-def padded(work: Work, ranks: int) -> Work:
-    """Return the microbatch with the sample that overlap_source="ranks" makes, filling included."""
-    return replace(work, num_samples=ranks * largest_share(work.num_samples, ranks))
 
 
 def exact_natural(model: Model, work: Work, ranks: int) -> tuple[float, float]:

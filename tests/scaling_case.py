@@ -179,9 +179,11 @@ def _watch(patch: pytest.MonkeyPatch, count: Counter[str]) -> None:
 
     gather = samples._gather
 
-    def gathered(gradients: Any, rows: int, group: Any) -> Any:
-        count["rows"] = max(count["rows"], rows)
-        return gather(gradients, rows, group)
+    def gathered(gradients: Any, counts: list[int], group: Any) -> Any:
+        sample = gather(gradients, counts, group)
+        count["rows"] = max(count["rows"], *counts)
+        count["all rows"] = max(count["all rows"], len(samples._first(sample)))
+        return sample
 
     patch.setattr(samples, "_gather", gathered)
     watch("all_gather", sizes)

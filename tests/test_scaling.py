@@ -27,7 +27,7 @@ from scripts.scaling_formulas import (
     uses,
 )
 from scripts.scaling_network import (
-    fold_object,
+    fold_bytes,
     fsdp_bytes,
     gathered,
     largest_share,
@@ -254,7 +254,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 
 HALF = replace(WORK, itemsize=2)
-FOLDED = 2 * len(fold_object(SMALL, ("sample_sq", "fisher_sq"), HALF.num_sequences))
+FOLDED = 2 * fold_bytes(SMALL, 2)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -262,6 +262,7 @@ def test_a_step_exchanges_only_its_means(ranks: Ranks, sharded: bool) -> None:
     """And under FSDP2 what FSDP2 exchanges anyway."""
     for count in ranks.run(traffic, "microbatch", sharded, 0):
         assert count["all_gather_object"] == FOLDED
+        assert count["all_gather_object calls"] == 1
         assert "all_gather" not in count
         assert "all_reduce" not in count
         if sharded:
@@ -275,6 +276,7 @@ def test_samples_from_all_ranks_are_gathered(ranks: Ranks, seed: int) -> None:
     assert sum(count["own rows"] for count in counts) == 10
     for count in counts:
         assert count["rows"] == max(count["own rows"] for count in counts)
+        assert count["all rows"] == 10
         assert count["all_gather"] == gathered(SMALL, HALF, 2, count["rows"])
         assert count["all_gather calls"] == num_gathers(SMALL) + 2
         assert count["all_gather_object calls"] == 2

@@ -41,7 +41,7 @@ class Samples(Protocol):
         ...
 
     def of(self, key: str, gradients: PositionGradients) -> tuple[PositionGradients, int]:
-        """Return a parameter's sample, and how many of its rows are samples and not filling."""
+        """Return a parameter's sample, and how many rows it has."""
         ...
 
     def over_ranks(self, value: Tensor) -> Tensor:
@@ -79,13 +79,13 @@ class GatheredSamples:
         limit = torch.inf if count is None else _kth_smallest(priority_T[own_K], count, group)
         self.index_K = own_K[priority_T[own_K] <= limit]
         counts = torch.tensor([len(self.index_K)], device=priority_T.device)
-        self._counts = [int(c) for c in _all_gather(counts, group)]
+        self._counts = torch.cat(_all_gather(counts, group)).tolist()
 
     def of(self, key: str, gradients: PositionGradients) -> tuple[PositionGradients, int]:
-        """Return the ranks' gradients, with zeros where a rank has fewer than the others."""
+        """Return the ranks' gradients, those of the first rank first."""
         del key
         own = gradients.at(self.index_K)
-        return _gather(own, max(self._counts), self._group), sum(self._counts)
+        return _gather(own, self._counts, self._group), sum(self._counts)
 
     def over_ranks(self, value: Tensor) -> Tensor:
         """Return the sum over the ranks."""
@@ -196,16 +196,16 @@ def _merge_one(
 ) -> tuple[Tensor, PositionGradients]:
     """Merge the samples of one parameter, of which every rank has its smallest priorities first.
 
-    Gradients are gathered only of so many rows as the rank with the most of the result has in it.
+    Gradients are gathered only of the rows that are in the result.
     """
     parts = _all_gather(_pad(priority_K, longest, torch.inf), group)
     every = torch.cat(parts)
     chosen_K = every[smallest(every, count)]
     limit = chosen_K[-1] if len(chosen_K) else -torch.inf
-    rows = max(int((part <= limit).sum()) for part in parts)
-    own = gradients.at(torch.arange(min(rows, len(priority_K)), device=priority_K.device))
-    index_K = smallest(torch.cat([part[:rows] for part in parts]), count)
-    return chosen_K, _gather(own, rows, group).at(index_K)
+    counts = (torch.stack(parts) <= limit).sum(dim=1).tolist()
+    own = gradients.at(torch.arange(counts[dist.get_rank(group)], device=priority_K.device))
+    index_K = smallest(_join(parts, counts), count)
+    return chosen_K, _gather(own, counts, group).at(index_K)
 
 
 def _check_distinct(priority_K: Tensor) -> None:
@@ -223,15 +223,23 @@ def _kth_smallest(own_K: Tensor, count: int, group: Group) -> float:
     return everyone.sort().values[count - 1].item()
 
 
-def _gather(gradients: PositionGradients, rows: int, group: Group) -> PositionGradients:
-    """Concatenate the ranks' gradients, each padded with zeros to so many rows."""
+def _gather(gradients: PositionGradients, counts: list[int], group: Group) -> PositionGradients:
+    """Concatenate the ranks' gradients, of which each has so many rows.
+
+    A collective takes equal parts: they are filled up on the way.
+    """
 
     def gathered(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return torch.cat(_all_gather(_pad(value, rows, 0), group))
+        return _join(_all_gather(_pad(value, max(counts), 0), group), counts)
 
     return _map(gradients, gathered)
+
+
+def _join(parts: list[Tensor], counts: list[int]) -> Tensor:
+    """Concatenate so many rows of each part."""
+    return torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)])
 
 
 def _pad(value: Tensor, rows: int, fill: float) -> Tensor:

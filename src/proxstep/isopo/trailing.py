@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -13,6 +15,8 @@ from proxstep.types import Float, Tensor
 
 Pending = dict[str, dict[str, tuple[Tensor, int]]]
 """The sum of each parameter's moments, and over how many sequences."""
+Place = tuple[str, str]
+"""A parameter and a moment."""
 
 
 class TrailingMeans:
@@ -52,10 +56,12 @@ class TrailingMeans:
                 of them has measured.
         """
         if dist.is_initialized() and dist.get_world_size(group) > 1:
-            self._pending = _sum_over_ranks(self._pending, group)
+            self._pending = _sum_over_ranks(self._pending, self._means, group)
         for key, pending in self._pending.items():
             means = self._means.setdefault(key, {})
             for name, (total, count) in pending.items():
+                if not count:
+                    continue
                 new = total / count
                 means[name] = (
                     self.decay * means[name] + (1 - self.decay) * new if name in means else new
@@ -83,27 +89,76 @@ class TrailingMeans:
             self._means.setdefault(key, {})[name] = mean
 
 
-def _sum_over_ranks(pending: Pending, group: dist.ProcessGroup | None) -> Pending:
+def _sum_over_ranks(
+    pending: Pending,
+    means: Mapping[str, Mapping[str, Tensor]],
+    group: dist.ProcessGroup | None,
+) -> Pending:
     """Return the sums over all ranks, the same numbers in the same order on each of them.
 
-    They are gathered as an object and added here, since a rank may lack what others have measured,
-    and a reduction may add in another order on each rank.
+    They are gathered and added here, since a reduction may add in another order on each rank. All
+    ranks send their numbers in the order of what has an average, which is the same on all of them,
+    and of what has none yet; a digest of that order tells whether it is the same as well. What a
+    rank has not measured counts 0.
     """
     own = {
-        (key, name): (total.item(), count, total.dtype)
-        for key, moments in pending.items()
-        for name, (total, count) in moments.items()
+        (key, name): value for key, moments in pending.items() for name, value in moments.items()
     }
+    dtypes = {(key, name): mean.dtype for key, of in means.items() for name, mean in of.items()}
+    dtypes |= {place: total.dtype for place, (total, _) in own.items()}
+    digest = hashlib.blake2b(repr(list(dtypes.items())).encode(), digest_size=16).digest()
+    numbers = _numbers(own)
+    every = dict.fromkeys(dtypes, (0.0, 0)) | numbers
+    flat = array("d", chain(*zip(*every.values(), strict=True))).tobytes()
+    everyone: list[tuple[bytes, bytes]] = [(b"", b"")] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, (digest, flat), group=group)
+    if any(other != digest for other, _ in everyone):
+        return _restored(own, *_sum_by_place(numbers, dtypes, group))
+    if not dtypes:
+        return {}
+    parts = torch.frombuffer(bytearray().join(flat for _, flat in everyone), dtype=torch.float64)
+    sum_2P = torch.zeros(2, len(dtypes), dtype=torch.float64)
+    for part_2P in parts.view(-1, *sum_2P.shape):  # one rank after another, as by name
+        sum_2P += part_2P
+    total_P, count_P = sum_2P
+    summed = zip(total_P.tolist(), map(int, count_P.tolist()), strict=True)
+    return _restored(own, dict(zip(dtypes, summed, strict=True)), dtypes)
+
+
+def _sum_by_place(
+    numbers: Mapping[Place, tuple[float, int]],
+    dtypes: Mapping[Place, torch.dtype],
+    group: dist.ProcessGroup | None,
+) -> tuple[dict[Place, tuple[float, int]], dict[Place, torch.dtype]]:
+    """Sum by name, and return the data types too: ranks have measured different parameters."""
+    named = {place: (*value, dtypes[place]) for place, value in numbers.items()}
     everyone: list[dict[Any, Any]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, own, group=group)
-    summed: dict[Any, tuple[float, int, torch.dtype]] = {}
+    dist.all_gather_object(everyone, named, group=group)
+    summed: dict[Place, tuple[float, int]] = {}
+    all_dtypes: dict[Place, torch.dtype] = {}
     for place, (total, count, dtype) in chain.from_iterable(rank.items() for rank in everyone):
-        before, count_before, _ = summed.get(place, (0.0, 0, dtype))
-        summed[place] = (before + total, count_before + count, dtype)
+        before, count_before = summed.get(place, (0.0, 0))
+        summed[place] = (before + total, count_before + count)
+        all_dtypes[place] = dtype
+    return summed, all_dtypes
+
+
+def _numbers(own: Mapping[Place, tuple[Tensor, int]]) -> dict[Place, tuple[float, int]]:
+    """Return what was measured as Python numbers, with one copy from the device."""
+    totals = [total for total, _ in own.values()]
+    values = torch.stack([total.to(totals[0].device) for total in totals]).tolist() if own else []
+    return {place: (value, own[place][1]) for place, value in zip(own, values, strict=True)}
+
+
+def _restored(
+    own: Mapping[Place, tuple[Tensor, int]],
+    summed: Mapping[Place, tuple[float, int]],
+    dtypes: Mapping[Place, torch.dtype],
+) -> Pending:
+    """Return the sums as tensors, where this rank has measured the same thing on its device."""
     result: Pending = {}
-    for (key, name), (total, count, dtype) in summed.items():
-        here = pending.get(key, {}).get(name)
-        device = None if here is None else here[0].device
-        value = torch.tensor(total, dtype=dtype, device=device)
+    for (key, name), (total, count) in summed.items():
+        device = own[key, name][0].device if (key, name) in own else None
+        value = torch.tensor(total, dtype=dtypes[key, name], device=device)
         result.setdefault(key, {})[name] = (value, count)
     return result
