@@ -47,7 +47,7 @@ from proxstep.runfolder import RunFolder
 from proxstep.session import load_task
 from proxstep.trainer import Trainer
 
-NUM_PROMPTS, NUM_GENERATIONS, PROMPT_LENGTH = 4, 8, 32
+NUM_PROMPTS, NUM_GENERATIONS, PROMPT_LENGTH = 2, 8, 32
 """Prompts of a step, completions of each, tokens of a prompt."""
 
 MANY = 10_000
@@ -237,9 +237,10 @@ def measure(name: str, loops: dict[str, Turns], case: Case, repeats: int) -> dic
     """Return a row's ratios, with their quartiles."""
     with contextlib.closing(Turns(ROWS[name](case))) as turns:
         turns.step()  # the first is slower
-        of_step = [step for step, _ in ratios(loops["trl-grpo"], turns, repeats)]
         engine = PLAIN[name.partition("-")[0]]
-        of_update = [update for _, update in ratios(loops[engine], turns, repeats)]
+        to_trl = ratios(loops["trl-grpo"], turns, repeats)
+        to_own = to_trl if engine == "trl-grpo" else ratios(loops[engine], turns, repeats)
+    of_step, of_update = [step for step, _ in to_trl], [update for _, update in to_own]
     return {
         "row": name,
         "step_over_trl_grpo": statistics.quantiles(of_step, n=4),
@@ -281,7 +282,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time of a training step in each engine.")
     add_options(parser, ROWS)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128], help="of completions")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64], help="of completions")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each row, 2 or more")
     arguments = parser.parse_args(words)
     arguments.rows = arguments.rows or list(ROWS)
