@@ -29,7 +29,8 @@ COMMAND = ["-m", "proxstep", "train", str(RECIPE), "--engine", "trl", "--output_
 UNTESTED = r"its trainer's insides change often: pip install \"proxstep\[trl\]\""
 REFUSED = {
     "1.13.0": UNTESTED,
-    "1.15.0": r"Triton alone, .*: pip install \"proxstep\[trl\]\" \(trl>=1.14,<1.17,!=1.15.\*\)$",
+    "1.14.1": UNTESTED,
+    "1.15.0": r"Triton alone, .*: pip install \"proxstep\[trl\]\" \(trl>=1.14.2,<1.17,!=1.15.\*\)$",
     "1.15.2": "Triton alone",
     "1.17.0": UNTESTED,
     "2.0.0": UNTESTED,
@@ -73,7 +74,7 @@ def test_a_refusal_comes_before_trl_is_imported(tmp_path: Path, arguments: list[
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("found", ["1.14.0", "1.14.2", "1.16.0", "1.16.3"])
+@pytest.mark.parametrize("found", ["1.14.2", "1.14.3", "1.16.0", "1.16.3"])
 def test_these_are_supported(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     monkeypatch.setattr("proxstep.engines.versions.version", lambda name: found)
     check_trl()

@@ -51,13 +51,14 @@ def check_release(
 def check_trl() -> None:
     """Refuse a missing or an untested TRL.
 
-    1.14 and 1.16 are tested; what differs between them is in trl/release.py.
+    1.14.2 and 1.16.0 are tested; what differs between them is in trl/release.py. GRPOTrainer of
+    1.14.0 and 1.14.1 does not import without vLLM's requirements.
 
     Raises:
         ProxstepError: With the command that installs a tested one.
     """
     without = {(1, 15): "its trainer scores tokens with Triton alone, which was not tested"}
-    check_release("TRL", "trl", (1, 14), (1, 17), "its trainer's insides change often", without)
+    check_release("TRL", "trl", (1, 14, 2), (1, 17), "its trainer's insides change often", without)
 
 
 def check_verl() -> None:
