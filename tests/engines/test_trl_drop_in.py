@@ -273,9 +273,8 @@ def _norm(gradients: dict[str, Tensor]) -> Tensor:
     return torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
 
 
-@pytest.mark.parametrize(
-    "trainer_class", [IsopoTrainer, pytest.param(OpoTrainer, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer_class", [IsopoTrainer, OpoTrainer])
 @pytest.mark.parametrize("name", sorted(ACTS))
 def test_an_option_acts_as_in_trl(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, trainer_class: Any, name: str

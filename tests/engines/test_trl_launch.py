@@ -122,6 +122,7 @@ def test_a_run_s_folder_is_as_the_local_engine_s(
     assert "opo" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["isopo", "opo"])
 def test_the_first_step_has_the_local_engine_s_figures(tmp_path: Path, algorithm: str) -> None:
     """For the records' names to mean one thing, whatever wrote them: the initial policy's."""
@@ -153,6 +154,7 @@ def test_lora_adapters_are_trained_and_saved(tmp_path: Path) -> None:
 # -- stopping and going on -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +251,7 @@ def test_what_is_wrong_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_the_folder_is_kept_or_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     trained(recipe_of(folder, steps=1))

@@ -123,6 +123,7 @@ def test_a_lost_process_costs_its_answer_alone(
     pool.close()
 
 
+@pytest.mark.slow
 def test_processes_are_renewed(monkeypatch: pytest.MonkeyPatch, pool: GradingPool) -> None:
     monkeypatch.setattr(grading_pool, "JOBS_PER_WORKER", 3)
     pool.grade([("2", "2.0")])
@@ -217,6 +218,7 @@ def _ask_shared(answers: list[str]) -> tuple[list[bool | None], list[int]]:
     return shared_pool().grade([("2", answer) for answer in answers]), pids(shared_pool())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_child_process_has_a_pool_of_its_own(method: str) -> None:
     results, own = _ask_shared(["2.0"])
@@ -233,6 +235,7 @@ def test_a_child_process_has_a_pool_of_its_own(method: str) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)", "os._exit(0)", "1 / 0"])
 def test_no_process_outlives_the_program(end: str) -> None:
     source = (
