@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 
 import pytest
 import torch
@@ -311,7 +312,8 @@ def test_dro_is_not_opo_for_longer_sequences(seed):
 @pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("dapo", "dr-grpo")])  # both grpo
 def test_wrong_inputs_are_refused(name, monkeypatch):
     function = inspect.unwrap(LOSSES[name].loss)  # past the shape checks of the test suite
-    monkeypatch.setattr("proxstep.losses.opo.opo_by_sequence", inspect.unwrap(opo_by_sequence))
+    module = sys.modules["proxstep.losses.opo"]
+    monkeypatch.setattr(module, "opo_by_sequence", inspect.unwrap(opo_by_sequence))
     log_probs, old, advantages, mask = make_case(0).tensors
     with pytest.raises(ProxstepError, match=r"advantages has shape \(6, 7\).*\(6,\)"):
         function(log_probs, old, log_probs, mask)
