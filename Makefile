@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # verl holds transformers below what the rest is developed with, and weighs 2 GB.
 VERL := .venv-verl
+VERL_MARK ?= verl
 VERL_PIP = $(VERL)/bin/python -m pip install -q --disable-pip-version-check
 # The oldest release of TRL that is supported, before the environment's own on the path.
 TRL_OLDEST := .trl-oldest
@@ -67,8 +68,8 @@ test-trl-oldest: $(TRL_OLDEST)/.installed  ## TRL's tests with the oldest releas
 	$(OLDEST) -m pytest -q -n 2 $(TRL_TESTS)
 	$(OLDEST) -m pytest -q -n 2 -m slow tests/engines/test_trl_runs.py
 
-test-verl: $(VERL)/.installed  ## verl's tests, in .venv-verl: on the CPU, with Ray (about 10 minutes)
-	$(VERL)/bin/python -m pytest -q -m verl tests/verl
+test-verl: $(VERL)/.installed  ## verl's tests, in .venv-verl: on the CPU, with Ray (half an hour)
+	$(VERL)/bin/python -m pytest -q -m "$(VERL_MARK)" tests/verl
 
 lint: setup  ## Formatting, style and types
 	$(BIN)/ruff format --check .

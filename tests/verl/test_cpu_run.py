@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.verl.cpu_run import Run, prepared
 
-pytestmark = [pytest.mark.verl, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.verl, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 SECONDS = 600
 """For one run; on an idle machine it takes one minute."""
