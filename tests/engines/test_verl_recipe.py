@@ -13,7 +13,7 @@ from pyarrow import parquet
 from proxstep.data import batch_rows
 from proxstep.engines.verl_recipe import table
 from proxstep.engines.verl_recipe.data import messages, plan, prepare
-from proxstep.engines.verl_recipe.launch import command
+from proxstep.engines.verl_recipe.launch import _reason, command
 from proxstep.engines.verl_recipe.metrics import FIELDS, record
 from proxstep.engines.verl_recipe.overrides import Machine, Prepared, overrides
 from proxstep.engines.verl_recipe.rewards import compute_score
@@ -325,6 +325,44 @@ def test_metrics_have_our_names() -> None:
     assert {name: found[name] for name in FIELDS} == {
         ours: measured[theirs] for ours, theirs in FIELDS.items()
     }
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
+def test_entropy_is_in_nats_per_token(mode: str) -> None:
+    entropies = [[0.5, 1.0, 0.25], [0.75], [0.5, 0.25]]  # of three responses
+    total, count, horizon = sum(map(sum, entropies)), 6, 7
+    aggregated = {
+        "token-mean": total / count,
+        "seq-mean-token-sum": total / 3,
+        "seq-mean-token-sum-norm": total / 3 / horizon,
+    }
+    changes = {"objective": {"loss_agg_mode": mode}, "rollout": {"max_completion_length": horizon}}
+    recipe = resolve({"algorithm": "grpo"}, changes, "test")
+    measured = {"actor/entropy": aggregated[mode], "response_length/mean": count / 3}
+    assert record(recipe, 1, measured)["entropy"] == pytest.approx(total / count)
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("", "no output"),
+        ("begin\nend", "end"),
+        ("(W pid=1) ValueError: no unit\n(D pid=2) a.b.KeyError: 3\nend", "ValueError: no unit"),
+        (
+            "x.RayError: lost\nproxstep.errors.ProxstepError: k: v",
+            "proxstep.errors.ProxstepError: k: v",
+        ),
+    ],
+)
+def test_the_reason_of_a_failure_is_the_first_error(tmp_path: Path, log: str, reason: str) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text(log)
+    assert _reason(path) == reason
+
+
+def test_a_mean_of_means_is_no_entropy_per_token() -> None:
+    recipe = resolve({"algorithm": "opo"}, {}, "test")
+    assert "entropy" not in record(recipe, 1, {"actor/entropy": 0.5, "response_length/mean": 2.0})
 
 
 def test_the_printed_script_is_a_script(tmp_path: Path) -> None:

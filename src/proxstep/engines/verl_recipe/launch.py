@@ -213,11 +213,11 @@ def _conclude(folder: RunFolder, status: int, stop: StopRequest, log: Path) -> s
 
 
 def _reason(log: Path) -> str:
-    """Return the last error that a log names."""
+    """Return the first error that a log names, ours before others: later ones follow from it."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
     ours = [line for line in errors if "ProxstepError" in line]
-    chosen = (ours or errors or lines or ["no output"])[-1]
+    chosen = (ours or errors or lines[-1:] or ["no output"])[0]
     return re.sub(r"^.*?((\w+\.)*\w*(Error|Exception): )", r"\1", chosen).strip()
 
 

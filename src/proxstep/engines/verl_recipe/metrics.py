@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from proxstep.config import Recipe
+from proxstep.losses import LOSSES
 
 FIELDS = {
     "reward": "critic/score/mean",
-    "entropy": "actor/entropy",
     "loss": "actor/loss",
     "grad_norm": "actor/grad_norm",
     "learning_rate": "actor/lr",
@@ -45,6 +45,8 @@ def record(recipe: Recipe, step: int, measured: Mapping[str, Any]) -> dict[str, 
         "num_sequences": step * section.num_prompts * section.num_generations,
     }
     found |= {ours: measured[theirs] for ours, theirs in FIELDS.items() if theirs in measured}
+    entropy = _entropy(recipe, measured)
+    found |= {} if entropy is None else {"entropy": entropy}
     for name, value in measured.items():
         for ours, theirs in PREFIXES.items():
             if name.startswith(theirs):
@@ -52,6 +54,22 @@ def record(recipe: Recipe, step: int, measured: Mapping[str, Any]) -> dict[str, 
         if name.startswith("val-core/") and name.endswith("/acc/mean@1"):
             found["score"] = value
     return found
+
+
+def _entropy(recipe: Recipe, measured: Mapping[str, Any]) -> float | None:
+    """Return the entropy in nats per token; verl aggregates it as the loss.
+
+    None where it was not measured, or is a mean over sequences of their means.
+    """
+    entropy, length = measured.get("actor/entropy"), measured.get("response_length/mean")
+    name = recipe.objective.name
+    mode = getattr(recipe.objective, "loss_agg_mode", LOSSES[name].default_loss_agg_mode)
+    if entropy is None or length is None or mode == "seq-mean-token-mean":
+        return None
+    if mode == "token-mean":
+        return entropy
+    horizon = recipe.rollout.max_completion_length if mode.endswith("norm") else 1
+    return entropy * horizon / length
 
 
 def samples(path: Path, step: int, count: int) -> Iterator[dict[str, Any]]:
