@@ -13,7 +13,7 @@ import torch
 
 from proxstep.advantages import ADVANTAGES
 from proxstep.config import Recipe
-from proxstep.isopo import Isopo, Rule
+from proxstep.isopo import Isopo
 from proxstep.losses import LOSSES, Aggregation, sequence_coefficients, tv_bound
 from proxstep.objective_sections import OpoSection
 from proxstep.sections import GeometrySection
@@ -182,16 +182,14 @@ def make_isopo(recipe: Recipe, model: torch.nn.Module) -> Isopo | None:
     """Install the recipe's geometry on a model; None where it has none."""
     if recipe.geometry.rule == "none":
         return None
-    return install_geometry(recipe.geometry, recipe.geometry.to_rule(), model, recipe.seed)
+    return install_geometry(recipe.geometry, model, recipe.seed)
 
 
-def install_geometry(
-    section: GeometrySection, rule: Rule, model: torch.nn.Module, seed: int
-) -> Isopo:
+def install_geometry(section: GeometrySection, model: torch.nn.Module, seed: int) -> Isopo:
     """Install a geometry section's rule on a model, with the section's other keys."""
     return Isopo(
         model,
-        rule,
+        section.to_rule(),
         other_parameters=section.other_parameters,
         fisher=section.fisher,
         num_overlap_positions=section.num_overlap_positions,

@@ -103,6 +103,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"proxstep {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
+    _add_train(commands)
+    evaluate = _add_command(commands, "eval", "score a checkpoint or a model greedily", _eval)
+    evaluate.add_argument("target", help="a run folder, or a recipe")
+    evaluate.add_argument("--output", type=Path, help="write the completions to this JSONL file")
+    _add_compare(commands)
+    diagnose = _add_command(
+        commands, "diagnose", "say what the geometry did to the gradient of a run", _diagnose
+    )
+    diagnose.add_argument("run_folder", metavar="RUN", help="a run folder")
+    diagnose.add_argument("--step", type=int, help="of that step (default: the last measured)")
+    report = _add_command(commands, "report", "write a page with the curves of runs", _report)
+    report.add_argument("runs", nargs="+", help="run folders, or folders of them")
+    report.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+    )
+    _add_figure(report)
+    add_toys(_add_command(commands, "toy", "compute a small experiment exactly", run_toy))
+    return parser
+
+
+def _add_train(commands: Any) -> None:
     train = _add_command(commands, "train", "train a policy by a recipe", _train)
     train.add_argument("recipe", nargs="?", help="a YAML file; recipes/ has examples")
     train.add_argument(
@@ -122,10 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--keys", action="store_true", help="list every key of a recipe and exit")
 
-    evaluate = _add_command(commands, "eval", "score a checkpoint or a model greedily", _eval)
-    evaluate.add_argument("target", help="a run folder, or a recipe")
-    evaluate.add_argument("--output", type=Path, help="write the completions to this JSONL file")
 
+def _add_compare(commands: Any) -> None:
     compare = _add_command(
         commands, "compare", "train several algorithms on one recipe and report", _compare
     )
@@ -141,25 +160,13 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("outputs/compare"), help="folder of the runs"
     )
     compare.add_argument("--overwrite", action="store_true", help="delete the runs in that folder")
+    _add_figure(compare)
 
-    diagnose = _add_command(
-        commands, "diagnose", "say what the geometry did to the gradient of a run", _diagnose
+
+def _add_figure(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--figure", type=Path, help="also draw the curves to this PNG, SVG or PDF file"
     )
-    diagnose.add_argument("run_folder", metavar="RUN", help="a run folder")
-    diagnose.add_argument("--step", type=int, help="of that step (default: the last measured)")
-
-    report = _add_command(commands, "report", "write a page with the curves of runs", _report)
-    report.add_argument("runs", nargs="+", help="run folders, or folders of them")
-    report.add_argument(
-        "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
-    )
-    for command in (compare, report):
-        command.add_argument(
-            "--figure", type=Path, help="also draw the curves to this PNG, SVG or PDF file"
-        )
-
-    add_toys(_add_command(commands, "toy", "compute a small experiment exactly", run_toy))
-    return parser
 
 
 def _add_command(commands: Any, name: str, summary: str, run: Any) -> argparse.ArgumentParser:
@@ -201,8 +208,8 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], cons
             )
         recipe = load_recipe(arguments.recipe, overrides)
         engine = _engine(name)
-        command = "" if name == "local" else engine.command(recipe)  # refuses what it cannot do
         if arguments.dry_run or arguments.print_command:
+            command = "" if name == "local" else engine.command(recipe)  # or says what it cannot do
             text = command if arguments.print_command else dump_recipe(recipe)
             console.out(text, end="", highlight=False)
             return 0

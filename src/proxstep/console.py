@@ -37,7 +37,7 @@ def advice(recipe: Recipe) -> list[str]:
     idle = "clips nothing" if hasattr(recipe.objective, "clip_ratio_high") else None
     if name in PENALIZED:
         idle = f"has no penalty to pay: {PENALIZED[name]} changes nothing"
-    if idle and update.num_minibatches * update.num_iterations == 1:
+    if idle and update.num_updates == 1:
         lines.append(
             f"one update per rollout: every ratio is 1, so {name} {idle} "
             "(raise update.num_minibatches or update.num_iterations)"

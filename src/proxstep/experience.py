@@ -184,7 +184,7 @@ def _batch(
     advantage_B = advantage_B.float()
     update = recipe.update
     old_log_prob_BT = anchor = None
-    if update.num_minibatches * update.num_iterations > 1 or algorithm.needs_anchor:
+    if update.num_updates > 1 or algorithm.needs_anchor:
         with clock.phase("log_probs"):
             old_log_prob_BT = (
                 _log_probs(recipe, model, completions) if log_prob_BT is None else log_prob_BT

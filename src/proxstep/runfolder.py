@@ -16,6 +16,7 @@ import proxstep
 from proxstep.config import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.recipes import dump_recipe
+from proxstep.tracking import drop_later_steps
 
 
 class RunFolder:
@@ -88,6 +89,11 @@ class RunFolder:
     def info(self) -> dict[str, Any]:
         """Return run.json, empty if there is none."""
         return json.loads(self._info.read_text(encoding="utf-8")) if self._info.exists() else {}
+
+    def drop_later_steps(self, step: int) -> None:
+        """Delete what came after a step, which a resumed run does again."""
+        for file in (self.metrics, self.samples, self.diagnostics):
+            drop_later_steps(file, step)
 
     def add_samples(self, samples: list[dict[str, Any]]) -> None:
         """Append completions to samples.jsonl."""

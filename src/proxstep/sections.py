@@ -290,6 +290,11 @@ class UpdateSection(Section):
         description="Sequences per forward and backward; null for the whole minibatch.",
     )
 
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps that one rollout gives."""
+        return self.num_minibatches * self.num_iterations
+
 
 _ADAMW = {name: default_of(torch.optim.AdamW, name) for name in ("betas", "eps")}
 

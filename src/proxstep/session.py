@@ -27,6 +27,7 @@ from proxstep.optimizers import check_optimizer
 from proxstep.recipes import load_recipe
 from proxstep.runfolder import RunFolder
 from proxstep.tasks import (
+    REWARDS,
     Task,
     arithmetic_task,
     gsm8k_task,
@@ -36,6 +37,9 @@ from proxstep.tasks import (
 )
 from proxstep.tracking import check_tracker
 from proxstep.trainer import Progress, Trainer
+
+CHAT_TASKS = {"gsm8k": gsm8k_task, "math": math_task, "svamp": svamp_task}
+"""Tasks whose prompts are chats where the tokenizer has a template."""
 
 
 def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str:
@@ -161,11 +165,10 @@ def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[
         keys += ("prompt_column", "answer_column", "config", "train_split", "validation_split")
     options = {key: getattr(section, key) for key in keys}
     if section.name == "table":
-        return table_task, options | {"rewards": tuple(section.rewards or ["numeric_answer"])}
+        return table_task, options | {"rewards": tuple(section.rewards or REWARDS["table"])}
     if section.prompt_format != "auto":
         chat = section.prompt_format == "chat"
-    task_of = {"gsm8k": gsm8k_task, "math": math_task, "svamp": svamp_task}
-    return task_of[section.name], options | {"chat": chat}
+    return CHAT_TASKS[section.name], options | {"chat": chat}
 
 
 def load_task(recipe: Recipe, *, chat: bool) -> Task:

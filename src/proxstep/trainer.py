@@ -32,7 +32,7 @@ from proxstep.penalties import loss_penalty
 from proxstep.rollout import Completions
 from proxstep.runfolder import RunFolder
 from proxstep.scores import Scores, score
-from proxstep.tracking import MetricsLog, Tracker, drop_later_steps
+from proxstep.tracking import MetricsLog, Tracker
 from proxstep.types import Tensor
 
 
@@ -104,8 +104,7 @@ class Trainer:
         self.progress.begin(recipe)
         self.folder.update_info(status="running")
         if self.probe is not None:  # a resumed run does what came after its checkpoint again
-            for file in (self.folder.metrics, self.folder.samples, self.folder.diagnostics):
-                drop_later_steps(file, self.step)
+            self.folder.drop_later_steps(self.step)
         log = MetricsLog(self.folder.metrics)
         section = recipe.logging
         tracker = Tracker(section.tracker, section.project, self.folder.path, recipe.model_dump())

@@ -23,7 +23,6 @@ from proxstep.engines.trl.tables import (
     RUN_FOLDER,
     SAME_ANYHOW,
     TRANSLATED,
-    num_updates,
 )
 from proxstep.errors import ProxstepError
 from proxstep.explain import describe_keys
@@ -235,7 +234,7 @@ def test_sizes(tmp_path: Path, minibatches: int, size: int | None, iterations: i
         assert accumulated * world_size * minibatches == 16
         assert args.steps_per_generation == args.gradient_accumulation_steps * minibatches
         assert args.num_iterations == iterations
-        assert args.max_steps == 3 * minibatches * iterations == 3 * num_updates(recipe)
+        assert args.max_steps == 3 * minibatches * iterations == 3 * recipe.update.num_updates
     with pytest.raises(ProxstepError, match="cannot be shared out over 3 ranks evenly"):
         [make(value, 3) for value in made.args.keywords.values()]
 

@@ -1,7 +1,7 @@
 """Tasks: procedural arithmetic, GSM8K, MATH, SVAMP, and any table of prompts and answers."""
 
 from proxstep.tasks.arithmetic import ALPHABET, arithmetic_task
-from proxstep.tasks.base import Example, Prompt, Task, reward_columns
+from proxstep.tasks.base import REWARDS, Example, Prompt, Task, reward_columns
 from proxstep.tasks.data import Row, load_hub_rows, load_rows, read_rows
 from proxstep.tasks.math import IN_A_BOX, math_task
 from proxstep.tasks.tabular import STEP_BY_STEP, gsm8k_task, svamp_task, table_task
@@ -11,6 +11,7 @@ TASKS = ("arithmetic", "gsm8k", "math", "svamp", "table")
 __all__ = [
     "ALPHABET",
     "IN_A_BOX",
+    "REWARDS",
     "STEP_BY_STEP",
     "TASKS",
     "Example",

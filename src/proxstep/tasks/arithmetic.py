@@ -23,7 +23,7 @@ from itertools import zip_longest
 from typing import overload
 
 from proxstep.errors import ProxstepError
-from proxstep.tasks.base import Example, Task
+from proxstep.tasks.base import REWARDS, Example, Task
 
 ALPHABET = "0123456789+-*="
 NUM_TRAIN = 100_000
@@ -183,4 +183,4 @@ def arithmetic_task(difficulty: int, num_validation: int = 256, seed: int = 0) -
     in_turn = [problem for turn in zip_longest(*per_kind) for problem in turn if problem]
     validation = [problem.example() for problem in in_turn[:num_validation]]
     train = ArithmeticTrain(difficulty, seed)
-    return Task("arithmetic", train, validation, rewards=("exact_match",))
+    return Task("arithmetic", train, validation, REWARDS["arithmetic"])

@@ -11,6 +11,16 @@ from typing import Any, TypeAlias
 Prompt: TypeAlias = str | list[dict[str, str]]
 
 
+REWARDS: dict[str, tuple[str, ...]] = {
+    "arithmetic": ("exact_match",),
+    "gsm8k": ("numeric_answer",),
+    "math": ("math_verify",),
+    "svamp": ("numeric_answer",),
+    "table": ("numeric_answer",),
+}
+"""The reward functions that each task is graded by, unless a recipe names others."""
+
+
 @dataclass(frozen=True)
 class Example:
     """A prompt and its reference answer.

@@ -71,7 +71,7 @@ def math_task(
         if validation_rows is not None:
             validation_rows = _of_level(validation_rows, level)
     split = split_rows(train_rows, validation_rows, num_train, num_validation)
-    return task_of_rows("math", *split, to_example, ("math_verify",))
+    return task_of_rows("math", *split, to_example)
 
 
 def _reference(row: Row) -> str:

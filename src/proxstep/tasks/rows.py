@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from proxstep.errors import ProxstepError
 from proxstep.rewards import final_number
-from proxstep.tasks.base import Example, Prompt, Task
+from proxstep.tasks.base import REWARDS, Example, Prompt, Task
 from proxstep.tasks.data import Row, load_rows
 
 Source: TypeAlias = str | Path
@@ -58,13 +58,14 @@ def task_of_rows(
     train: list[Row],
     validation: list[Row],
     to_example: Callable[[Row], Example],
-    rewards: tuple[str, ...] = ("numeric_answer",),
+    rewards: tuple[str, ...] | None = None,
 ) -> Task:
     """Return a task from rows; raise where a number is graded and an answer holds none."""
+    graded_by = REWARDS[name] if rewards is None else rewards
 
     def checked(row: Row) -> Example:
         example = to_example(row)
-        if "numeric_answer" in rewards and final_number(example.answer) is None:
+        if "numeric_answer" in graded_by and final_number(example.answer) is None:
             raise ProxstepError(
                 f"{row.where}: the answer {example.answer!r:.80} holds no number; "
                 "correct it or choose another reward than numeric_answer"
@@ -72,5 +73,5 @@ def task_of_rows(
         return example
 
     return Task(
-        name, [checked(row) for row in train], [checked(row) for row in validation], rewards
+        name, [checked(row) for row in train], [checked(row) for row in validation], graded_by
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proxstep.errors import ProxstepError
-from proxstep.tasks.base import Example, Task
+from proxstep.tasks.base import REWARDS, Example, Task
 from proxstep.tasks.cells import answer_cell, other_cells, prompt_cell, text_cell
 from proxstep.tasks.data import Row, load_rows
 from proxstep.tasks.rows import (
@@ -30,7 +30,7 @@ def table_task(
     validation_split: str = "test",
     num_train: int | None = None,
     num_validation: int | None = None,
-    rewards: tuple[str, ...] = ("numeric_answer",),
+    rewards: tuple[str, ...] = REWARDS["table"],
 ) -> Task:
     """Return a task from any table with a prompt and an answer in each row.
 

@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from proxstep.engines.fields import field_of, known_fields, read_section
-from proxstep.engines.trl.refusals import refuse_for_isopo, refuse_other_losses
+from proxstep.engines.fields import (
+    OpoKeys,
+    field_of,
+    known_fields,
+    read_section,
+    refuse_with_isopo,
+    rule_of,
+)
+from proxstep.engines.trl.refusals import ISOPO, refuse_other_losses
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, Rule
 from proxstep.losses import LOSSES, Aggregation
@@ -20,7 +27,7 @@ OBJECTIVES = ("reinforce", "gspo", "opo")
 
 
 @dataclass
-class OpoConfig(GRPOConfig):
+class OpoConfig(OpoKeys, GRPOConfig):
     """GRPOConfig for `OpoTrainer`: all of TRL's options, and OPO's (docs/algorithms.md).
 
     What shapes TRL's own losses (epsilon, loss_type, ...) is refused, since it would do nothing.
@@ -31,21 +38,10 @@ class OpoConfig(GRPOConfig):
         default=None,
         metadata={"help": "How token values become one loss; None for the objective's own."},
     )
-    alpha: float = field_of(OpoSection, "alpha")
-    tau: float = field_of(OpoSection, "tau")
-    adaptive_tau: bool = field_of(OpoSection, "adaptive_tau")
     tau_min: float = field_of(OpoSection, "tau_min")
     tau_max: float = field_of(OpoSection, "tau_max")
     tau_entropy_coef: float = field_of(OpoSection, "tau_entropy_coef")
     tau_confidence_coef: float = field_of(OpoSection, "tau_confidence_coef")
-    mu: float | str = field_of(OpoSection, "mu")
-    target_min: float | None = field_of(OpoSection, "target_min")
-    surrogate: str = field_of(OpoSection, "surrogate")
-    form: str = field_of(OpoSection, "form")
-    drive: str = field_of(OpoSection, "drive")
-    normalize: str = field_of(OpoSection, "normalize")
-    anchor_correction: str = field_of(OpoSection, "anchor_correction")
-    length_normalize: bool = field_of(OpoSection, "length_normalize")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,10 +54,6 @@ class OpoConfig(GRPOConfig):
         refuse_other_losses(self)
         self.aggregation()
         self.opo_section()
-
-    def opo_section(self) -> OpoSection:
-        """Return OPO's keys as a recipe has them."""
-        return read_section(OpoSection, {"name": "opo", **known_fields(OpoSection, self)})
 
     def aggregation(self) -> Aggregation:
         """Return how token values become one loss."""
@@ -111,7 +103,7 @@ class IsopoConfig(OpoConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_for_isopo(self)
+        refuse_with_isopo(self, ISOPO)
         self.to_rule()
         if self.loss_type != "opo":
             for field in dataclasses.fields(OpoConfig):
@@ -134,10 +126,7 @@ class IsopoConfig(OpoConfig):
         section = self.geometry_section()
         if section.rule == "none":
             raise ProxstepError('rule is "none": use TRL\'s own trainer, or rule="reinforce"')
-        try:
-            return section.to_rule()
-        except ValueError as error:
-            raise ProxstepError(str(error).removeprefix("geometry.")) from None
+        return rule_of(section)
 
     def _check_loss_type(self) -> None:
         if self.loss_type not in OBJECTIVES:

@@ -56,7 +56,7 @@ def transform_head(core: Any, temperature: float, *, needs_kernel: bool) -> tupl
         return logging.WARNING, f"{_FROM_ALL}: {reason}"
     head, fused = output_head(core), core.forward
     reason = "the rule needs its kernel" if needs_kernel else _not_chunkable(core, head)
-    score = _full if reason else _chunked
+    score = _full if reason else functools.partial(_chunked, head)
 
     @functools.wraps(fused)  # generate() looks at the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +65,7 @@ def transform_head(core: Any, temperature: float, *, needs_kernel: bool) -> tupl
         del kwargs["fused_lm_head"]
         labels_BT = kwargs.pop("labels")
         kwargs["use_cache"] = False
-        return score(functools.partial(fused, *args, **kwargs), head, labels_BT, temperature)
+        return score(functools.partial(fused, *args, **kwargs), labels_BT, temperature)
 
     core.forward = types.MethodType(forward, core)
     if reason:
@@ -96,7 +96,7 @@ def _not_chunkable(core: Any, head: nn.Linear) -> str:
     return ""
 
 
-def _chunked(forward: Any, head: nn.Linear, labels_BT: Tensor, temperature: float) -> Any:
+def _chunked(head: nn.Linear, forward: Any, labels_BT: Tensor, temperature: float) -> Any:
     """Score the labels a chunk of positions at a time, inside the output layer's call."""
     scored_BT = labels_BT[:, 1:] != _IGNORED
     score, entropies = scoring_forward(head, labels_BT, scored_BT, temperature, with_entropy=True)
@@ -105,9 +105,8 @@ def _chunked(forward: Any, head: nn.Linear, labels_BT: Tensor, temperature: floa
     return _output(log_prob_BT, entropies[0], scored_BT)
 
 
-def _full(forward: Any, head: nn.Linear, labels_BT: Tensor, temperature: float) -> Any:
+def _full(forward: Any, labels_BT: Tensor, temperature: float) -> Any:
     """Score the labels from all positions' logits, which come out of the output layer's forward."""
-    del head
     scored_BT = labels_BT[:, 1:] != _IGNORED
     logits_NV = forward().logits[:, :-1][scored_BT] / temperature
     log_prob_N = token_log_probs(logits_NV[None], labels_BT[:, 1:][scored_BT][None])[0]

@@ -25,14 +25,13 @@ from proxstep.engines.trl.expressions import make
 from proxstep.engines.trl.recipe import Plan, plan
 from proxstep.engines.trl.record import CHECKPOINTS, RunRecorder
 from proxstep.engines.trl.script import script
-from proxstep.engines.trl.tables import num_updates
 from proxstep.errors import ProxstepError
 from proxstep.interrupt import stop_on_signal
 from proxstep.models import load_model, load_tokenizer, model_source
 from proxstep.rewards import RewardFunction, reward_name
 from proxstep.runfolder import RunFolder
 from proxstep.tasks import Task
-from proxstep.tracking import MetricsLog, Tracker, drop_later_steps
+from proxstep.tracking import MetricsLog, Tracker
 from proxstep.trainer import Progress
 
 ADDED = ("completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -89,14 +88,13 @@ def resume(path: str | Path, progress: Progress) -> str:
     recipe = session.load_run_recipe(path)
     checkpoint = latest_checkpoint(folder.path)
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    step = state["global_step"] // num_updates(recipe)
+    step = state["global_step"] // recipe.update.num_updates
     if step >= recipe.steps:
         raise ProxstepError(f"{path}: the run is finished, at step {step} of {recipe.steps}")
     prepared = _prepare(recipe, progress)
     trainer = _make_trainer(recipe, prepared)
     if _is_first():
-        for file in (folder.metrics, folder.samples):
-            drop_later_steps(file, step)
+        folder.drop_later_steps(step)
     return _run(recipe, prepared, trainer, folder, progress, checkpoint)
 
 

@@ -21,12 +21,12 @@ from proxstep.engines.trl.tables import (
     SCALES,
     WITHOUT_RATIO,
     minibatch_size,
-    num_updates,
 )
 from proxstep.errors import ProxstepError
 from proxstep.losses import LOSSES
 from proxstep.rewards import BUILTIN_REWARDS
 from proxstep.session import task_call
+from proxstep.tasks import REWARDS
 
 PUNISHMENT = "soft_overlong_punishment_reward"
 """The name under which TRL reports what it adds to the reward for length."""
@@ -162,8 +162,8 @@ def _sizes(recipe: Recipe) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation,
         "steps_per_generation": per_rollout,
         "num_iterations": update.num_iterations,
-        "max_steps": recipe.steps * num_updates(recipe),
-        "save_steps": every * num_updates(recipe),
+        "max_steps": recipe.steps * recipe.update.num_updates,
+        "save_steps": every * recipe.update.num_updates,
     }
 
 
@@ -222,8 +222,7 @@ def _rewards(recipe: Recipe) -> list[Name | Call]:
 
 def _reward_specs(recipe: Recipe) -> list[str]:
     """Return what the recipe names, or the task's own, for which no data is read."""
-    own = {"arithmetic": "exact_match", "math": "math_verify"}
-    return recipe.task.rewards or [own.get(recipe.task.name, "numeric_answer")]
+    return recipe.task.rewards or list(REWARDS[recipe.task.name])
 
 
 def reward_factor(recipe: Recipe) -> float:

@@ -20,7 +20,6 @@ from proxstep.clock import Clock
 from proxstep.config import Recipe
 from proxstep.data import Prompts
 from proxstep.engines.trl.metrics import record_of
-from proxstep.engines.trl.tables import num_updates
 from proxstep.errors import ProxstepError
 from proxstep.evaluation import Probe, evaluate
 from proxstep.interrupt import StopRequest
@@ -68,7 +67,7 @@ class RunRecorder(TrainerCallback):
         self._recipe, self._trainer, self._tokenizer = recipe, trainer, tokenizer
         self._validation, self._initial, self._folder = validation, initial, folder
         self._progress, self._stop, self._log, self._tracker = progress, stop, log, tracker
-        self._num_updates, self._algorithm = num_updates(recipe), Algorithm(recipe)
+        self._num_updates, self._algorithm = recipe.update.num_updates, Algorithm(recipe)
         self._clock, self._recorded = Clock(trainer.accelerator.device), 0.0
         self._logs: list[Mapping[str, Any]] = []
         self._probe: Probe | None = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
+from proxstep.engines.fields import Refusal
 from proxstep.errors import ProxstepError
 
 CLIPPING = ("epsilon", "epsilon_high")
@@ -57,9 +57,7 @@ def _uses_kernels(args: Any) -> bool:
     return isinstance(options, dict) and bool(options.get("use_kernels"))
 
 
-_Refusal = tuple[str, Callable[[Any], bool], str]
-
-ISOPO: tuple[_Refusal, ...] = (
+ISOPO: tuple[Refusal, ...] = (
     (
         "fp16",
         lambda args: args.fp16,
@@ -105,14 +103,3 @@ ISOPO: tuple[_Refusal, ...] = (
         "it updates weights during backward, before the gradient is whole; use another optimizer",
     ),
 )
-
-
-def refuse_for_isopo(args: Any) -> None:
-    """Refuse options under which ISOPO's gradient would not be ISOPO's.
-
-    Raises:
-        ProxstepError: If one of them is set.
-    """
-    for name, applies, reason in ISOPO:
-        if applies(args):
-            raise ProxstepError(f"{name} and ISOPO do not go together: {reason}")

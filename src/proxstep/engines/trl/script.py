@@ -5,6 +5,7 @@ from __future__ import annotations
 from proxstep.config import Recipe
 from proxstep.engines.trl.expressions import Call, Code, Name, Shared, imports_of, write
 from proxstep.engines.trl.recipe import Plan, plan
+from proxstep.session import CHAT_TASKS
 
 _HEAD = '''"""{algorithm} on {task}, in TRL.
 
@@ -25,7 +26,7 @@ def script(recipe: Recipe) -> str:
         ProxstepError: If TRL cannot do what the recipe says.
     """
     section = recipe.task
-    asks = section.name in ("gsm8k", "math", "svamp") and section.prompt_format == "auto"
+    asks = section.name in CHAT_TASKS and section.prompt_format == "auto"
     chat = Code("tokenizer.chat_template is not None")
     made = plan(recipe, chat=chat if asks else False)
     lines = [_HEAD.format(algorithm=recipe.algorithm, task=section.name)]

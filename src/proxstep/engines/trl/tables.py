@@ -87,11 +87,6 @@ PLAIN = ("grpo", "dapo", "dr-grpo", "gspo", "cispo")
 WITHOUT_RATIO = ("reinforce", "rloo")
 
 
-def num_updates(recipe: Recipe) -> int:
-    """Return the optimizer steps that one rollout gives."""
-    return recipe.update.num_minibatches * recipe.update.num_iterations
-
-
 def minibatch_size(recipe: Recipe) -> int:
     """Return the completions of one optimizer step."""
     rollout = recipe.rollout

@@ -66,7 +66,7 @@ class IsopoTrainer(SequenceTrainer):
                 "ISOPO transforms: set router_aux_loss_coef=0.0"
             )
         section = self.args.geometry_section()
-        self.isopo = install_geometry(section, self.args.to_rule(), self.model, self.args.seed)
+        self.isopo = install_geometry(section, self.model, self.args.seed)
         core = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         level, text = transform_head(core, self.temperature, needs_kernel=section.needs_kernel)
         logger.log(level, "ISOPO: %s", text)

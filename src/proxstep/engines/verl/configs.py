@@ -8,7 +8,7 @@ from typing import Any
 
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig
 
-from proxstep.engines.fields import read_section
+from proxstep.engines.fields import read_section, rule_of
 from proxstep.engines.verl.refusals import refuse_actor
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, Rule
@@ -68,7 +68,4 @@ def read_geometry(values: dict[str, Any]) -> tuple[GeometrySection, Rule]:
             f'{PLACE}rule is "none": use actor_rollout_ref.actor.strategy=fsdp2 without '
             "IsopoActorConfig, or rule=reinforce"
         )
-    try:
-        return section, section.to_rule()
-    except ValueError as error:
-        raise ProxstepError(f"actor_rollout_ref.actor.{error}") from None
+    return section, rule_of(section, PLACE)

@@ -65,9 +65,7 @@ class IsopoEngine(FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """Install the geometry on the whole model, with its adapters, before it is sharded."""
         if not self.engine_config.forward_only:
-            self.isopo = install_geometry(
-                self._section, self._rule, module, self.engine_config.seed
-            )
+            self.isopo = install_geometry(self._section, module, self.engine_config.seed)
         return super()._build_fsdp_module(module)
 
     # -- an optimizer step -------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Legend for shape suffixes: B sequences, T response tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils.torch_functional import masked_mean
 from verl.workers.config import PolicyLossConfig
 
-from proxstep.engines.fields import field_of, known_fields, read_section
+from proxstep.engines.fields import OpoKeys, field_of
 from proxstep.errors import ProxstepError
 from proxstep.losses import opo_by_sequence, regression_target, target_shares
 from proxstep.objective_sections import OpoSection
@@ -26,7 +27,7 @@ PLACE = "actor_rollout_ref.actor.policy_loss."
 
 
 @dataclass
-class OpoPolicyLossConfig(PolicyLossConfig):
+class OpoPolicyLossConfig(OpoKeys, PolicyLossConfig):
     """PolicyLossConfig with OPO's keys, those of a recipe (docs/algorithms.md).
 
     The driver computes the drive of them and the workers the penalty: each key stands here alone.
@@ -34,17 +35,6 @@ class OpoPolicyLossConfig(PolicyLossConfig):
 
     loss_mode: str = NAME
     advantage: str = field_of(OpoSection, "advantage")
-    alpha: float = field_of(OpoSection, "alpha")
-    tau: float = field_of(OpoSection, "tau")
-    adaptive_tau: bool = field_of(OpoSection, "adaptive_tau")
-    mu: float | str = field_of(OpoSection, "mu")
-    target_min: float | None = field_of(OpoSection, "target_min")
-    surrogate: str = field_of(OpoSection, "surrogate")
-    form: str = field_of(OpoSection, "form")
-    drive: str = field_of(OpoSection, "drive")
-    normalize: str = field_of(OpoSection, "normalize")
-    anchor_correction: str = field_of(OpoSection, "anchor_correction")
-    length_normalize: bool = field_of(OpoSection, "length_normalize")
 
     def __post_init__(self) -> None:
         if self.loss_mode != NAME:
@@ -71,7 +61,7 @@ class OpoPolicyLossConfig(PolicyLossConfig):
         Raises:
             ProxstepError: If one of them does not fit, by name.
         """
-        return read_section(OpoSection, {"name": "opo", **known_fields(OpoSection, self)}, PLACE)
+        return self.opo_section(PLACE)
 
 
 def check_config(policy_loss: Any) -> OpoPolicyLossConfig:
@@ -155,18 +145,23 @@ def opo_policy_loss(
         loss_agg_mode=loss_agg_mode,
         **config.global_batch_info,
     )
+    divergence = masked_mean((old_log_prob - log_prob).detach(), response_BT)
+    measured = _means(metrics, drive_B, response_BT, float(section.mu))
+    return loss, {"actor/ppo_kl": divergence.item(), **measured}
+
+
+def _means(
+    metrics: Mapping[str, Tensor], drive_B: Tensor, response_BT: Tensor, mu: float
+) -> dict[str, float]:
+    """Return the metrics' means over the sequences that have a response token."""
     counted_B = response_BT.any(dim=1)
     if not counted_B.any():  # every micro-batch of every rank must have the same metrics
         counted_B[:1] = True
     measured = {
         name: value_B[counted_B].double().mean().item() for name, value_B in metrics.items()
     }
-    measured |= target_shares(regression_target(drive_B[counted_B], mu=float(section.mu)))
-    divergence = masked_mean((old_log_prob - log_prob).detach(), response_BT)
-    return loss, {
-        "actor/ppo_kl": divergence.item(),
-        **{f"actor/objective_{name}": value for name, value in measured.items()},
-    }
+    measured |= target_shares(regression_target(drive_B[counted_B], mu=mu))
+    return {f"actor/objective_{name}": value for name, value in measured.items()}
 
 
 def _at_every_token(value_BT: Tensor, response_BT: Tensor, otherwise: str) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from verl.utils.torch_dtypes import PrecisionType
 
+from proxstep.engines.fields import Refusal, refuse_with_isopo
 from proxstep.errors import ProxstepError
 from proxstep.isopo import NaturalRule, Rule
 from proxstep.sections import GeometrySection
@@ -22,9 +22,8 @@ _ACTOR, _MODEL, _ENGINE = (
     "actor_rollout_ref.model.",
     "actor_rollout_ref.actor.fsdp_config.",
 )
-_Refusal = tuple[str, Callable[[Any], Any], str]
 
-ACTOR: tuple[_Refusal, ...] = (
+ACTOR: tuple[Refusal, ...] = (
     (
         "use_fused_kernels",
         lambda actor: actor.use_fused_kernels,
@@ -48,7 +47,7 @@ ACTOR: tuple[_Refusal, ...] = (
     ),
 )
 
-ENGINE: tuple[_Refusal, ...] = (
+ENGINE: tuple[Refusal, ...] = (
     (
         "ulysses_sequence_parallel_size",
         lambda engine: engine.ulysses_sequence_parallel_size > 1,
@@ -71,7 +70,7 @@ ENGINE: tuple[_Refusal, ...] = (
     ),
 )
 
-MODEL: tuple[_Refusal, ...] = (
+MODEL: tuple[Refusal, ...] = (
     (
         "use_fused_kernels",
         lambda model: model.use_fused_kernels,
@@ -116,8 +115,8 @@ def refuse_actor(actor: Any, section: GeometrySection, rule: Rule) -> None:
     Raises:
         ProxstepError: If an option is set that cannot work.
     """
-    _refuse(actor, ACTOR, _ACTOR)
-    _refuse(actor.fsdp_config, ENGINE, _ENGINE)
+    refuse_with_isopo(actor, ACTOR, _ACTOR)
+    refuse_with_isopo(actor.fsdp_config, ENGINE, _ENGINE)
     if actor.use_dynamic_bsz and isinstance(rule, NaturalRule):
         raise ProxstepError(
             "actor_rollout_ref.actor.use_dynamic_bsz and ISOPO's natural rule do not go together: "
@@ -149,11 +148,5 @@ def refuse_model(model: Any, engine: Any) -> None:
     Raises:
         ProxstepError: If an option is set that cannot work.
     """
-    _refuse(model, MODEL, _MODEL)
-    _refuse(engine, ENGINE, _ENGINE)
-
-
-def _refuse(config: Any, table: tuple[_Refusal, ...], place: str) -> None:
-    for name, applies, reason in table:
-        if applies(config):
-            raise ProxstepError(f"{place}{name} and ISOPO do not go together: {reason}")
+    refuse_with_isopo(model, MODEL, _MODEL)
+    refuse_with_isopo(engine, ENGINE, _ENGINE)

@@ -48,9 +48,6 @@ def plan(recipe: Recipe) -> tuple[Prepared, Task]:
 def prepare(recipe: Recipe, note: Callable[[str], None]) -> Prepared:
     """Write a recipe's prompts, and the embedded model, for verl.
 
-    The training file holds every step's prompts in the local engine's order, so that verl, without
-    shuffling, sees the same ones at each step.
-
     Args:
         recipe: The recipe.
         note: Called with how far the warm-up of the embedded model is.
@@ -59,6 +56,25 @@ def prepare(recipe: Recipe, note: Callable[[str], None]) -> Prepared:
         ProxstepError: If the data, a reward or a prompt is wrong.
     """
     prepared, task = plan(recipe)
+    write(recipe, prepared, task, note)
+    return prepared
+
+
+def write(recipe: Recipe, prepared: Prepared, task: Task, note: Callable[[str], None]) -> None:
+    """Write what `plan` found where it says.
+
+    The training file holds every step's prompts in the local engine's order, so that verl, without
+    shuffling, sees the same ones at each step.
+
+    Args:
+        recipe: The recipe.
+        prepared: Where.
+        task: What.
+        note: Called with how far the warm-up of the embedded model is.
+
+    Raises:
+        ProxstepError: If a reward or a prompt is wrong.
+    """
     source = model_source(recipe, note)
     tokenizer = load_tokenizer(source)
     train, validation = load_prompts(recipe, tokenizer, task)
@@ -74,7 +90,6 @@ def prepare(recipe: Recipe, note: Callable[[str], None]) -> Prepared:
     _write(prepared.validation, task.name, validation.examples)
     if recipe.model.name == "embedded":
         shutil.copytree(source, prepared.model, dirs_exist_ok=True)
-    return prepared
 
 
 def messages(example: Example) -> list[dict[str, str]]:

@@ -23,7 +23,7 @@ import torch
 
 from proxstep.config import Recipe
 from proxstep.engines.verl_cpu_overrides import cpu_environment
-from proxstep.engines.verl_recipe.data import plan, prepare
+from proxstep.engines.verl_recipe.data import plan, prepare, write
 from proxstep.engines.verl_recipe.hydra import override
 from proxstep.engines.verl_recipe.metrics import record, samples
 from proxstep.engines.verl_recipe.overrides import Machine, Prepared, overrides
@@ -34,7 +34,7 @@ from proxstep.models import pick_device
 from proxstep.recipes import dump_recipe
 from proxstep.runfolder import RunFolder
 from proxstep.session import check, load_run_recipe
-from proxstep.tracking import MetricsLog, drop_later_steps
+from proxstep.tracking import MetricsLog
 from proxstep.trainer import Progress
 
 _CPU_RANKS = 2
@@ -84,10 +84,11 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
     folder.check_usable(overwrite=overwrite)
     check(recipe)
     machine = _machine(recipe)
-    overrides(recipe, plan(recipe)[0], machine)  # refuses what verl cannot do
+    prepared, task = plan(recipe)
+    overrides(recipe, prepared, machine)  # refuses what verl cannot do
     if overwrite:
         folder.clear()
-    prepared = prepare(recipe, progress.note)
+    write(recipe, prepared, task, progress.note)
     folder.create(recipe, pick_device(recipe.device), _num_parameters(prepared.model))
     folder.update_info(engine="verl", verl_version=version("verl"))
     return _run(recipe, folder, prepared, machine, progress, first_step=0)
@@ -110,8 +111,7 @@ def resume(path: str | Path, progress: Progress) -> str:
         )
     if step >= recipe.steps:
         raise ProxstepError(f"{path}: the run is finished, at step {step} of {recipe.steps}")
-    for file in (folder.metrics, folder.samples):
-        drop_later_steps(file, step)
+    folder.drop_later_steps(step)
     prepared = prepare(recipe, progress.note)
     return _run(recipe, folder, prepared, _machine(recipe), progress, first_step=step)
 

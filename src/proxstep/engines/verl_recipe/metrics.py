@@ -38,10 +38,10 @@ def record(recipe: Recipe, step: int, measured: Mapping[str, Any]) -> dict[str, 
     >>> record(recipe, 0, {"val-core/arithmetic/acc/mean@1": 0.5})["score"]
     0.5
     """
-    section, update = recipe.rollout, recipe.update
+    section = recipe.rollout
     found: dict[str, Any] = {
         "step": step,
-        "num_updates": step * update.num_minibatches * update.num_iterations,
+        "num_updates": step * recipe.update.num_updates,
         "num_sequences": step * section.num_prompts * section.num_generations,
     }
     found |= {ours: measured[theirs] for ours, theirs in FIELDS.items() if theirs in measured}

@@ -244,8 +244,7 @@ def _optimizer(recipe: Recipe) -> dict[str, Any]:
 
 def _warmup_rollouts(recipe: Recipe) -> int:
     """Return the warm-up in rollouts, in which verl counts; -1 for none."""
-    updates = recipe.update.num_minibatches * recipe.update.num_iterations
-    return math.ceil(recipe.optimizer.warmup_updates / updates) or -1
+    return math.ceil(recipe.optimizer.warmup_updates / recipe.update.num_updates) or -1
 
 
 def _run(recipe: Recipe) -> dict[str, Any]:
