@@ -39,13 +39,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.settings import add_options, prepare, shape_of, write_report
 from benchmarks.turns import Seconds, Turns
 from benchmarks.workload import build_model
-from proxstep.data import load_prompts
+from proxstep.config.loading import resolve
 from proxstep.engines.trl import IsopoConfig, IsopoTrainer, OpoConfig, OpoTrainer
-from proxstep.models import load_model, load_tokenizer, quiet_transformers
-from proxstep.recipes import resolve
-from proxstep.runfolder import RunFolder
-from proxstep.session import load_task
-from proxstep.trainer import Trainer
+from proxstep.runs.folder import RunFolder
+from proxstep.training.lifecycle import load_task
+from proxstep.training.models import load_model, load_tokenizer, quiet_transformers
+from proxstep.training.prompts import load_prompts
+from proxstep.training.trainer import Trainer
 
 NUM_PROMPTS, NUM_GENERATIONS, PROMPT_LENGTH = 2, 8, 32
 """Prompts of a step, completions of each, tokens of a prompt."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.types import Float, Int, Tensor
+from proxstep.typing import Float, Int, Tensor
 
 GUARD = 1e-8
 

@@ -37,7 +37,7 @@ from torch.func import functional_call, grad, vmap
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from benchmarks.workload import Batch, completion_log_probs
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 GUARD = 1e-8
 NO_INPUT_GRADIENT = "Full backward hook is firing when gradients are computed"

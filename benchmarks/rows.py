@@ -14,7 +14,7 @@ from benchmarks.literal import ComputeGrad, PaperHooks, figure2, figure4, intera
 from benchmarks.workload import Batch, completion_log_probs, reinforce
 from proxstep import Isopo
 from proxstep.errors import ProxstepError
-from proxstep.lm_head import completion_log_probs_chunked
+from proxstep.training.output_layer import completion_log_probs_chunked
 
 Step = Callable[[], None]
 """One microbatch: afterwards `.grad` holds the contestant's gradient."""

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.rows import ROWS
 from benchmarks.workload import SHAPES, Shape, scaled_shape
-from proxstep.runfolder import check_file, describe_machine
+from proxstep.runs.folder import check_file, describe_machine
 
 DTYPES = {
     "float32": torch.float32,

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from proxstep.metrics import token_log_probs
-from proxstep.types import Float, Int, Tensor
+from proxstep.logprobs.logits import token_log_probs
+from proxstep.typing import Float, Int, Tensor
 
 
 @dataclass(frozen=True)

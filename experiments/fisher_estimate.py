@@ -37,18 +37,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
-from proxstep.data import encode_prompt
+from proxstep.config.loading import load_recipe
 from proxstep.isopo import Isopo
 from proxstep.isopo.exact import exact_fisher_terms, sequence_gradients
 from proxstep.isopo.layers import OuterGradients, PositionGradients
 from proxstep.isopo.memory import Memory
-from proxstep.metrics import entropy, token_log_probs
-from proxstep.models import load_model, load_tokenizer, model_source, quiet_transformers
-from proxstep.recipes import load_recipe
-from proxstep.rollout import Completions, response_logits, sample
-from proxstep.runfolder import describe_machine
-from proxstep.supervised import solution_loss
+from proxstep.logprobs.logits import entropy, token_log_probs
+from proxstep.runs.folder import describe_machine
 from proxstep.tasks import Example, arithmetic_task
+from proxstep.training.models import load_model, load_tokenizer, model_source, quiet_transformers
+from proxstep.training.prompts import encode_prompt
+from proxstep.training.rollout import Completions, response_logits, sample
+from proxstep.training.supervised import solution_loss
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
 FOLDER = Path(__file__).with_suffix("")

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from proxstep.config.loading import load_recipe
+from proxstep.config.objectives import OpoSection
 from proxstep.lab.compare import Job, run_jobs
-from proxstep.lab.runs import Run, load_run
-from proxstep.objective_sections import OpoSection
-from proxstep.recipes import load_recipe
-from proxstep.runfolder import describe_machine
+from proxstep.runs.folder import describe_machine
+from proxstep.runs.reading import Run, load_run
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
 ROWS = Path(__file__).with_suffix("") / "rows.json"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from proxstep.explain import describe_keys
-from proxstep.schema import FIELDS, PREFIXES
+from proxstep.config.explain import describe_keys
+from proxstep.runs.schema import FIELDS, PREFIXES
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -15,7 +15,8 @@ def recipe_page() -> str:
     lines = [
         "# Keys of a recipe",
         "",
-        "Made by `make reference` from `proxstep/sections.py`; `proxstep train --keys` prints it.",
+        "Made by `make reference` from `proxstep/config/sections.py`; `proxstep train --keys`",
+        "prints it.",
         "",
         "Two more keys stand for others: `algorithm` for `objective.name` and `geometry.rule`, and",
         "`per_algorithm`, a mapping from algorithms to parts of a recipe that hold for them alone.",
@@ -34,8 +35,8 @@ def metrics_page() -> str:
     lines = [
         "# Fields of metrics.jsonl",
         "",
-        "Made by `make reference` from `proxstep/schema.py`. One JSON object a line, one line a",
-        "step; every field is in every line, null where it was not measured. The file only grows,",
+        "Made by `make reference` from `proxstep/runs/schema.py`. One JSON object a line, one line",
+        "a step; every field is in every line, null where it was not measured. The file only grows,",
         "except that resuming a run drops the steps after its checkpoint and does them again.",
         "",
         "| field | |",

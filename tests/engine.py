@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from proxstep import session
-from proxstep.config import Recipe
-from proxstep.data import Prompts
-from proxstep.experience import Batch, collect
-from proxstep.recipes import resolve
+from proxstep.config.loading import resolve
+from proxstep.config.recipe import Recipe
 from proxstep.rewards import RewardFunction
-from proxstep.runfolder import RunFolder
-from proxstep.trainer import Trainer
+from proxstep.runs.folder import RunFolder
+from proxstep.training import lifecycle
+from proxstep.training.batch import Batch, collect
+from proxstep.training.prompts import Prompts
+from proxstep.training.trainer import Trainer
 
 
 class Silent:
@@ -51,10 +51,10 @@ def tiny_recipe(folder: Path, algorithm: str = "reinforce", **changes: Any) -> R
 def made_trainer(folder: Path, algorithm: str = "reinforce", **changes: Any) -> Trainer:
     """A trainer of the tiny recipe that has not run yet, watched by a `Silent`."""
     recipe = tiny_recipe(folder, algorithm, **changes)
-    session.check(recipe)
-    source = session.model_source(recipe, print)
-    tokenizer, prompts = session._tokenized(recipe, source)
-    model = session.load_model(source, "float32", torch.device("cpu"), recipe.model.lora)
+    lifecycle.check(recipe)
+    source = lifecycle.model_source(recipe, print)
+    tokenizer, prompts = lifecycle._tokenized(recipe, source)
+    model = lifecycle.load_model(source, "float32", torch.device("cpu"), recipe.model.lora)
     return Trainer(recipe, model, tokenizer, *prompts, RunFolder(folder), Silent())
 
 

@@ -4,7 +4,7 @@
 "proxstep[train]"`.
 """
 
-from proxstep import advantages, losses
+from proxstep import algorithms
 from proxstep.errors import ProxstepError
 from proxstep.isopo import PRESETS, IsometricRule, Isopo, NaturalRule
 
@@ -16,6 +16,5 @@ __all__ = [
     "Isopo",
     "NaturalRule",
     "ProxstepError",
-    "advantages",
-    "losses",
+    "algorithms",
 ]

@@ -2,7 +2,7 @@
 
 import sys
 
-from proxstep.cli import main
+from proxstep.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

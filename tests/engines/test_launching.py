@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.test_cli import TINY, mistake, run
+from tests.cli.test_cli import TINY, mistake, run
 
-from proxstep import cli
-from proxstep.config import Recipe
-from proxstep.runfolder import RunFolder
+from proxstep.cli import commands as cli
+from proxstep.config.recipe import Recipe
+from proxstep.runs.folder import RunFolder
 
 Calls = list[tuple[Any, ...]]
 ARITHMETIC = Path(__file__).parents[2] / "recipes" / "arithmetic.yaml"
@@ -122,7 +122,7 @@ def test_a_missing_extra_is_one_message(tmp_path: Path, engine: str) -> None:
         f"    if name == {engine!r}: raise metadata.PackageNotFoundError(name)\n"
         "    return found(name)\n"
         "metadata.version = version\n"
-        "from proxstep.cli import main\n"
+        "from proxstep.cli.commands import main\n"
         f"sys.exit(main(['train', {str(ARITHMETIC)!r}, '--engine', {engine!r}]))\n"
     )
     done = subprocess.run(
@@ -137,7 +137,7 @@ def test_a_missing_extra_is_one_message(tmp_path: Path, engine: str) -> None:
 
 def test_the_command_line_loads_no_engine() -> None:
     code = (
-        "import sys; from proxstep import cli; cli._parser(); "
+        "import sys; from proxstep.cli import commands as cli; cli._parser(); "
         "heavy = {'trl', 'verl', 'ray', 'transformers', 'datasets', 'accelerate'}; "
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

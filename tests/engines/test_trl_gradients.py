@@ -13,13 +13,13 @@ from tests.engines.trl_case import Watch, copied, gradients_of, made, tiny, trai
 from torch import Tensor, nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from proxstep.algorithm import Algorithm, make_isopo
-from proxstep.config import Recipe
+from proxstep.algorithms.preparation import Anchor
+from proxstep.config.recipe import Recipe
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer
 from proxstep.engines.trl.base import GROUP, KEY
-from proxstep.rollout import Completions
-from proxstep.scores import score
-from proxstep.signals import Anchor
+from proxstep.training.objective import Algorithm, make_isopo
+from proxstep.training.rollout import Completions
+from proxstep.training.scores import score
 
 
 def local_gradients(

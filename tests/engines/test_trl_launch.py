@@ -20,15 +20,15 @@ from tests.engine import Silent, tiny_recipe
 from tests.engines.trl_case import quiet
 from trl import GRPOTrainer
 
-from proxstep import cli
-from proxstep.checkpoint import latest_checkpoint
-from proxstep.config import Recipe
+from proxstep.cli import commands as cli
+from proxstep.config.loading import dump_recipe
+from proxstep.config.recipe import Recipe
 from proxstep.engines.trl import launch
 from proxstep.engines.trl.metrics import record_of
 from proxstep.engines.trl.script import script
 from proxstep.errors import ProxstepError
-from proxstep.recipes import dump_recipe
-from proxstep.runfolder import RunFolder
+from proxstep.runs.checkpoint import latest_checkpoint
+from proxstep.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -126,11 +126,11 @@ def test_a_run_s_folder_is_as_the_local_engine_s(
 @pytest.mark.parametrize("algorithm", ["isopo", "opo"])
 def test_the_first_step_has_the_local_engine_s_figures(tmp_path: Path, algorithm: str) -> None:
     """For the records' names to mean one thing, whatever wrote them: the initial policy's."""
-    from proxstep import session
+    from proxstep.training import lifecycle
 
     recipe = recipe_of(tmp_path / "trl", algorithm)
     trained(recipe)
-    session.train(recipe.model_copy(update={"output_dir": str(tmp_path / "local")}), Silent())
+    lifecycle.train(recipe.model_copy(update={"output_dir": str(tmp_path / "local")}), Silent())
     found, expected = records(tmp_path / "trl")[0], records(tmp_path / "local")[0]
     assert found == expected
     local = records(tmp_path / "local")[1]
@@ -348,7 +348,7 @@ def test_records_against_an_obvious_oracle(tmp_path: Path, seed: int) -> None:
 @pytest.mark.slow
 def test_trl_learns_the_embedded_task(tmp_path: Path) -> None:
     """From 0.19 to 0.6 and more in 20 steps; docs/trl.md has the figures of several seeds."""
-    from proxstep.recipes import load_recipe
+    from proxstep.config.loading import load_recipe
 
     overrides = [("steps", "20"), ("device", "cpu"), ("output_dir", str(tmp_path / "run"))]
     recipe = load_recipe(ROOT / "recipes" / "arithmetic-isopo.yaml", overrides)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tests.engine import tiny_recipe
 
-from proxstep import session
-from proxstep.config import ALGORITHMS, Recipe
+from proxstep.config.explain import describe_keys
+from proxstep.config.loading import load_recipe
+from proxstep.config.recipe import ALGORITHMS, Recipe
 from proxstep.engines.keys import leaves
 from proxstep.engines.trl.expressions import Call, Shared, make
 from proxstep.engines.trl.recipe import plan
@@ -25,8 +26,7 @@ from proxstep.engines.trl.tables import (
     TRANSLATED,
 )
 from proxstep.errors import ProxstepError
-from proxstep.explain import describe_keys
-from proxstep.recipes import load_recipe
+from proxstep.training import lifecycle
 
 ROOT = Path(__file__).parents[2]
 KEYS = {key: (kind.split(" | "), default) for key, kind, default, _ in describe_keys()}
@@ -260,7 +260,7 @@ def test_the_rewards_are_the_task_s_own(tmp_path: Path, task: str) -> None:
         changes = {"task": data, "model": {"name": "some/model"}}
     recipe = tiny_recipe(tmp_path / "run", "isopo", **changes)
     made = plan(recipe, chat=False)
-    expected = session.load_task(recipe, chat=False)
+    expected = lifecycle.load_task(recipe, chat=False)
     assert [reward.name for reward in made.rewards] == list(expected.rewards)  # type: ignore
     found = make(made.task, 1)
     assert [found.train[i] for i in range(2)] == [expected.train[i] for i in range(2)]

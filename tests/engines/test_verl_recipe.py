@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from proxstep.data import batch_rows
+from proxstep.config.explain import describe_keys
+from proxstep.config.loading import load_recipe, resolve
 from proxstep.engines.verl_recipe import table
 from proxstep.engines.verl_recipe.data import messages, plan, prepare
 from proxstep.engines.verl_recipe.launch import _reason, command
@@ -18,9 +19,8 @@ from proxstep.engines.verl_recipe.metrics import FIELDS, record
 from proxstep.engines.verl_recipe.overrides import Machine, Prepared, overrides
 from proxstep.engines.verl_recipe.rewards import compute_score
 from proxstep.errors import ProxstepError
-from proxstep.explain import describe_keys
-from proxstep.recipes import load_recipe, resolve
-from proxstep.schema import unknown_fields
+from proxstep.runs.schema import unknown_fields
+from proxstep.training.prompts import batch_rows
 
 PREPARED = Prepared("model", Path("/t.parquet"), Path("/v.parquet"), ("exact_match",), (1.0,), None)
 CPU, GPUS = Machine(2, accelerator=False), Machine(8, accelerator=True)

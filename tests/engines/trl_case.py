@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
-from proxstep.embedded import build_embedded_model
+from proxstep.training.demo_model import build_embedded_model
 
 PROMPTS = ["1+2=", "30+4=", "5+60=", "7+8=", "12+34=", "9+9=", "2+3=", "44+5="] * 2
 SIZES: dict[str, Any] = {

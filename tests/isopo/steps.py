@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from proxstep.isopo.diagnostics import LayerDiagnostics, StepDiagnostics
-from proxstep.isopo.records import LayerRecord
+from proxstep.isopo.diagnostics.records import LayerRecord
+from proxstep.isopo.diagnostics.step import LayerDiagnostics, StepDiagnostics
 
 SIZES = (5, 3)
 """Sequences of the two microbatches."""

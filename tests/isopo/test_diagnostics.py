@@ -12,14 +12,14 @@ import torch
 from tests.isopo.steps import DIMENSIONS, SIZES, layer, random_step, without
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.diagnostics import (
+from proxstep.isopo.diagnostics.records import LayerRecord
+from proxstep.isopo.diagnostics.step import (
     GradientNoise,
     LayerDiagnostics,
     Quantiles,
     StepDiagnostics,
     diagnose,
 )
-from proxstep.isopo.records import LayerRecord
 
 
 def test_counts_and_order() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.isopo.steps import DIMENSIONS, SIZES, Step, layer, pooled, random_step
 from torch import Tensor
 
-from proxstep.isopo.diagnostics import diagnose
+from proxstep.isopo.diagnostics.step import diagnose
 
 seeds = st.integers(0, 2**31)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from proxstep import PRESETS, IsometricRule, Isopo, ProxstepError
 from proxstep.isopo.head import head_log_probs
-from proxstep.lm_head import forward_with_head, output_head
+from proxstep.training.output_layer import forward_with_head, output_head
 
 COEFFICIENTS = torch.tensor([0.7, -1.3, 0.4, 2.1], dtype=torch.float64)
 RULES = {name: rule for name, rule in PRESETS.items() if name != "isopo-natural"} | {

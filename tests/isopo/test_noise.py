@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from proxstep.isopo.noise import (
+from proxstep.isopo.diagnostics.noise import (
     Contributions,
     conflict_share,
     independent_units,

@@ -10,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.isopo.steps import random_step, without
 
-from proxstep.isopo.diagnostics import GradientNoise, LayerDiagnostics, StepDiagnostics, diagnose
-from proxstep.isopo.records import LayerRecord
-from proxstep.isopo.summary import WIDTH, summary
+from proxstep.isopo.diagnostics.records import LayerRecord
+from proxstep.isopo.diagnostics.step import (
+    GradientNoise,
+    LayerDiagnostics,
+    StepDiagnostics,
+    diagnose,
+)
+from proxstep.isopo.diagnostics.summary import WIDTH, summary
 
 LABELS = ["Measured", "Update", "Direction", "Weights", "Fisher", "Kernels", "Noise", "Conflict"]
 

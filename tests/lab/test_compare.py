@@ -14,13 +14,13 @@ import pytest
 from rich.console import Console
 from tests.engine import tiny_recipe
 
-from proxstep import cli
+from proxstep.cli import commands as cli
+from proxstep.config.loading import load_recipe
 from proxstep.errors import ProxstepError
 from proxstep.lab import compare
 from proxstep.lab.compare import Job, check_output, plan, run_jobs
-from proxstep.lab.runs import find_runs, load_samples
-from proxstep.recipes import load_recipe
-from proxstep.runfolder import RunFolder
+from proxstep.runs.folder import RunFolder
+from proxstep.runs.reading import find_runs, load_samples
 
 TINY = """\
 algorithm: reinforce

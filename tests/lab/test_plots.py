@@ -5,8 +5,8 @@ import matplotlib as mpl
 import pytest
 
 from proxstep.lab.plots import CHARTS, curve_svg, overview_figure, strokes
-from proxstep.lab.runs import load_run
-from proxstep.schema import FIELDS
+from proxstep.runs.reading import load_run
+from proxstep.runs.schema import FIELDS
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from proxstep.errors import ProxstepError
 from proxstep.lab.plots import CHARTS
 from proxstep.lab.report import AlgorithmSummary, comparison_table, summarize, write_report
-from proxstep.lab.runs import load_run
+from proxstep.runs.reading import load_run
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.com/x onerror=alert(1)>"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from proxstep.algorithms import LOSSES
 from proxstep.lab import saturation, toy_report
 from proxstep.lab.saturation import (
     Curve,
@@ -21,7 +22,6 @@ from proxstep.lab.saturation import (
     sft_loss,
     trace,
 )
-from proxstep.losses import LOSSES
 
 LOGITS = [-3.0, -0.7, 0.0, 0.1, 0.35, 1.3, 4.0, 8.0]
 MU = LOSSES["opo"].hyper_parameters["mu"]

@@ -9,13 +9,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from proxstep.data import load_rewards
+from proxstep.config.loading import resolve
 from proxstep.errors import ProxstepError
-from proxstep.recipes import resolve
 from proxstep.rewards import math_verify
-from proxstep.session import load_task
 from proxstep.tasks import IN_A_BOX, Task, math_task, reward_columns
 from proxstep.tasks.data import Row
+from proxstep.training.lifecycle import load_task
+from proxstep.training.prompts import load_rewards
 
 # Problems of our own, in MATH's format.
 PROBLEM = {

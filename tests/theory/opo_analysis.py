@@ -10,7 +10,7 @@ from tests.theory.opo_geometry import KL, SWAPPED_ESCORT
 from tests.theory.opo_response import DISSIPATION, OBJECTIVE, UNCENTERED
 from tests.theory.registry import CORRECTED, FALSE, states
 
-from proxstep import losses
+from proxstep import algorithms as losses
 from proxstep.theory import categorical, descent, escort, fisher, opo, surrogate
 from proxstep.theory import trust_region as region
 

@@ -6,7 +6,7 @@ import torch
 from tests.theory.cases import Case, close, constant, counted, random
 from tests.theory.registry import CORRECTED, FALSE, states
 
-from proxstep import losses
+from proxstep import algorithms as losses
 from proxstep.theory import categorical, escort, opo
 
 RATIO = ("theory.categorical.ratio", "prob_V / anchor_V", "anchor_V / prob_V")
@@ -117,7 +117,7 @@ def escort_weight(seed: int) -> None:
     "The escort weight has mean 1 under the anchor.",
     WEIGHT,
     ("theory.escort.escort", ".softmax(dim=-1)", ".exp()"),
-    remark="`proxstep.losses.escort_weights` makes the mean over the sampled group exactly 1.",
+    remark="`proxstep.algorithms.escort_weights` makes the mean over the sampled group exactly 1.",
 )
 def weight_has_mean_one(seed: int) -> None:
     case = Case(seed)

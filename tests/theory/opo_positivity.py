@@ -7,7 +7,7 @@ from tests.theory.cases import Case, close
 from tests.theory.opo_response import UNCENTERED
 from tests.theory.registry import CORRECTED, FALSE, states
 
-from proxstep import losses
+from proxstep import algorithms as losses
 from proxstep.theory import categorical, descent, opo, simplex
 
 

@@ -16,9 +16,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from proxstep.embedded import build_embedded_model
 from proxstep.engines.verl_cpu_overrides import cpu_environment, cpu_overrides
 from proxstep.tasks import arithmetic_task
+from proxstep.training.demo_model import build_embedded_model
 
 _MARK = "PROXSTEP_TEST_RUN"
 _REWARD = """

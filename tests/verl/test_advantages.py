@@ -13,10 +13,10 @@ from torch import Tensor
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-from proxstep.advantages import ADVANTAGES
+from proxstep.algorithms.advantages import ADVANTAGES
+from proxstep.algorithms.preparation import opo_signal
 from proxstep.engines.verl import OpoPolicyLossConfig
 from proxstep.errors import ProxstepError
-from proxstep.signals import opo_signal
 
 pytestmark = pytest.mark.verl
 

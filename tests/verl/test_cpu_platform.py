@@ -21,8 +21,8 @@ from verl.utils.tokenizer.continuous_token import (
     QwenContinuousTokenBuilder,
 )
 
-from proxstep.embedded import build_embedded_model
 from proxstep.engines.verl_cpu import device, patches
+from proxstep.training.demo_model import build_embedded_model
 
 pytestmark = [pytest.mark.verl, pytest.mark.filterwarnings("default")]
 

@@ -15,11 +15,11 @@ from verl.workers.config import RolloutConfig
 from verl.workers.rollout.base import get_rollout_class
 from verl.workers.rollout.replica import get_rollout_replica_class
 
-from proxstep.embedded import build_embedded_model
 from proxstep.engines.verl_cpu import rollout, server
 from proxstep.engines.verl_cpu.rollout import CpuReplica, CpuRollout
 from proxstep.engines.verl_cpu.server import CpuServer
 from proxstep.errors import ProxstepError
+from proxstep.training.demo_model import build_embedded_model
 
 pytestmark = pytest.mark.verl
 

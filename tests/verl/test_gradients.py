@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from proxstep.algorithm import Algorithm
-from proxstep.scores import score
+from proxstep.training.objective import Algorithm
+from proxstep.training.scores import score
 
 pytestmark = pytest.mark.verl
 

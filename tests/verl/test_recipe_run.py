@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from proxstep.lab.runs import load_run, load_samples
+from proxstep.runs.reading import load_run, load_samples
 
 pytestmark = [pytest.mark.verl, pytest.mark.filterwarnings("default")]
 

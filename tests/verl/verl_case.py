@@ -31,11 +31,11 @@ with warnings.catch_warnings():
     from verl.workers.utils.losses import ppo_loss
 
 
-from proxstep.algorithm import Algorithm, make_isopo
-from proxstep.config import Recipe
+from proxstep.config.recipe import Recipe
 from proxstep.engines.verl import IsopoActorConfig, OpoPolicyLossConfig
 from proxstep.engines.verl.estimator import numbered
-from proxstep.scores import score
+from proxstep.training.objective import Algorithm, make_isopo
+from proxstep.training.scores import score
 
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 ENGINE: dict[str, Any] = {

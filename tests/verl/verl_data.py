@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 
 import_module("proxstep.engines.verl")
 
-from proxstep.rollout import Completions  # noqa: E402
+from proxstep.training.rollout import Completions  # noqa: E402
 
 VOCAB = 19
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from proxstep.config.objectives import OpoSection
+from proxstep.config.sections import GeometrySection, Section
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Rule
-from proxstep.objective_sections import OpoSection
-from proxstep.sections import GeometrySection, Section
 
 Refusal = tuple[str, Callable[[Any], Any], str]
 """An option of a host library, when ISOPO refuses its value, and the reason with the remedy."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from proxstep.config import Recipe
+from proxstep.config.recipe import Recipe
+from proxstep.config.sections import Section
 from proxstep.errors import ProxstepError
-from proxstep.sections import Section
 
 Refusal = tuple[str, Callable[[Recipe], bool], str]
 """A dotted key, when an engine refuses its value, and the reason with the remedy."""

@@ -23,7 +23,7 @@ from proxstep.isopo.samples import (
     SampleStore,
     keys_on_all_ranks,
 )
-from proxstep.types import Bool, Int, Tensor
+from proxstep.typing import Bool, Int, Tensor
 
 OverlapPositions = Literal["all", "completion"]
 OverlapSource = Literal["microbatch", "ranks", "previous_step"]

@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from proxstep.errors import ProxstepError
-from proxstep.metrics import token_log_probs
-from proxstep.types import Bool, Float, Int, Tensor
+from proxstep.logprobs.logits import token_log_probs
+from proxstep.typing import Bool, Float, Int, Tensor
 
 Logits = Callable[[nn.Module], Tensor]
 """Runs the model and returns logits (batch, tokens, vocab): those at [b, t] predict the token at

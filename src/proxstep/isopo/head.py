@@ -18,7 +18,14 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from proxstep.chunked import (
+from proxstep.errors import ProxstepError
+from proxstep.isopo.layers import OuterGradients, product
+from proxstep.isopo.microbatch import Microbatch
+from proxstep.isopo.ops import OWNERS
+from proxstep.isopo.patches import owner_of
+from proxstep.isopo.reduction import Measured
+from proxstep.isopo.weighing import Weighing
+from proxstep.logprobs.chunked import (
     ChunkedLogProbs,
     autocast_head,
     chunked_log_probs,
@@ -27,14 +34,7 @@ from proxstep.chunked import (
     logits_of,
     wide_dtype,
 )
-from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import OuterGradients, product
-from proxstep.isopo.microbatch import Microbatch
-from proxstep.isopo.ops import OWNERS
-from proxstep.isopo.patches import owner_of
-from proxstep.isopo.reduction import Measured
-from proxstep.isopo.weighing import Weighing
-from proxstep.types import Float, Int, Tensor
+from proxstep.typing import Float, Int, Tensor
 
 
 def head_log_probs(
@@ -55,7 +55,7 @@ def head_log_probs(
         token_N: The tokens.
         position_N: Index in the flattened token grid of each row's hidden state.
         temperature: Of the sampling.
-        chunk_size: As in `proxstep.chunked.chunked_log_probs`.
+        chunk_size: As in `proxstep.logprobs.chunked.chunked_log_probs`.
         with_entropy: Return the entropies as well.
 
     Returns:

@@ -20,7 +20,7 @@ import torch
 
 from proxstep.isopo.layout import Layout
 from proxstep.isopo.memory import Memory
-from proxstep.types import Bool, Float, Int, Tensor
+from proxstep.typing import Bool, Float, Int, Tensor
 
 
 @dataclass(frozen=True)

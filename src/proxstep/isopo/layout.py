@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.types import Bool, Float, Int, Tensor
+from proxstep.typing import Bool, Float, Int, Tensor
 
 
 @dataclass(frozen=True)

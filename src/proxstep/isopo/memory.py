@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from proxstep.isopo.forms import MEMORY_BUDGET
-from proxstep.types import Tensor
+from proxstep.typing import Tensor
 
 
 class Memory:

@@ -18,7 +18,7 @@ from proxstep.isopo.reduction import Request, reduce
 from proxstep.isopo.samples import Samples
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.isopo.weighing import Log, Sequences, Settings, Weighing
-from proxstep.types import Bool, Float, Tensor
+from proxstep.typing import Bool, Float, Tensor
 
 
 class Microbatch:

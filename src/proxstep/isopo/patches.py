@@ -16,7 +16,7 @@ from torch import nn
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.ops import parameter_gradient
-from proxstep.types import Tensor
+from proxstep.typing import Tensor
 
 
 class Owner(Protocol):

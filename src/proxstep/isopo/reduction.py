@@ -20,7 +20,7 @@ from proxstep.isopo.layers import (
 )
 from proxstep.isopo.layout import Layout
 from proxstep.isopo.memory import Memory
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 
 @dataclass(frozen=True)

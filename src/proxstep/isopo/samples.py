@@ -25,7 +25,7 @@ from proxstep.isopo.layers import (
     VectorGradients,
 )
 from proxstep.isopo.layout import smallest
-from proxstep.types import Float, Int, Tensor
+from proxstep.typing import Float, Int, Tensor
 
 Group = dist.ProcessGroup | None
 Kept = dict[str, tuple[Tensor, PositionGradients]]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 Pending = dict[str, dict[str, tuple[Tensor, int]]]
 """The sum of each parameter's moments, and over how many sequences."""

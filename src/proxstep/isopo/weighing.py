@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 
+from proxstep.isopo.diagnostics.records import LayerRecord
 from proxstep.isopo.forms import Needs
-from proxstep.isopo.records import LayerRecord
 from proxstep.isopo.reduction import Measured
 from proxstep.isopo.samples import Samples
 from proxstep.isopo.trailing import TrailingMeans
@@ -24,7 +24,7 @@ from proxstep.isopo.weights import (
     isometric_weights,
     natural_weights,
 )
-from proxstep.types import Float, Int, Tensor
+from proxstep.typing import Float, Int, Tensor
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 

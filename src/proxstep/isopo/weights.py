@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 DampingForm = Literal["additive", "relative"]
 Scale = Literal["paper", "preserved"]

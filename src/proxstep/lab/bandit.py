@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 NUM_OUTCOMES, NUM_FEATURES = 32, 8
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from proxstep.advantages import group_zscore
+from proxstep.algorithms import LOSSES, drive, escort_weights, sequence_coefficients
+from proxstep.algorithms.advantages import group_zscore
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.isopo.weights import (
     PRESETS,
@@ -26,10 +27,9 @@ from proxstep.isopo.weights import (
     natural_weights,
 )
 from proxstep.lab.bandit import Bandit, cosines, scores, step_size
-from proxstep.losses import LOSSES, drive, escort_weights, sequence_coefficients
 from proxstep.theory.categorical import centered, chi_square, kl
 from proxstep.theory.fisher import fisher_matrix, natural_gradient
-from proxstep.types import Float, Int, Tensor
+from proxstep.typing import Float, Int, Tensor
 
 BATCH_SIZE = 64
 UPDATES_PER_ROLLOUT = 8
@@ -42,7 +42,7 @@ class Method:
     """How an update's direction is found.
 
     Attributes:
-        objective: A name of `proxstep.losses.LOSSES`; None for the exact natural gradient.
+        objective: A name of `proxstep.algorithms.LOSSES`; None for the exact natural gradient.
         preset: A name of `proxstep.isopo.weights.PRESETS`; None for the objective's own gradient.
     """
 

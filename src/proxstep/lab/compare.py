@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from proxstep.config import Recipe
-from proxstep.console import cell
+from proxstep.config.loading import dump_recipe
+from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
-from proxstep.recipes import dump_recipe
-from proxstep.runfolder import RunFolder
+from proxstep.runs.console import cell
+from proxstep.runs.folder import RunFolder
 
 
 @dataclass

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from matplotlib.typing import LineStyleType
 
-from proxstep.lab.runs import Run, by_algorithm, seed_spread
+from proxstep.runs.reading import Run, by_algorithm, seed_spread
 
 # The color-blind-safe palette of Okabe and Ito, without the yellow that vanishes on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")

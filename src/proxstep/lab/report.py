@@ -18,7 +18,7 @@ from rich.text import Text
 
 from proxstep.errors import ProxstepError
 from proxstep.lab.plots import CHARTS, band_note, curve_svg, strokes
-from proxstep.lab.runs import (
+from proxstep.runs.reading import (
     MISSING,
     Run,
     Spread,

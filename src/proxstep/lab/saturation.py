@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import logsigmoid
 
+from proxstep.algorithms import LOSSES, drive, escort_weights, sequence_coefficients
 from proxstep.isopo.weights import PRESETS, IsometricRule, isometric_moments, isometric_weights
-from proxstep.losses import LOSSES, drive, escort_weights, sequence_coefficients
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 Coordinate = Literal["z", "v"]
 """What the loss is differentiated by: the logit, or the deviation v = p / p_anchor - 1."""
@@ -99,7 +99,7 @@ def objective_magnitude(
     """Return the gradient magnitude of one of the library's objectives on the sampled outcome.
 
     Args:
-        objective: A name of `proxstep.losses.LOSSES`.
+        objective: A name of `proxstep.algorithms.LOSSES`.
         z: The logit, in nats.
         advantage: The objective's third argument: the advantage, for OPO the drive.
         coordinate: "z" for |dL/dz|; "v" for |dL/dv|, the gradient in ratio space, in which the

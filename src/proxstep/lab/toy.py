@@ -86,7 +86,7 @@ def run_toy(arguments: argparse.Namespace, overrides: list[tuple[str, str]], con
     for option, name in numbers.items():
         if getattr(arguments, name) < 1:
             raise ProxstepError(f"{option} must be at least 1, got {getattr(arguments, name)}")
-    from proxstep.runfolder import check_folder
+    from proxstep.runs.folder import check_folder
 
     folder: Path = arguments.out
     check_folder(folder, "--out")

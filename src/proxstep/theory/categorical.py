@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 
 def expectation(

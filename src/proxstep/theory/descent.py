@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from proxstep.losses.checks import check_positive
+from proxstep.algorithms.checks import check_positive
 from proxstep.theory.opo import gradient
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 
 def path(

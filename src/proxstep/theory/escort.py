@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from proxstep.errors import ProxstepError
 from proxstep.theory.categorical import check_positive_policy
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 
 def oracle(advantage_V: Float[Tensor, " outcomes"]) -> Float[Tensor, " outcomes"]:
@@ -30,7 +30,7 @@ def tilted_oracle(
     """Return the anchor tilted by the advantage, P*(y) proportional to pi_k(y) exp(A(y)).
 
     With this oracle the escort weight is proportional to exp((1 - alpha) A): the anchor's
-    probability cancels, which is what `proxstep.losses.escort_weights` assumes by default.
+    probability cancels, which is what `proxstep.algorithms.escort_weights` assumes by default.
 
     Args:
         advantage_V: The advantage of each outcome.

@@ -6,7 +6,7 @@ features, with g_j the gradient of the output and a_j the input at position j.
 
 from __future__ import annotations
 
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 
 def sequence_square(

@@ -12,7 +12,7 @@ import torch
 
 from proxstep.errors import ProxstepError
 from proxstep.theory.categorical import expectation
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 
 def scores(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from proxstep.losses.checks import check_positive
-from proxstep.types import Float, Tensor
+from proxstep.algorithms.checks import check_positive
+from proxstep.typing import Float, Tensor
 
 
 def isometric_scale(

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from proxstep.losses import regression_target
-from proxstep.losses.checks import check_positive
+from proxstep.algorithms import regression_target
+from proxstep.algorithms.checks import check_positive
 from proxstep.theory.categorical import centered, check_positive_policy, inner, policy_of
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 
 def objective(

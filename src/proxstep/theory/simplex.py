@@ -5,9 +5,9 @@ Shapes: V outcomes. A deviation v belongs to a policy if E_{pi_k}[v] = 0 and v >
 
 from __future__ import annotations
 
-from proxstep.losses.checks import check_positive
+from proxstep.algorithms.checks import check_positive
 from proxstep.theory.categorical import check_positive_policy
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 
 def smallest_mu(weight_V: Float[Tensor, " outcomes"]) -> Float[Tensor, ""]:

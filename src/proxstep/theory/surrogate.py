@@ -9,10 +9,10 @@ import math
 
 import torch
 
+from proxstep.algorithms.checks import check_positive
 from proxstep.errors import ProxstepError
-from proxstep.losses.checks import check_positive
 from proxstep.theory.categorical import check_positive_policy, expectation, inner
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 _LOWEST = -80.0  # a multiplier of mu e^-80 is 0 in float64
 _HALVINGS = 64

@@ -6,9 +6,9 @@ simplex (proposition 8.3); with omega it is the problem that proposition A.2 pri
 
 from __future__ import annotations
 
-from proxstep.losses.checks import check_positive
+from proxstep.algorithms.checks import check_positive
 from proxstep.theory.categorical import inner
-from proxstep.types import Float, Tensor
+from proxstep.typing import Float, Tensor
 
 
 def optimum(

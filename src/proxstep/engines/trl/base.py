@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from proxstep.algorithms import LOSSES
+from proxstep.algorithms.preparation import Anchor, opo_signal, vocabulary_size
 from proxstep.engines.trl.configs import OpoConfig
 from proxstep.engines.trl.release import SCORING_INPUTS
 from proxstep.errors import ProxstepError
-from proxstep.losses import LOSSES
-from proxstep.signals import Anchor, opo_signal, vocabulary_size
-from proxstep.types import Tensor
+from proxstep.typing import Tensor
 
 SIGNAL, MU, GROUP, KEY = "proxstep_signal", "proxstep_mu", "proxstep_group", "proxstep_key"
 NUM_SEQUENCES = "proxstep_num_sequences"

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from trl.trainer.grpo_config import GRPOConfig
 
+from proxstep.algorithms import LOSSES, Aggregation
+from proxstep.config.objectives import OpoSection
+from proxstep.config.sections import GeometrySection, default_of
 from proxstep.engines.fields import (
     OpoKeys,
     field_of,
@@ -18,9 +21,6 @@ from proxstep.engines.fields import (
 from proxstep.engines.trl.refusals import ISOPO, refuse_other_losses
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, Rule
-from proxstep.losses import LOSSES, Aggregation
-from proxstep.objective_sections import OpoSection
-from proxstep.sections import GeometrySection, default_of
 
 OBJECTIVES = ("reinforce", "gspo", "opo")
 """What ISOPO acts on: sequence-level objectives whose advantages are TRL's."""

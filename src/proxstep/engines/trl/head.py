@@ -26,9 +26,15 @@ from torch import nn
 from proxstep.engines.trl.release import FusedOutput
 from proxstep.errors import ProxstepError
 from proxstep.isopo.patches import owner_of
-from proxstep.lm_head import check_chunkable, head_computes, output_head, scoring_forward, spread
-from proxstep.metrics import entropy, token_log_probs
-from proxstep.types import Tensor
+from proxstep.logprobs.logits import entropy, token_log_probs
+from proxstep.training.output_layer import (
+    check_chunkable,
+    head_computes,
+    output_head,
+    scoring_forward,
+    spread,
+)
+from proxstep.typing import Tensor
 
 _IGNORED = -100
 _FROM_ALL = "the output layer is transformed from all logits, in T x V memory"

@@ -16,23 +16,23 @@ import trl
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from proxstep import session
-from proxstep.checkpoint import latest_checkpoint
-from proxstep.config import Recipe
-from proxstep.data import Prompts, load_prompts
+from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.data import rows
 from proxstep.engines.trl.expressions import make
 from proxstep.engines.trl.recipe import Plan, plan
 from proxstep.engines.trl.record import CHECKPOINTS, RunRecorder
 from proxstep.engines.trl.script import script
 from proxstep.errors import ProxstepError
-from proxstep.interrupt import stop_on_signal
-from proxstep.models import load_model, load_tokenizer, model_source
 from proxstep.rewards import RewardFunction, reward_name
-from proxstep.runfolder import RunFolder
+from proxstep.runs.checkpoint import latest_checkpoint
+from proxstep.runs.folder import RunFolder
+from proxstep.runs.interrupt import stop_on_signal
+from proxstep.runs.tracking import MetricsLog, Tracker
 from proxstep.tasks import Task
-from proxstep.tracking import MetricsLog, Tracker
-from proxstep.trainer import Progress
+from proxstep.training import lifecycle
+from proxstep.training.models import load_model, load_tokenizer, model_source
+from proxstep.training.prompts import Prompts, load_prompts
+from proxstep.training.trainer import Progress
 
 ADDED = ("completion_ids", "trainer_state", "log_extra", "log_metric")
 """What TRL hands to reward functions besides the prompts, the completions and the columns."""
@@ -85,7 +85,7 @@ def resume(path: str | Path, progress: Progress) -> str:
         ProxstepError: If the folder holds no run with a checkpoint, or its run is finished.
     """
     folder = RunFolder(path)
-    recipe = session.load_run_recipe(path)
+    recipe = lifecycle.load_run_recipe(path)
     checkpoint = latest_checkpoint(folder.path)
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     step = state["global_step"] // recipe.update.num_updates
@@ -112,13 +112,13 @@ class _Prepared:
 def _prepare(recipe: Recipe, progress: Progress) -> _Prepared:
     """Check the recipe, and load tokenizer and data."""
     plan(recipe, chat=False)  # refuses before anything is loaded
-    session.check(recipe)
+    lifecycle.check(recipe)
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # it was read at import
     source = model_source(recipe, progress.note)
     tokenizer = load_tokenizer(source)
     chat = tokenizer.chat_template is not None
-    task = session.load_task(recipe, chat=chat)
+    task = lifecycle.load_task(recipe, chat=chat)
     _, validation = load_prompts(recipe, tokenizer, task)
     if len(task.train) < recipe.rollout.num_prompts:
         raise ProxstepError(

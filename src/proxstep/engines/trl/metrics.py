@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from proxstep.advantages import ADVANTAGES
-from proxstep.config import Recipe
+from proxstep.algorithms.advantages import ADVANTAGES
+from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.recipe import PUNISHMENT
-from proxstep.generation import informative_groups
+from proxstep.training.generation import informative_groups
 
 NAMES = {
     "loss": "loss",

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from proxstep.config import Recipe
+from proxstep.algorithms import LOSSES
+from proxstep.config.recipe import Recipe
 from proxstep.engines.keys import leaves, refuse
 from proxstep.engines.trl.expressions import Call, Code, Name, Shared, make
 from proxstep.engines.trl.tables import (
@@ -23,10 +24,9 @@ from proxstep.engines.trl.tables import (
     minibatch_size,
 )
 from proxstep.errors import ProxstepError
-from proxstep.losses import LOSSES
 from proxstep.rewards import BUILTIN_REWARDS
-from proxstep.session import task_call
 from proxstep.tasks import REWARDS
+from proxstep.training.lifecycle import task_call
 
 PUNISHMENT = "soft_overlong_punishment_reward"
 """The name under which TRL reports what it adds to the reward for length."""
@@ -196,7 +196,7 @@ def _precision(recipe: Recipe) -> dict[str, Any]:
 def _model(recipe: Recipe) -> str | Call:
     if recipe.model.name != "embedded":
         return recipe.model.name
-    warmed_up = Name("proxstep.embedded", "ensure_embedded_model")
+    warmed_up = Name("proxstep.training.demo_model", "ensure_embedded_model")
     return Call(
         warmed_up, {"difficulty": recipe.task.difficulty, "score": recipe.model.warmup_score}
     )

@@ -14,19 +14,19 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from proxstep.algorithm import Algorithm
-from proxstep.checkpoint import checkpoints
-from proxstep.clock import Clock
-from proxstep.config import Recipe
-from proxstep.data import Prompts
+from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.metrics import record_of
 from proxstep.errors import ProxstepError
-from proxstep.evaluation import Probe, evaluate
-from proxstep.interrupt import StopRequest
-from proxstep.models import autocast
-from proxstep.runfolder import RunFolder
-from proxstep.tracking import MetricsLog, Tracker
-from proxstep.trainer import Progress
+from proxstep.runs.checkpoint import checkpoints
+from proxstep.runs.clock import Clock
+from proxstep.runs.folder import RunFolder
+from proxstep.runs.interrupt import StopRequest
+from proxstep.runs.tracking import MetricsLog, Tracker
+from proxstep.training.evaluation import Probe, evaluate
+from proxstep.training.models import autocast
+from proxstep.training.objective import Algorithm
+from proxstep.training.prompts import Prompts
+from proxstep.training.trainer import Progress
 
 STATE_FILE = "proxstep_run.pt"
 CHECKPOINTS = "checkpoints"

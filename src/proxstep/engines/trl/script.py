@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from proxstep.config import Recipe
+from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.expressions import Call, Code, Name, Shared, imports_of, write
 from proxstep.engines.trl.recipe import Plan, plan
-from proxstep.session import CHAT_TASKS
+from proxstep.training.lifecycle import CHAT_TASKS
 
 _HEAD = '''"""{algorithm} on {task}, in TRL.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from proxstep.config import Recipe
+from proxstep.config.recipe import Recipe
 from proxstep.engines.keys import Refusal
 
 RENAMED: dict[str, str] = {

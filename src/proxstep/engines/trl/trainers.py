@@ -14,13 +14,13 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from proxstep.algorithm import install_geometry
+from proxstep.algorithms import sequence_coefficients
 from proxstep.engines.trl.base import GROUP, KEY, Scored, SequenceTrainer
 from proxstep.engines.trl.configs import IsopoConfig, OpoConfig
 from proxstep.engines.trl.head import transform_head
 from proxstep.errors import ProxstepError
-from proxstep.losses import sequence_coefficients
-from proxstep.types import Tensor
+from proxstep.training.objective import install_geometry
+from proxstep.typing import Tensor
 
 logger = get_logger(__name__)
 

@@ -18,9 +18,9 @@ import torch
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from proxstep.algorithms import gradient_by_sequence
 from proxstep.errors import ProxstepError
-from proxstep.losses import gradient_by_sequence
-from proxstep.types import Bool, Float, Tensor
+from proxstep.typing import Bool, Float, Tensor
 
 NO_POLICY_TERM = "chi2_no_policy_term"
 """The policy loss that is zero, with which verl's loss function computes its other terms alone."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig
 
+from proxstep.config.sections import GeometrySection, default_of
 from proxstep.engines.fields import read_section, rule_of
 from proxstep.engines.verl.refusals import refuse_actor
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, Rule
-from proxstep.sections import GeometrySection, default_of
 
 BACKEND = "isopo"
 """The value of `actor_rollout_ref.actor.strategy`."""

@@ -18,7 +18,6 @@ from verl.utils.device import get_device_id
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead
 from verl.workers.utils.padding import no_padding_2_padding
 
-from proxstep.algorithm import install_geometry
 from proxstep.engines.verl import layout
 from proxstep.engines.verl.checkpoint import load_state, save_state
 from proxstep.engines.verl.coefficients import Terms, sequence_coefficients, taken_apart
@@ -28,7 +27,8 @@ from proxstep.engines.verl.refusals import refuse_model
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, NaturalRule
 from proxstep.isopo.microbatch import Microbatch
-from proxstep.types import Bool, Tensor
+from proxstep.training.objective import install_geometry
+from proxstep.typing import Bool, Tensor
 
 KEY, GROUP = "chi2_key", "chi2_group"
 """What a mini-batch carries beside verl's own tensors; verl splits it with them."""

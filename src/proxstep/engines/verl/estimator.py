@@ -12,11 +12,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 
-from proxstep.advantages import ADVANTAGES, Groups
+from proxstep.algorithms.advantages import ADVANTAGES, Groups
+from proxstep.algorithms.preparation import opo_signal
 from proxstep.engines.verl.policy_loss import NAME, PLACE, OpoPolicyLossConfig, check_config
 from proxstep.errors import ProxstepError
-from proxstep.signals import opo_signal
-from proxstep.types import Tensor
+from proxstep.typing import Tensor
 
 _SIBLING = "..actor_rollout_ref.actor.policy_loss"
 """Where the loss's keys are from `algorithm`, which is all that verl hands over."""
@@ -49,7 +49,7 @@ def opo_drive(
         ProxstepError: If the policy loss is not ours, prompts are not known, or every response is
             alone with its prompt.
 
-    Source: arXiv 2601.12415, equations 5 to 7; see `proxstep.signals.opo_signal`.
+    Source: arXiv 2601.12415, equations 5 to 7; see `proxstep.algorithms.preparation.opo_signal`.
     """
     del others
     if index is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from verl.workers.utils.padding import no_padding_2_padding
 
-from proxstep.types import Bool, Int, Tensor
+from proxstep.typing import Bool, Int, Tensor
 
 
 def response_mask_of(data: object) -> Bool[Tensor, "batch response"]:

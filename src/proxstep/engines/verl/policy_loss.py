@@ -14,11 +14,11 @@ from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils.torch_functional import masked_mean
 from verl.workers.config import PolicyLossConfig
 
+from proxstep.algorithms import opo_by_sequence, regression_target, target_shares
+from proxstep.config.objectives import OpoSection
 from proxstep.engines.fields import OpoKeys, field_of
 from proxstep.errors import ProxstepError
-from proxstep.losses import opo_by_sequence, regression_target, target_shares
-from proxstep.objective_sections import OpoSection
-from proxstep.types import Tensor
+from proxstep.typing import Tensor
 
 NAME = "chi2_opo"
 """Our loss and our advantage estimator; verl's own estimator `opo` is another paper's."""
@@ -111,7 +111,7 @@ def opo_policy_loss(
         ProxstepError: If the configuration is not OPO's, or advantages or weights differ within a
             sequence.
 
-    Source: arXiv 2601.12415, equations 10 and 19; see `proxstep.losses.opo`.
+    Source: arXiv 2601.12415, equations 10 and 19; see `proxstep.algorithms.opo`.
     """
     section = check_config(config.policy_loss).section()
     response_BT = response_mask.bool()

@@ -6,10 +6,10 @@ from typing import Any
 
 from verl.utils.torch_dtypes import PrecisionType
 
+from proxstep.config.sections import GeometrySection
 from proxstep.engines.fields import Refusal, refuse_with_isopo
 from proxstep.errors import ProxstepError
 from proxstep.isopo import NaturalRule, Rule
-from proxstep.sections import GeometrySection
 
 SEQUENCE_LOSSES = ("gpg", "gspo", "chi2_opo", "bypass_mode")
 """Policy losses whose gradient is one number for a response, under each of verl's aggregations.

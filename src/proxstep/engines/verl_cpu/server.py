@@ -15,7 +15,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from proxstep.engines.verl_cpu.generation import Completion, Request, Sampling, complete
 from proxstep.errors import ProxstepError
-from proxstep.rollout import end_tokens
+from proxstep.training.rollout import end_tokens
 
 _QUIET = 0.05
 """Seconds without a new request after which a batch is complete: a step's requests come within

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from proxstep.config.loading import load_recipe
 from proxstep.engines.verl_recipe.data import prepare
 from proxstep.errors import ProxstepError
-from proxstep.recipes import load_recipe
 
 
 def main(arguments: list[str]) -> int:

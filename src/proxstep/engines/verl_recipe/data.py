@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from proxstep.config import Recipe
-from proxstep.data import batch_rows, encode_prompt, load_prompts
+from proxstep.config.recipe import Recipe
 from proxstep.engines.verl_recipe.overrides import Prepared
 from proxstep.errors import ProxstepError
-from proxstep.models import load_tokenizer, model_source
-from proxstep.session import load_task
 from proxstep.tasks import Example, Task
+from proxstep.training.lifecycle import load_task
+from proxstep.training.models import load_tokenizer, model_source
+from proxstep.training.prompts import batch_rows, encode_prompt, load_prompts
 
 PLAIN_TEMPLATE = "{{ messages[0].content }}"
 """A chat template under which a single message is the prompt itself."""

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from proxstep.config import Recipe
+from proxstep.config.loading import dump_recipe
+from proxstep.config.recipe import Recipe
 from proxstep.engines.verl_cpu_overrides import cpu_environment
 from proxstep.engines.verl_recipe.data import plan, prepare, write
 from proxstep.engines.verl_recipe.hydra import override
@@ -29,13 +30,12 @@ from proxstep.engines.verl_recipe.metrics import record, samples
 from proxstep.engines.verl_recipe.overrides import Machine, Prepared, overrides
 from proxstep.engines.versions import check_verl
 from proxstep.errors import ProxstepError
-from proxstep.interrupt import StopRequest, stop_on_signal
-from proxstep.models import pick_device
-from proxstep.recipes import dump_recipe
-from proxstep.runfolder import RunFolder
-from proxstep.session import check, load_run_recipe
-from proxstep.tracking import MetricsLog
-from proxstep.trainer import Progress
+from proxstep.runs.folder import RunFolder
+from proxstep.runs.interrupt import StopRequest, stop_on_signal
+from proxstep.runs.tracking import MetricsLog
+from proxstep.training.lifecycle import check, load_run_recipe
+from proxstep.training.models import pick_device
+from proxstep.training.trainer import Progress
 
 _CPU_RANKS = 2
 _SECONDS_TO_STOP = 20

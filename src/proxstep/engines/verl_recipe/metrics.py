@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from proxstep.config import Recipe
-from proxstep.losses import LOSSES
+from proxstep.algorithms import LOSSES
+from proxstep.config.recipe import Recipe
 
 FIELDS = {
     "reward": "critic/score/mean",
@@ -33,7 +33,7 @@ PREFIXES = {"objective/": "actor/objective_", "geometry/": "actor/geometry_"}
 def record(recipe: Recipe, step: int, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Return one line of metrics.jsonl from what verl logged of a step; step 0 is validation.
 
-    >>> from proxstep.recipes import resolve
+    >>> from proxstep.config.loading import resolve
     >>> recipe = resolve({"algorithm": "reinforce"}, {}, "example")
     >>> record(recipe, 0, {"val-core/arithmetic/acc/mean@1": 0.5})["score"]
     0.5

@@ -8,7 +8,10 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from proxstep.config import Recipe
+from proxstep.algorithms import LOSSES
+from proxstep.config.objectives import OpoSection
+from proxstep.config.recipe import Recipe
+from proxstep.config.sections import Section
 from proxstep.engines.keys import refuse
 from proxstep.engines.verl_cpu_overrides import cpu_overrides
 from proxstep.engines.verl_recipe.hydra import override
@@ -25,9 +28,6 @@ from proxstep.engines.verl_recipe.table import (
     ROLLOUT,
 )
 from proxstep.errors import ProxstepError
-from proxstep.losses import LOSSES
-from proxstep.objective_sections import OpoSection
-from proxstep.sections import Section
 
 _NO_LIMIT = 1e9
 """verl's dual clip has no off: a bound this large never binds."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from proxstep.config.objectives import OpoSection
+from proxstep.config.sections import GeometrySection
 from proxstep.engines.keys import Refusal
-from proxstep.objective_sections import OpoSection
-from proxstep.sections import GeometrySection
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"

@@ -1,0 +1,140 @@
+"""From one value per token to the scalar loss: the choice that papers hide inside a loss's name.
+
+Shapes: B sequences, T token positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proxstep.algorithms.checks import check_choice
+from proxstep.errors import ProxstepError
+from proxstep.logprobs.masked import masked_mean, masked_sum
+from proxstep.typing import Bool, Float, Tensor
+
+# What every objective returns: the scalar loss, and detached metrics of one entry per sequence.
+LossAndMetrics = tuple[Float[Tensor, ""], dict[str, Float[Tensor, " batch"]]]
+
+LOSS_AGG_MODES = (
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+)
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How token values become one number, with the counts of the whole optimizer step.
+
+    With the counts given, the losses of the step's microbatches add up exactly to the loss of the
+    whole batch. A count that is None is taken from the tensors at hand: right only when they are
+    the whole batch.
+
+    Attributes:
+        mode: One of `LOSS_AGG_MODES`; the names are verl's.
+        num_sequences: Sequences of the step that have a response token; for the seq-mean modes.
+        num_tokens: Response tokens of the step; for token-mean.
+        max_length: Divisor of seq-mean-token-sum-norm, in tokens: a constant of the run, such as
+            max_completion_length. None means the width of the tensors at hand, which varies with
+            padding.
+        sequence_weights: Multiplies each sequence's values, such as by how much likelier it was
+            under another policy than under the one that sampled it (`importance_weights`); None for
+            1. The counts stay as they are, and no gradient reaches the weights.
+
+    Raises:
+        ProxstepError: The mode is unknown or a count is below 1.
+    """
+
+    mode: str
+    num_sequences: int | None = None
+    num_tokens: int | None = None
+    max_length: int | None = None
+    sequence_weights: Float[Tensor, " batch"] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("loss_agg_mode", self.mode, LOSS_AGG_MODES)
+        for name in ("num_sequences", "num_tokens", "max_length"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ProxstepError(f"{name} is {count}; it must be 1 or more, or None.")
+
+
+# The defaults of the objectives: whole batch at hand.
+TOKEN_MEAN = Aggregation("token-mean")
+SEQ_MEAN_TOKEN_SUM = Aggregation("seq-mean-token-sum")
+SEQ_MEAN_TOKEN_MEAN = Aggregation("seq-mean-token-mean")
+
+
+def aggregate(
+    value_BT: Float[Tensor, "batch tokens"],
+    response_mask: Bool[Tensor, "batch tokens"],
+    aggregation: Aggregation,
+) -> Float[Tensor, ""]:
+    """Return the scalar that one value per token adds up to.
+
+    token-mean:              sum_bt x_bt / num_tokens
+    seq-mean-token-sum:      sum_b sum_t x_bt / num_sequences
+    seq-mean-token-mean:     sum_b (sum_t x_bt / length_b) / num_sequences
+    seq-mean-token-sum-norm: sum_b (sum_t x_bt / max_length) / num_sequences
+
+    With the aggregation's sequence weights, every x_bt is w_b x_bt.
+
+    Args:
+        value_BT: One value per token position; anything, NaN included, where the mask is false.
+        response_mask: True at the response's tokens. A sequence without any is not counted.
+        aggregation: The mode and the counts of the whole optimizer step.
+
+    Returns:
+        The scalar; 0 when no position counts.
+
+    Raises:
+        ProxstepError: The aggregation's sequence weights are not one per sequence.
+
+    Source: arXiv 2402.03300, equation 3 (seq-mean-token-mean); arXiv 2503.14476, section 3.3
+    (token-mean); arXiv 2503.20783, section 3.2 (seq-mean-token-sum-norm). Names and counts: verl
+    0.9.1.
+    """
+    mode = aggregation.mode
+    length_B = response_mask.sum(dim=-1)
+    if mode == "token-mean":
+        num_tokens = aggregation.num_tokens or length_B.sum().clamp(min=1)
+        return _weighted(masked_sum(value_BT, response_mask), aggregation).sum() / num_tokens
+    reduce = masked_mean if mode == "seq-mean-token-mean" else masked_sum
+    num_sequences = aggregation.num_sequences or (length_B > 0).sum().clamp(min=1)
+    loss = _weighted(reduce(value_BT, response_mask), aggregation).sum() / num_sequences
+    if mode == "seq-mean-token-sum-norm":
+        return loss / (aggregation.max_length or response_mask.shape[-1])
+    return loss
+
+
+def _weighted(value_B: Tensor, aggregation: Aggregation) -> Tensor:
+    weight_B = aggregation.sequence_weights
+    if weight_B is None:
+        return value_B
+    if weight_B.shape != value_B.shape:
+        raise ProxstepError(
+            f"sequence_weights has shape {tuple(weight_B.shape)}; it must be "
+            f"{tuple(value_B.shape)}, one per sequence of the tensors at hand."
+        )
+    return weight_B.detach() * value_B
+
+
+def aggregate_sequences(
+    value_B: Float[Tensor, " batch"],
+    response_mask: Bool[Tensor, "batch tokens"],
+    aggregation: Aggregation,
+) -> Float[Tensor, ""]:
+    """Return the scalar that one value per sequence adds up to, standing at each of its tokens.
+
+    seq-mean-token-mean is the mean over sequences; token-mean weights a sequence by its length.
+
+    Args:
+        value_B: One value per sequence.
+        response_mask: True at the response's tokens. A sequence without any is not counted.
+        aggregation: The mode and the counts of the whole optimizer step.
+
+    Returns:
+        The scalar; 0 when no position counts.
+    """
+    return aggregate(value_B[:, None].expand(response_mask.shape), response_mask, aggregation)

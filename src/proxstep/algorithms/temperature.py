@@ -1,0 +1,90 @@
+"""OPO's adaptive temperature: each sequence's own, from how sure the anchor was and its reward.
+
+Shapes: B sequences, T token positions.
+"""
+
+from __future__ import annotations
+
+from proxstep.algorithms.checks import check_positive
+from proxstep.errors import ProxstepError
+from proxstep.logprobs.masked import masked_mean
+from proxstep.typing import Bool, Float, Tensor
+
+
+def entropy_proxy(
+    anchor_log_probs: Float[Tensor, "batch tokens"],
+    response_mask: Bool[Tensor, "batch tokens"],
+    *,
+    log_vocabulary: float,
+) -> Float[Tensor, " batch"]:
+    """Return how unsure the anchor was of each sequence, from the sampled tokens alone.
+
+    H_b = clamp(-mean_t log pi_k(y_bt) / log V, 0, 1)
+
+    The surprise of a token that the anchor sampled is an unbiased estimate of its entropy at that
+    position, so no pass over the vocabulary is needed; the clamp bounds the surprise of tokens that
+    are less likely than 1 / V.
+
+    Args:
+        anchor_log_probs: The anchor's log-probabilities of the tokens that it sampled, in nats.
+        response_mask: True at the response's tokens.
+        log_vocabulary: log V in nats, the entropy of the uniform distribution.
+
+    Returns:
+        One number in [0, 1] per sequence, without gradient; 0 for a sequence without a token.
+
+    Raises:
+        ProxstepError: log_vocabulary is not above 0.
+
+    Source: the normalized entropy of the author's configuration of arXiv 2601.12415.
+    """
+    check_positive("log_vocabulary", log_vocabulary)
+    surprise_B = -masked_mean(anchor_log_probs.detach(), response_mask)
+    return (surprise_B / log_vocabulary).clamp(0.0, 1.0)
+
+
+def adaptive_tau(
+    tau: float,
+    anchor_entropy_B: Float[Tensor, " batch"],
+    confidence_B: Float[Tensor, " batch"],
+    reward_signal_B: Float[Tensor, " batch"],
+    *,
+    entropy_coef: float = 0.2,
+    confidence_coef: float = 0.5,
+    low: float = 0.2,
+    high: float = 1.5,
+) -> Float[Tensor, " batch"]:
+    """Return a temperature per sequence: higher where the anchor was unsure or confident and wrong.
+
+    tau_b = clamp(tau (1 + a H_b - b confidence_b reward_signal_b), low, high)
+
+    Args:
+        tau: The base temperature.
+        anchor_entropy_B: Normalized entropy H of the anchor, in [0, 1] (`entropy_proxy`).
+        confidence_B: 1 minus the normalized entropy of the current policy, in [0, 1]. For a
+            temperature that is fixed for the iteration the current policy is the anchor: 1 - H.
+        reward_signal_B: How good the sequence was, in [-1, 1].
+        entropy_coef: a, the weight of the anchor's entropy.
+        confidence_coef: b, the weight of the confidence.
+        low: Smallest temperature, above 0.
+        high: Largest temperature.
+
+    Returns:
+        The temperature of each sequence, for `escort_weights`.
+
+    Raises:
+        ProxstepError: tau or low is not above 0, or high is below low.
+
+    Source: arXiv 2601.12415, section 9.1, which names the range only; rule and coefficients are the
+    author's configuration.
+    Differs: there the temperature divides the log-ratio; here it divides the advantage (see
+    `escort_weights`).
+    """
+    check_positive("tau", tau)
+    check_positive("low", low)
+    if high < low:
+        raise ProxstepError(f"high is {high}, below low, {low}: give low <= high.")
+    factor_B = (
+        1 + entropy_coef * anchor_entropy_B - confidence_coef * confidence_B * reward_signal_B
+    )
+    return (tau * factor_B).clamp(low, high)

@@ -1,0 +1,1 @@
+"""A recipe: its sections, and how it is read, checked and explained."""

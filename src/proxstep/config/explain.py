@@ -1,0 +1,129 @@
+"""A recipe's keys in words, and what is wrong with one."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from proxstep.config.objectives import ObjectiveSection
+from proxstep.config.recipe import Recipe
+
+OBJECTIVES: dict[str, type[BaseModel]] = {
+    get_args(section.model_fields["name"].annotation)[0]: section
+    for section in get_args(get_args(ObjectiveSection)[0])
+}
+
+
+def describe_keys() -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted key, type, default, sentence) for every key of a recipe, in order."""
+    yield from _describe(Recipe, "")
+
+
+def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        if section is Recipe and name == "objective":
+            for objective, own in OBJECTIVES.items():
+                for own_key, kind, default, text in _describe(own, "objective."):
+                    if own_key != "objective.name":
+                        yield f"{own_key} ({objective})", kind, default, text
+            continue
+        below = _section_in(field.annotation)
+        if below is None or type(None) in get_args(field.annotation):
+            default = "required" if field.is_required() else _value(field.default)
+            yield key, _kind(field.annotation), default, field.description or ""
+        if below is not None:
+            yield from _describe(below, f"{key}.")
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that an annotation stands for, alone or as "section or null"."""
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def _kind(annotation: Any) -> str:
+    """Return a type in words."""
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " | ".join(map(_kind, get_args(annotation)))
+    if get_origin(annotation) is list:
+        return f"list of {_kind(get_args(annotation)[0])}"
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    return {int: "int", float: "float", str: "text", bool: "true | false"}[annotation]
+
+
+def _value(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def explain(error: ValidationError, source: str) -> str:
+    """Return one message with a line for every mistake, each naming its key."""
+    lines: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        place = _place(detail["loc"])
+        key = ".".join(place)
+        problem = str(detail["msg"]).removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            names = list(_names_at([str(part) for part in detail["loc"][:-1]]))
+            guess = nearest(place[-1], names)
+            lines[key] = f"unknown key {key}{guess} (known here: {', '.join(names)})"
+        elif not key:
+            lines[key] = problem
+        elif detail["type"] in ("model_type", "model_attributes_type", "union_tag_not_found"):
+            lines[key] = f"{key}: expected keys and values, got {detail['input']!r:.80}"
+        else:
+            problem = f"{problem[0].lower()}{problem[1:]}"
+            got = f", got {detail['input']!r:.80}"
+            if detail["type"] == "literal_error" and lines.get(key, "").endswith(got):
+                lines[key] = lines[key].removesuffix(got) + f", or {problem}{got}"
+            else:
+                lines.setdefault(key, f"{key}: {problem}{got}")
+    return f"{source}: " + "\n  ".join(lines.values())
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the nearest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _place(location: Sequence[int | str]) -> list[str]:
+    """Return the keys of a location, without the names of a union's branches."""
+    place: list[str] = []
+    section: type[BaseModel] | None = Recipe
+    for part in map(str, location):
+        if section is not None and part in section.model_fields:
+            place.append(part)
+            section = _section_in(section.model_fields[part].annotation)
+        elif place == ["objective"] and part in OBJECTIVES:
+            section = OBJECTIVES[part]
+        elif section is None and part.isdigit():
+            place[-1] = f"{place[-1]}[{part}]"
+        elif section is not None and part != section.__name__:
+            place.append(part)  # an unknown key
+            section = None
+    return place
+
+
+def _names_at(location: Sequence[str]) -> Iterable[str]:
+    """Return the keys known in the section at a location, which names the objective too."""
+    section: type[BaseModel] | None = Recipe
+    for part in location:
+        if section is not None and part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation)
+        else:
+            section = OBJECTIVES.get(part)
+    return section.model_fields if section else []

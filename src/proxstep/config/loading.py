@@ -1,0 +1,143 @@
+"""Recipes as files and command lines: reading, overriding, resolving the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from proxstep.config.explain import explain, nearest
+from proxstep.config.recipe import ALGORITHMS, Recipe, meaning_of, undefined_composition
+from proxstep.config.yamlfile import dump_yaml, parse_yaml, read_yaml
+from proxstep.errors import ProxstepError
+
+
+def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """Read a recipe, apply command-line overrides and check everything.
+
+    Args:
+        path: A YAML file.
+        overrides: Pairs of a dotted key and a YAML value, such as ("optimizer.learning_rate",
+            "1e-5").
+
+    Returns:
+        The recipe with every value resolved.
+
+    Raises:
+        ProxstepError: One message for whatever is wrong, naming file, key and remedy.
+    """
+    path = Path(path)
+    changes: dict[str, Any] = {}
+    for key, text in overrides:
+        _set(changes, key, parse_yaml(text, f"--{key}"))
+    return resolve(read_yaml(path), changes, source=str(path))
+
+
+def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> Recipe:
+    """Return the recipe that a mapping and the changes on top of it describe.
+
+    Args:
+        data: What the recipe file says.
+        changes: What goes on top, such as the command line's.
+        source: Where `data` is from, for messages.
+
+    Raises:
+        ProxstepError: One message for whatever is wrong.
+    """
+    data, changes = dict(data), dict(changes)
+    per_algorithm = data.pop("per_algorithm", None)
+    for part in (per_algorithm, changes.pop("per_algorithm", None)):
+        if part is not None and not isinstance(part, Mapping):
+            raise ProxstepError(
+                f"{source}: per_algorithm must map algorithms to parts of a recipe, got {part!r}"
+            )
+        per_algorithm = _merge(per_algorithm or {}, part or {}, source)
+    algorithm = changes.get("algorithm", data.get("algorithm"))
+    if algorithm is None:
+        raise ProxstepError(
+            f"{source}: algorithm is missing; choose one of {', '.join(ALGORITHMS)}"
+        )
+    for name in (algorithm, *per_algorithm):
+        if meaning_of(str(name)) is None:
+            where = "algorithm" if name == algorithm else "per_algorithm"
+            raise ProxstepError(
+                f"{source}: {where} {name!r} is not known{nearest(str(name), ALGORITHMS)}; choose "
+                f"one of {', '.join(ALGORITHMS)}, or RULE+OBJECTIVE such as isopo+opo"
+            )
+    meaning = meaning_of(algorithm) or {}
+    merged = meaning
+    own = per_algorithm.get(algorithm) or {}
+    if isinstance(own, Mapping) and "algorithm" in own:
+        raise ProxstepError(f"{source}: per_algorithm.{algorithm} cannot change the algorithm")
+    for part in (data, own, changes):
+        merged = _merge(merged, _without_empty_sections(part), source)
+    _check_algorithm(algorithm, meaning, merged, source)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise ProxstepError(explain(error, source)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML that `load_recipe` reads back."""
+    return dump_yaml(recipe.model_dump())
+
+
+def _check_algorithm(
+    algorithm: str, meaning: Mapping[str, Any], merged: Mapping[str, Any], source: str
+) -> None:
+    """Refuse an objective or a geometry that is not the algorithm's."""
+    objective, geometry = merged["objective"], merged["geometry"]
+    if not isinstance(objective, dict) or not isinstance(geometry, dict):
+        return  # the recipe's own check says it better
+    name, rule = objective["name"], geometry["rule"]
+    if name == meaning["objective"]["name"] and rule == meaning["geometry"]["rule"]:
+        return
+    if meaning_of(f"{rule}+{name}"):
+        pair = f"for the two together say algorithm {rule}+{name}"
+        remedy = undefined_composition(rule, name) or pair
+    elif rule == "none" and meaning_of(str(name)):
+        remedy = f"say algorithm {name}"
+    else:
+        remedy = "leave the two keys to the algorithm"
+    raise ProxstepError(
+        f"{source}: algorithm {algorithm} does not go with objective.name {name} and geometry.rule "
+        f"{rule}: {remedy}"
+    )
+
+
+def _without_empty_sections(part: Any) -> Any:
+    """Return a part of a recipe without headings that nothing follows: YAML reads null."""
+    if not isinstance(part, Mapping):
+        return part
+    return {
+        key: value
+        for key, value in part.items()
+        if value is not None
+        or key not in Recipe.model_fields
+        or Recipe.model_fields[key].annotation in (int, str)  # a value, not a heading
+    }
+
+
+def _set(target: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        below = target.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise ProxstepError(f"--{key}: {section} was given a value already")
+        target = below
+    target[last] = value
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return base with over on top, section by section."""
+    if not isinstance(over, Mapping):
+        raise ProxstepError(f"{source}: expected a mapping of keys to values, got {over!r}")
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        merged[key] = _merge(dict(below or {}), value, source) if both else value
+    return merged

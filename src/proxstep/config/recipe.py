@@ -1,0 +1,249 @@
+"""The recipe: one YAML file that says what a run does, checked before any work starts.
+
+Every key has a type, a default and a sentence; `proxstep train --help` prints them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from proxstep.algorithms import LOSSES
+from proxstep.algorithms.advantages import ADVANTAGES
+from proxstep.config.objectives import ObjectiveSection, OpoSection
+from proxstep.config.regularizer import RegularizerSection
+from proxstep.config.sections import (
+    EvaluationSection,
+    GeometrySection,
+    LoggingSection,
+    ModelSection,
+    OptimizerSection,
+    Positive,
+    RolloutSection,
+    Section,
+    TaskSection,
+    UpdateSection,
+)
+from proxstep.isopo import PRESETS
+
+ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
+    **{name: {"objective": {"name": name}, "geometry": {"rule": "none"}} for name in LOSSES},
+    **{
+        rule: {"objective": {"name": "reinforce"}, "geometry": {"rule": rule}}
+        for rule in PRESETS
+        if rule != "reinforce"
+    },
+}
+"""What `algorithm` stands for; RULE+OBJECTIVE, as in isopo+opo, composes any other pair."""
+
+
+def meaning_of(algorithm: str) -> dict[str, dict[str, Any]] | None:
+    """Return what an algorithm's name stands for, or None if it is unknown.
+
+    >>> meaning_of("isopo-natural+opo")
+    {'objective': {'name': 'opo'}, 'geometry': {'rule': 'isopo-natural'}}
+    """
+    rule, plus, objective = algorithm.partition("+")
+    if plus and rule in PRESETS and objective in LOSSES:
+        return {"objective": {"name": objective}, "geometry": {"rule": rule}}
+    return ALGORITHMS.get(algorithm)
+
+
+def undefined_composition(rule: str, objective: str) -> str | None:
+    """Return why a rule cannot transform an objective's gradient, or None if it can."""
+    if rule == "none" or LOSSES[objective].level == "sequence":
+        return None
+    able = ", ".join(name for name, loss in LOSSES.items() if loss.level == "sequence")
+    return (
+        f"geometry.rule {rule} with objective {objective}: a token-level objective has no "
+        f"coefficient per sequence to transform; use one of {able}, or geometry.rule none"
+    )
+
+
+def _chosen(section: Section, name: str) -> bool:
+    """Whether a key has another value than its default."""
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
+_COMPARES = tuple(name for name in ADVANTAGES if name != "batch-normalized")
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    algorithm: str = Field(
+        description="An objective, a preset of ISOPO on REINFORCE, or RULE+OBJECTIVE (isopo+opo)."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Of everything random.")
+    steps: Positive = Field(default=100, description="Rollout steps.")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")
+    output_dir: str = Field(default="runs/latest", description="The run folder.")
+    model: ModelSection = Field(default_factory=ModelSection)
+    task: TaskSection = Field(default_factory=TaskSection)
+    objective: ObjectiveSection
+    geometry: GeometrySection = Field(default_factory=GeometrySection)
+    regularizer: RegularizerSection = Field(default_factory=RegularizerSection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    update: UpdateSection = Field(default_factory=UpdateSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    logging: LoggingSection = Field(default_factory=LoggingSection)
+
+    @property
+    def keeps_initial(self) -> bool:
+        """Whether a copy of the initial weights is needed; adapters can be switched off instead."""
+        wanted = self.evaluation.kl_policy_initial or self.regularizer.kl_coef > 0
+        return wanted and self.model.lora is None
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Recipe:
+        rollout, update = self.rollout, self.update
+        compares = self.objective.advantage in _COMPARES
+        escorts = isinstance(self.objective, OpoSection) and self.objective.normalize == "group"
+        if rollout.num_generations == 1 and (compares or escorts):
+            what = f"objective.advantage {self.objective.advantage}" if compares else "opo"
+            raise ValueError(
+                f"rollout.num_generations is 1, but {what} compares the completions of a prompt: "
+                "use at least 2, or "
+                + ("batch-normalized advantages" if compares else "objective.normalize batch")
+            )
+        if rollout.num_generations * rollout.num_prompts == 1:
+            raise ValueError("one completion per step has nothing to be compared with: sample more")
+        if rollout.num_prompts % update.num_minibatches:
+            raise ValueError(
+                f"update.num_minibatches {update.num_minibatches} does not divide "
+                f"rollout.num_prompts {rollout.num_prompts}: a prompt's group stays in one "
+                "minibatch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_opo(self) -> Recipe:
+        section = self.objective
+        if not isinstance(section, OpoSection):
+            return self
+        if section.target_min is not None and section.drive == "none":
+            raise ValueError(
+                "objective.target_min bounds the target from below, and objective.drive none has "
+                "no target below 0: leave one of them out"
+            )
+        if section.adaptive_tau:
+            if not section.tau_min <= section.tau <= section.tau_max:
+                raise ValueError(
+                    f"objective.tau {section.tau} is not between objective.tau_min "
+                    f"{section.tau_min} and objective.tau_max {section.tau_max}"
+                )
+            return self
+        for name in ("tau_min", "tau_max", "tau_entropy_coef", "tau_confidence_coef"):
+            if _chosen(section, name):
+                raise ValueError(
+                    f"objective.{name} is of the adaptive temperature: add objective.adaptive_tau "
+                    "true, or leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Recipe:
+        rollout, longest = self.rollout, self.rollout.max_completion_length
+        if rollout.overlong_buffer is not None and rollout.overlong_buffer > longest:
+            raise ValueError(
+                f"rollout.overlong_buffer {rollout.overlong_buffer} is longer than a completion "
+                f"can be (rollout.max_completion_length {longest}): lower it"
+            )
+        if rollout.overlong_buffer is None and _chosen(rollout, "overlong_penalty"):
+            raise ValueError(
+                "rollout.overlong_penalty is the largest punishment within "
+                "rollout.overlong_buffer, which is null: give a number of tokens"
+            )
+        for name in ("kl_estimator", "kl_in"):
+            if self.regularizer.kl_coef == 0 and _chosen(self.regularizer, name):
+                raise ValueError(
+                    f"regularizer.{name} is of a divergence that regularizer.kl_coef 0 does not "
+                    "price: raise kl_coef, or leave it out"
+                )
+        if rollout.dynamic_sampling_max_batches is not None and rollout.num_generations == 1:
+            raise ValueError(
+                "rollout.dynamic_sampling_max_batches looks for completions of a prompt with "
+                "different rewards, but rollout.num_generations is 1: use at least 2"
+            )
+        if self.regularizer.kl_in == "reward" and self.regularizer.kl_estimator == "exact":
+            raise ValueError(
+                "regularizer.kl_in reward needs a regularizer.kl_estimator that depends on the "
+                "sampled token, or its last token's choice would cost nothing: use k1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_geometry(self) -> Recipe:
+        if self.geometry.rule != "none":
+            undefined = undefined_composition(self.geometry.rule, self.objective.name)
+            if undefined:
+                raise ValueError(undefined)
+            self.geometry.to_rule()
+        geometry = self.geometry
+        if geometry.overlap_source == "previous_step" and geometry.num_overlap_positions is None:
+            raise ValueError(
+                "geometry.num_overlap_positions null keeps all positions of every layer from step "
+                "to step, which geometry.overlap_source previous_step cannot: give a number"
+            )
+        if geometry.overlap_source != "microbatch" and geometry.fisher == "sequences":
+            raise ValueError(
+                f"geometry.overlap_source {geometry.overlap_source} chooses positions, and "
+                "geometry.fisher sequences uses none: leave one of them out"
+            )
+        size, generations = self.update.microbatch_size, self.rollout.num_generations
+        if self.geometry.interact == "group" and size is not None and size < generations:
+            raise ValueError(
+                f"geometry.interact group needs a prompt's completions in one microbatch: "
+                f"update.microbatch_size {size} is below rollout.num_generations {generations}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Recipe:
+        if self.model.head == "full":
+            return self
+        if self.geometry.needs_kernel:
+            raise ValueError(
+                "model.head chunked has no kernel, which geometry.rule isopo-natural and "
+                "geometry.fisher sequences need: use model.head full"
+            )
+        if self.regularizer.needs_logits:
+            raise ValueError(
+                "regularizer needs all logits for the entropy and an exact KL divergence: use "
+                "model.head full, or leave regularizer.entropy_coef at 0 and take "
+                "regularizer.kl_estimator k2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Recipe:
+        if self.task.name == "table" and self.task.train is None:
+            raise ValueError("task.train is needed: a JSONL or Parquet file, or a hub data set")
+        if self.task.name != "arithmetic" and self.model.name == "embedded":
+            raise ValueError(
+                f"model.name embedded knows only arithmetic's characters, not {self.task.name}'s: "
+                "name a model of the hub or a local folder"
+            )
+        weights, rewards = self.task.reward_weights, self.task.rewards
+        if weights is not None and (rewards is None or len(weights) != len(rewards)):
+            raise ValueError("task.reward_weights needs task.rewards, with one weight for each")
+        return self
+
+    @model_validator(mode="after")
+    def _check_numerics(self) -> Recipe:
+        self.optimizer.options()
+        if self.model.dtype == "bfloat16":
+            if self.model.autocast is not None:
+                raise ValueError(
+                    "model.autocast computes with float32 weights in bfloat16, but model.dtype is "
+                    "bfloat16 already: leave one of them out"
+                )
+            if self.optimizer.name in ("soap", "kron"):
+                raise ValueError(
+                    f"optimizer.name {self.optimizer.name} keeps its preconditioner in the dtype "
+                    "of the weights, and model.dtype bfloat16 is too coarse for one: use float32, "
+                    "with model.autocast bfloat16"
+                )
+        return self

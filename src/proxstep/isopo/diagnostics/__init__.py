@@ -1,0 +1,1 @@
+"""What the geometry did to a step's gradient, in numbers and in words."""

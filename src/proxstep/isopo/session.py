@@ -1,0 +1,352 @@
+"""Isopo: the rules of `weights` inside the backward pass of a model that the user already has.
+
+A module's `forward` is replaced on the instance by one that routes its parameters through an
+autograd function, so that `.grad` comes out transformed: state_dict keys, module types, optimizers
+and gradient reduction stay as they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from proxstep.errors import ProxstepError
+from proxstep.isopo.coverage import (
+    check_bypassed,
+    check_coverage,
+    freeze_others,
+    gradient_stamps,
+    install,
+    uses,
+)
+from proxstep.isopo.diagnostics.step import StepDiagnostics, diagnose
+from proxstep.isopo.drawing import Drawing, OverlapPositions, OverlapSource
+from proxstep.isopo.forms import MEMORY_BUDGET
+from proxstep.isopo.layout import make_layout
+from proxstep.isopo.memory import Memory
+from proxstep.isopo.microbatch import Microbatch, PlainSum, check_coefficients
+from proxstep.isopo.ops import OWNERS, UNBOUND, Sink
+from proxstep.isopo.patches import unpatch
+from proxstep.isopo.trailing import TrailingMeans
+from proxstep.isopo.weighing import Denominator, Fisher, Log, Sequences, Settings
+from proxstep.isopo.weights import PRESETS, NaturalRule, Rule
+from proxstep.typing import Bool, Float, Int, Tensor
+
+OtherParameters = Literal["transform", "reinforce", "freeze"]
+
+_NUMBERS = itertools.count()
+_MOST_PENDING = 64
+
+
+class Isopo:
+    """ISOPO on a model: inside `microbatch`, backward gives the ISOPO gradient.
+
+        isopo = Isopo(model, rule="isopo")
+        with isopo.microbatch(sequence_ids, coefficients) as microbatch:
+            microbatch.objective(log_probs).backward()
+
+    `.grad` then holds -sum_b weight_b G_b, the gradient of a loss to minimize: with coefficients =
+    advantages divided by the number of sequences of the optimizer step, `optimizer.step()` raises
+    the probability of what was better than expected. Back-propagate the plain sum of the
+    log-probabilities: a factor in the loss would enter the norms. Every parameter tensor is a layer
+    of its own; a tied weight is transformed once per use, and the uses are added.
+
+    Args:
+        model: Any model made of linear layers (transformers' Conv1D included), embeddings,
+            LayerNorm and RMSNorm, also one that is wrapped in DDP or sharded by FSDP2.
+        rule: A preset's name (see `PRESETS`), an `IsometricRule` or a `NaturalRule`.
+        other_parameters: What happens to trainable parameters that are not linear layers' weights
+            (embeddings, normalizations, biases): "transform" treats them by the rule, "reinforce"
+            gives them the plain policy gradient, "freeze" sets requires_grad to False until
+            `remove`.
+        fisher: What F_b is estimated from: "positions", the position-wise gradients of equations 3
+            to 6, or "sequences", those of the microbatch's sequences (equation 2).
+        num_overlap_positions: K, the token positions on which Fisher norms are estimated; None for
+            all.
+        overlap_positions: Sample them from "all" positions or only from those that predict a token
+            of the "completion".
+        overlap_source: Sample them from the "microbatch", from all "ranks", or from the
+            "previous_step". The latter two make the isometric rule independent of how sequences are
+            spread over ranks, or over microbatches too, and need `sequence_keys`. "ranks" exchanges
+            samples in backward: every rank must run the same number of microbatches.
+        fisher_denominator: Divide by the "sample"'s own sum of squares or by its "trailing" mean.
+        decay: Of the trailing means, per optimizer step.
+        seed: Of the sample of positions.
+        diagnose: Measure everything at each step and put it into `diagnostics`. It costs as much as
+            the natural rule; it can be switched between steps.
+        memory_budget: Bytes that the statistics of one layer may take at a time.
+        process_group: The data-parallel ranks, where torch.distributed is initialized; None for
+            all.
+
+    Raises:
+        ProxstepError: If a trainable parameter belongs to a kind of layer that is not covered, by
+            name, or an option does not fit.
+
+    Source: arXiv 2512.23353.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: str | Rule = "isopo",
+        *,
+        other_parameters: OtherParameters = "transform",
+        fisher: Fisher = "positions",
+        num_overlap_positions: int | None = 250,
+        overlap_positions: OverlapPositions = "all",
+        overlap_source: OverlapSource = "microbatch",
+        fisher_denominator: Denominator = "sample",
+        decay: float = 0.9,
+        seed: int = 0,
+        diagnose: bool = False,
+        memory_budget: int = MEMORY_BUDGET,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.rule = _as_rule(rule)
+        _check_choice("other_parameters", other_parameters, OtherParameters)
+        _check_choice("fisher", fisher, Fisher)
+        _check_choice("overlap_positions", overlap_positions, OverlapPositions)
+        _check_choice("overlap_source", overlap_source, OverlapSource)
+        _check_choice("fisher_denominator", fisher_denominator, Denominator)
+        if fisher == "sequences" and overlap_source != "microbatch":
+            raise ProxstepError(
+                f'overlap_source="{overlap_source}" chooses positions, and fisher="sequences" uses '
+                "none: leave one of them out"
+            )
+        self.model = model
+        self.other_parameters = other_parameters
+        self.diagnose, self.process_group = diagnose, process_group
+        self.diagnostics: StepDiagnostics | None = None
+        self.trailing = TrailingMeans(decay)
+        only_linear = other_parameters == "reinforce"
+        self._settings = Settings(self.rule, fisher, fisher_denominator, only_linear)
+        self._drawing = Drawing(
+            num_overlap_positions, overlap_positions, overlap_source, seed, process_group
+        )
+        self._memory, self._log = Memory(memory_budget), Log()
+        self._step, self._microbatch = 0, 0
+        self._versions: dict[int, int] = {}
+        self._active: Microbatch | PlainSum | None = None
+        self._pending: dict[int, Microbatch] = {}
+        # What the patched modules read; see `patches.Owner`.
+        self.number, self.enabled, self.grid = next(_NUMBERS), True, None
+        self.ticket = torch.tensor(UNBOUND)
+        OWNERS[self.number] = self
+        self._frozen = freeze_others(model) if other_parameters == "freeze" else []
+        self._modules = install(model, self)
+
+    # -- using it ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def microbatch(
+        self,
+        sequence_ids: Int[Tensor, "rows columns"],
+        coefficients: Float[Tensor, " batch"],
+        completion_mask: Bool[Tensor, "rows columns"] | None = None,
+        *,
+        groups: Int[Tensor, " batch"] | None = None,
+        sequence_keys: Int[Tensor, " batch"] | None = None,
+        fisher_squares: Mapping[str, Float[Tensor, " batch"]] | None = None,
+    ) -> Iterator[Microbatch]:
+        """Transform the backward pass of one microbatch of whole sequences.
+
+        The forward runs inside; it is bound to the microbatch, so that the backward may follow
+        later. A forward that ran outside is bound by a backward inside. One backward per
+        microbatch. Re-entrant checkpointing, which runs the forward again in backward, needs the
+        backward inside.
+
+        Args:
+            sequence_ids: The sequence of each token position, 0 to batch - 1; -1 for padding. In a
+                padded batch row b is sequence b; packed rows hold several.
+            coefficients: One number per sequence, with any normalization already in it: 1 / number
+                of sequences of the optimizer step, on all ranks; times the number of ranks where
+                gradients are averaged over them, as DDP and FSDP2 do by default. Where they follow
+                from the forward, pass zeros and call `Microbatch.set_coefficients`.
+            completion_mask: True at completion positions; needed where overlap_positions is
+                "completion".
+            groups: Each sequence's prompt, for the natural rule's interact="group" and for the
+                diagnostics: noise between prompts, conflict within them.
+            sequence_keys: A number for each sequence that no other one of the optimizer step has,
+                on any rank.
+            fisher_squares: F_b^2 by parameter use, instead of an estimate (see
+                `proxstep.isopo.exact`).
+
+        Yields:
+            The microbatch, with its `layout`.
+
+        Raises:
+            ProxstepError: If the arguments do not fit, a trainable parameter is not covered, or a
+                layer was bypassed (a fused head).
+        """
+        if self._active is not None:
+            raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
+        check_coverage(self.model, self._modules)
+        self._check_step_was_called()
+        check_coefficients(coefficients)
+        layout = make_layout(sequence_ids, len(coefficients))
+        sequences = Sequences(coefficients.detach(), groups, dict(fisher_squares or {}))
+        self._check_sequences(sequences)
+        place = (self._step, self._microbatch)
+        samples = self._drawing.draw(layout, completion_mask, sequence_keys, place)
+        self._log.keep_records = self.diagnose
+        microbatch = Microbatch(
+            layout, sequences, self._settings, samples, self.trailing, self._memory, self._log
+        )
+        before = gradient_stamps(self._modules)
+        number = self._begin(microbatch)
+        try:
+            yield microbatch
+        finally:
+            self._end(number, microbatch)
+        if microbatch.reduced:
+            check_bypassed(self._modules, microbatch.reduced, before)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Make forwards and backwards inside ordinary: for entropy and KL losses."""
+        if self._active is not None:
+            raise ProxstepError("off() inside microbatch() or off(): they do not nest")
+        self._active, self.enabled = PlainSum(), False
+        try:
+            yield
+        finally:
+            self._active, self.enabled = None, True
+
+    def step(self) -> dict[str, float]:
+        """End an optimizer step: update the trailing means, draw new positions from now on.
+
+        Where torch.distributed is initialized, every rank must call it: it puts together what they
+        measured, so that the next step starts from the same state on all of them.
+
+        Returns:
+            Diagnostics of the step, averaged over layers and this rank's microbatches:
+            "weight_spread", the standard deviation of the sequences' scales over their mean
+            (isometric), "frac_filled_fisher", the share of Fisher estimates that were exactly zero
+            and filled in, "ntk_off_diagonal", the share of |K| off the diagonal (natural); and with
+            `diagnose` what `StepDiagnostics.scalars` says, of which `diagnostics` then has all.
+        """
+        measured = self._log.means()
+        if self._log.records:
+            self.diagnostics = diagnose(self._log.records)
+            measured |= self.diagnostics.scalars()
+        self._log = Log()
+        self.trailing.fold(self.process_group)
+        self._drawing.end_step()
+        self._memory.release()
+        self._pending.clear()
+        self._step, self._microbatch = self._step + 1, 0
+        return measured
+
+    def remove(self) -> None:
+        """Give every module its own forward back, and thaw what was frozen."""
+        for module in self._modules:
+            unpatch(module)
+        self._modules = {}
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs: trailing means, carried samples, the number of steps."""
+        return {
+            "step": self._step,
+            "trailing": self.trailing.state_dict(),
+            "samples": self._drawing.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self._step, self._microbatch = state["step"], 0
+        self.trailing.load_state_dict(state["trailing"])
+        self._drawing.load_state_dict(state.get("samples", {}))
+
+    def resolve(self, ticket: int, key: str) -> Sink:
+        """Return where a parameter's gradients go, for a backward whose forward got this ticket.
+
+        Raises:
+            ProxstepError: If that is nowhere.
+        """
+        if ticket == UNBOUND:
+            if self._active is None:
+                raise ProxstepError(
+                    f"backward reached {key} outside isopo.microbatch(...): its gradient would "
+                    "lack the coefficients; wrap the backward, or use isopo.off() for a loss of "
+                    "its own. With activation checkpointing set use_reentrant=False, or run the "
+                    "backward inside isopo.microbatch(...)"
+                )
+            return self._active
+        if ticket not in self._pending:
+            raise ProxstepError(
+                f"backward reached {key} for a microbatch that was back-propagated before, or that "
+                "belongs to an earlier optimizer step: use one backward per isopo.microbatch(...), "
+                "before isopo.step()"
+            )
+        bound = self._pending[ticket]
+        if isinstance(self._active, Microbatch) and self._active is not bound:
+            raise ProxstepError(
+                f"backward reached {key} for another microbatch than the one that is active: run "
+                "it inside its own isopo.microbatch(...), or outside all of them"
+            )
+        return bound
+
+    # -- one microbatch ----------------------------------------------------------------------------
+
+    def _begin(self, microbatch: Microbatch) -> int:
+        number = self._step * 2**20 + self._microbatch
+        self._microbatch += 1
+        while len(self._pending) >= _MOST_PENDING:
+            del self._pending[next(iter(self._pending))]
+        self._pending[number] = self._active = microbatch
+        self.ticket, self.grid = torch.tensor(number), microbatch.layout.grid
+        return number
+
+    def _end(self, number: int, microbatch: Microbatch) -> None:
+        self._active, self.grid = None, None
+        self.ticket = torch.tensor(UNBOUND)
+        self._memory.release()
+        if microbatch.reduced:  # back-propagated inside; else its backward is still to come
+            self._pending.pop(number, None)
+
+    def _check_sequences(self, sequences: Sequences) -> None:
+        groups, count = sequences.group_B, len(sequences.coefficient_B)
+        if groups is None and isinstance(self.rule, NaturalRule) and self.rule.interact == "group":
+            raise ProxstepError('interact="group" needs groups, one number per sequence')
+        if groups is not None and groups.shape != (count,):
+            raise ProxstepError(f"groups must be {count} numbers, one per sequence")
+        unknown = sorted(set(sequences.fisher_sq) - {key for key, _ in uses(self._modules)})
+        if unknown:
+            raise ProxstepError(f"fisher_squares: {unknown[0]} is no parameter that ISOPO covers")
+
+    def _check_step_was_called(self) -> None:
+        """Refuse to damp by averages that are never folded in."""
+        if not self.trailing.has_pending:
+            self._versions.clear()
+        # FSDP2 swaps a sharded parameter for an unsharded one, with a version of its own.
+        _, parameter = next(uses(self._modules), ("", None))
+        if parameter is None:
+            raise ProxstepError("every parameter that ISOPO covered is frozen now: nothing is left")
+        before = self._versions.setdefault(id(parameter), parameter._version)
+        if self.rule.needs_trailing_means and parameter._version != before:
+            raise ProxstepError(
+                "the parameters changed, but isopo.step() was not called: call it after "
+                "optimizer.step(), so that the trailing means that this rule damps by are updated"
+            )
+
+
+def _as_rule(rule: str | Rule) -> Rule:
+    if not isinstance(rule, str):
+        return rule
+    if rule not in PRESETS:
+        raise ProxstepError(f"rule {rule!r} is not a preset; choose one of {', '.join(PRESETS)}")
+    return PRESETS[rule]
+
+
+def _check_choice(name: str, value: object, literal: Any) -> None:
+    if value not in get_args(literal):
+        raise ProxstepError(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")

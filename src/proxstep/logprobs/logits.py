@@ -1,0 +1,102 @@
+"""What is measured of a policy from its logits: log-probabilities, entropy, divergences.
+
+Legend for shape suffixes: B sequences, T token positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from proxstep.errors import ProxstepError
+from proxstep.logprobs.ratio import LOG_RATIO_BOUND
+from proxstep.typing import Float, Int, Tensor
+
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+def token_log_probs(
+    logits_BTV: Float[Tensor, "batch tokens vocab"], token_BT: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
+    """Return log pi(token) at each position, in nats.
+
+    Args:
+        logits_BTV: Logits that predict `token_BT`, already divided by the sampling temperature and
+            already shifted.
+        token_BT: The tokens.
+
+    Returns:
+        Log-probabilities in float32 or better.
+    """
+    wide_BTV = _wide(logits_BTV)
+    chosen_BT = wide_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
+    return chosen_BT - wide_BTV.logsumexp(-1)
+
+
+def entropy(logits_BTV: Float[Tensor, "batch tokens vocab"]) -> Float[Tensor, "batch tokens"]:
+    """Return the entropy of the distribution over the vocabulary at each position, in nats."""
+    log_prob_BTV = _wide(logits_BTV).log_softmax(-1)
+    return -(log_prob_BTV.exp() * log_prob_BTV).sum(-1)
+
+
+def kl_divergence(
+    logits_BTV: Float[Tensor, "batch tokens vocab"],
+    other_logits_BTV: Float[Tensor, "batch tokens vocab"],
+) -> Float[Tensor, "batch tokens"]:
+    """Return KL(p || q) over the vocabulary at each position, in nats; p comes first."""
+    log_p_BTV = _wide(logits_BTV).log_softmax(-1)
+    log_q_BTV = _wide(other_logits_BTV).log_softmax(-1)
+    return (log_p_BTV.exp() * (log_p_BTV - log_q_BTV)).sum(-1)
+
+
+def kl_estimate(
+    log_prob_BT: Float[Tensor, "batch tokens"],
+    other_log_prob_BT: Float[Tensor, "batch tokens"],
+    kind: KlEstimator,
+) -> Float[Tensor, "batch tokens"]:
+    """Return an estimate of KL(p || q) at each token that p sampled, from that token alone.
+
+    With x = log q - log p of the token:
+
+        k1 = -x               unbiased, of either sign
+        k2 = x^2 / 2          biased, never negative
+        k3 = exp(x) - 1 - x   unbiased, never negative
+
+    As a term of a loss, the gradient passes through log p but not through the choice of the token.
+    Its expectation over tokens from p itself is then, exactly:
+
+        k1: 0    k2: the gradient of KL(p || q)    k3: the gradient of KL(q || p)
+
+    so that the estimator with the right value (k3, or k1) is not the one with the right gradient.
+
+    Args:
+        log_prob_BT: log p of the sampled tokens, in nats.
+        other_log_prob_BT: log q of the same tokens.
+        kind: Which estimator.
+
+    Returns:
+        One estimate per token, in nats.
+
+    Raises:
+        ProxstepError: If there is no such estimator.
+
+    Source: J. Schulman, "Approximating KL divergence" (2020).
+
+    Differs: k3's x is bounded at 20 nats from above, beyond which exp(x) would drown every other
+        token before it overflows; there its gradient is 0.
+    """
+    log_ratio_BT = other_log_prob_BT - log_prob_BT
+    if kind == "k1":
+        return -log_ratio_BT
+    if kind == "k2":
+        return log_ratio_BT.square() / 2
+    if kind == "k3":
+        log_ratio_BT = log_ratio_BT.clamp(max=LOG_RATIO_BOUND)
+        return log_ratio_BT.expm1() - log_ratio_BT
+    raise ProxstepError(f"the KL estimator is {kind!r}; it must be k1, k2 or k3.")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Return logits in float32 or better."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

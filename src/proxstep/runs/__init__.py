@@ -1,0 +1,1 @@
+"""A run on disk and on the screen: its folder, its metrics, its checkpoints."""

@@ -1,0 +1,1 @@
+"""The local engine: from a recipe to a finished run."""

@@ -1,0 +1,244 @@
+"""One step's experience: completions, their rewards, and what the objective makes of them.
+
+Legend for shape suffixes: B sequences, T token positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from proxstep.algorithms.preparation import Anchor, vocabulary_size
+from proxstep.config.recipe import Recipe
+from proxstep.runs.clock import Clock
+from proxstep.training.evaluation import completion_log_probs
+from proxstep.training.generation import Graded, generate, informative_groups, overlong
+from proxstep.training.models import autocast
+from proxstep.training.objective import Algorithm
+from proxstep.training.penalties import reward_penalty
+from proxstep.training.prompts import Prompts
+from proxstep.training.rollout import Completions
+from proxstep.typing import Float, Int, Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Completions that have a reward, ready for the update.
+
+    Attributes:
+        completions: The completions.
+        signal_B: What the objective takes as its advantages.
+        group_B: Each completion's prompt, counted from 0.
+        index_B: Each completion's number among all of the step.
+        old_log_prob_BT: Log-probabilities under the policy that sampled, or None where the
+            update's single pass computes the same.
+        importance_B: Weight of each completion's loss, or None for 1.
+        hyper: Hyper-parameters of the loss that follow from the rollout, the same in all its parts.
+    """
+
+    completions: Completions
+    signal_B: Float[Tensor, " batch"]
+    group_B: Int[Tensor, " batch"]
+    index_B: Int[Tensor, " batch"]
+    old_log_prob_BT: Float[Tensor, "batch tokens"] | None
+    importance_B: Float[Tensor, " batch"] | None = None
+    hyper: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def minibatches(self, number: int) -> Iterator[Batch]:
+        """Yield that many parts of nearly equal size, each of whole groups; fewer if need be."""
+        for groups in self.group_B.unique().tensor_split(number):
+            if len(groups):
+                yield self.rows(torch.isin(self.group_B, groups).nonzero().squeeze(1))
+
+    def microbatches(self, size: int | None) -> Iterator[Batch]:
+        """Yield parts of at most `size` rows, in order, without columns of padding.
+
+        A prompt's completions stay together wherever they fit: the trainer owns this composition,
+        which the natural rule depends on.
+        """
+        for rows in _whole_groups(self.group_B, size or len(self)):
+            yield self.rows(rows).trimmed()
+
+    def rows(self, index: Tensor) -> Batch:
+        """Return the chosen rows."""
+        on_device = index.to(self.signal_B.device)
+        old = self.old_log_prob_BT
+        return Batch(
+            self.completions.rows(on_device),
+            self.signal_B[on_device],
+            self.group_B[index],
+            self.index_B[index],
+            None if old is None else old[on_device],
+            None if self.importance_B is None else self.importance_B[on_device],
+            self.hyper,
+        )
+
+    def trimmed(self) -> Batch:
+        """Return the same without the columns that are padding in every row."""
+        columns = self.completions.used_columns()
+        old = self.old_log_prob_BT
+        return Batch(
+            self.completions.columns(columns),
+            self.signal_B,
+            self.group_B,
+            self.index_B,
+            None if old is None else old[:, columns.start : columns.stop - 1],
+            self.importance_B,
+            self.hyper,
+        )
+
+
+def collect(
+    recipe: Recipe,
+    algorithm: Algorithm,
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Prompts,
+    first_batch: int,
+    clock: Clock,
+    initial: nn.Module | None = None,
+) -> tuple[Batch | None, dict[str, Any]]:
+    """Sample and grade one step's completions, and choose those that the update learns from.
+
+    Completions without a finite reward are left out, and so are groups that keep fewer than two.
+    Dynamic sampling keeps the first `num_prompts` groups whose rewards, before anything is added
+    to them, differ. A truncated completion that the recipe masks counts in its group's advantages
+    and in an objective's weights of the rollout, and is left out after that.
+
+    Args:
+        recipe: The recipe.
+        algorithm: Its objective.
+        model: The policy.
+        tokenizer: Its tokenizer.
+        prompts: The training prompts.
+        first_batch: How many batches of prompts the run sampled before; it decides which prompts
+            are drawn.
+        clock: Measures the phases.
+        initial: The initial policy, where a KL penalty in the reward needs it; None for a model
+            whose adapters can be switched off.
+
+    Returns:
+        The batch, or None where nothing is left to learn from, and what was measured.
+    """
+    graded, num_batches = generate(recipe, model, tokenizer, prompts, first_batch, clock)
+    measured = {**graded.describe(), "generation_batches": num_batches}
+    reward_B = graded.reward_B
+    if (punishment_B := overlong(recipe, graded.completions)) is not None:
+        measured["rewards/overlong"] = punishment_B.mean().item()
+        reward_B = reward_B + punishment_B
+    kept = _chosen(recipe, graded)
+    if not len(kept):
+        return None, measured
+    completions = graded.completions.rows(kept.to(graded.completions.token_BT.device))
+    reward_B, group_B, log_prob_BT = reward_B[kept], graded.group_B[kept], None
+    if recipe.regularizer.in_reward:
+        with clock.phase("log_probs"):
+            log_prob_BT = _log_probs(recipe, model, completions)
+            penalty_B = reward_penalty(recipe, model, initial, log_prob_BT, completions).cpu()
+        measured["rewards/kl"] = penalty_B.double().mean().item()
+        reward_B = reward_B + penalty_B
+    batch, more = _batch(
+        recipe, algorithm, model, completions, reward_B, group_B, clock, log_prob_BT
+    )
+    measured |= more
+    if not recipe.rollout.mask_truncated_completions:
+        return batch, measured
+    truncated_B = completions.truncated_B.cpu()
+    measured["frac_masked_completions"] = truncated_B.double().mean().item()
+    left = (~truncated_B).nonzero().squeeze(1)
+    return batch.rows(left) if len(left) else None, measured
+
+
+def _chosen(recipe: Recipe, graded: Graded) -> Tensor:
+    """Return the rows of the completions whose rewards become advantages."""
+    section = recipe.rollout
+    kept = _with_reward(graded.reward_B, graded.group_B, minimum=min(2, section.num_generations))
+    if len(kept) < 2:  # nothing to be compared with
+        return kept[:0]
+    if section.dynamic_sampling_max_batches is None:
+        return kept
+    informative = informative_groups(graded.reward_B, graded.group_B)[: section.num_prompts]
+    return kept[torch.isin(graded.group_B[kept], informative)]
+
+
+def _batch(
+    recipe: Recipe,
+    algorithm: Algorithm,
+    model: nn.Module,
+    completions: Completions,
+    reward_B: Tensor,
+    group_B: Tensor,
+    clock: Clock,
+    log_prob_BT: Tensor | None,
+) -> tuple[Batch, dict[str, Any]]:
+    """Return the batch of graded completions, and what was measured of advantages and signal."""
+    # Rewards are equal if float32 says so; in float64 the squares of large ones are finite.
+    advantage_B, spread = algorithm.advantages(reward_B.float().double(), group_B)
+    advantage_B = advantage_B.float()
+    update = recipe.update
+    old_log_prob_BT = anchor = None
+    if update.num_updates > 1 or algorithm.needs_anchor:
+        with clock.phase("log_probs"):
+            old_log_prob_BT = (
+                _log_probs(recipe, model, completions) if log_prob_BT is None else log_prob_BT
+            )
+        anchor = Anchor(
+            old_log_prob_BT,
+            completions.response_BT[:, 1:],
+            vocabulary_size(model),
+            completions.sampler_log_prob_BT,
+        )
+    signal = algorithm.signal(advantage_B, group_B, anchor)
+    measured = {name: spread[name] for name in ("frac_reward_zero_std", "reward_std")}
+    measured["advantage_range"] = (advantage_B.max() - advantage_B.min()).item()
+    measured |= {f"objective/{name}": value for name, value in signal.metrics.items()}
+    device = completions.token_BT.device
+    importance_B = signal.importance_B
+    return Batch(
+        completions,
+        signal.value_B.to(device),
+        group_B,
+        torch.arange(len(group_B)),
+        old_log_prob_BT,
+        None if importance_B is None else importance_B.to(device),
+        signal.hyper,
+    ), measured
+
+
+def _whole_groups(group_B: Tensor, size: int) -> Iterator[Tensor]:
+    """Yield the rows of as many groups as fit; a group that is larger than size is split."""
+    gathered: list[int] = []
+    for group in group_B.unique():
+        for row in (group_B == group).nonzero().squeeze(1).split(size):
+            if gathered and len(gathered) + len(row) > size:
+                yield torch.tensor(gathered)
+                gathered = []
+            gathered += row.tolist()
+    yield torch.tensor(gathered)
+
+
+def _with_reward(reward_B: Tensor, group_B: Tensor, minimum: int) -> Tensor:
+    """Return the rows whose reward is finite, in groups that keep at least `minimum` of them."""
+    finite_B = reward_B.isfinite()
+    left = torch.zeros(int(group_B.max()) + 1, dtype=torch.long)
+    left = left.index_add_(0, group_B, finite_B.long())
+    return (finite_B & (left[group_B] >= minimum)).nonzero().squeeze(1)
+
+
+def _log_probs(recipe: Recipe, model: nn.Module, completions: Completions) -> Tensor:
+    """Return the sampling policy's log-probabilities of the tokens from the second on."""
+    with autocast(recipe, model):
+        return completion_log_probs(
+            model,
+            completions,
+            recipe.rollout.temperature,
+            recipe.update.microbatch_size or len(completions),
+            recipe.model.head,
+        )

@@ -1,0 +1,278 @@
+"""What is measured between steps: the greedy validation score and how far the policy has drifted.
+
+Legend for shape suffixes: B sequences, T token positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from proxstep.config.recipe import Recipe
+from proxstep.logprobs.logits import kl_divergence, kl_estimate
+from proxstep.training.prompts import Prompts
+from proxstep.training.rollout import Completions, response_logits, sample
+from proxstep.training.scores import Head, score
+from proxstep.typing import Float, Tensor
+
+
+@dataclass(frozen=True)
+class GreedyResult:
+    """Greedy completions of the validation prompts.
+
+    Attributes:
+        score: Mean of the first reward function.
+        mean_length: Of the completions, in tokens.
+        completions: Their texts.
+        rewards: Each one's first reward; None where the function gave none.
+    """
+
+    score: float
+    mean_length: float
+    completions: list[str]
+    rewards: list[float | None]
+
+
+def greedy_score(
+    model: nn.Module, tokenizer: Any, prompts: Prompts, *, max_new_tokens: int, batch_size: int
+) -> GreedyResult:
+    """Complete every prompt greedily and grade the completions."""
+    texts: list[str] = []
+    lengths: list[int] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = range(start, min(start + batch_size, len(prompts)))
+        completions = sample(
+            model,
+            tokenizer,
+            [prompts.tokens(i) for i in rows],
+            max_new_tokens=max_new_tokens,
+            greedy=True,
+        )
+        texts += completions.texts(tokenizer)
+        lengths += completions.lengths().tolist()
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        table = prompts.grade(range(len(prompts)), texts)  # rewards compute as they always do
+    rewards = next(iter(table.per_function.values()))
+    given = [reward for reward in rewards if reward is not None]
+    score = sum(given) / len(given) if given else float("nan")
+    return GreedyResult(score, sum(lengths) / len(lengths), texts, rewards)
+
+
+def evaluate(
+    recipe: Recipe,
+    model: nn.Module,
+    initial: nn.Module | None,
+    tokenizer: Any,
+    validation: Prompts,
+    probe: Probe | None,
+) -> tuple[dict[str, float], list[dict[str, Any]], Probe]:
+    """Measure a policy as a recipe says; torch's generator starts at the recipe's seed.
+
+    Args:
+        recipe: The recipe.
+        model: The policy.
+        initial: The initial policy, or None for a model whose adapters can be switched off.
+        tokenizer: Of both.
+        validation: Validation prompts.
+        probe: What the initial policy sampled; None where the policy is still the initial one.
+
+    Returns:
+        The metrics, the completions to keep (their step left out), and the probe.
+    """
+    section, limit = recipe.evaluation, recipe.rollout.max_completion_length
+    count = min(section.num_probe_prompts, len(validation))
+    prompts = [validation.tokens(row) for row in range(count)]
+    head = recipe.model.head
+    torch.manual_seed(recipe.seed)
+    if probe is None:
+        probe = Probe.draw(model, tokenizer, prompts, limit, head)
+    greedy = greedy_score(
+        model, tokenizer, validation, max_new_tokens=limit, batch_size=section.batch_size
+    )
+    measured = {
+        "score": greedy.score,
+        "score_mean_length": greedy.mean_length,
+        "kl_initial_policy": probe.kl(model, head),
+    }
+    if section.kl_policy_initial:
+        measured["kl_policy_initial"] = kl_from_initial(
+            model,
+            initial,
+            tokenizer,
+            prompts,
+            limit,
+            batch_size=len(prompts) if head == "full" else 1,
+        )
+    return measured, _samples(validation, greedy, recipe.logging.num_samples), probe
+
+
+def _samples(validation: Prompts, greedy: GreedyResult, count: int) -> list[dict[str, Any]]:
+    """Return the first completions with their prompts, answers and rewards."""
+    first = zip(
+        validation.examples[:count],
+        greedy.completions[:count],
+        greedy.rewards[:count],
+        strict=True,
+    )
+    return [
+        {
+            "prompt": example.prompt,
+            "completion": completion,
+            "answer": example.answer,
+            "reward": reward,
+        }
+        for example, completion, reward in first
+    ]
+
+
+@torch.no_grad()
+def completion_log_probs(
+    model: nn.Module,
+    completions: Completions,
+    temperature: float,
+    batch_size: int,
+    head: Head = "full",
+) -> Float[Tensor, "batch tokens"]:
+    """Return log pi of the tokens from the second position on, in nats; of completions at least."""
+    was_training = model.training
+    model.eval()
+    parts = []
+    for rows in torch.arange(len(completions)).split(batch_size):
+        parts.append(score(model, completions.rows(rows), temperature, head).log_prob_BT)
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Completions that the initial policy sampled once, with their log-probabilities under it.
+
+    Measures KL(initial || policy) with one forward pass and without the initial weights.
+    """
+
+    completions: Completions
+    initial_log_prob_BT: Float[Tensor, "batch tokens"]
+
+    @classmethod
+    def draw(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        head: Head = "full",
+    ) -> Probe:
+        """Sample one completion for each prompt at temperature 1."""
+        completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        log_prob_BT = completion_log_probs(model, completions, 1.0, len(completions), head)
+        return cls(completions, log_prob_BT)
+
+    def kl(self, model: nn.Module, head: Head = "full") -> float:
+        """Return KL(initial || policy) in nats per token."""
+        completions = self.completions
+        log_prob_BT = completion_log_probs(model, completions, 1.0, len(completions), head)
+        kl_BT = kl_estimate(self.initial_log_prob_BT, log_prob_BT, "k3")
+        return kl_BT[self.completions.response_BT[:, 1:]].mean().item()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors."""
+        tensors = {k: v for k, v in vars(self.completions).items() if v is not None}
+        return {**tensors, "initial_log_prob_BT": self.initial_log_prob_BT}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], device: torch.device) -> Probe:
+        """Return the probe that `state_dict` described."""
+        moved = {name: value.to(device) for name, value in state.items()}
+        initial_log_prob_BT = moved.pop("initial_log_prob_BT")
+        return cls(Completions(**moved), initial_log_prob_BT)
+
+
+@torch.no_grad()
+def initial_logits(
+    model: nn.Module, initial: nn.Module | None, completions: Completions, temperature: float
+) -> Float[Tensor, "batch tokens vocab"]:
+    """Return the initial policy's logits for each token from the second on.
+
+    Args:
+        model: The policy.
+        initial: The initial policy, or None for a model whose adapters can be switched off.
+        completions: The completions.
+        temperature: Divides the logits.
+    """
+    with _initial_policy(model, initial) as policy:
+        return response_logits(policy, completions, temperature)
+
+
+@torch.no_grad()
+def initial_log_probs(
+    model: nn.Module,
+    initial: nn.Module | None,
+    completions: Completions,
+    temperature: float,
+    batch_size: int,
+    head: Head = "full",
+) -> Float[Tensor, "batch tokens"]:
+    """Return the initial policy's log-probabilities, as `completion_log_probs` does.
+
+    Args:
+        model: The policy.
+        initial: The initial policy, or None for a model whose adapters can be switched off.
+        completions: The completions.
+        temperature: Divides the logits.
+        batch_size: Completions that are scored at a time.
+        head: "chunked" never holds all positions' logits.
+    """
+    with _initial_policy(model, initial) as policy:
+        return completion_log_probs(policy, completions, temperature, batch_size, head)
+
+
+@contextmanager
+def _initial_policy(model: nn.Module, initial: nn.Module | None) -> Iterator[nn.Module]:
+    """Yield the initial policy: itself, or the model in evaluation mode without its adapters."""
+    if initial is not None:
+        yield initial
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():  # type: ignore[operator]
+            yield model
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def kl_from_initial(
+    model: nn.Module,
+    initial: nn.Module | None,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+) -> float:
+    """Return KL(policy || initial) in nats per token, exact over the vocabulary.
+
+    Args:
+        model: The policy; it samples one completion for each prompt at temperature 1.
+        initial: The initial policy, or None for a model whose adapters can be switched off.
+        tokenizer: Of both.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Longest completion, in tokens.
+        batch_size: Completions whose logits exist at a time.
+    """
+    completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    was_training = model.training
+    model.eval()
+    parts = []
+    for rows in torch.arange(len(completions)).split(batch_size):
+        part = completions.rows(rows)
+        logits = response_logits(model, part, 1.0)
+        kl_BT = kl_divergence(logits, initial_logits(model, initial, part, 1.0))
+        parts.append(kl_BT[part.response_BT[:, 1:]])
+    model.train(was_training)
+    return torch.cat(parts).mean().item()

@@ -1,0 +1,203 @@
+"""From a recipe to a finished run: checks, data, tokenizer, and only then a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from proxstep.config.loading import load_recipe
+from proxstep.config.recipe import Recipe
+from proxstep.errors import ProxstepError
+from proxstep.runs.checkpoint import latest_checkpoint, load_state
+from proxstep.runs.folder import RunFolder
+from proxstep.runs.tracking import check_tracker
+from proxstep.tasks import (
+    REWARDS,
+    Task,
+    arithmetic_task,
+    gsm8k_task,
+    math_task,
+    svamp_task,
+    table_task,
+)
+from proxstep.training.evaluation import GreedyResult, greedy_score
+from proxstep.training.models import (
+    autocast,
+    load_adapters,
+    load_model,
+    load_tokenizer,
+    model_source,
+    pick_device,
+    quiet_transformers,
+)
+from proxstep.training.optimizers import check_optimizer
+from proxstep.training.prompts import Prompts, load_prompts, load_rewards
+from proxstep.training.trainer import Progress, Trainer
+
+CHAT_TASKS = {"gsm8k": gsm8k_task, "math": math_task, "svamp": svamp_task}
+"""Tasks whose prompts are chats where the tokenizer has a template."""
+
+
+def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str:
+    """Run a recipe from its beginning.
+
+    Args:
+        recipe: What to do.
+        progress: Who watches.
+        overwrite: Delete the run that the output folder holds, once the new one can begin.
+
+    Returns:
+        "finished" or "interrupted".
+
+    Raises:
+        ProxstepError: If anything in the recipe, the data or the model is wrong.
+    """
+    folder = RunFolder(recipe.output_dir)
+    folder.check_usable(overwrite=overwrite)
+    check(recipe)
+    source = model_source(recipe, progress.note)
+    tokenizer, prompts = _tokenized(recipe, source)
+    device = pick_device(recipe.device)
+    model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
+    trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
+    folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
+    return trainer.run()
+
+
+def resume(path: str | Path, progress: Progress) -> str:
+    """Continue a run from its newest checkpoint, to the bit as if it had not stopped.
+
+    Raises:
+        ProxstepError: If the folder holds no run with a checkpoint, or its run is finished.
+    """
+    folder = RunFolder(path)
+    recipe = load_run_recipe(path)
+    checkpoint = latest_checkpoint(folder.path)
+    state = load_state(checkpoint)
+    if state["step"] >= recipe.steps:
+        raise ProxstepError(
+            f"{path}: the run is finished, at step {state['step']} of {recipe.steps}"
+        )
+    check(recipe)
+    tokenizer, prompts = _tokenized(recipe, str(checkpoint))
+    device = pick_device(recipe.device)
+    model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
+    if recipe.keeps_initial:
+        source = model_source(recipe, progress.note)
+        initial = load_model(source, recipe.model.dtype, device).eval().requires_grad_(False)
+    trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
+    trainer.restore(state)
+    return trainer.run()
+
+
+def evaluate(
+    recipe: Recipe, checkpoint: Path | None, progress: Progress
+) -> tuple[GreedyResult, Prompts]:
+    """Score a recipe's model, or a checkpoint of its run, greedily on the validation prompts.
+
+    Raises:
+        ProxstepError: If anything in the recipe, the data or the model is wrong.
+    """
+    check(recipe)
+    device = pick_device(recipe.device)
+    source = str(checkpoint) if checkpoint else model_source(recipe, progress.note)
+    tokenizer, (_, validation) = _tokenized(recipe, source)
+    if checkpoint:
+        model = _load_checkpoint(recipe, checkpoint, device, progress)
+    else:
+        model = load_model(source, recipe.model.dtype, device)
+    with autocast(recipe, model):
+        result = greedy_score(
+            model,
+            tokenizer,
+            validation,
+            max_new_tokens=recipe.rollout.max_completion_length,
+            batch_size=recipe.evaluation.batch_size,
+        )
+    return result, validation
+
+
+def check(recipe: Recipe) -> None:
+    """Find what is wrong with a recipe that no model is needed for.
+
+    Raises:
+        ProxstepError: If the device, the tracker, the optimizer, the data or the rewards are not
+            as they must be.
+    """
+    quiet_transformers()
+    pick_device(recipe.device)
+    check_tracker(recipe.logging.tracker)
+    check_optimizer(recipe.optimizer.name)
+    load_rewards(recipe, load_task(recipe, chat=False))
+
+
+def load_run_recipe(path: str | Path) -> Recipe:
+    """Return the resolved recipe of a run folder.
+
+    Raises:
+        ProxstepError: If the folder holds no run.
+    """
+    file = Path(path) / "recipe.yaml"
+    if not file.is_file():
+        raise ProxstepError(f"{path}: not a run folder, it has no recipe.yaml")
+    return load_recipe(file).model_copy(update={"output_dir": str(path)})
+
+
+def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[str, Any]]:
+    """Return the function that makes the recipe's task, and its keyword arguments.
+
+    Args:
+        recipe: The recipe.
+        chat: Whether the tokenizer has a chat template, for the tasks that can do either.
+    """
+    section = recipe.task
+    if section.name == "arithmetic":
+        keys = ("difficulty", "num_validation")
+        return arithmetic_task, {key: getattr(section, key) for key in keys}
+    keys = ("train", "validation", "num_train", "num_validation")
+    if section.name == "math":
+        keys += ("level",)
+    if section.name == "table":
+        keys += ("prompt_column", "answer_column", "config", "train_split", "validation_split")
+    options = {key: getattr(section, key) for key in keys}
+    if section.name == "table":
+        return table_task, options | {"rewards": tuple(section.rewards or REWARDS["table"])}
+    if section.prompt_format != "auto":
+        chat = section.prompt_format == "chat"
+    return CHAT_TASKS[section.name], options | {"chat": chat}
+
+
+def load_task(recipe: Recipe, *, chat: bool) -> Task:
+    """Return the recipe's task.
+
+    Args:
+        recipe: The recipe.
+        chat: Whether the tokenizer has a chat template, for the tasks that can do either.
+
+    Raises:
+        ProxstepError: If the data is missing, empty or malformed.
+    """
+    function, options = task_call(recipe, chat=chat)
+    try:
+        return function(**options)
+    except ProxstepError as error:
+        raise ProxstepError(f"task.train or task.validation: {error}") from None
+
+
+def _tokenized(recipe: Recipe, source: str) -> tuple[Any, tuple[Prompts, Prompts]]:
+    tokenizer = load_tokenizer(source)
+    task = load_task(recipe, chat=tokenizer.chat_template is not None)
+    return tokenizer, load_prompts(recipe, tokenizer, task)
+
+
+def _load_checkpoint(
+    recipe: Recipe, checkpoint: Path, device: torch.device, progress: Progress
+) -> nn.Module:
+    if recipe.model.lora is None:
+        return load_model(str(checkpoint), recipe.model.dtype, device)
+    base = load_model(model_source(recipe, progress.note), recipe.model.dtype, device)
+    return load_adapters(base, checkpoint)

@@ -1,0 +1,191 @@
+"""Loading the policy and its tokenizer: from the hub, from a local folder, or the embedded one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from proxstep.config.recipe import Recipe
+from proxstep.config.sections import Lora
+from proxstep.errors import ProxstepError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that a recipe names; "auto" is cuda, else mps, else cpu.
+
+    Raises:
+        ProxstepError: If it is not a device of this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ProxstepError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise ProxstepError(f"device {name} is not available here; use auto or cpu")
+    return device
+
+
+def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
+    """Return the hub name or path to load from; warm the embedded model up if need be.
+
+    Args:
+        recipe: The recipe.
+        note: Called with how far the warm-up is, which takes a minute or two.
+    """
+    if recipe.model.name != "embedded":
+        return os.path.expanduser(recipe.model.name)  # keeps a leading ./
+    from proxstep.training.demo_model import ensure_embedded_model
+
+    difficulty, score = recipe.task.difficulty, recipe.model.warmup_score
+    return str(ensure_embedded_model(difficulty, score, note))
+
+
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+"""What transformers raises for folders that are damaged, foreign or incomplete."""
+
+
+def load_tokenizer(source: str) -> Any:
+    """Return the tokenizer, padding on the left.
+
+    Raises:
+        ProxstepError: If there is none, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    _check_local(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except _LOADING_ERRORS as error:
+        raise ProxstepError(_not_loaded("tokenizer", source, error)) from None
+    if tokenizer.eos_token_id is None:
+        raise ProxstepError(
+            f"model.name {source}: its tokenizer has no end-of-sequence token, so no completion "
+            "could end; set one and save the tokenizer again"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model(
+    source: str, dtype: str, device: torch.device, lora: Lora | None = None
+) -> nn.Module:
+    """Return a causal language model in float32 or bfloat16, with adapters if asked for.
+
+    No code of the model's repository is run.
+
+    Raises:
+        ProxstepError: If it cannot be loaded whole, or the adapters fit nothing in it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_local(source)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except _LOADING_ERRORS as error:
+        raise ProxstepError(_not_loaded("causal language model", source, error)) from None
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ProxstepError(
+            f"model.name {source}: {len(missing)} of its weights are missing, such as "
+            f"{missing[0]}; they would be random. Is it a causal language model, saved completely?"
+        )
+    if lora is not None:
+        model = _with_lora(model, lora)
+    return model.to(device)
+
+
+def autocast(recipe: Recipe, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a recipe's model computes; forward passes alone belong in it."""
+    dtype = recipe.model.autocast
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, getattr(torch, dtype))
+
+
+def load_adapters(base: nn.Module, folder: Path) -> nn.Module:
+    """Return a base model with the adapters of a checkpoint, trainable.
+
+    Raises:
+        ProxstepError: If they cannot be loaded.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)  # type: ignore[arg-type]
+    except _LOADING_ERRORS as error:
+        raise ProxstepError(_not_loaded("adapter", str(folder), error)) from None
+
+
+def _with_lora(model: Any, lora: Lora) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ProxstepError(f"model.lora: {str(error).splitlines()[0]}") from None
+
+
+def _check_local(source: str) -> None:
+    """Say early that a path is no model folder; the hub's error would say less."""
+    path = Path(source)
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.exists()
+    if (
+        looks_local
+        and not (path / "config.json").is_file()
+        and not (path / "adapter_config.json").is_file()
+    ):
+        raise ProxstepError(
+            f"model.name {source}: no config.json there; give a folder that save_pretrained "
+            "wrote, or a hub name"
+        )
+
+
+def _not_loaded(what: str, source: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"model.name {source}: no {what} could be loaded ({reason}); check the name and the "
+        "network, or give a local folder"
+    )
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' progress bars and advice out of the terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="transformers")

@@ -1,0 +1,374 @@
+"""The output layer of a transformers causal LM, replaced for one forward by another computation.
+
+`chunked_log_probs` needs the hidden states that the output layer would turn into T x V logits. The
+model is called as ever, through whatever wraps it (PEFT, DDP, FSDP2), but for the length of the
+call its output layer computes something else: the wrappers' hooks run, and sharded weights are
+whole while they are used.
+
+Legend for shape suffixes: B sequences, T token positions of prompt and completion together, D
+features, N chosen positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import nn
+
+from proxstep.errors import ProxstepError
+from proxstep.isopo.head import head_log_probs
+from proxstep.typing import Bool, Float, Int, Tensor
+
+REMEDY = "use the full head"
+
+LOGIT_FIELDS = (
+    "final_logit_softcapping",  # Gemma 2 and after
+    "logits_soft_cap",  # RecurrentGemma
+    "logits_scaling",  # Granite
+    "logit_scale",  # Cohere
+    "lm_head_multiplier",  # FalconH1
+    "output_multiplier",
+    "softcap",
+)
+"""Fields of models' configurations that say what becomes of the output layer's outputs."""
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What the output layer of a model turns into logits.
+
+    Attributes:
+        hidden_BTD: The last hidden states, after the final normalization.
+        head: The output layer: logits = hidden @ head.weight^T (+ head.bias).
+    """
+
+    hidden_BTD: Float[Tensor, "batch tokens features"]
+    head: nn.Linear
+
+
+def response_hidden(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch tokens"],
+    attention_mask: Tensor,
+    position_ids: Int[Tensor, "batch tokens"],
+) -> HiddenStates:
+    """Return the last hidden states, without the logits.
+
+    With FSDP2 the head's weight may be sharded again when this returns; compute inside the forward
+    instead, with `forward_with_head`.
+
+    Args:
+        model: A causal language model that passed `check_chunkable`, wrapped or not.
+        input_ids: Tokens.
+        attention_mask: As the model takes it.
+        position_ids: Likewise.
+
+    Returns:
+        The hidden states and the output layer.
+    """
+    hidden_BTD = forward_with_head(
+        model, lambda hidden_BTD: hidden_BTD, input_ids, attention_mask, position_ids
+    )
+    return HiddenStates(hidden_BTD, output_head(model))
+
+
+def forward_with_head(
+    model: nn.Module,
+    head_forward: Callable[[Tensor], Tensor],
+    input_ids: Int[Tensor, "batch tokens"],
+    attention_mask: Tensor,
+    position_ids: Int[Tensor, "batch tokens"],
+) -> Tensor:
+    """Call the model with `head_forward` in the place of its output layer's forward.
+
+    Args:
+        model: A causal language model that passed `check_chunkable`, wrapped or not.
+        head_forward: From the last hidden states (batch, tokens, features) to any one tensor.
+        input_ids: Tokens.
+        attention_mask: As the model takes it.
+        position_ids: Likewise.
+
+    Returns:
+        What `head_forward` returned, as the model hands it out for its logits.
+
+    Raises:
+        ProxstepError: If the model does not call its output layer once with every position.
+    """
+    head, calls = output_head(model), []
+
+    def observed(hidden_BTD: Tensor) -> Tensor:
+        calls.append(hidden_BTD.shape[:2])
+        return head_forward(hidden_BTD)
+
+    with head_computes(head, observed):
+        out = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        )
+    if calls != [input_ids.shape]:
+        shapes = ", ".join(str(tuple(shape)) for shape in calls) or "none"
+        raise ProxstepError(
+            f"the model should call its output layer once, with hidden states at the "
+            f"{tuple(input_ids.shape)} positions of its input, but the calls were: {shapes}; a "
+            f"prompt adapter, a compiled or a fused head does so; {REMEDY}"
+        )
+    return out.logits
+
+
+def output_head(model: nn.Module) -> nn.Linear:
+    """Return the model's output layer.
+
+    Raises:
+        ProxstepError: If it is not a plain linear layer, by name.
+    """
+    core: Any = _unwrapped(model)
+    get = getattr(core, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    if head is None:
+        raise ProxstepError(f"{type(core).__name__} names no output layer; {REMEDY}")
+    name = next((name for name, module in core.named_modules() if module is head), "lm_head")
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise ProxstepError(
+            f"{name} is wrapped by a PEFT adapter ({type(head).__name__}), so its logits are not "
+            f"hidden states times one weight; keep adapters off {name}, or {REMEDY}"
+        )
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        raise ProxstepError(
+            f"{name} is a {type(head).__name__}, not a linear layer with a floating-point weight; "
+            f"{REMEDY}"
+        )
+    return head
+
+
+@torch.no_grad()
+def check_chunkable(model: nn.Module) -> None:
+    """Refuse a model whose logits are not its last hidden states times its output layer's weight.
+
+    Runs two short forwards in evaluation mode: in one the output layer returns numbers of every
+    size, which must come out as the logits unchanged; in the other it computes what it does.
+    Training modes, gradients and random numbers are left as they were. With DDP or FSDP2 every
+    process has to call it.
+
+    Args:
+        model: A causal language model of transformers, wrapped or not.
+
+    Raises:
+        ProxstepError: If it caps or scales its logits, or its output layer is not a plain linear
+            one; the message names what does so.
+    """
+    head = output_head(model)
+    token_BT = torch.arange(8, device=_device(model)).reshape(2, 4) % head.out_features
+    position_BT = torch.arange(4, device=token_BT.device).expand(2, 4)
+    inputs = token_BT, torch.ones_like(token_BT), position_BT
+    own_forward, expected = head.forward, []
+
+    def ramp(hidden_BTD: Tensor) -> Tensor:
+        steps = torch.linspace(-1e3, 1e3, 8 * head.out_features, device=hidden_BTD.device)
+        expected.append(steps.to(hidden_BTD.dtype).reshape(2, 4, head.out_features))
+        return expected[0]
+
+    def observe(hidden_BTD: Tensor) -> Tensor:
+        expected.append(nn.functional.linear(hidden_BTD, head.weight, head.bias))
+        return own_forward(hidden_BTD)
+
+    with _evaluating(model):
+        changed_BTV = forward_with_head(model, ramp, *inputs)
+        logits_BTV = forward_with_head(model, observe, *inputs)
+    ramp_BTV, product_BTV = expected
+    if not torch.equal(changed_BTV.double(), ramp_BTV.double()):
+        raise ProxstepError(
+            f"{_class_name(model)} changes what its output layer returns{_culprits(model)}, so its "
+            f"logits are not hidden states times a weight; {REMEDY}"
+        )
+    error = (logits_BTV.double() - product_BTV.double()).abs().max()
+    tolerance = 8 * torch.finfo(product_BTV.dtype).eps * product_BTV.double().abs().max()
+    if not error <= tolerance:
+        raise ProxstepError(
+            f"the output layer of {_class_name(model)} does not return hidden states times its "
+            f"weight (they differ by {error:.2g}): a quantized layer or a hook does so; {REMEDY}"
+        )
+
+
+@overload
+def completion_log_probs_chunked(
+    model: nn.Module,
+    token_BT: Tensor,
+    attention_BT: Tensor,
+    response_BT: Tensor,
+    temperature: float,
+    *,
+    chunk_size: int | None = None,
+    with_entropy: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def completion_log_probs_chunked(
+    model: nn.Module,
+    token_BT: Tensor,
+    attention_BT: Tensor,
+    response_BT: Tensor,
+    temperature: float,
+    *,
+    chunk_size: int | None = None,
+    with_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def completion_log_probs_chunked(
+    model: nn.Module,
+    token_BT: Int[Tensor, "batch tokens"],
+    attention_BT: Bool[Tensor, "batch tokens"],
+    response_BT: Bool[Tensor, "batch tokens"],
+    temperature: float,
+    *,
+    chunk_size: int | None = None,
+    with_entropy: bool = False,
+) -> Float[Tensor, "batch last"] | tuple[Float[Tensor, "batch last"], Float[Tensor, "batch last"]]:
+    """Return log pi of the completions' tokens, with gradient and without T x V logits.
+
+    Where an `Isopo` is installed on the model, the output layer's gradient follows its rule.
+
+    Args:
+        model: A causal language model that passed `check_chunkable`, wrapped or not.
+        token_BT: Prompts and completions.
+        attention_BT: True at their positions, False at padding.
+        response_BT: True at completion positions.
+        temperature: Of the sampling.
+        chunk_size: Positions whose logits exist at a time, see `chunked_log_probs`.
+        with_entropy: Return the entropies as well.
+
+    Returns:
+        Log-probabilities in nats of the tokens from the second position on, 0 outside the
+        completions; with `with_entropy` also the entropies there, without gradient.
+
+    Raises:
+        ProxstepError: As `forward_with_head` and `chunked_log_probs` do.
+    """
+    head_forward, entropies = scoring_forward(
+        output_head(model),
+        token_BT,
+        response_BT[:, 1:],
+        temperature,
+        chunk_size=chunk_size,
+        with_entropy=with_entropy,
+    )
+    attention = attention_BT.long()
+    position_BT = (attention.cumsum(dim=1) - 1).clamp(min=0)
+    log_prob_BT = forward_with_head(model, head_forward, token_BT, attention, position_BT)
+    return (log_prob_BT, entropies[0]) if with_entropy else log_prob_BT
+
+
+def scoring_forward(
+    head: nn.Linear,
+    token_BT: Int[Tensor, "batch tokens"],
+    chosen_BT: Bool[Tensor, "batch last"],
+    temperature: float,
+    *,
+    chunk_size: int | None = None,
+    with_entropy: bool = False,
+) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    """Return a forward for the output layer that scores tokens in chunks.
+
+    Args:
+        head: The output layer.
+        token_BT: The tokens; only the chosen ones matter.
+        chosen_BT: True where the token after a position is to be scored.
+        temperature: Of the sampling.
+        chunk_size: Positions whose logits exist at a time, see `chunked_log_probs`.
+        with_entropy: Keep the entropies as well.
+
+    Returns:
+        From the last hidden states (batch, tokens, features) to log-probabilities (batch, last),
+        0 where not chosen; and a list to which each call appends its entropies of that shape.
+    """
+    target_N = token_BT[:, 1:][chosen_BT]
+    position_BT = torch.arange(token_BT.numel(), device=token_BT.device).view_as(token_BT)
+    position_N = position_BT[:, :-1][chosen_BT]
+    entropies: list[Tensor] = []
+
+    def head_forward(hidden_BTD: Tensor) -> Tensor:
+        scores = head_log_probs(
+            head,
+            hidden_BTD[:, :-1][chosen_BT],
+            target_N,
+            position_N,
+            temperature=temperature,
+            chunk_size=chunk_size,
+            with_entropy=with_entropy,
+        )
+        if not isinstance(scores, tuple):
+            return spread(scores, chosen_BT)
+        entropies.append(spread(scores[1], chosen_BT))
+        return spread(scores[0], chosen_BT)
+
+    return head_forward, entropies
+
+
+def spread(
+    value_N: Float[Tensor, " chosen"], chosen_BT: Bool[Tensor, "batch last"]
+) -> Float[Tensor, "batch last"]:
+    """Return the values at the chosen positions and zeros elsewhere."""
+    zeros_BT = value_N.new_zeros(chosen_BT.shape)
+    return zeros_BT.index_put(chosen_BT.nonzero(as_tuple=True), value_N)
+
+
+@contextmanager
+def head_computes(head: nn.Linear, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the layer's forward on the instance, and put back what was there.
+
+    Args:
+        head: The output layer.
+        function: What it computes meanwhile, from its inputs (batch, tokens, features).
+    """
+    before = {name: value for name, value in vars(head).items() if name == "forward"}
+    vars(head)["forward"] = function
+    try:
+        yield
+    finally:
+        del vars(head)["forward"]
+        vars(head).update(before)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, then each back into its own."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside DDP, torch.compile and PEFT wrappers."""
+    inner: Any = model
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        inner = inner.module
+    inner = getattr(inner, "_orig_mod", inner)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def _class_name(model: nn.Module) -> str:
+    return type(_unwrapped(model)).__name__
+
+
+def _culprits(model: nn.Module) -> str:
+    """Return the settings of the model's configuration that change logits, in brackets."""
+    config: Any = getattr(_unwrapped(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    given = {field: getattr(config, field, None) for field in LOGIT_FIELDS}
+    found = [f"{field} = {value}" for field, value in given.items() if value not in (None, 1)]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

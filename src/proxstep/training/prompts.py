@@ -1,0 +1,165 @@
+"""The task, tokenized and graded; what is wrong with it is found before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jinja2
+import torch
+
+from proxstep.config.recipe import Recipe
+from proxstep.errors import ProxstepError
+from proxstep.rewards import (
+    RewardFunction,
+    RewardTable,
+    check_rewards,
+    load_reward,
+    reward_name,
+    score_completions,
+)
+from proxstep.tasks import Example, Task, reward_columns
+
+ADDED_REWARDS = ("overlong", "kl")
+"""What a recipe can add to the reward, by the names in rewards/NAME."""
+
+
+class Prompts:
+    """Examples with their token ids and their reward functions.
+
+    Args:
+        examples: The examples.
+        tokenizer: Encodes them.
+        functions: The reward functions.
+        weights: One per function.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        functions: Sequence[RewardFunction],
+        weights: Sequence[float],
+    ) -> None:
+        self.examples = examples
+        self._tokenizer = tokenizer
+        self._functions, self._weights = functions, weights
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def tokens(self, index: int) -> list[int]:
+        """Return a prompt's token ids; a chat goes through the template."""
+        return encode_prompt(self._tokenizer, self.examples[index].prompt)
+
+    def grade(self, indices: Iterable[int], completions: Sequence[str]) -> RewardTable:
+        """Return the rewards of completions, one for each of the indices."""
+        examples = [self.examples[i] for i in indices]
+        prompts: list[Any] = [e.prompt for e in examples]
+        answers: list[Any] = [
+            text if isinstance(e.prompt, str) else [{"role": "assistant", "content": text}]
+            for e, text in zip(examples, completions, strict=True)
+        ]
+        return score_completions(
+            self._functions, self._weights, prompts, answers, reward_columns(examples)
+        )
+
+    def check(self, limit: int, where: str) -> None:
+        """Refuse prompts that do not fit the tokenizer, are empty, or are longer than the limit.
+
+        Args:
+            limit: In tokens.
+            where: What to call these prompts in the message.
+
+        Raises:
+            ProxstepError: Naming the first such row.
+        """
+        if not isinstance(self.examples, list | tuple):
+            return  # a procedural task's prompts are short by construction
+        for row, example in enumerate(self.examples):
+            place = f"{where} row {row + 1}"
+            if not isinstance(example.prompt, str) and self._tokenizer.chat_template is None:
+                raise ProxstepError(
+                    f"{place}: the prompt is a chat, but the model's tokenizer has no chat "
+                    "template: use a chat model, or give prompts as strings (for gsm8k, math and "
+                    "svamp: task.prompt_format plain)"
+                )
+            try:
+                length = len(self.tokens(row))
+            except (jinja2.TemplateError, ValueError, TypeError) as error:
+                raise ProxstepError(
+                    f"{place}: the tokenizer's chat template refuses this prompt: {error}"
+                ) from None
+            if length == 0:
+                raise ProxstepError(
+                    f"{place}: the prompt has no tokens; is the tokenizer of model.name complete?"
+                )
+            if length > limit:
+                raise ProxstepError(
+                    f"{place}: the prompt has {length} tokens, task.max_prompt_length is {limit}: "
+                    "raise it, or drop the row"
+                )
+
+
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Return the token ids of a string, or of a chat up to the assistant's turn."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def load_rewards(recipe: Recipe, task: Task) -> tuple[list[RewardFunction], list[float]]:
+    """Return the reward functions and their weights.
+
+    Raises:
+        ProxstepError: If one cannot be loaded, does not accept the task's columns, or has a name
+            that the metrics need for something else.
+    """
+    functions = [load_reward(spec) for spec in recipe.task.rewards or task.rewards]
+    weights = recipe.task.reward_weights or [1.0] * len(functions)
+    check_rewards(functions, weights, reward_columns([task.train[0]]))
+    for function in functions:
+        if (name := reward_name(function)) in ADDED_REWARDS:
+            raise ProxstepError(
+                f"task.rewards: a reward function is named {name!r}, and rewards/{name} reports "
+                "what the recipe itself adds to the reward; rename the function"
+            )
+    return functions, weights
+
+
+def load_prompts(recipe: Recipe, tokenizer: Any, task: Task) -> tuple[Prompts, Prompts]:
+    """Return the training and the validation prompts of a task.
+
+    Raises:
+        ProxstepError: If a reward cannot be loaded, or a prompt does not fit the tokenizer.
+    """
+    rewards = load_rewards(recipe, task)
+    train = Prompts(task.train, tokenizer, *rewards)
+    validation = Prompts(task.validation, tokenizer, *rewards)
+    train.check(recipe.task.max_prompt_length, "task.train")
+    validation.check(recipe.task.max_prompt_length, "task.validation")
+    return train, validation
+
+
+def batch_rows(num_rows: int, num_per_batch: int, batch: int, seed: int) -> list[int]:
+    """Return the rows of one batch of prompts; every epoch is a permutation of its own.
+
+    Args:
+        num_rows: Rows of the data set.
+        num_per_batch: Rows to return; may exceed the data set.
+        batch: How many came before: one for each step, more with dynamic sampling.
+        seed: Of the permutations.
+
+    >>> sorted(batch_rows(4, 2, 0, seed=0) + batch_rows(4, 2, 1, seed=0))
+    [0, 1, 2, 3]
+    """
+    rows = []
+    permutation, current = torch.empty(0), -1
+    for position in range(batch * num_per_batch, (batch + 1) * num_per_batch):
+        epoch, place = divmod(position, num_rows)
+        if epoch != current:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            permutation, current = torch.randperm(num_rows, generator=generator), epoch
+        rows.append(int(permutation[place]))
+    return rows

@@ -1,0 +1,338 @@
+"""The local engine: sample, reward, update, measure; readable top to bottom.
+
+Legend for shape suffixes: B sequences, T token positions.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from proxstep.config.recipe import Recipe
+from proxstep.errors import ProxstepError
+from proxstep.isopo.diagnostics.summary import summary
+from proxstep.runs.checkpoint import save_checkpoint
+from proxstep.runs.clock import Clock
+from proxstep.runs.folder import RunFolder
+from proxstep.runs.interrupt import stop_on_signal
+from proxstep.runs.tracking import MetricsLog, Tracker
+from proxstep.training.batch import Batch, collect
+from proxstep.training.evaluation import Probe, evaluate
+from proxstep.training.generation import shortage
+from proxstep.training.models import autocast
+from proxstep.training.objective import Algorithm, make_isopo
+from proxstep.training.optimizers import make_optimizer
+from proxstep.training.output_layer import check_chunkable
+from proxstep.training.penalties import loss_penalty
+from proxstep.training.prompts import Prompts
+from proxstep.training.rollout import Completions
+from proxstep.training.scores import Scores, score
+from proxstep.typing import Tensor
+
+
+class Progress(Protocol):
+    """Who watches a run."""
+
+    def begin(self, recipe: Recipe) -> None:
+        """A run begins, or goes on."""
+
+    def note(self, text: str) -> None:
+        """Something takes its time."""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics was written."""
+
+
+class Trainer:
+    """A run of one recipe.
+
+    Args:
+        recipe: What to do.
+        model: The policy, on its device.
+        tokenizer: Its tokenizer.
+        train: Training prompts.
+        validation: Validation prompts.
+        folder: The run folder, already created.
+        progress: Who watches.
+        initial: The initial policy, where `model` is not it any more: in a resumed run.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        tokenizer: Any,
+        train: Prompts,
+        validation: Prompts,
+        folder: RunFolder,
+        progress: Progress,
+        initial: nn.Module | None = None,
+    ) -> None:
+        self.recipe, self.model, self.tokenizer = recipe, model, tokenizer
+        self.train_prompts, self.validation = train, validation
+        self.folder, self.progress = folder, progress
+        self.device = next(model.parameters()).device
+        self.initial = initial
+        if initial is None and recipe.keeps_initial:
+            self.initial = copy.deepcopy(model).eval().requires_grad_(False)
+        if recipe.model.head == "chunked":
+            check_chunkable(model)
+        self.algorithm = Algorithm(recipe)
+        self.isopo = make_isopo(recipe, model)
+        self.optimizer, self.schedule = make_optimizer(recipe, model)
+        self.clock = Clock(self.device)
+        self.probe: Probe | None = None
+        self.step, self.num_updates, self.num_sequences = 0, 0, 0
+        self._warned: set[str] = set()
+
+    def run(self) -> str:
+        """Train to the recipe's last step, or until somebody interrupts.
+
+        Returns:
+            "finished" or "interrupted"; a checkpoint is written in either case.
+
+        Raises:
+            ProxstepError: If the gradient is not finite, or a reward function misbehaves.
+        """
+        recipe = self.recipe
+        self.progress.begin(recipe)
+        self.folder.update_info(status="running")
+        if self.probe is not None:  # a resumed run does what came after its checkpoint again
+            self.folder.drop_later_steps(self.step)
+        log = MetricsLog(self.folder.metrics)
+        section = recipe.logging
+        tracker = Tracker(section.tracker, section.project, self.folder.path, recipe.model_dump())
+        status, saved = "failed", None
+        try:
+            with tracker, stop_on_signal() as stop:
+                if self.probe is None:
+                    self._write(log, tracker, {"step": 0, **self._evaluate()})
+                while self.step < recipe.steps and not stop.made:
+                    record = self._train_step()
+                    last = self.step == recipe.steps or stop.made
+                    if last or self.step % recipe.evaluation.every == 0:
+                        record |= self._evaluate()
+                    self._write(log, tracker, record)
+                    if section.checkpoint_every and self.step % section.checkpoint_every == 0:
+                        saved = self._save()
+            if saved != self.step:
+                self._save()
+            status = "finished" if self.step == recipe.steps else "interrupted"
+        finally:
+            log.close()
+            self.folder.update_info(status=status)
+        return status
+
+    def _train_step(self) -> dict[str, Any]:
+        """Sample, reward and update once; return what was measured."""
+        recipe = self.recipe
+        # Everything random of a step follows from seed and step: a resumed run repeats it exactly.
+        # Which prompts are drawn follows from how many were, for a step can take several batches.
+        torch.manual_seed(recipe.seed * 1_000_003 + self.step)
+        batch_size = recipe.rollout.num_prompts * recipe.rollout.num_generations
+        batch, measured = collect(
+            recipe,
+            self.algorithm,
+            self.model,
+            self.tokenizer,
+            self.train_prompts,
+            self.num_sequences // batch_size,
+            self.clock,
+            self.initial,
+        )
+        self.num_sequences += measured["generation_batches"] * batch_size
+        measured["skipped"] = int(batch is None)
+        self._warn("rollout", shortage(recipe, measured))
+        if batch is not None:
+            with self.clock.phase("update"):
+                measured |= self._update(batch)
+            measured |= self.algorithm.bounds(measured)
+            self._warn("objective", self.algorithm.warning(measured))
+            if measured["advantage_range"] > 0:
+                half_range = measured["advantage_range"] / 2
+                measured["grad_response_efficiency"] = measured["grad_norm"] / half_range
+        self.step += 1
+        return {"step": self.step, **measured}
+
+    def _warn(self, about: str, text: str | None) -> None:
+        """Tell who watches what a step warns of, the first time for each of the subjects."""
+        if text is not None and about not in self._warned:
+            self._warned.add(about)
+            self.progress.note(text)
+
+    def _update(self, batch: Batch) -> dict[str, Any]:
+        """Take the recipe's optimizer steps on one batch."""
+        section = self.recipe.update
+        every = self.recipe.geometry.diagnose_every
+        if self.isopo is not None:
+            self.isopo.diagnose = every is not None and self.step % every == 0
+        sequences: dict[str, list[Tensor]] = {}
+        steps: dict[str, list[float]] = {}
+        self.model.train()
+        for iteration in range(section.num_iterations):
+            for minibatch in batch.minibatches(section.num_minibatches):
+                taken = self._accumulate(minibatch, sequences, measure_entropy=iteration == 0)
+                taken["grad_norm"] = self._optimizer_step()
+                taken |= self._geometry_step()
+                for name, value in taken.items():
+                    steps.setdefault(name, []).append(value)
+        self.model.eval()
+        return {
+            "learning_rate": self.schedule.get_last_lr()[0],
+            **{name: sum(values) / len(values) for name, values in steps.items()},
+            **{name: torch.cat(parts).float().mean().item() for name, parts in sequences.items()},
+        }
+
+    def _accumulate(
+        self, minibatch: Batch, measured: dict[str, list[Tensor]], *, measure_entropy: bool
+    ) -> dict[str, float]:
+        """Accumulate the gradient of one optimizer step; return its loss, and the regularizer's."""
+        response = minibatch.completions.response_BT
+        num_tokens = int(response.sum())
+        taken: dict[str, float] = defaultdict(float)
+        for part in minibatch.microbatches(self.recipe.update.microbatch_size):
+            completions = part.completions
+            scores = self._score(completions, with_entropy=measure_entropy)
+            log_prob_BT, response_BT = scores.log_prob_BT, completions.response_BT[:, 1:]
+            if scores.entropy_BT is not None:
+                measured.setdefault("entropy", []).append(scores.entropy_BT[response_BT])
+            old_log_prob_BT = part.old_log_prob_BT
+            regularized = self.recipe.regularizer.in_loss
+            extra_loss = None
+            if regularized and self.isopo is None:
+                extra_loss = self._regularizer_loss(scores, completions, num_tokens, taken)
+            share, metrics = self.algorithm.backward(
+                log_prob_BT,
+                log_prob_BT.detach() if old_log_prob_BT is None else old_log_prob_BT,
+                part.signal_B,
+                response_BT,
+                num_sequences=int(response.any(dim=1).sum()),
+                num_tokens=num_tokens,
+                isopo=self.isopo,
+                extra_loss=extra_loss,
+                sequence_ids=completions.sequence_ids(),
+                completion_mask=completions.response_BT,
+                groups=part.group_B,
+                sequence_keys=part.index_B,
+                importance_B=part.importance_B,
+                hyper=part.hyper,
+            )
+            if regularized and self.isopo is not None:
+                with self.isopo.off():
+                    scores = self._score(completions)
+                    self._regularizer_loss(scores, completions, num_tokens, taken).backward()
+            taken["loss"] += share.item()
+            for name, value_B in metrics.items():
+                measured.setdefault(f"objective/{name}", []).append(value_B)
+        return taken
+
+    def _geometry_step(self) -> dict[str, float]:
+        """End the geometry's optimizer step; return what it measured."""
+        if self.isopo is None:
+            return {}
+        measured = self.isopo.step()
+        diagnostics = self.isopo.diagnostics
+        if self.isopo.diagnose and diagnostics is not None:
+            self.folder.add_diagnostics(
+                {
+                    "step": self.step + 1,
+                    "update": self.num_updates,
+                    "summary": summary(diagnostics),
+                    **diagnostics.to_dict(),
+                }
+            )
+        return {f"geometry/{name}": value for name, value in measured.items()}
+
+    def _score(self, completions: Completions, *, with_entropy: bool = False) -> Scores:
+        """Return the policy's log-probabilities at the sampling temperature, with their graph."""
+        recipe = self.recipe
+        with autocast(recipe, self.model):
+            return score(
+                self.model,
+                completions,
+                recipe.rollout.temperature,
+                recipe.model.head,
+                with_entropy=with_entropy,
+            )
+
+    def _regularizer_loss(
+        self, scores: Scores, completions: Completions, num_tokens: int, taken: dict[str, float]
+    ) -> Tensor:
+        """Return a microbatch's regularizer loss, and add its terms to what was taken."""
+        loss, terms = loss_penalty(
+            self.recipe, self.model, self.initial, scores, completions, num_tokens
+        )
+        for name, value in terms.items():
+            taken[f"regularizer/{name}"] += value
+        return loss
+
+    def _optimizer_step(self) -> float:
+        """Clip, step and clear; return the gradient's norm before clipping.
+
+        Raises:
+            ProxstepError: If the gradient is not finite; the parameters are left as they were.
+        """
+        limit = self.recipe.optimizer.max_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        if not math.isfinite(norm):
+            raise ProxstepError(
+                f"step {self.step + 1}, update {self.num_updates + 1}: the gradient's norm is "
+                f"{norm}; the parameters were not changed. Lower optimizer.learning_rate, or look "
+                "at the last completions in samples.jsonl"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.num_updates += 1
+        return norm
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Measure the policy as it is now; no step's randomness depends on it."""
+        with self.clock.phase("evaluation"), autocast(self.recipe, self.model):
+            measured, samples, self.probe = evaluate(
+                self.recipe, self.model, self.initial, self.tokenizer, self.validation, self.probe
+            )
+        self.folder.add_samples([{"step": self.step, **sample} for sample in samples])
+        return measured
+
+    def _write(self, log: MetricsLog, tracker: Tracker, record: dict[str, Any]) -> None:
+        record |= {
+            "num_updates": self.num_updates,
+            "num_sequences": self.num_sequences,
+            "elapsed_seconds": self.clock.elapsed(),
+            **self.clock.take(),
+        }
+        log.write(record)
+        tracker.log(record)
+        self.progress.record(record)
+
+    def _save(self) -> int:
+        state = {
+            "step": self.step,
+            "num_updates": self.num_updates,
+            "num_sequences": self.num_sequences,
+            "elapsed_seconds": self.clock.elapsed(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "isopo": self.isopo.state_dict() if self.isopo else None,
+            "probe": self.probe.state_dict() if self.probe else None,
+        }
+        save_checkpoint(self.folder.path, self.step, self.model, self.tokenizer, state)
+        return self.step
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state; the model was loaded from the same one."""
+        self.step, self.num_updates = state["step"], state["num_updates"]
+        self.num_sequences = state["num_sequences"]
+        self.clock.continue_from(state["elapsed_seconds"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.isopo is not None:
+            self.isopo.load_state_dict(state["isopo"])
+        self.probe = Probe.from_state_dict(state["probe"], self.device)

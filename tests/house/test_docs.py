@@ -1,0 +1,93 @@
+"""The documentation says what the code does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from experiments.objectives import VARIANTS, markdown_of
+from tests.isopo.test_install import IDS, log_probs
+from tests.models import tiny_qwen3
+
+from proxstep.cli import commands as cli
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_examples_run(page: Path) -> None:
+    for code in blocks(page, "python"):
+        model = tiny_qwen3()
+        before = [p.detach().clone() for p in model.parameters()]
+        advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+        names = {
+            "model": model,
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+            "sequence_ids": IDS,
+            "advantages": advantages,
+            "coefficients": advantages / 2,
+            "log_probs": log_probs(model),
+            "completion_log_probs": log_probs,
+        }
+        exec("from proxstep import Isopo\n" + code, names)
+        grads = [p.grad for p in model.parameters()]
+        moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert moved or all(g is not None for g in grads)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_parse(page: Path) -> None:
+    """Every proxstep command of a shell block is one that the parser takes."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["proxstep"]:
+                own, _ = cli._split(words[1:])
+                cli._parser().parse_args(own)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_reference_pages_are_current() -> None:
+    path = ROOT / "scripts" / "make_reference.py"
+    spec = importlib.util.spec_from_file_location("make_reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, page in module.PAGES.items():
+        assert (ROOT / "docs" / name).read_text() == page(), f"run make reference: {name}"
+
+
+def test_recipes_that_are_named_exist() -> None:
+    texts = [page.read_text() for page in PAGES] + list(cli.EXAMPLES.values())
+    named = {name for text in texts for name in re.findall(r"recipes/[\w-]+\.yaml", text)}
+    assert len(named) > 1
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text()))
+    assert named
+    assert named <= targets
+
+
+def test_the_table_of_objectives_is_of_the_committed_rows() -> None:
+    rows = json.loads((ROOT / "experiments" / "objectives" / "rows.json").read_text())["rows"]
+    assert len(rows) == 5 * len(VARIANTS)
+    assert markdown_of(rows) in (ROOT / "docs" / "algorithms.md").read_text()

@@ -1,0 +1,215 @@
+"""Checkpoints appear complete or not at all, and reading one runs no code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from proxstep.errors import ProxstepError
+from proxstep.runs.checkpoint import (
+    STATE_FILE,
+    STATE_KEYS,
+    checkpoints,
+    latest_checkpoint,
+    load_state,
+    save_checkpoint,
+)
+
+
+class Saved:
+    """Stands in for a model or a tokenizer: writes one file, or fails half-way."""
+
+    def __init__(self, name: str, text: str = "whole", error: Exception | None = None) -> None:
+        self.name, self.text, self.error = name, text, error
+
+    def save_pretrained(self, folder: Path) -> None:
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / self.name).write_text(self.text)
+        if self.error is not None:
+            raise self.error
+
+
+def state_at(step: int) -> dict[str, Any]:
+    return {**dict.fromkeys(STATE_KEYS), "step": step}
+
+
+def save(folder: Path, step: int, text: str = "whole", **options: Any) -> Path:
+    model: Any = options.get("model", Saved("model", text))
+    tokenizer = options.get("tokenizer", Saved("tokenizer", text))
+    return save_checkpoint(folder, step, model, tokenizer, options.get("state", state_at(step)))
+
+
+def held(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_holds_model_tokenizer_and_state(tmp_path: Path) -> None:
+    state = {
+        **state_at(3),
+        "tensor": torch.arange(3),
+        "nested": {"rates": [0.1, None], "name": "x"},
+    }
+    saved = save(tmp_path, 3, state=state)
+    assert saved == tmp_path / "checkpoints" / "step-000003" == latest_checkpoint(tmp_path)
+    assert sorted(path.name for path in saved.iterdir()) == ["model", "tokenizer", STATE_FILE]
+    read = load_state(saved)
+    assert torch.equal(read.pop("tensor"), state.pop("tensor"))
+    assert read == state
+
+
+def test_only_the_newest_is_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save(tmp_path, step)
+        assert held(tmp_path) == [f"step-{step:06d}"]
+
+
+def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
+    save(tmp_path, 2, "old")
+    assert (save(tmp_path, 2, "new") / "model").read_text() == "new"
+    assert held(tmp_path) == ["step-000002"]
+
+
+def test_leftovers_of_a_crash_are_ignored_and_replaced(tmp_path: Path) -> None:
+    leftover = tmp_path / "checkpoints" / "step-000004.incomplete"
+    leftover.mkdir(parents=True)
+    (leftover / "half").write_text("a file that no checkpoint has")
+    assert checkpoints(tmp_path) == []
+    with pytest.raises(ProxstepError, match="no checkpoint there; a run writes one when it ends"):
+        latest_checkpoint(tmp_path)
+    save(tmp_path, 3)
+    assert held(tmp_path) == ["step-000003"]
+    (leftover / "deep").mkdir(parents=True)
+    (leftover / "half").write_text("a file that no checkpoint has")
+    saved = save(tmp_path, 4)
+    assert held(tmp_path) == ["step-000004"]
+    assert not (saved / "half").exists()
+
+
+@pytest.mark.parametrize("broken", ["model", "tokenizer", "state", "rename"])
+def test_a_save_that_fails_leaves_the_one_before(
+    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, "good")
+    full = OSError(28, "No space left on device")
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise full
+
+    parts = {broken: Saved(broken, error=full)} if broken in ("model", "tokenizer") else {}
+    with monkeypatch.context() as patch:
+        if broken == "state":
+            patch.setattr(torch, "save", fail)
+        if broken == "rename":
+            patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="No space left"):
+            save(tmp_path, 2, **parts)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000001"]
+    assert (latest_checkpoint(tmp_path) / "model").read_text() == "good"
+    assert load_state(latest_checkpoint(tmp_path)) == state_at(1)
+    save(tmp_path, 2)
+    assert held(tmp_path) == ["step-000002"]
+
+
+def test_the_old_ones_go_only_when_the_new_one_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    seen = []
+    replace = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        seen.append([path.name for path in checkpoints(tmp_path)])
+        replace(source, target)
+        seen.append([path.name for path in checkpoints(tmp_path)])
+
+    monkeypatch.setattr(os, "replace", watched)
+    save(tmp_path, 2)
+    assert seen == [["step-000001"], ["step-000001", "step-000002"]]
+    assert held(tmp_path) == ["step-000002"]
+
+
+def test_other_folders_are_not_checkpoints(tmp_path: Path) -> None:
+    parent = tmp_path / "checkpoints"
+    for name in ("step-best", "step-000007.incomplete", "step-", "old-step-000009", "mine"):
+        (parent / name).mkdir(parents=True)
+    save(tmp_path, 5)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000005"]
+    assert (parent / "mine").is_dir()
+    assert (parent / "step-best").is_dir()
+
+
+def test_a_run_without_the_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    assert checkpoints(tmp_path) == []
+    with pytest.raises(ProxstepError, match=f"{tmp_path}: no checkpoint there"):
+        latest_checkpoint(tmp_path)
+
+
+# Reading the state
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_state_that_was_cut_off_is_refused(tmp_path: Path, share: float) -> None:
+    path = save(tmp_path, 1, state={**state_at(1), "tensor": torch.ones(100)}) / STATE_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ProxstepError, match=f"{path}: cannot be read"):
+        load_state(path.parent)
+
+
+def test_a_missing_state_is_refused(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / STATE_FILE).unlink()
+    with pytest.raises(ProxstepError, match=r"trainer_state\.pt: cannot be read"):
+        load_state(latest_checkpoint(tmp_path))
+
+
+class Payload:
+    """Unpickles to a call that would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_reading_a_state_never_runs_code(tmp_path: Path, writer: str) -> None:
+    path = save(tmp_path, 1) / STATE_FILE
+    payload = {**state_at(1), "payload": Payload(tmp_path / "was-here")}
+    if writer == "torch":
+        torch.save(payload, path)
+    else:
+        path.write_bytes(pickle.dumps(payload, protocol=2))
+    with pytest.raises(ProxstepError, match="cannot be read"):
+        load_state(path.parent)
+    assert not (tmp_path / "was-here").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"garbage", b"PK\x03\x04 and then nothing", b"\x80\x02.", b"h\x01."]
+)
+def test_a_state_that_is_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / STATE_FILE).write_bytes(content)
+    with pytest.raises(ProxstepError, match=f"{STATE_FILE}: cannot be read"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("state", [None, [1], {}, {"step": 1}, torch.ones(2), set(STATE_KEYS)])
+def test_a_state_of_another_program_is_refused(tmp_path: Path, state: Any) -> None:
+    torch.save(state, tmp_path / STATE_FILE)
+    with pytest.raises(ProxstepError, match=r"cannot be read \(.*so the run cannot be continued"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("key", sorted(STATE_KEYS))
+def test_a_state_without_one_of_its_parts_is_refused(tmp_path: Path, key: str) -> None:
+    state = state_at(1)
+    del state[key]
+    torch.save(state, tmp_path / STATE_FILE)
+    with pytest.raises(ProxstepError, match="it is not a trainer's state"):
+        load_state(tmp_path)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from proxstep.config.loading import resolve
+from proxstep.errors import ProxstepError
+from proxstep.rewards import exact_match, load_reward
+from proxstep.tasks import Example, arithmetic_task
+from proxstep.training.demo_model import build_embedded_model
+from proxstep.training.prompts import Prompts, batch_rows, encode_prompt, load_rewards
+
+
+@pytest.mark.parametrize(("num_rows", "num_per_batch"), [(10, 3), (4, 4), (3, 8), (1, 2)])
+def test_every_epoch_visits_every_row_once(num_rows: int, num_per_batch: int) -> None:
+    drawn = [
+        row for batch in range(24) for row in batch_rows(num_rows, num_per_batch, batch, seed=7)
+    ]
+    for start in range(0, len(drawn) - num_rows + 1, num_rows):
+        assert sorted(drawn[start : start + num_rows]) == list(range(num_rows))
+
+
+def test_rows_follow_from_seed_and_batch_alone() -> None:
+    assert batch_rows(50, 8, 5, seed=1) == batch_rows(50, 8, 5, seed=1)
+    assert batch_rows(50, 8, 5, seed=1) != batch_rows(50, 8, 5, seed=2)
+    assert Counter(batch_rows(50, 50, 0, 1)) == Counter(batch_rows(50, 50, 1, 1))
+
+
+def test_chats_go_through_the_template_once() -> None:
+    tokenizer, _ = build_embedded_model()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}={% endif %}"
+    )
+    chat = [{"role": "user", "content": "1+2"}]
+    assert encode_prompt(tokenizer, chat) == encode_prompt(tokenizer, "1+2=")
+
+
+def test_rewards_see_the_columns_and_chats_as_messages() -> None:
+    seen = {}
+
+    def spy(prompts, completions, answer, hint, **columns):
+        seen.update(
+            prompts=prompts, completions=completions, answer=answer, hint=hint, more=columns
+        )
+        return [1.0] * len(prompts)
+
+    tokenizer, _ = build_embedded_model()
+    chat = [{"role": "user", "content": "1+1"}]
+    examples = [
+        Example("1+2=", "3", columns={"hint": "h"}),
+        Example(chat, "2", columns={"level": 4}),
+    ]
+    prompts = Prompts(examples, tokenizer, [spy, exact_match], [1.0, 0.5])
+    table = prompts.grade([1, 0], ["2", "4"])
+    assert table.total == [1.5, 1.0]
+    assert seen["prompts"] == [chat, "1+2="]
+    assert seen["completions"] == [[{"role": "assistant", "content": "2"}], "4"]
+    assert seen["answer"] == ["2", "3"]
+    assert seen["hint"] == [None, "h"]
+    assert seen["more"] == {"level": [4, None]}
+
+
+def test_builtin_reward_by_name() -> None:
+    assert load_reward("exact_match") is exact_match
+
+
+@pytest.mark.parametrize("name", ["overlong", "kl"])
+def test_a_reward_does_not_take_the_name_of_what_is_added(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text(f"def {name}(prompts, completions, **columns):\n    return [1.0]\n")
+    recipe = resolve({"algorithm": "grpo", "task": {"rewards": [f"{file}:{name}"]}}, {}, "test")
+    with pytest.raises(ProxstepError, match=f"a reward function is named '{name}'"):
+        load_rewards(recipe, arithmetic_task(1, 4))
