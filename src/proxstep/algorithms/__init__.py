@@ -1,68 +1,68 @@
-"""The objectives, one pure function each, and the table that names them.
+"""The algorithms, one file each: keys, preparation and loss together.
 
-Every objective is (log_probs, old_log_probs, advantages, response_mask, *, hyper-parameters,
-aggregation) -> (scalar loss, metrics); metrics are detached and have one entry per sequence, so
-that their mean over a batch does not depend on how it was split into microbatches.
+Every loss is (log_probs, old_log_probs, signal, response_mask, *, keys, aggregation) -> (scalar
+loss, metrics); metrics are detached and have one entry per sequence, so that their mean over a
+batch does not depend on how it was split into microbatches.
+
+A new algorithm is a file with an `Algorithm` and its line below.
 """
 
+from proxstep.algorithms.advantages import ADVANTAGES
 from proxstep.algorithms.aggregate import (
     LOSS_AGG_MODES,
     SEQ_MEAN_TOKEN_MEAN,
     SEQ_MEAN_TOKEN_SUM,
     TOKEN_MEAN,
     Aggregation,
-    aggregate,
 )
-from proxstep.algorithms.cispo import cispo
-from proxstep.algorithms.composition import gradient_by_sequence, sequence_coefficients
-from proxstep.algorithms.dro import dro
-from proxstep.algorithms.escort import drive, escort_weights
-from proxstep.algorithms.grpo import dapo, grpo
-from proxstep.algorithms.gspo import gspo
+from proxstep.algorithms.base import ALGORITHMS, Algorithm, Key, find_algorithm, register
+from proxstep.algorithms.cispo import CISPO, cispo
+from proxstep.algorithms.composition import sequence_coefficients
+from proxstep.algorithms.dro import DRO, dro
+from proxstep.algorithms.grpo import DAPO, DR_GRPO, GRPO, dapo, grpo
+from proxstep.algorithms.gspo import GSPO, gspo
 from proxstep.algorithms.importance import importance_weights
-from proxstep.algorithms.opo import (
-    auto_mu,
-    clip_target,
-    opo,
-    opo_by_sequence,
-    positivity,
-    regression_target,
-    target_shares,
-    tv_bound,
-)
-from proxstep.algorithms.reinforce import reinforce
-from proxstep.algorithms.table import LOSSES, Objective, find_objective
-from proxstep.algorithms.temperature import adaptive_tau, entropy_proxy
+from proxstep.algorithms.opo import OPO, centered_weights, escort_weights, opo
+from proxstep.algorithms.preparation import OldPolicy, Signal, SignalInputs
+from proxstep.algorithms.reinforce import REINFORCE, RLOO, reinforce
+
+for _algorithm in (
+    REINFORCE,
+    GRPO,
+    DAPO,
+    GSPO,
+    CISPO,
+    DRO,
+    OPO,
+    DR_GRPO,
+    RLOO,
+):
+    register(_algorithm)
 
 __all__ = [
-    "LOSSES",
+    "ADVANTAGES",
+    "ALGORITHMS",
     "LOSS_AGG_MODES",
     "SEQ_MEAN_TOKEN_MEAN",
     "SEQ_MEAN_TOKEN_SUM",
     "TOKEN_MEAN",
     "Aggregation",
-    "Objective",
-    "adaptive_tau",
-    "aggregate",
-    "auto_mu",
+    "Algorithm",
+    "Key",
+    "OldPolicy",
+    "Signal",
+    "SignalInputs",
+    "centered_weights",
     "cispo",
-    "clip_target",
     "dapo",
-    "drive",
     "dro",
-    "entropy_proxy",
     "escort_weights",
-    "find_objective",
-    "gradient_by_sequence",
+    "find_algorithm",
     "grpo",
     "gspo",
     "importance_weights",
     "opo",
-    "opo_by_sequence",
-    "positivity",
-    "regression_target",
+    "register",
     "reinforce",
     "sequence_coefficients",
-    "target_shares",
-    "tv_bound",
 ]

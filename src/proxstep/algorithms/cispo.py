@@ -6,6 +6,7 @@ Shapes: B sequences, T token positions.
 from __future__ import annotations
 
 from proxstep.algorithms.aggregate import TOKEN_MEAN, Aggregation, LossAndMetrics, aggregate
+from proxstep.algorithms.base import Algorithm, Key
 from proxstep.algorithms.checks import check_clip_range, check_inputs
 from proxstep.logprobs.masked import masked_mean
 from proxstep.logprobs.ratio import bounded, ratio_metrics, token_log_ratio
@@ -56,3 +57,16 @@ def cispo(
     metrics = ratio_metrics(log_ratio_BT, response_mask)
     metrics["clip_ratio"] = masked_mean((weight_BT != ratio_BT).to(log_probs), response_mask)
     return aggregate(loss_BT, response_mask, aggregation), metrics
+
+
+CISPO = Algorithm(
+    "cispo",
+    cispo,
+    level="token",
+    about="Detached, clipped importance weights (arXiv 2506.13585).",
+    keys={
+        "clip_ratio_low": Key("Weights are clipped at 1 - this.", ge=0),
+        "clip_ratio_high": Key("Weights are clipped at 1 + this.", ge=0),
+    },
+    on_policy="clips nothing",
+)

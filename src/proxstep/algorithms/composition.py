@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from proxstep.algorithms.base import ALGORITHMS, Algorithm
 from proxstep.algorithms.checks import check_inputs
-from proxstep.algorithms.table import LOSSES, Objective
 from proxstep.errors import ProxstepError
 from proxstep.typing import Bool, Float, Tensor
 
 
 def sequence_coefficients(
-    objective: Objective,
+    algorithm: Algorithm,
     log_probs: Float[Tensor, "batch tokens"],
     old_log_probs: Float[Tensor, "batch tokens"],
     advantages: Float[Tensor, " batch"],
@@ -31,7 +31,7 @@ def sequence_coefficients(
     step's microbatches are the coefficients of the whole batch.
 
     Args:
-        objective: A sequence-level objective of `LOSSES`, or one's own.
+        algorithm: A sequence-level one of `ALGORITHMS`, or one's own.
         log_probs: The policy's log-probabilities of the sampled tokens, in nats; only their values
             are used.
         old_log_probs: The second argument of the objective, in nats.
@@ -50,27 +50,27 @@ def sequence_coefficients(
     >>> log_probs, advantages = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]), torch.tensor([1.0, -3.0])
     >>> mask = torch.tensor([[True, True], [True, False]])
     >>> coefficient_B, _, _ = sequence_coefficients(
-    ...     LOSSES["reinforce"], log_probs, log_probs, advantages, mask
+    ...     ALGORITHMS["reinforce"], log_probs, log_probs, advantages, mask
     ... )
     >>> coefficient_B.tolist()
     [0.5, -1.5]
     """
-    if objective.level != "sequence":
-        names = ", ".join(name for name, known in LOSSES.items() if known.level == "sequence")
+    if algorithm.level != "sequence":
+        names = ", ".join(name for name, known in ALGORITHMS.items() if known.level == "sequence")
         raise ProxstepError(
-            f"{objective.name} is a token-level objective: its gradient differs from token to "
+            f"{algorithm.name} is a token-level objective: its gradient differs from token to "
             "token, so a sequence has no single coefficient to hand to ISOPO. Objectives that have "
             f"one: {names}."
         )
     check_inputs(log_probs, old_log_probs, advantages, response_mask)
     with torch.enable_grad():
         leaf_BT = log_probs.detach().requires_grad_()
-        loss, metrics = objective.loss(leaf_BT, old_log_probs, advantages, response_mask, **hyper)
+        loss, metrics = algorithm.loss(leaf_BT, old_log_probs, advantages, response_mask, **hyper)
         (grad_BT,) = torch.autograd.grad(loss, leaf_BT)
     grad_B = gradient_by_sequence(
         grad_BT,
         response_mask,
-        f"{objective.name} is declared sequence-level, but its gradient differs between the tokens "
+        f"{algorithm.name} is declared sequence-level, but its gradient differs between the tokens "
         'of a sequence: declare it with level="token".',
     )
     return -grad_B, loss.detach(), metrics

@@ -6,6 +6,7 @@ Shapes: B sequences, T token positions.
 from __future__ import annotations
 
 from proxstep.algorithms.aggregate import TOKEN_MEAN, Aggregation, LossAndMetrics, aggregate
+from proxstep.algorithms.base import Algorithm, Key
 from proxstep.algorithms.checks import check_inputs, check_positive
 from proxstep.logprobs.ratio import ratio_metrics, token_log_ratio
 from proxstep.typing import Bool, Float, Tensor
@@ -56,3 +57,13 @@ def dro(
     return aggregate(loss_BT, response_mask, aggregation), ratio_metrics(
         log_ratio_BT, response_mask
     )
+
+
+DRO = Algorithm(
+    "dro",
+    dro,
+    level="token",
+    about="Quadratic penalty on each token's log-ratio, as verl ships it.",
+    keys={"beta": Key("Weight of the penalty.", gt=0)},
+    on_policy="has no penalty to pay: objective.beta changes nothing",
+)

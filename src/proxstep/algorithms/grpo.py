@@ -5,6 +5,8 @@ Shapes: B sequences, T token positions.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from proxstep.algorithms.aggregate import (
@@ -14,6 +16,7 @@ from proxstep.algorithms.aggregate import (
     LossAndMetrics,
     aggregate,
 )
+from proxstep.algorithms.base import Algorithm, Key
 from proxstep.algorithms.checks import check_clip_range, check_inputs
 from proxstep.logprobs.masked import masked_mean
 from proxstep.logprobs.ratio import bounded, ratio_metrics, token_log_ratio
@@ -129,3 +132,36 @@ def dapo(
         clip_ratio_high=clip_ratio_high,
         aggregation=aggregation,
     )
+
+
+CLIP_KEYS = {
+    "clip_ratio_low": Key("Ratios are clipped at 1 - this.", ge=0),
+    "clip_ratio_high": Key("Ratios are clipped at 1 + this.", ge=0),
+}
+
+GRPO = Algorithm(
+    "grpo",
+    grpo,
+    level="token",
+    about="Token ratios, clipped (arXiv 2402.03300).",
+    keys=CLIP_KEYS,
+    on_policy="clips nothing",
+)
+DAPO = Algorithm(
+    "dapo",
+    dapo,
+    level="token",
+    about="GRPO with a higher upper bound and a token mean (arXiv 2503.14476).",
+    keys=CLIP_KEYS,
+    on_policy="clips nothing",
+)
+DR_GRPO = Algorithm(
+    "dr-grpo",
+    # Section 3.2: a sum over tokens, over a constant, takes the length bias away.
+    partial(grpo, aggregation=Aggregation("seq-mean-token-sum-norm")),
+    level="token",
+    about="GRPO without the biases of length and of the group's spread (arXiv 2503.20783).",
+    keys=CLIP_KEYS,
+    advantage="group-centered",
+    on_policy="clips nothing",
+)

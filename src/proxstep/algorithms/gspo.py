@@ -11,8 +11,9 @@ from proxstep.algorithms.aggregate import (
     LossAndMetrics,
     aggregate_sequences,
 )
+from proxstep.algorithms.base import Algorithm
 from proxstep.algorithms.checks import check_clip_range, check_inputs
-from proxstep.algorithms.grpo import clipped_surrogate
+from proxstep.algorithms.grpo import CLIP_KEYS, clipped_surrogate
 from proxstep.logprobs.masked import masked_mean
 from proxstep.logprobs.ratio import bounded, ratio_metrics, token_log_ratio
 from proxstep.typing import Bool, Float, Tensor
@@ -66,3 +67,13 @@ def gspo(
     metrics = ratio_metrics(log_ratio_BT, response_mask)
     metrics |= {"ratio": ratio_B.detach(), "clip_ratio": is_clipped_B.to(log_probs)}
     return aggregate_sequences(loss_B, response_mask, aggregation), metrics
+
+
+GSPO = Algorithm(
+    "gspo",
+    gspo,
+    level="sequence",
+    about="The sequence's mean ratio, clipped (arXiv 2507.18071).",
+    keys=CLIP_KEYS,
+    on_policy="clips nothing",
+)

@@ -5,7 +5,10 @@ Shapes: B sequences, T token positions.
 
 from __future__ import annotations
 
+import dataclasses
+
 from proxstep.algorithms.aggregate import SEQ_MEAN_TOKEN_SUM, Aggregation, LossAndMetrics, aggregate
+from proxstep.algorithms.base import Algorithm
 from proxstep.algorithms.checks import check_inputs
 from proxstep.logprobs.ratio import ratio_metrics, token_log_ratio
 from proxstep.typing import Bool, Float, Tensor
@@ -44,3 +47,17 @@ def reinforce(
     return aggregate(loss_BT, response_mask, aggregation), ratio_metrics(
         log_ratio_BT, response_mask
     )
+
+
+REINFORCE = Algorithm(
+    "reinforce",
+    reinforce,
+    level="sequence",
+    about="Policy gradient without ratio and clipping.",
+)
+RLOO = dataclasses.replace(
+    REINFORCE,
+    name="rloo",
+    about="REINFORCE against the mean of the prompt's other completions (arXiv 2402.14740).",
+    advantage="leave-one-out",
+)

@@ -1,0 +1,177 @@
+"""What an algorithm is: its loss, its preparation and its keys, declared once.
+
+A file of this folder holds an algorithm whole, and one line in `proxstep.algorithms` registers it.
+From the declaration follow the recipe's keys and their checks, the command line, the comparison,
+the reference pages, the conformance tests and the options of the TRL and verl engines.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_type_hints
+
+from proxstep.algorithms.aggregate import LossAndMetrics
+from proxstep.algorithms.checks import check_choice
+from proxstep.algorithms.preparation import Signal, SignalInputs
+from proxstep.errors import ProxstepError
+
+Options = Mapping[str, Any]
+"""The values of an algorithm's keys."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of an algorithm; its type and default are those of the keyword that it names.
+
+    Attributes:
+        help: A sentence.
+        ge: Smallest number, if any; likewise `gt` (above), `le` and `lt`.
+        choices: The texts that it may be; empty for a number or a switch.
+    """
+
+    help: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The limits that are set, by name."""
+        limits = {name: getattr(self, name) for name in ("ge", "gt", "le", "lt")}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Algorithm:
+    """An algorithm: from rewards to a signal per sequence, and from there to a loss.
+
+    The keyword arguments of `loss` and `prepare` are its keys. Their defaults in the signatures are
+    the only place where defaults stand.
+
+    Attributes:
+        name: The name in recipes.
+        loss: (log_probs, old_log_probs, signal, response_mask, *, keys, aggregation) -> (scalar
+            loss, per-sequence metrics).
+        level: "sequence" if the loss depends on each sequence through log pi(y_b) alone, so that
+            every token of it has the same gradient; "token" otherwise. Only the former composes
+            with ISOPO.
+        about: What it is, in a phrase with its source.
+        keys: What is to be said of each key, in the order of the documentation.
+        prepare: (inputs, *, keys) -> signal, once for all updates of a rollout; None where the loss
+            takes the advantages.
+        advantage: The default of `objective.advantage`.
+        aggregates: Whether the loss takes any `loss_agg_mode`; otherwise it has its own alone.
+        on_policy: What is idle in it at one update per rollout, where every ratio is 1.
+        reads_old_policy: Whether `prepare` needs the old policy's log-probabilities.
+        compares: Where the keys compare a prompt's completions, which the advantage may do besides,
+            the setting that does not; else "".
+        check: Raises ValueError for keys that do not go together.
+
+    Raises:
+        ProxstepError: The level is unknown, or a key lacks its sentence or names no keyword.
+    """
+
+    name: str
+    loss: Callable[..., LossAndMetrics]
+    level: Literal["token", "sequence"]
+    about: str
+    keys: Mapping[str, Key] = field(default_factory=dict)
+    prepare: Callable[..., Signal] | None = None
+    advantage: str = "group-zscore"
+    aggregates: bool = True
+    on_policy: str = ""
+    reads_old_policy: Callable[[Options], bool] = lambda options: False
+    compares: Callable[[Options], str] = lambda options: ""
+    check: Callable[[Options], None] = lambda options: None
+
+    def __post_init__(self) -> None:
+        check_choice("level", self.level, ("token", "sequence"))
+        odd = set(self.keys) ^ set(self.defaults)
+        if odd:
+            raise ProxstepError(
+                f"algorithm {self.name}: {', '.join(sorted(odd))} must be both a keyword argument "
+                "of its loss or its preparation and one of its keys"
+            )
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """Each key's default."""
+        found = _keywords(self.loss) | (_keywords(self.prepare) if self.prepare else {})
+        return {name: found[name] for name in [*self.keys, *found] if name in found}
+
+    @cached_property
+    def types(self) -> dict[str, Any]:
+        """Each key's type, as the signature says it."""
+        hints = get_type_hints(_plain(self.prepare), include_extras=True) if self.prepare else {}
+        hints |= {
+            name: hint
+            for name, hint in get_type_hints(_plain(self.loss), include_extras=True).items()
+            if name not in hints  # the preparation's mu may be "auto", the loss's is a number
+        }
+        return {name: hints[name] for name in self.defaults}
+
+    @property
+    def default_loss_agg_mode(self) -> str:
+        """The aggregation's mode when none is given."""
+        return inspect.signature(self.loss).parameters["aggregation"].default.mode
+
+    def signal(self, inputs: SignalInputs, options: Options) -> Signal:
+        """Return what the loss takes of a rollout.
+
+        Args:
+            inputs: The rollout.
+            options: Values of the keys; defaults stand for those that are left out.
+        """
+        if self.prepare is None:
+            return Signal(inputs.advantage_B, inputs.importance_B)
+        names = _keywords(self.prepare)
+        return self.prepare(inputs, **{name: options[name] for name in names if name in options})
+
+    def loss_options(self, options: Options) -> dict[str, Any]:
+        """Return those of the keys that the loss takes."""
+        return {name: options[name] for name in _keywords(self.loss) if name in options}
+
+
+ALGORITHMS: dict[str, Algorithm] = {}
+"""Every algorithm by name; `proxstep.algorithms` fills it."""
+
+
+def register(algorithm: Algorithm) -> Algorithm:
+    """Add an algorithm to `ALGORITHMS`.
+
+    Raises:
+        ProxstepError: Its name is taken, or could be read as RULE+OBJECTIVE.
+    """
+    if algorithm.name in ALGORITHMS or "+" in algorithm.name:
+        raise ProxstepError(f"algorithm {algorithm.name}: the name is taken, or has a plus sign")
+    ALGORITHMS[algorithm.name] = algorithm
+    return algorithm
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """Return the algorithm of that name.
+
+    Raises:
+        ProxstepError: There is none; the message names the nearest.
+    """
+    check_choice("algorithm", name, ALGORITHMS)
+    return ALGORITHMS[name]
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name != "aggregation"
+    }
+
+
+def _plain(function: Any) -> Any:
+    """Return the function in a partial."""
+    return getattr(function, "func", function)
