@@ -19,10 +19,11 @@ from proxstep.algorithms.base import ALGORITHMS, Algorithm, Key, find_algorithm,
 from proxstep.algorithms.cispo import CISPO, cispo
 from proxstep.algorithms.composition import sequence_coefficients
 from proxstep.algorithms.dro import DRO, dro
+from proxstep.algorithms.escort import centered_weights, escort_weights
 from proxstep.algorithms.grpo import DAPO, DR_GRPO, GRPO, dapo, grpo
 from proxstep.algorithms.gspo import GSPO, gspo
 from proxstep.algorithms.importance import importance_weights
-from proxstep.algorithms.opo import OPO, centered_weights, escort_weights, opo
+from proxstep.algorithms.opo import OPO, opo
 from proxstep.algorithms.preparation import OldPolicy, Signal, SignalInputs
 from proxstep.algorithms.reinforce import REINFORCE, RLOO, reinforce
 

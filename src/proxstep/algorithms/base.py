@@ -65,12 +65,11 @@ class Algorithm:
         prepare: (inputs, *, keys) -> signal, once for all updates of a rollout; None where the loss
             takes the advantages.
         advantage: The default of `objective.advantage`.
-        aggregates: Whether the loss takes any `loss_agg_mode`; otherwise it has its own alone.
         on_policy: What is idle in it at one update per rollout, where every ratio is 1.
         reads_old_policy: Whether `prepare` needs the old policy's log-probabilities.
         compares: Where the keys compare a prompt's completions, which the advantage may do besides,
             the setting that does not; else "".
-        check: Raises ValueError for keys that do not go together.
+        checks: Each raises ValueError for keys that do not go together.
 
     Raises:
         ProxstepError: The level is unknown, or a key lacks its sentence or names no keyword.
@@ -83,11 +82,10 @@ class Algorithm:
     keys: Mapping[str, Key] = field(default_factory=dict)
     prepare: Callable[..., Signal] | None = None
     advantage: str = "group-zscore"
-    aggregates: bool = True
     on_policy: str = ""
     reads_old_policy: Callable[[Options], bool] = lambda options: False
     compares: Callable[[Options], str] = lambda options: ""
-    check: Callable[[Options], None] = lambda options: None
+    checks: tuple[Callable[[Options], None], ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("level", self.level, ("token", "sequence"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from proxstep.algorithms.importance import importance_weights
-from proxstep.logprobs.masked import masked_sum
+from proxstep.logprobs.masked import masked_mean
 from proxstep.typing import Bool, Float, Int, Tensor
 
 
@@ -28,10 +28,6 @@ class OldPolicy:
     response_BT: Bool[Tensor, "batch tokens"]
     vocabulary_size: int
     sampler_log_prob_BT: Float[Tensor, "batch tokens"] | None = None
-
-    def sequence_log_probs(self) -> Float[Tensor, " batch"]:
-        """Return log pi_k(y_b), in nats."""
-        return masked_sum(self.log_prob_BT, self.response_BT)
 
     def importance(self, cap: float) -> tuple[Float[Tensor, " batch"], dict[str, float]]:
         """Return the truncated importance weights against the sampler, and what they are like."""
@@ -74,3 +70,10 @@ class Signal:
     importance_B: Float[Tensor, " batch"] | None = None
     hyper: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+def mean_log_probs(inputs: SignalInputs) -> Float[Tensor, " batch"]:
+    """Return log pi_k(y_b) / length_b, in nats per token; 0 for an empty completion."""
+    old = inputs.old_policy
+    assert old is not None  # the algorithm's reads_old_policy
+    return masked_mean(old.log_prob_BT, old.response_BT).cpu()

@@ -6,7 +6,10 @@ Shapes: B sequences. In the paper's symbols: v* is `target`, omega is `weight`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+from proxstep.algorithms.base import Key
 from proxstep.algorithms.checks import check_positive
 from proxstep.errors import ProxstepError
 from proxstep.typing import Float, Tensor
@@ -157,3 +160,24 @@ def tv_bound(chi_square: float) -> float:
     Source: arXiv 2601.12415, proposition A.3.
     """
     return math.sqrt(chi_square) / 2
+
+
+SAFEGUARD_KEYS = {
+    "mu": Key(
+        'Curvature of the chi-square penalty; "auto" is the largest drive of the rollout, at least '
+        "1: no target is more than one old probability away.",
+        gt=0,
+    ),
+    "target_min": Key(
+        "Smallest target drive / mu, such as -0.999; null for no bound.", ge=-1, lt=0
+    ),
+}
+
+
+def check_safeguards(options: Mapping[str, Any]) -> None:
+    """Raise ValueError where there is no target to bound."""
+    if options["target_min"] is not None and options["drive"] == "none":
+        raise ValueError(
+            "objective.target_min bounds the target from below, and objective.drive none has no "
+            "target below 0: leave one of them out"
+        )

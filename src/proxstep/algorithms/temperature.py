@@ -5,7 +5,14 @@ Shapes: B sequences, T token positions.
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from proxstep.algorithms.base import Key
 from proxstep.algorithms.checks import check_positive
+from proxstep.algorithms.preparation import SignalInputs
 from proxstep.errors import ProxstepError
 from proxstep.logprobs.masked import masked_mean
 from proxstep.typing import Bool, Float, Tensor
@@ -88,3 +95,64 @@ def adaptive_tau(
         1 + entropy_coef * anchor_entropy_B - confidence_coef * confidence_B * reward_signal_B
     )
     return (tau * factor_B).clamp(low, high)
+
+
+def adaptive_temperature(
+    inputs: SignalInputs, tau: float, **keywords: float
+) -> Float[Tensor, " batch"]:
+    """Return `adaptive_tau` of a rollout; before its first update the policy is the old one.
+
+    Args:
+        inputs: The rollout, with its old policy.
+        tau: The base temperature.
+        **keywords: Those of `adaptive_tau`.
+    """
+    old = inputs.old_policy
+    assert old is not None  # the algorithm's reads_old_policy
+    entropy_B = entropy_proxy(
+        old.log_prob_BT, old.response_BT, log_vocabulary=math.log(old.vocabulary_size)
+    ).cpu()
+    reward_signal_B = inputs.advantage_B.clamp(-1.0, 1.0)
+    return adaptive_tau(tau, entropy_B, 1 - entropy_B, reward_signal_B, **keywords)
+
+
+TEMPERATURE_KEYS = {
+    "adaptive_tau": Key(
+        "Each sequence's own temperature, from how likely the old policy found its tokens and from "
+        "its advantage; tau is the base."
+    ),
+    "tau_min": Key("adaptive_tau: the smallest.", ge=1e-6),
+    "tau_max": Key("adaptive_tau: the largest.", gt=0),
+    "tau_entropy_coef": Key(
+        "adaptive_tau: how far the old policy's entropy raises the temperature.", ge=0
+    ),
+    "tau_confidence_coef": Key(
+        "adaptive_tau: how far being confident and wrong raises it, and being confident and right "
+        "lowers it.",
+        ge=0,
+    ),
+}
+
+_OF_KEY = {
+    "tau_min": "low",
+    "tau_max": "high",
+    "tau_entropy_coef": "entropy_coef",
+    "tau_confidence_coef": "confidence_coef",
+}
+
+
+def check_temperature(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a base outside its range, or a range that nothing reads."""
+    low, tau, high = options["tau_min"], options["tau"], options["tau_max"]
+    if options["adaptive_tau"] and not low <= tau <= high:
+        raise ValueError(
+            f"objective.tau {tau} is not between objective.tau_min {low} and objective.tau_max "
+            f"{high}"
+        )
+    parameters = inspect.signature(adaptive_tau).parameters
+    for key, name in _OF_KEY.items():
+        if not options["adaptive_tau"] and options[key] != parameters[name].default:
+            raise ValueError(
+                f"objective.{key} is of the adaptive temperature: add objective.adaptive_tau "
+                "true, or leave it out"
+            )
