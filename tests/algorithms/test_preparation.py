@@ -17,7 +17,7 @@ from proxstep.config.explain import OBJECTIVES
 from proxstep.config.loading import resolve
 from proxstep.errors import ProxstepError
 from proxstep.training import lifecycle
-from proxstep.training.objective import Algorithm
+from proxstep.training.objective import Objective
 
 GROUP = torch.tensor([3, 0, 3, 0, 3, 0, 3, 0])
 VOCABULARY = 50
@@ -25,7 +25,7 @@ VOCABULARY = 50
 
 def algorithm(name: str = "opo", rollout: dict[str, Any] | None = None, **own: Any) -> Algorithm:
     data = {"algorithm": name, "objective": own, "rollout": rollout or {}}
-    return Algorithm(resolve(data, {}, "test"))
+    return Objective(resolve(data, {}, "test"))
 
 
 def advantages(seed: int = 0) -> torch.Tensor:

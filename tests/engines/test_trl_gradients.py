@@ -17,7 +17,7 @@ from proxstep.algorithms.preparation import Anchor
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer
 from proxstep.engines.trl.base import GROUP, KEY
-from proxstep.training.objective import Algorithm, make_isopo
+from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.rollout import Completions
 from proxstep.training.scores import score
 
@@ -35,7 +35,7 @@ def local_gradients(
 
     What groups share is computed here again, from all of them.
     """
-    algorithm, isopo = Algorithm(recipe), make_isopo(recipe, model)
+    algorithm, isopo = Objective(recipe), make_isopo(recipe, model)
     if isopo is not None and state is not None:
         isopo.load_state_dict(state)
     scored = [_completions(batch) for batch in microbatches]

@@ -230,7 +230,7 @@ def test_a_step_without_any_reward_is_skipped(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_stops_before_the_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from proxstep.training.objective import Algorithm
+    from proxstep.training.objective import Objective
 
     backward = Algorithm.backward
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from proxstep.training.objective import Algorithm
+from proxstep.training.objective import Objective
 from proxstep.training.scores import score
 
 pytestmark = pytest.mark.verl
@@ -183,7 +183,7 @@ def test_opo(tmp_path: Path, ranks: Ranks, keys: str, name: str) -> None:
     case, _ = made_case(tmp_path, name, "packed, checkpointed, tied", policy_loss=policy_loss)
     case.loss_agg_mode = "seq-mean-token-mean"
     recipe = recipe_of(tmp_path, name, "opo", objective=options)
-    algorithm = Algorithm(recipe)
+    algorithm = Objective(recipe)
     groups = numbered(data.uids)
     expected = algorithm.signal(algorithm.advantages(data.rewards, groups)[0], groups, None)
     found = opo_advantages(data, policy_loss)

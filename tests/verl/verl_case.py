@@ -34,7 +34,7 @@ with warnings.catch_warnings():
 from proxstep.config.recipe import Recipe
 from proxstep.engines.verl import IsopoActorConfig, OpoPolicyLossConfig
 from proxstep.engines.verl.estimator import numbered
-from proxstep.training.objective import Algorithm, make_isopo
+from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.scores import score
 
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
@@ -223,7 +223,7 @@ def local_gradients(
         state: Of ISOPO, from earlier steps.
         extra: Another loss of a microbatch, differentiated plainly.
     """
-    algorithm, isopo = Algorithm(recipe), make_isopo(recipe, model)
+    algorithm, isopo = Objective(recipe), make_isopo(recipe, model)
     if isopo is not None and state is not None:
         isopo.load_state_dict(state)
     groups = numbered(data.uids)

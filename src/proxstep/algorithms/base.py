@@ -33,14 +33,14 @@ class Key:
     """
 
     help: str
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
+    ge: int | float | None = None
+    gt: int | float | None = None
+    le: int | float | None = None
+    lt: int | float | None = None
     choices: tuple[str, ...] = ()
 
     @property
-    def bounds(self) -> dict[str, float]:
+    def bounds(self) -> dict[str, int | float]:
         """The limits that are set, by name."""
         limits = {name: getattr(self, name) for name in ("ge", "gt", "le", "lt")}
         return {name: limit for name, limit in limits.items() if limit is not None}

@@ -9,13 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from proxstep.config.objectives import ObjectiveSection
+from proxstep.algorithms import ALGORITHMS
+from proxstep.config.objectives import section_of
 from proxstep.config.recipe import Recipe
-
-OBJECTIVES: dict[str, type[BaseModel]] = {
-    get_args(section.model_fields["name"].annotation)[0]: section
-    for section in get_args(get_args(ObjectiveSection)[0])
-}
 
 
 def describe_keys() -> Iterator[tuple[str, str, str, str]]:
@@ -27,10 +23,11 @@ def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str,
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         if section is Recipe and name == "objective":
-            for objective, own in OBJECTIVES.items():
-                for own_key, kind, default, text in _describe(own, "objective."):
+            for algorithm in ALGORITHMS.values():
+                own = _describe(section_of(algorithm), "objective.")
+                for own_key, kind, default, text in own:
                     if own_key != "objective.name":
-                        yield f"{own_key} ({objective})", kind, default, text
+                        yield f"{own_key} ({algorithm.name})", kind, default, text
             continue
         below = _section_in(field.annotation)
         if below is None or type(None) in get_args(field.annotation):
@@ -69,15 +66,21 @@ def _value(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def explain(error: ValidationError, source: str) -> str:
-    """Return one message with a line for every mistake, each naming its key."""
+def explain(error: ValidationError, source: str, recipe: type[BaseModel] = Recipe) -> str:
+    """Return one message with a line for every mistake, each naming its key.
+
+    Args:
+        error: What pydantic found.
+        source: Where the values are from.
+        recipe: The class that they were to be.
+    """
     lines: dict[str, str] = {}
     for detail in error.errors(include_url=False):
-        place = _place(detail["loc"])
+        place = _place(detail["loc"], recipe)
         key = ".".join(place)
         problem = str(detail["msg"]).removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
-            names = list(_names_at([str(part) for part in detail["loc"][:-1]]))
+            names = list(_names_at([str(part) for part in detail["loc"][:-1]], recipe))
             guess = nearest(place[-1], names)
             lines[key] = f"unknown key {key}{guess} (known here: {', '.join(names)})"
         elif not key:
@@ -100,16 +103,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _place(location: Sequence[int | str]) -> list[str]:
+def _place(location: Sequence[int | str], recipe: type[BaseModel]) -> list[str]:
     """Return the keys of a location, without the names of a union's branches."""
     place: list[str] = []
-    section: type[BaseModel] | None = Recipe
+    section: type[BaseModel] | None = recipe
     for part in map(str, location):
         if section is not None and part in section.model_fields:
             place.append(part)
             section = _section_in(section.model_fields[part].annotation)
-        elif place == ["objective"] and part in OBJECTIVES:
-            section = OBJECTIVES[part]
         elif section is None and part.isdigit():
             place[-1] = f"{place[-1]}[{part}]"
         elif section is not None and part != section.__name__:
@@ -118,12 +119,10 @@ def _place(location: Sequence[int | str]) -> list[str]:
     return place
 
 
-def _names_at(location: Sequence[str]) -> Iterable[str]:
-    """Return the keys known in the section at a location, which names the objective too."""
-    section: type[BaseModel] | None = Recipe
+def _names_at(location: Sequence[str], recipe: type[BaseModel]) -> Iterable[str]:
+    """Return the keys known in the section at a location."""
+    section: type[BaseModel] | None = recipe
     for part in location:
         if section is not None and part in section.model_fields:
             section = _section_in(section.model_fields[part].annotation)
-        else:
-            section = OBJECTIVES.get(part)
     return section.model_fields if section else []

@@ -8,8 +8,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from proxstep.algorithms import ALGORITHMS
 from proxstep.config.explain import explain, nearest
-from proxstep.config.recipe import ALGORITHMS, Recipe, meaning_of, undefined_composition
+from proxstep.config.recipe import (
+    Recipe,
+    algorithm_names,
+    meaning_of,
+    recipe_of,
+    undefined_composition,
+)
 from proxstep.config.yamlfile import dump_yaml, parse_yaml, read_yaml
 from proxstep.errors import ProxstepError
 
@@ -57,27 +64,28 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
     algorithm = changes.get("algorithm", data.get("algorithm"))
     if algorithm is None:
         raise ProxstepError(
-            f"{source}: algorithm is missing; choose one of {', '.join(ALGORITHMS)}"
+            f"{source}: algorithm is missing; choose one of {', '.join(algorithm_names())}"
         )
     for name in (algorithm, *per_algorithm):
         if meaning_of(str(name)) is None:
             where = "algorithm" if name == algorithm else "per_algorithm"
+            guess = nearest(str(name), algorithm_names())
             raise ProxstepError(
-                f"{source}: {where} {name!r} is not known{nearest(str(name), ALGORITHMS)}; choose "
-                f"one of {', '.join(ALGORITHMS)}, or RULE+OBJECTIVE such as isopo+opo"
+                f"{source}: {where} {name!r} is not known{guess}; choose one of "
+                f"{', '.join(algorithm_names())}, or RULE+OBJECTIVE such as isopo+opo"
             )
-    meaning = meaning_of(algorithm) or {}
-    merged = meaning
+    merged = meaning = meaning_of(str(algorithm)) or {}
     own = per_algorithm.get(algorithm) or {}
     if isinstance(own, Mapping) and "algorithm" in own:
         raise ProxstepError(f"{source}: per_algorithm.{algorithm} cannot change the algorithm")
     for part in (data, own, changes):
         merged = _merge(merged, _without_empty_sections(part), source)
     _check_algorithm(algorithm, meaning, merged, source)
+    recipe = recipe_of(ALGORITHMS[meaning["objective"]["name"]])
     try:
-        return Recipe.model_validate(merged)
+        return recipe.model_validate(merged)
     except ValidationError as error:
-        raise ProxstepError(explain(error, source)) from None
+        raise ProxstepError(explain(error, source, recipe)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

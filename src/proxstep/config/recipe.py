@@ -5,13 +5,13 @@ Every key has a type, a default and a sentence; `proxstep train --help` prints t
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from proxstep.algorithms import LOSSES
-from proxstep.algorithms.advantages import ADVANTAGES
-from proxstep.config.objectives import ObjectiveSection, OpoSection
+from proxstep.algorithms import ADVANTAGES, ALGORITHMS, Algorithm
+from proxstep.config.objectives import ObjectiveSection, section_of
 from proxstep.config.regularizer import RegularizerSection
 from proxstep.config.sections import (
     EvaluationSection,
@@ -27,15 +27,10 @@ from proxstep.config.sections import (
 )
 from proxstep.isopo import PRESETS
 
-ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
-    **{name: {"objective": {"name": name}, "geometry": {"rule": "none"}} for name in LOSSES},
-    **{
-        rule: {"objective": {"name": "reinforce"}, "geometry": {"rule": rule}}
-        for rule in PRESETS
-        if rule != "reinforce"
-    },
-}
-"""What `algorithm` stands for; RULE+OBJECTIVE, as in isopo+opo, composes any other pair."""
+
+def algorithm_names() -> list[str]:
+    """Return what `algorithm` may be; RULE+OBJECTIVE, as in isopo+opo, composes any other pair."""
+    return [*ALGORITHMS, *(rule for rule in PRESETS if rule != "reinforce")]
 
 
 def meaning_of(algorithm: str) -> dict[str, dict[str, Any]] | None:
@@ -45,16 +40,17 @@ def meaning_of(algorithm: str) -> dict[str, dict[str, Any]] | None:
     {'objective': {'name': 'opo'}, 'geometry': {'rule': 'isopo-natural'}}
     """
     rule, plus, objective = algorithm.partition("+")
-    if plus and rule in PRESETS and objective in LOSSES:
-        return {"objective": {"name": objective}, "geometry": {"rule": rule}}
-    return ALGORITHMS.get(algorithm)
+    if not plus:
+        rule, objective = ("none", rule) if rule in ALGORITHMS else (rule, "reinforce")
+    known = objective in ALGORITHMS and (rule in PRESETS or (rule == "none" and not plus))
+    return {"objective": {"name": objective}, "geometry": {"rule": rule}} if known else None
 
 
 def undefined_composition(rule: str, objective: str) -> str | None:
     """Return why a rule cannot transform an objective's gradient, or None if it can."""
-    if rule == "none" or LOSSES[objective].level == "sequence":
+    if rule == "none" or ALGORITHMS[objective].level == "sequence":
         return None
-    able = ", ".join(name for name, loss in LOSSES.items() if loss.level == "sequence")
+    able = ", ".join(name for name, found in ALGORITHMS.items() if found.level == "sequence")
     return (
         f"geometry.rule {rule} with objective {objective}: a token-level objective has no "
         f"coefficient per sequence to transform; use one of {able}, or geometry.rule none"
@@ -100,13 +96,15 @@ class Recipe(Section):
     def _check_sampling(self) -> Recipe:
         rollout, update = self.rollout, self.update
         compares = self.objective.advantage in _COMPARES
-        escorts = isinstance(self.objective, OpoSection) and self.objective.normalize == "group"
-        if rollout.num_generations == 1 and (compares or escorts):
-            what = f"objective.advantage {self.objective.advantage}" if compares else "opo"
+        remedy = self.objective.algorithm.compares(self.objective.options())
+        if rollout.num_generations == 1 and (compares or remedy):
+            what = self.objective.name
+            if compares:
+                what = f"objective.advantage {self.objective.advantage}"
+                remedy = "batch-normalized advantages"
             raise ValueError(
                 f"rollout.num_generations is 1, but {what} compares the completions of a prompt: "
-                "use at least 2, or "
-                + ("batch-normalized advantages" if compares else "objective.normalize batch")
+                f"use at least 2, or {remedy}"
             )
         if rollout.num_generations * rollout.num_prompts == 1:
             raise ValueError("one completion per step has nothing to be compared with: sample more")
@@ -119,28 +117,9 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_opo(self) -> Recipe:
-        section = self.objective
-        if not isinstance(section, OpoSection):
-            return self
-        if section.target_min is not None and section.drive == "none":
-            raise ValueError(
-                "objective.target_min bounds the target from below, and objective.drive none has "
-                "no target below 0: leave one of them out"
-            )
-        if section.adaptive_tau:
-            if not section.tau_min <= section.tau <= section.tau_max:
-                raise ValueError(
-                    f"objective.tau {section.tau} is not between objective.tau_min "
-                    f"{section.tau_min} and objective.tau_max {section.tau_max}"
-                )
-            return self
-        for name in ("tau_min", "tau_max", "tau_entropy_coef", "tau_confidence_coef"):
-            if _chosen(section, name):
-                raise ValueError(
-                    f"objective.{name} is of the adaptive temperature: add objective.adaptive_tau "
-                    "true, or leave it out"
-                )
+    def _check_objective(self) -> Recipe:
+        for check in self.objective.algorithm.checks:
+            check(self.objective.options())
         return self
 
     @model_validator(mode="after")
@@ -247,3 +226,9 @@ class Recipe(Section):
                     "with model.autocast bfloat16"
                 )
         return self
+
+
+@lru_cache
+def recipe_of(algorithm: Algorithm) -> type[Recipe]:
+    """Return the recipe whose objective's keys are that algorithm's."""
+    return create_model("Recipe", __base__=Recipe, objective=(section_of(algorithm), ...))

@@ -25,21 +25,16 @@ COLUMNS: dict[str, tuple[str, str]] = {
 }
 """Field of the metrics: heading and format; π is the policy, π₀ the initial one."""
 NUM_SHOWN = 12
-PENALIZED = {"opo": "objective.mu", "dro": "objective.beta"}
-"""Objectives with a penalty on the distance to the anchor, and the key of its weight."""
 
 
 def advice(recipe: Recipe) -> list[str]:
     """Return what a reader of the run should know of its recipe beforehand, a line for each."""
     update, regularizer = recipe.update, recipe.regularizer
     lines = []
-    name = recipe.objective.name
-    idle = "clips nothing" if hasattr(recipe.objective, "clip_ratio_high") else None
-    if name in PENALIZED:
-        idle = f"has no penalty to pay: {PENALIZED[name]} changes nothing"
+    idle = recipe.objective.algorithm.on_policy
     if idle and update.num_updates == 1:
         lines.append(
-            f"one update per rollout: every ratio is 1, so {name} {idle} "
+            f"one update per rollout: every ratio is 1, so {recipe.objective.name} {idle} "
             "(raise update.num_minibatches or update.num_iterations)"
         )
     if regularizer.in_reward and recipe.objective.advantage in ("group-zscore", "batch-normalized"):

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.algorithms.preparation import Anchor, vocabulary_size
+from proxstep.algorithms import OldPolicy
 from proxstep.config.recipe import Recipe
 from proxstep.runs.clock import Clock
 from proxstep.training.evaluation import completion_log_probs
 from proxstep.training.generation import Graded, generate, informative_groups, overlong
-from proxstep.training.models import autocast
-from proxstep.training.objective import Algorithm
+from proxstep.training.models import autocast, vocabulary_size
+from proxstep.training.objective import Objective
 from proxstep.training.penalties import reward_penalty
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import Completions
@@ -97,7 +97,7 @@ class Batch:
 
 def collect(
     recipe: Recipe,
-    algorithm: Algorithm,
+    objective: Objective,
     model: nn.Module,
     tokenizer: Any,
     prompts: Prompts,
@@ -114,7 +114,7 @@ def collect(
 
     Args:
         recipe: The recipe.
-        algorithm: Its objective.
+        objective: What its objective section means.
         model: The policy.
         tokenizer: Its tokenizer.
         prompts: The training prompts.
@@ -145,7 +145,7 @@ def collect(
         measured["rewards/kl"] = penalty_B.double().mean().item()
         reward_B = reward_B + penalty_B
     batch, more = _batch(
-        recipe, algorithm, model, completions, reward_B, group_B, clock, log_prob_BT
+        recipe, objective, model, completions, reward_B, group_B, clock, log_prob_BT
     )
     measured |= more
     if not recipe.rollout.mask_truncated_completions:
@@ -170,7 +170,7 @@ def _chosen(recipe: Recipe, graded: Graded) -> Tensor:
 
 def _batch(
     recipe: Recipe,
-    algorithm: Algorithm,
+    objective: Objective,
     model: nn.Module,
     completions: Completions,
     reward_B: Tensor,
@@ -180,22 +180,22 @@ def _batch(
 ) -> tuple[Batch, dict[str, Any]]:
     """Return the batch of graded completions, and what was measured of advantages and signal."""
     # Rewards are equal if float32 says so; in float64 the squares of large ones are finite.
-    advantage_B, spread = algorithm.advantages(reward_B.float().double(), group_B)
+    advantage_B, spread = objective.advantages(reward_B.float().double(), group_B)
     advantage_B = advantage_B.float()
     update = recipe.update
-    old_log_prob_BT = anchor = None
-    if update.num_updates > 1 or algorithm.needs_anchor:
+    old_log_prob_BT = old_policy = None
+    if update.num_updates > 1 or objective.reads_old_policy:
         with clock.phase("log_probs"):
             old_log_prob_BT = (
                 _log_probs(recipe, model, completions) if log_prob_BT is None else log_prob_BT
             )
-        anchor = Anchor(
+        old_policy = OldPolicy(
             old_log_prob_BT,
             completions.response_BT[:, 1:],
             vocabulary_size(model),
             completions.sampler_log_prob_BT,
         )
-    signal = algorithm.signal(advantage_B, group_B, anchor)
+    signal = objective.signal(advantage_B, group_B, old_policy)
     measured = {name: spread[name] for name in ("frac_reward_zero_std", "reward_std")}
     measured["advantage_range"] = (advantage_B.max() - advantage_B.min()).item()
     measured |= {f"objective/{name}": value for name, value in signal.metrics.items()}

@@ -142,6 +142,11 @@ def load_adapters(base: nn.Module, folder: Path) -> nn.Module:
         raise ProxstepError(_not_loaded("adapter", str(folder), error)) from None
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """Return the number of tokens among which a model of transformers chooses."""
+    return model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+
+
 def _with_lora(model: Any, lora: Lora) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 

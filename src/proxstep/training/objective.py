@@ -11,10 +11,15 @@ from typing import Any
 
 import torch
 
-from proxstep.algorithms import LOSSES, Aggregation, sequence_coefficients, tv_bound
-from proxstep.algorithms.advantages import ADVANTAGES
-from proxstep.algorithms.preparation import Anchor, Signal, opo_signal
-from proxstep.config.objectives import OpoSection
+from proxstep.algorithms import (
+    ADVANTAGES,
+    Aggregation,
+    OldPolicy,
+    Signal,
+    SignalInputs,
+    sequence_coefficients,
+)
+from proxstep.algorithms.safeguards import tv_bound
 from proxstep.config.recipe import Recipe
 from proxstep.config.sections import GeometrySection
 from proxstep.isopo import Isopo
@@ -25,7 +30,7 @@ _LEAST_IMPORTANCE = 0.1
 Metrics = dict[str, Float[Tensor, " batch"]]
 
 
-class Algorithm:
+class Objective:
     """What a recipe's objective section means.
 
     Args:
@@ -34,10 +39,8 @@ class Algorithm:
 
     def __init__(self, recipe: Recipe) -> None:
         section = recipe.objective
-        self.objective = LOSSES[section.name]
-        self._section = section
-        self._hyper = {name: getattr(section, name) for name in self.objective.hyper_parameters}
-        self._mode = getattr(section, "loss_agg_mode", self.objective.default_loss_agg_mode)
+        self.algorithm, self._options = section.algorithm, section.options()
+        self._advantage, self._mode = ADVANTAGES[section.advantage], section.loss_agg_mode
         self._max_length = recipe.rollout.max_completion_length
         self._importance_cap = recipe.rollout.importance_cap
 
@@ -45,37 +48,33 @@ class Algorithm:
         self, reward_B: Float[Tensor, " batch"], group_B: Int[Tensor, " batch"]
     ) -> tuple[Float[Tensor, " batch"], dict[str, float]]:
         """Return each sequence's advantage, and what the rewards' spread was."""
-        return ADVANTAGES[self._section.advantage](reward_B, group_B)
+        return self._advantage(reward_B, group_B)
 
     @property
-    def needs_anchor(self) -> bool:
-        """Whether the signal depends on the anchor's log-probabilities."""
-        section = self._section
-        own = isinstance(section, OpoSection) and (
-            section.anchor_correction != "absorbed" or section.adaptive_tau
-        )
+    def reads_old_policy(self) -> bool:
+        """Whether the signal depends on the old policy's log-probabilities."""
+        own = self.algorithm.reads_old_policy(self._options)
         return own or self._importance_cap is not None
 
     def signal(
         self,
         advantage_B: Float[Tensor, " batch"],
         group_B: Int[Tensor, " batch"],
-        anchor: Anchor | None,
+        old_policy: OldPolicy | None,
     ) -> Signal:
         """Return what the loss takes of a rollout: for OPO the drive, else the advantages.
 
         Args:
             advantage_B: One advantage per sequence.
             group_B: Each sequence's prompt.
-            anchor: The policy before the first update; where `needs_anchor`, not None.
+            old_policy: The policy before the first update; where `reads_old_policy`, not None.
         """
         importance_B, measured = None, {}
         if self._importance_cap is not None:
-            assert anchor is not None
-            importance_B, measured = anchor.importance(self._importance_cap)
-        if not isinstance(self._section, OpoSection):
-            return Signal(advantage_B, importance_B, metrics=measured)
-        signal = opo_signal(self._section, advantage_B, group_B, anchor, importance_B)
+            assert old_policy is not None
+            importance_B, measured = old_policy.importance(self._importance_cap)
+        inputs = SignalInputs(advantage_B, group_B, old_policy, importance_B)
+        signal = self.algorithm.signal(inputs, self._options)
         return dataclasses.replace(signal, metrics=signal.metrics | measured)
 
     def bounds(self, measured: Mapping[str, Any]) -> dict[str, float]:
@@ -85,23 +84,14 @@ class Algorithm:
 
     def warning(self, measured: Mapping[str, Any]) -> str | None:
         """Return what a step's measurements warn of, if anything."""
-        section, mean = self._section, measured.get("objective/importance_mean")
-        if mean is not None and mean < _LEAST_IMPORTANCE:
-            return (
-                f"rollout.importance_cap: the mean importance weight is {mean:.2g}, and the loss "
-                "shrinks with it: the sampler and the anchor are far apart. Raise rollout.top_p "
-                "and lift rollout.top_k, whose cuts multiply over a completion's tokens, or leave "
-                "rollout.importance_cap out"
-            )
-        if not isinstance(section, OpoSection) or section.anchor_correction != "sequence":
-            return None
-        size = measured.get("objective/effective_sample_size_min")
-        if size is None or size >= 2:
+        mean = measured.get("objective/importance_mean")
+        if mean is None or mean >= _LEAST_IMPORTANCE:
             return None
         return (
-            "objective.anchor_correction sequence: one completion has most of its prompt's weight "
-            f"(objective/effective_sample_size_min is {size:.2f}): the least likely one, right or "
-            "wrong. Use absorbed or length, or raise objective.alpha"
+            f"rollout.importance_cap: the mean importance weight is {mean:.2g}, and the loss "
+            "shrinks with it: the sampler and the old policy are far apart. Raise rollout.top_p "
+            "and lift rollout.top_k, whose cuts multiply over a completion's tokens, or leave "
+            "rollout.importance_cap out"
         )
 
     def backward(
@@ -146,10 +136,10 @@ class Algorithm:
         inputs = (log_prob_BT, old_log_prob_BT, signal_B, response_BT)
         options = self._options(num_sequences, num_tokens, importance_B, hyper)
         if isopo is None:
-            loss, metrics = self.objective.loss(*inputs, **options)
+            loss, metrics = self.algorithm.loss(*inputs, **options)
             (loss if extra_loss is None else loss + extra_loss).backward()
             return loss.detach(), metrics
-        coefficient_B, loss, metrics = sequence_coefficients(self.objective, *inputs, **options)
+        coefficient_B, loss, metrics = sequence_coefficients(self.algorithm, *inputs, **options)
         with isopo.microbatch(
             sequence_ids,
             coefficient_B,
@@ -175,7 +165,7 @@ class Algorithm:
             max_length=self._max_length,
             sequence_weights=importance_B,
         )
-        return {**self._hyper, **hyper, "aggregation": aggregation}
+        return {**self.algorithm.loss_options(self._options), **hyper, "aggregation": aggregation}
 
 
 def make_isopo(recipe: Recipe, model: torch.nn.Module) -> Isopo | None:

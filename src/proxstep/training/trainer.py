@@ -26,7 +26,7 @@ from proxstep.training.batch import Batch, collect
 from proxstep.training.evaluation import Probe, evaluate
 from proxstep.training.generation import shortage
 from proxstep.training.models import autocast
-from proxstep.training.objective import Algorithm, make_isopo
+from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.optimizers import make_optimizer
 from proxstep.training.output_layer import check_chunkable
 from proxstep.training.penalties import loss_penalty
@@ -83,7 +83,7 @@ class Trainer:
             self.initial = copy.deepcopy(model).eval().requires_grad_(False)
         if recipe.model.head == "chunked":
             check_chunkable(model)
-        self.algorithm = Algorithm(recipe)
+        self.objective = Objective(recipe)
         self.isopo = make_isopo(recipe, model)
         self.optimizer, self.schedule = make_optimizer(recipe, model)
         self.clock = Clock(self.device)
@@ -138,7 +138,7 @@ class Trainer:
         batch_size = recipe.rollout.num_prompts * recipe.rollout.num_generations
         batch, measured = collect(
             recipe,
-            self.algorithm,
+            self.objective,
             self.model,
             self.tokenizer,
             self.train_prompts,
@@ -152,8 +152,8 @@ class Trainer:
         if batch is not None:
             with self.clock.phase("update"):
                 measured |= self._update(batch)
-            measured |= self.algorithm.bounds(measured)
-            self._warn("objective", self.algorithm.warning(measured))
+            measured |= self.objective.bounds(measured)
+            self._warn("objective", self.objective.warning(measured))
             if measured["advantage_range"] > 0:
                 half_range = measured["advantage_range"] / 2
                 measured["grad_response_efficiency"] = measured["grad_norm"] / half_range
@@ -207,7 +207,7 @@ class Trainer:
             extra_loss = None
             if regularized and self.isopo is None:
                 extra_loss = self._regularizer_loss(scores, completions, num_tokens, taken)
-            share, metrics = self.algorithm.backward(
+            share, metrics = self.objective.backward(
                 log_prob_BT,
                 log_prob_BT.detach() if old_log_prob_BT is None else old_log_prob_BT,
                 part.signal_B,

@@ -24,7 +24,7 @@ from proxstep.runs.interrupt import StopRequest
 from proxstep.runs.tracking import MetricsLog, Tracker
 from proxstep.training.evaluation import Probe, evaluate
 from proxstep.training.models import autocast
-from proxstep.training.objective import Algorithm
+from proxstep.training.objective import Objective
 from proxstep.training.prompts import Prompts
 from proxstep.training.trainer import Progress
 
@@ -67,7 +67,7 @@ class RunRecorder(TrainerCallback):
         self._recipe, self._trainer, self._tokenizer = recipe, trainer, tokenizer
         self._validation, self._initial, self._folder = validation, initial, folder
         self._progress, self._stop, self._log, self._tracker = progress, stop, log, tracker
-        self._num_updates, self._algorithm = recipe.update.num_updates, Algorithm(recipe)
+        self._num_updates, self._algorithm = recipe.update.num_updates, Objective(recipe)
         self._clock, self._recorded = Clock(trainer.accelerator.device), 0.0
         self._logs: list[Mapping[str, Any]] = []
         self._probe: Probe | None = None
