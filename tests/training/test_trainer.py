@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tests.engine import Silent, tiny_recipe
 
-from proxstep.config.recipe import ALGORITHMS
+from proxstep.config.recipe import algorithm_names
 from proxstep.errors import ProxstepError
 from proxstep.logprobs.logits import token_log_probs
 from proxstep.runs.checkpoint import latest_checkpoint, load_state
@@ -34,7 +34,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(latest_checkpoint(folder) / "model.safetensors")
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "isopo+opo", "isopo-natural+gspo"])
+@pytest.mark.parametrize("algorithm", [*algorithm_names(), "isopo+opo", "isopo-natural+gspo"])
 def test_every_algorithm_runs(tmp_path: Path, algorithm: str) -> None:
     recipe = tiny_recipe(tmp_path / "run", algorithm, steps=1)
     assert lifecycle.train(recipe, Silent()) == "finished"
