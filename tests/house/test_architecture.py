@@ -13,7 +13,6 @@ ROOMS = (
     ("errors", "typing"),
     ("logprobs",),
     ("algorithms", "isopo"),
-    ("theory",),
     ("rewards",),
     ("tasks",),
     ("config",),
@@ -25,7 +24,7 @@ ROOMS = (
 )
 """A room imports from its own floor and those before it."""
 
-TORCH_ONLY = ("errors", "typing", "logprobs", "algorithms", "theory", "isopo")
+TORCH_ONLY = ("errors", "typing", "logprobs", "algorithms", "isopo")
 
 
 def modules() -> dict[str, Path]:
