@@ -61,7 +61,26 @@ def test_values_that_yaml_cannot_construct(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ["seed: 1\nseed: 2\n", "model: {name: x, name: y}\n"])
 def test_a_key_given_twice(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "r.yaml", f"algorithm: grpo\n{text}")
-    with pytest.raises(ProxstepError, match=r"not valid YAML: the key (seed|name) is given twice$"):
+    line = len(text.splitlines()) + 1
+    match = rf'^{path}, line {line}: not valid YAML: found duplicate key "(seed|name)"$'
+    with pytest.raises(ProxstepError, match=match):
+        load_recipe(path)
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    """YAML 1.1 reads 010 as 8, 12:30 as 750 and no as false."""
+    path = write(tmp_path / "r.yaml", "algorithm: grpo\nseed: 010\noutput_dir: 12:30\n")
+    recipe = load_recipe(path)
+    assert (recipe.seed, recipe.output_dir) == (10, "12:30")
+    assert load_recipe(path, [("output_dir", "no")]).output_dir == "no"
+    with pytest.raises(ProxstepError, match="seed: input should be a valid integer, got '12:30'"):
+        load_recipe(path, [("seed", "12:30")])
+
+
+@pytest.mark.parametrize("text", ["model: &m {lora: *m}\n", "task: &t {rewards: &r [*r]}\n"])
+def test_a_value_that_contains_itself_is_refused(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "r.yaml", f"algorithm: grpo\n{text}")
+    with pytest.raises(ProxstepError, match=r"(model\.lora|task\.rewards)"):
         load_recipe(path)
 
 
