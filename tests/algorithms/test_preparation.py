@@ -280,7 +280,7 @@ def watch_backward(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         )
         return backward(self, *inputs, **options)
 
-    monkeypatch.setattr(Algorithm, "backward", watched)
+    monkeypatch.setattr(Objective, "backward", watched)
     return calls
 
 
