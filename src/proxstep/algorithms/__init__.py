@@ -20,7 +20,7 @@ from proxstep.algorithms.cispo import CISPO, cispo
 from proxstep.algorithms.composition import sequence_coefficients
 from proxstep.algorithms.dro import DRO, dro
 from proxstep.algorithms.escort import centered_weights, escort_weights
-from proxstep.algorithms.grpo import DAPO, DR_GRPO, GRPO, dapo, grpo
+from proxstep.algorithms.grpo import DAPO, DR_GRPO, GRPO, grpo
 from proxstep.algorithms.gspo import GSPO, gspo
 from proxstep.algorithms.importance import importance_weights
 from proxstep.algorithms.opo import OPO, opo
@@ -55,7 +55,6 @@ __all__ = [
     "SignalInputs",
     "centered_weights",
     "cispo",
-    "dapo",
     "dro",
     "escort_weights",
     "find_algorithm",
