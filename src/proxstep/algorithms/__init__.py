@@ -18,6 +18,7 @@ from proxstep.algorithms.aggregate import (
 from proxstep.algorithms.base import ALGORITHMS, Algorithm, Key, find_algorithm, register
 from proxstep.algorithms.cispo import CISPO, cispo
 from proxstep.algorithms.composition import sequence_coefficients
+from proxstep.algorithms.dppo import DPPO_KL, DPPO_TV, dppo
 from proxstep.algorithms.dro import DRO, dro
 from proxstep.algorithms.escort import centered_weights, escort_weights
 from proxstep.algorithms.grpo import DAPO, DR_GRPO, GRPO, grpo
@@ -37,6 +38,8 @@ for _algorithm in (
     OPO,
     DR_GRPO,
     RLOO,
+    DPPO_TV,
+    DPPO_KL,
 ):
     register(_algorithm)
 
@@ -55,6 +58,7 @@ __all__ = [
     "SignalInputs",
     "centered_weights",
     "cispo",
+    "dppo",
     "dro",
     "escort_weights",
     "find_algorithm",
