@@ -27,6 +27,7 @@ from proxstep.algorithms.importance import importance_weights
 from proxstep.algorithms.opo import OPO, opo
 from proxstep.algorithms.preparation import OldPolicy, Signal, SignalInputs
 from proxstep.algorithms.reinforce import REINFORCE, RLOO, reinforce
+from proxstep.algorithms.sapo import SAPO, sapo
 
 for _algorithm in (
     REINFORCE,
@@ -40,6 +41,7 @@ for _algorithm in (
     RLOO,
     DPPO_TV,
     DPPO_KL,
+    SAPO,
 ):
     register(_algorithm)
 
@@ -68,5 +70,6 @@ __all__ = [
     "opo",
     "register",
     "reinforce",
+    "sapo",
     "sequence_coefficients",
 ]
