@@ -21,6 +21,7 @@ from proxstep.algorithms.composition import sequence_coefficients
 from proxstep.algorithms.dppo import DPPO_KL, DPPO_TV, dppo
 from proxstep.algorithms.dro import DRO, dro
 from proxstep.algorithms.escort import centered_weights, escort_weights
+from proxstep.algorithms.gmpo import GMPO, gmpo
 from proxstep.algorithms.grpo import DAPO, DR_GRPO, GRPO, grpo
 from proxstep.algorithms.gspo import GSPO, gspo
 from proxstep.algorithms.importance import importance_weights
@@ -42,6 +43,7 @@ for _algorithm in (
     DPPO_TV,
     DPPO_KL,
     SAPO,
+    GMPO,
 ):
     register(_algorithm)
 
@@ -64,6 +66,7 @@ __all__ = [
     "dro",
     "escort_weights",
     "find_algorithm",
+    "gmpo",
     "grpo",
     "gspo",
     "importance_weights",
