@@ -28,6 +28,7 @@ from proxstep.algorithms.importance import importance_weights
 from proxstep.algorithms.opo import OPO, opo
 from proxstep.algorithms.preparation import OldPolicy, Signal, SignalInputs
 from proxstep.algorithms.reinforce import REINFORCE, RLOO, reinforce
+from proxstep.algorithms.reinforce_pp import REINFORCE_PLUS_PLUS, REINFORCE_PLUS_PLUS_BASELINE
 from proxstep.algorithms.sapo import SAPO, sapo
 
 for _algorithm in (
@@ -44,6 +45,8 @@ for _algorithm in (
     DPPO_KL,
     SAPO,
     GMPO,
+    REINFORCE_PLUS_PLUS,
+    REINFORCE_PLUS_PLUS_BASELINE,
 ):
     register(_algorithm)
 
