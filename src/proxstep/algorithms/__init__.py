@@ -25,6 +25,7 @@ from proxstep.algorithms.gmpo import GMPO, gmpo
 from proxstep.algorithms.grpo import DAPO, DR_GRPO, GRPO, grpo
 from proxstep.algorithms.gspo import GSPO, gspo
 from proxstep.algorithms.importance import importance_weights
+from proxstep.algorithms.maxrl import MAXRL
 from proxstep.algorithms.opo import OPO, opo
 from proxstep.algorithms.preparation import OldPolicy, Signal, SignalInputs
 from proxstep.algorithms.reinforce import REINFORCE, RLOO, reinforce
@@ -47,6 +48,7 @@ for _algorithm in (
     GMPO,
     REINFORCE_PLUS_PLUS,
     REINFORCE_PLUS_PLUS_BASELINE,
+    MAXRL,
 ):
     register(_algorithm)
 
