@@ -22,6 +22,7 @@ from proxstep.algorithms.dppo import DPPO_KL, DPPO_TV, dppo
 from proxstep.algorithms.dro import DRO, dro
 from proxstep.algorithms.escort import centered_weights, escort_weights
 from proxstep.algorithms.gmpo import GMPO, gmpo
+from proxstep.algorithms.gopo import GOPO, gopo
 from proxstep.algorithms.grpo import DAPO, DR_GRPO, GRPO, grpo
 from proxstep.algorithms.gspo import GSPO, gspo
 from proxstep.algorithms.importance import importance_weights
@@ -49,6 +50,7 @@ for _algorithm in (
     REINFORCE_PLUS_PLUS,
     REINFORCE_PLUS_PLUS_BASELINE,
     MAXRL,
+    GOPO,
 ):
     register(_algorithm)
 
@@ -72,6 +74,7 @@ __all__ = [
     "escort_weights",
     "find_algorithm",
     "gmpo",
+    "gopo",
     "grpo",
     "gspo",
     "importance_weights",
