@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 
+from proxstep.algorithms import ALGORITHMS, Algorithm
 from proxstep.config.explain import describe_keys
 from proxstep.runs.schema import FIELDS, PREFIXES
 
@@ -15,7 +18,7 @@ def recipe_page() -> str:
     lines = [
         "# Keys of a recipe",
         "",
-        "Made by `make reference` from `proxstep/config/sections.py`; `proxstep train --keys`",
+        "Made by `make reference` from the sections and the declarations; `proxstep train --keys`",
         "prints it.",
         "",
         "Two more keys stand for others: `algorithm` for `objective.name` and `geometry.rule`, and",
@@ -52,7 +55,43 @@ def metrics_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"recipe.md": recipe_page, "metrics.md": metrics_page}
+def algorithms_page() -> str:
+    """Return docs/algorithms.md with its table made anew from the declarations."""
+    rows = [_row(algorithm) for algorithm in ALGORITHMS.values()]
+    head = ["| name | level | what it is | loss | keys | advantage, aggregation |", "|" + "---|" * 6]
+    text = (DOCS / "algorithms.md").read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + "\n".join(["", *head, *rows, ""]) + END + rest.split(END)[1]
+
+
+BEGIN, END = "<!-- from the declarations: make reference -->", "<!-- end of the declarations -->"
+
+
+def _row(algorithm: Algorithm) -> str:
+    keys = ", ".join(f"`{key}` {value}" for key, value in algorithm.defaults.items()) or "none"
+    cells = (
+        f"`{algorithm.name}`",
+        algorithm.level,
+        algorithm.about,
+        _formula(algorithm),
+        keys,
+        f"{algorithm.advantage}, {algorithm.default_loss_agg_mode}",
+    )
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _formula(algorithm: Algorithm) -> str:
+    """Return the first formula of the loss's docstring: its lines from "L = " on."""
+    doc = inspect.getdoc(getattr(algorithm.loss, "func", algorithm.loss)) or ""
+    lines = re.search(r"^L = .*(?:\n\S.*)*", doc, re.MULTILINE)
+    return "<br>".join(f"`{line}`" for line in lines.group().split("\n")) if lines else ""
+
+
+PAGES = {
+    "recipe.md": recipe_page,
+    "metrics.md": metrics_page,
+    "algorithms.md": algorithms_page,
+}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from proxstep.config.loading import resolve
-from proxstep.config.recipe import ALGORITHMS
+from proxstep.config.recipe import algorithm_names
 from proxstep.runs.console import (
     COLUMNS,
     NUM_SHOWN,
@@ -199,7 +199,7 @@ IDLE = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", algorithm_names())
 def test_what_one_update_per_rollout_leaves_idle(algorithm: str) -> None:
     recipe = resolve({"algorithm": algorithm}, {}, "test")
     if algorithm not in IDLE:
