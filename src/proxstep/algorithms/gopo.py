@@ -156,7 +156,9 @@ GOPO = Algorithm(
     level="sequence",
     about="Squared distance of the sequence's ratio to a bounded target (arXiv 2602.21269).",
     keys={
-        "mu": Key("Curvature of the loss; below it a target reaches its bound of -1.", gt=0),
+        "mu": Key(
+            "Curvature of the loss; where an advantage is below -mu a target is at its bound.", gt=0
+        ),
         "length_normalize": Key("Log-ratios per token."),
     },
     prepare=prepare,
