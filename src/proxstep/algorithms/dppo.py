@@ -147,6 +147,7 @@ DPPO_TV = Algorithm(
     keys=_KEYS,
     advantage="group-centered",
     on_policy="masks nothing",
+    ratio_to_sampler=True,
 )
 DPPO_KL = dataclasses.replace(
     DPPO_TV,
