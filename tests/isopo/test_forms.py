@@ -15,12 +15,14 @@ from torch import Tensor
 
 from proxstep import PRESETS, Isopo
 from proxstep.isopo import reduction
+from proxstep.isopo.embedding import LookupGradients
 from proxstep.isopo.forms import Needs, Plan, Shape, choose, held
-from proxstep.isopo.layers import LookupGradients, OuterGradients, VectorGradients
 from proxstep.isopo.layout import Layout, make_layout
+from proxstep.isopo.linear import OuterGradients
 from proxstep.isopo.memory import Memory
 from proxstep.isopo.reduction import Measured, Request, reduce
 from proxstep.isopo.samples import OwnSamples
+from proxstep.isopo.vector import VectorGradients
 from proxstep.isopo.weighing import Settings, Weighing
 
 IDS_OF = {

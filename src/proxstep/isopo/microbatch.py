@@ -11,8 +11,9 @@ import torch
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.forms import Needs
-from proxstep.isopo.layers import OuterGradients, PositionGradients
+from proxstep.isopo.gradients import PositionGradients
 from proxstep.isopo.layout import Layout
+from proxstep.isopo.linear import OuterGradients
 from proxstep.isopo.memory import Memory
 from proxstep.isopo.reduction import Request, reduce
 from proxstep.isopo.samples import Samples

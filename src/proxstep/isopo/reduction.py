@@ -10,16 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from proxstep.isopo.embedding import LookupGradients
 from proxstep.isopo.forms import Needs, Plan, Shape, choose
-from proxstep.isopo.layers import (
-    LookupGradients,
-    OuterGradients,
-    PositionGradients,
-    VectorGradients,
-    gram,
-)
+from proxstep.isopo.gradients import PositionGradients
 from proxstep.isopo.layout import Layout
+from proxstep.isopo.linear import OuterGradients, gram
 from proxstep.isopo.memory import Memory
+from proxstep.isopo.vector import VectorGradients
 from proxstep.typing import Float, Tensor
 
 

@@ -18,13 +18,11 @@ import torch
 import torch.distributed as dist
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import (
-    LookupGradients,
-    OuterGradients,
-    PositionGradients,
-    VectorGradients,
-)
+from proxstep.isopo.embedding import LookupGradients
+from proxstep.isopo.gradients import PositionGradients
 from proxstep.isopo.layout import smallest
+from proxstep.isopo.linear import OuterGradients
+from proxstep.isopo.vector import VectorGradients
 from proxstep.typing import Float, Int, Tensor
 
 Group = dist.ProcessGroup | None

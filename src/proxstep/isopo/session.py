@@ -28,11 +28,10 @@ from proxstep.isopo.coverage import (
 from proxstep.isopo.diagnostics.step import StepDiagnostics, diagnose
 from proxstep.isopo.drawing import Drawing, OverlapPositions, OverlapSource
 from proxstep.isopo.forms import MEMORY_BUDGET
+from proxstep.isopo.hooks import OWNERS, UNBOUND, Sink, unpatch
 from proxstep.isopo.layout import make_layout
 from proxstep.isopo.memory import Memory
 from proxstep.isopo.microbatch import Microbatch, PlainSum, check_coefficients
-from proxstep.isopo.ops import OWNERS, UNBOUND, Sink
-from proxstep.isopo.patches import unpatch
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.isopo.weighing import Denominator, Fisher, Log, Sequences, Settings
 from proxstep.isopo.weights import PRESETS, NaturalRule, Rule
@@ -134,7 +133,7 @@ class Isopo:
         self._versions: dict[int, int] = {}
         self._active: Microbatch | PlainSum | None = None
         self._pending: dict[int, Microbatch] = {}
-        # What the patched modules read; see `patches.Owner`.
+        # What the patched modules read; see `hooks.Owner`.
         self.number, self.enabled, self.grid = next(_NUMBERS), True, None
         self.ticket = torch.tensor(UNBOUND)
         OWNERS[self.number] = self
