@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo import dora, embedding, linear, vector  # noqa: F401
+from proxstep.isopo import attention, dora, embedding, experts, watched  # noqa: F401
 from proxstep.isopo.hooks import Owner, Site, kind_of, patch
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -32,7 +32,7 @@ def install(model: nn.Module, owner: Owner) -> dict[nn.Module, str]:
     modules = {}
     for name, module in model.named_modules():
         kind = kind_of(module)
-        if kind is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
+        if kind is not None and kind.concerns(module):
             modules[module] = _clean(name)
             patch(module, kind, Site(owner, modules[module]))
     if not modules:
@@ -52,7 +52,8 @@ def check_coverage(model: nn.Module, modules: Modules | None) -> None:
     """
     missing = []
     for name, module in model.named_modules():
-        covered = kind_of(module) is not None if modules is None else module in modules
+        kind = kind_of(module) if modules is None else None
+        covered = module in modules if modules is not None else kind is not None
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and not covered:
                 missing.append(f"{name}.{parameter_name} ({type(module).__name__})")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from proxstep.isopo.gradients import PositionGradients, SequenceGradients, wide
-from proxstep.isopo.hooks import covers, owner_of, parameter_gradient
+from proxstep.isopo.hooks import Owner, covers, owner_of, parameter_gradient
 from proxstep.isopo.layout import Layout
 from proxstep.typing import Float, Int, Tensor
 
@@ -35,11 +35,8 @@ class _Embedding(torch.autograd.Function):
         key: str,
     ) -> Tensor:
         ctx.save_for_backward(token)
-        ctx.shape, ctx.place, ctx.padding_idx = (
-            list(weight.shape),
-            (ticket, owner, key),
-            padding_idx,
-        )
+        ctx.shape, ctx.place = list(weight.shape), (ticket, owner, key)
+        ctx.padding_idx = padding_idx
         return nn.functional.embedding(token, weight, padding_idx)
 
     @staticmethod
@@ -67,18 +64,24 @@ def _forward(self: nn.Embedding, input: Tensor) -> Tensor:
     if found is None:
         return type(self).forward(self, input)
     owner, site = found
-    if owner.grid is not None and input.dim() == 2 and input.shape[0] == 1:
-        # Position embeddings are looked up once and broadcast over the rows; each row needs its
-        # own.
-        rows, columns = owner.grid
-        if input.shape[1] == columns:
-            input = input.expand(rows, columns)
-    place = (owner.ticket, owner.number, site.key("weight"))
-    rows = _Embedding.apply(input, self.weight, self.padding_idx, *place)
+    rows = routed_embedding(input, self.weight, self.padding_idx, owner, site.key("weight"))
     if type(self).forward is nn.Embedding.forward:
         return rows
     scale = self.embed_scale  # a tensor in Gemma's classes, a number in others
     return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def routed_embedding(
+    token: Tensor, weight: Tensor, padding_idx: int | None, owner: Owner, key: str
+) -> Tensor:
+    """Return the tokens' rows, with a gradient that goes to the owner.
+
+    Positions are often looked up once, as (1, columns) or (columns,), and broadcast over the rows
+    of the grid; each row needs its own, and the result has them.
+    """
+    if owner.grid is not None and token.dim() in (1, 2) and token.numel() == owner.grid[1]:
+        token = token.expand(owner.grid)
+    return _Embedding.apply(token, weight, padding_idx, owner.ticket, owner.number, key)
 
 
 @dataclass(frozen=True)

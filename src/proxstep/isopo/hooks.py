@@ -161,13 +161,18 @@ class Site:
 SITE = "_proxstep_site"
 
 
-def owner_of(module: nn.Module) -> tuple[Owner, Site] | None:
-    """Return who routes a forward, or None where it is to be an ordinary one."""
+def owner_of(module: nn.Module, *, borrows: bool = False) -> tuple[Owner, Site] | None:
+    """Return who routes a forward, or None where it is to be an ordinary one.
+
+    Args:
+        module: The patched module.
+        borrows: Whether it uses its submodules' parameters, not its own.
+    """
     site: Site | None = getattr(module, SITE, None)
     owner = site.owner if site is not None else None
     if site is None or owner is None or not torch.is_grad_enabled() or not owner.enabled:
         return None
-    if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+    if not any(parameter.requires_grad for parameter in module.parameters(recurse=borrows)):
         return None
     return owner, site
 
@@ -183,26 +188,44 @@ class Coverage:
         covers: Whether `forward` computes what a module's own forward does.
         forward: Replaces it.
         matrices: Names of its parameters that are weights of linear layers.
+        borrows: Whether it uses its submodules' parameters, not its own.
     """
 
     covers: Callable[[nn.Module], bool]
     forward: Callable[..., Tensor]
     matrices: tuple[str, ...] = ()
+    borrows: bool = False
+
+    def concerns(self, module: nn.Module) -> bool:
+        """Whether a module uses a trainable parameter."""
+        return any(p.requires_grad for p in module.parameters(recurse=self.borrows))
 
 
 _COVERAGE: list[Coverage] = []
 
 
 def covers(
-    test: Callable[[nn.Module], bool], *, matrices: tuple[str, ...] = ()
+    test: Callable[[nn.Module], bool],
+    *,
+    matrices: tuple[str, ...] = (),
+    borrows: bool = False,
+    last: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register a forward for the modules that pass a test; the latest one that fits is used."""
+    """Register a forward for the modules that pass a test; the latest one that fits is used.
+
+    Args:
+        test: Whether the forward computes what a module's own does.
+        matrices: Names of parameters that are weights of linear layers.
+        borrows: Whether it uses its submodules' parameters, not its own.
+        last: Use it only where no other one fits.
+    """
 
     def register(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # A bound method is copied with its module and pickled by its name: an unpickled module
         # finds its class's forward.
         forward.__name__ = "forward"
-        _COVERAGE.append(Coverage(test, forward, matrices))
+        place = 0 if last else len(_COVERAGE)
+        _COVERAGE.insert(place, Coverage(test, forward, matrices, borrows))
         return forward
 
     return register

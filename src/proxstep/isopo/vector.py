@@ -68,18 +68,19 @@ def _vector_gradient(
 
 
 class _PerPosition(torch.autograd.Function):
-    """A vector parameter repeated over positions: backward sees each one's gradient."""
+    """A parameter repeated over positions: backward sees each one's gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, vector: Tensor, shape: tuple[int, ...], ticket: Tensor, owner: int, key: str
+        ctx: Any, vector: Tensor, lead: tuple[int, ...], ticket: Tensor, owner: int, key: str
     ) -> Tensor:
-        ctx.place, ctx.shape = (ticket, owner, key), list(vector.shape)
-        return vector.expand(*shape, vector.shape[0])
+        ctx.place, ctx.shape, ctx.lead = (ticket, owner, key), list(vector.shape), lead
+        return vector.expand(*lead, *vector.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_vector = parameter_gradient("VectorGradients", [grad], [], ctx.shape, *ctx.place)
+        values = [grad.reshape(*ctx.lead, -1)]
+        grad_vector = parameter_gradient("VectorGradients", values, [], ctx.shape, *ctx.place)
         return grad_vector, None, None, None, None
 
 
@@ -97,8 +98,15 @@ def _layer_norm_forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
         return type(self).forward(self, x)
     owner, site = found
     keys = (site.key("weight"), site.key("bias"))
+    return routed_layer_norm(x, self.weight, self.bias, self.eps, owner, keys)
+
+
+def routed_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, owner: Owner, keys: tuple[str, str]
+) -> Tensor:
+    """Return the normalization over the last dimension, with gradients that go to the owner."""
     place = (position_shape(x, owner.grid), owner.ticket, owner.number, keys)
-    return _LayerNorm.apply(x, self.weight, self.bias, self.eps, *place)
+    return _LayerNorm.apply(x, weight, bias, eps, *place)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -124,9 +132,13 @@ def _rms_norm_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 def per_position(module: nn.Module, parameter: str, x: Tensor, owner: Owner, site: Site) -> Tensor:
     """Return a vector parameter repeated over the positions of x, broadcastable against it."""
-    vector = getattr(module, parameter)
     shape = position_shape(x, owner.grid)
-    return _PerPosition.apply(vector, shape, owner.ticket, owner.number, site.key(parameter))
+    return repeated(getattr(module, parameter), shape, owner, site.key(parameter))
+
+
+def repeated(vector: Tensor, lead: tuple[int, ...], owner: Owner, key: str) -> Tensor:
+    """Return a parameter repeated over positions, (*lead, *shape); gradients go to the owner."""
+    return _PerPosition.apply(vector, lead, owner.ticket, owner.number, key)
 
 
 def _names_of_vectors(module: nn.Module) -> set[str] | None:
