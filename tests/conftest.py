@@ -18,16 +18,15 @@ CHECKED = [
     "proxstep.logprobs.chunked",
     "proxstep.training.regularizers",
     "proxstep.isopo.diagnostics.step",
-    "proxstep.isopo.exact",
     "proxstep.isopo.diagnostics.statistics",
-    "proxstep.isopo.forms",
     "proxstep.isopo.layers",
     "proxstep.isopo.diagnostics.noise",
+    "proxstep.isopo.plan",
     "proxstep.isopo.reduction",
     "proxstep.isopo.diagnostics.stacked",
     "proxstep.isopo.diagnostics.summary",
     "proxstep.isopo.trailing",
-    "proxstep.isopo.weights",
+    "proxstep.isopo.rule",
     "proxstep.theory",
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")

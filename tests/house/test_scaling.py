@@ -52,7 +52,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxstep.isopo import Isopo
-from proxstep.isopo.forms import Needs
+from proxstep.isopo.plan import Needs
 from proxstep.isopo.head import head_log_probs
 
 ROOT = Path(__file__).parents[2]

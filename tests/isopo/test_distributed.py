@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from proxstep.errors import ProxstepError
 from proxstep.isopo import IsometricRule, Rule
 from proxstep.isopo.layers import VectorGradients
-from proxstep.isopo.samples import SampleStore
+from proxstep.isopo.sampling import SampleStore
 from proxstep.isopo.trailing import TrailingMeans
 
 ACCUMULATED: Spread = (((0, 1), (4,)), ((2, 3), (5, 6)))

@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 
 from proxstep.isopo.layout import Layout
-from proxstep.isopo.memory import Memory
+from proxstep.isopo.plan import Memory
 from proxstep.typing import Bool, Float, Int, Tensor
 
 

@@ -1,17 +1,16 @@
-"""Which token positions of a microbatch belong to which sequence, and which of them are sampled.
+"""Which token positions of a microbatch belong to which sequence.
 
-Legend for shape suffixes: T positions, B sequences, K sampled positions.
+Legend for shape suffixes: T positions, B sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.typing import Bool, Float, Int, Tensor
+from proxstep.typing import Float, Int, Tensor
 
 
 @dataclass(frozen=True)
@@ -85,37 +84,6 @@ def make_layout(sequence_ids: Int[Tensor, "rows columns"], num_sequences: int) -
         bounds = _bounds(sequence_T, num_sequences)
     one_hot_TB = torch.nn.functional.one_hot(sequence_T, num_sequences + 1)[:, :num_sequences]
     return Layout((rows, columns), order_T, sequence_T, bounds, one_hot_TB.float())
-
-
-def sample_priorities(
-    layout: Layout, seeds: Sequence[int], eligible_T: Bool[Tensor, " positions"] | None = None
-) -> Float[Tensor, " positions"]:
-    """Return a random number per position; the K smallest are a uniform sample of K positions.
-
-    A position's number depends on its sequence's seed and its place in the sequence alone, so that
-    the sample of a batch does not depend on how its sequences are spread.
-
-    Args:
-        layout: The positions.
-        seeds: One per sequence.
-        eligible_T: Positions that may be sampled; None for all that belong to a sequence.
-
-    Returns:
-        Numbers in [0, 1), and infinity where a position must not be sampled.
-    """
-    priority_T = torch.full((layout.num_positions,), torch.inf, dtype=torch.float64)
-    generator = torch.Generator()
-    for seed, (start, end) in zip(seeds, layout.bounds, strict=True):
-        generator.manual_seed(seed % 2**63)
-        priority_T[start:end] = torch.rand(end - start, generator=generator, dtype=torch.float64)
-    priority_T = priority_T.to(layout.sequence_T.device)
-    return priority_T if eligible_T is None else priority_T.masked_fill(~eligible_T, torch.inf)
-
-
-def smallest(priority_T: Float[Tensor, " positions"], count: int | None) -> Int[Tensor, " samples"]:
-    """Return the positions of the `count` smallest finite numbers, or of all of them."""
-    order_T = priority_T.argsort(stable=True)[: int(priority_T.isfinite().sum())]
-    return order_T if count is None else order_T[:count]
 
 
 def _check_ids(sequence_ids: Tensor, num_sequences: int) -> None:
