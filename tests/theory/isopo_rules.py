@@ -217,8 +217,7 @@ def figure_5(seed: int) -> None:
     _, fisher_sq_B, norm_sq_B, advantage_B = sample(seed)
     found = Statistics(torch.ones_like(advantage_B), fisher_sq_B, norm_sq_B)
     lengths = {
-        q: IsometricRule(0.0, q, 0.0).weigh(found, {})[0] * norm_sq_B.sqrt()
-        for q in (-1.0, 1.0)
+        q: IsometricRule(0.0, q, 0.0).weigh(found, {})[0] * norm_sq_B.sqrt() for q in (-1.0, 1.0)
     }
     close(lengths[-1.0], torch.ones_like(norm_sq_B), rtol=1e-3)
     close(lengths[1.0], norm_sq_B, rtol=1e-3)

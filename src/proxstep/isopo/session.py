@@ -173,8 +173,7 @@ class Isopo:
                 diagnostics: noise between prompts, conflict within them.
             sequence_keys: A number for each sequence that no other one of the optimizer step has,
                 on any rank.
-            fisher_squares: F_b^2 by parameter use, instead of an estimate (see
-                `proxstep.isopo.exact`).
+            fisher_squares: F_b^2 by parameter use, instead of an estimate.
 
         Yields:
             The microbatch, with its `layout`.
