@@ -182,7 +182,7 @@ def _watch(patch: pytest.MonkeyPatch, count: Counter[str]) -> None:
     def gathered(gradients: Any, counts: list[int], group: Any) -> Any:
         sample = gather(gradients, counts, group)
         count["rows"] = max(count["rows"], *counts)
-        count["all rows"] = max(count["all rows"], len(sampling._first(sample)))
+        count["all rows"] = max(count["all rows"], sample.num_rows)
         return sample
 
     patch.setattr(sampling, "_gather", gathered)

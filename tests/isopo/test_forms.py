@@ -14,12 +14,14 @@ from tests.models import tiny_qwen3
 from torch import Tensor
 
 from proxstep import PRESETS, Isopo
-from proxstep.isopo import reduction
-from proxstep.isopo.layers import LookupGradients, OuterGradients, VectorGradients
-from proxstep.isopo.layout import Layout, make_layout
+from proxstep.isopo import linear
+from proxstep.isopo.embedding import LookupGradients
+from proxstep.isopo.gradients import Layout, make_layout
+from proxstep.isopo.linear import OuterGradients
 from proxstep.isopo.microbatch import Microbatch, Settings
 from proxstep.isopo.plan import Memory, Needs, Part, Plan, Shape, choose, held
 from proxstep.isopo.sampling import Samples
+from proxstep.isopo.vector import VectorGradients
 
 IDS_OF = {
     "padded": [[-1, 0, 0, 0, 0], [1, 1, 1, -1, -1], [2, 2, 2, 2, 2]],
@@ -84,9 +86,9 @@ def test_every_plan_is_exact(monkeypatch, layout, plan, needs, dtype) -> None:
     sample = outer.at(index_K) if needs.fisher else None
     weight_B = torch.tensor([0.5, -2.0, 1.5], dtype=dtype)
     found: list[Part] = []
-    monkeypatch.setattr(reduction, "choose", lambda *_, **__: plan)
+    monkeypatch.setattr(linear, "choose", lambda *_, **__: plan)
     total = None
-    for part in reduction.parts(outer, made, needs, sample, Memory(), separable=True):
+    for part in outer.parts(made, needs, sample, Memory(), separable=True):
         total = part.add(weight_B[part.sequences], total)
         found.append(part)
     assert total is not None

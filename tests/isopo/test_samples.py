@@ -9,13 +9,11 @@ import torch
 from tests.threads import Threads
 from torch import Tensor
 
-from proxstep.isopo.layers import (
-    LookupGradients,
-    OuterGradients,
-    PositionGradients,
-    VectorGradients,
-)
+from proxstep.isopo.embedding import LookupGradients
+from proxstep.isopo.gradients import PositionGradients
+from proxstep.isopo.linear import OuterGradients
 from proxstep.isopo.sampling import GatheredSamples, SampleStore
+from proxstep.isopo.vector import VectorGradients
 
 Part = tuple[Tensor, dict[str, PositionGradients]]
 """A rank's priorities, and gradients of each kind at its positions."""

@@ -9,7 +9,7 @@ from tests.theory.cases import Model, close, gradient, hessian, random
 from tests.theory.registry import CORRECTED, states
 from torch import Tensor
 
-from proxstep.isopo.layers import OuterGradients
+from proxstep.isopo.linear import OuterGradients
 from proxstep.theory import categorical, estimates, fisher
 
 FISHER = ("theory.fisher.fisher_matrix", "prob_V[:, None] * score_VP", "score_VP")

@@ -19,10 +19,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import OuterGradients, product
+from proxstep.isopo.hooks import OWNERS, owner_of
+from proxstep.isopo.linear import OuterGradients, product
 from proxstep.isopo.microbatch import Microbatch
-from proxstep.isopo.ops import OWNERS
-from proxstep.isopo.patches import owner_of
 from proxstep.isopo.plan import Part
 from proxstep.logprobs.chunked import (
     ChunkedLogProbs,

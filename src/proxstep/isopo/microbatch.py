@@ -14,11 +14,9 @@ import torch
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.records import LayerRecord, joined
-from proxstep.isopo.layers import OuterGradients, PositionGradients
-from proxstep.isopo.layout import Layout
-from proxstep.isopo.ops import OWNERS, UNBOUND
+from proxstep.isopo.gradients import Layout, PositionGradients
+from proxstep.isopo.hooks import OWNERS, UNBOUND
 from proxstep.isopo.plan import Memory, Needs, Part, Statistics
-from proxstep.isopo.reduction import parts
 from proxstep.isopo.rule import Means, NaturalRule, Rule, fisher_squares
 from proxstep.isopo.sampling import Samples
 from proxstep.typing import Bool, Float, Int, Tensor
@@ -162,14 +160,13 @@ class Microbatch:
         """
         self.claim(key)
         needs, given = self.needs, key in self.sequences.fisher_sq
-        excluded = self.settings.only_linear and not isinstance(gradients, OuterGradients)
+        excluded = self.settings.only_linear and not gradients.is_matrix
         if excluded or (needs == Needs() and not given):
             return gradients.contract(self.layout.spread(-self.sequences.coefficient_B))
         sample = None
         if needs.fisher and not given:
             sample = self.samples.of(key, gradients.at(self.samples.index_K))
-        measured = parts(
-            gradients,
+        measured = gradients.parts(
             self.layout,
             replace(needs, fisher=sample is not None),
             sample,
@@ -267,8 +264,7 @@ class PlainSum:
     def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
         """Return the sum over positions."""
         del key
-        first = gradients.grad_TO if isinstance(gradients, OuterGradients) else gradients.grad_TD
-        return gradients.contract(first.new_ones(len(first)))
+        return gradients.contract(gradients.first.new_ones(gradients.num_rows))
 
 
 Sink = Microbatch | PlainSum

@@ -19,13 +19,7 @@ import torch
 import torch.distributed as dist
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import (
-    LookupGradients,
-    OuterGradients,
-    PositionGradients,
-    VectorGradients,
-)
-from proxstep.isopo.layout import Layout
+from proxstep.isopo.gradients import KINDS, Layout, PositionGradients
 from proxstep.isopo.rule import OverRanks
 from proxstep.typing import Bool, Float, Int, Tensor
 
@@ -93,7 +87,8 @@ class CarriedSamples(Samples):
     def of(self, key: str, own: PositionGradients) -> PositionGradients:
         """Return what was kept of the previous step, and keep this microbatch's for the next."""
         self._store.add(key, self._priority_K, own)
-        return _like(self._store.current.get(key, own), own)
+        device = own.first.device  # a checkpoint's may be another
+        return self._store.current.get(key, own).map(lambda value: value.to(device))
 
 
 class SampleStore:
@@ -113,7 +108,7 @@ class SampleStore:
         if key in self._pending:
             old_priority_K, old = self._pending[key]
             priority_K = torch.cat([old_priority_K, priority_K])
-            gradients = _map2(old, gradients, lambda a, b: torch.cat([a, b]))
+            gradients = _both(old, gradients)
         index_K = smallest(priority_K, self.count)
         self._pending[key] = (priority_K[index_K], gradients.at(index_K))
 
@@ -132,20 +127,17 @@ class SampleStore:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs: the tensors of each parameter's sample."""
         return {
-            key: {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
+            key: {"kind": type(sample).__name__, **vars(sample)}
             for key, sample in self.current.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the sample by that of `state_dict`, and forget what is pending."""
         self._pending = {}
-        self.current = {key: _KINDS[frozenset(fields)](**fields) for key, fields in state.items()}
-
-
-_KINDS: dict[frozenset[str], Any] = {
-    frozenset(field.name for field in dataclasses.fields(kind)): kind
-    for kind in (OuterGradients, VectorGradients, LookupGradients)
-}
+        self.current = {
+            key: KINDS[of["kind"]](**{name: of[name] for name in of if name != "kind"})
+            for key, of in state.items()
+        }
 
 
 class Drawing:
@@ -361,12 +353,10 @@ def _gather(gradients: PositionGradients, counts: list[int], group: Group) -> Po
     A collective takes equal parts: they are filled up on the way.
     """
 
-    def gathered(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def gathered(value: Tensor) -> Tensor:
         return _join(_all_gather(_pad(value, max(counts), 0), group), counts)
 
-    return _map(gradients, gathered)
+    return gradients.map(gathered)
 
 
 def _join(parts: list[Tensor], counts: list[int]) -> Tensor:
@@ -385,24 +375,11 @@ def _all_gather(value: Tensor, group: Group) -> list[Tensor]:
     return parts
 
 
-def _like(sample: Any, own: Any) -> Any:
-    """Return the sample on the device of a microbatch's own, which may not be a checkpoint's."""
-    device = _first(own).device
-    return _map(sample, lambda value: value.to(device) if isinstance(value, Tensor) else value)
+def _both(first: Any, second: Any) -> Any:
+    """Return the rows of both."""
 
+    def joined(name: str) -> Any:
+        one, other = getattr(first, name), getattr(second, name)
+        return torch.cat([one, other]) if isinstance(one, Tensor) else one
 
-def _first(gradients: PositionGradients) -> Tensor:
-    return gradients.grad_TO if isinstance(gradients, OuterGradients) else gradients.grad_TD
-
-
-def _map(gradients: Any, function: Any) -> Any:
-    fields = dataclasses.fields(gradients)
-    return type(gradients)(*(function(getattr(gradients, field.name)) for field in fields))
-
-
-def _map2(first: Any, second: Any, function: Any) -> Any:
-    def both(name: str) -> Any:
-        a, b = getattr(first, name), getattr(second, name)
-        return function(a, b) if isinstance(a, Tensor) else a
-
-    return type(first)(*(both(field.name) for field in dataclasses.fields(first)))
+    return type(first)(*(joined(field.name) for field in dataclasses.fields(first)))
