@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import IsometricRule, Rule
-from proxstep.isopo.samples import SampleStore
+from proxstep.isopo.sampling import SampleStore
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.isopo.vector import VectorGradients
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 import __future__
 
-import importlib
 import inspect
+import pkgutil
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,9 +37,8 @@ class Mutant:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Run the function with the change, wherever it was imported to."""
-        module_name, name = self.function.rsplit(".", 1)
-        module = importlib.import_module(f"proxstep.{module_name}")
-        function = inspect.unwrap(getattr(module, name))
+        function = inspect.unwrap(pkgutil.resolve_name(f"proxstep.{self.function}"))
+        module, name = sys.modules[function.__module__], function.__name__
         source = textwrap.dedent(inspect.getsource(function))
         if source.count(self.old) != 1:
             raise ValueError(f"{self.old!r} occurs {source.count(self.old)} times in {name}")

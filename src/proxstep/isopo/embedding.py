@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.isopo.gradients import PositionGradients, SequenceGradients, wide
+from proxstep.isopo.gradients import Layout, PositionGradients, SequenceGradients, wide
 from proxstep.isopo.hooks import Owner, covers, owner_of, parameter_gradient
-from proxstep.isopo.layout import Layout
 from proxstep.typing import Float, Int, Tensor
 
 

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.gradients import PositionGradients, SequenceGradients, wide
+from proxstep.isopo.gradients import Layout, PositionGradients, SequenceGradients, wide
 from proxstep.isopo.hooks import Owner, covers, owner_of, parameter_gradient
-from proxstep.isopo.layout import Layout
 from proxstep.isopo.linear import OuterGradients, gram, product
 from proxstep.typing import Float, Int, Tensor
 

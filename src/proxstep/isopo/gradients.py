@@ -9,14 +9,64 @@ Legend for shape suffixes: T positions, B sequences, K sampled positions, D feat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 
-from proxstep.isopo.layout import Layout
+from proxstep.errors import ProxstepError
+from proxstep.isopo.plan import Memory, Needs, Part
 from proxstep.typing import Float, Int, Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The token positions of a microbatch.
+
+    Positions are those of the flattened grid, except where the positions of a sequence do not
+    follow each other in it: then they are gathered, sequence by sequence.
+
+    Attributes:
+        grid: Shape of the token grid, (rows, columns).
+        order_T: Where positions are gathered, each one's index in the flattened grid; else None.
+        sequence_T: Each position's sequence; `num_sequences` at padding.
+        bounds: First and last-plus-one position of each sequence.
+        one_hot_TB: 1 where a position belongs to a sequence, float32.
+    """
+
+    grid: tuple[int, int]
+    order_T: Int[Tensor, " positions"] | None
+    sequence_T: Int[Tensor, " positions"]
+    bounds: tuple[tuple[int, int], ...]
+    one_hot_TB: Float[Tensor, "positions batch"]
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.bounds)
+
+    @property
+    def num_positions(self) -> int:
+        """T, padding included where nothing is gathered."""
+        return len(self.sequence_T)
+
+    def sum_by_sequence(
+        self, value_NT: Float[Tensor, "rows positions"]
+    ) -> Float[Tensor, "rows batch"]:
+        """Sum the columns of each sequence."""
+        return value_NT @ self.one_hot_TB.to(value_NT.dtype)
+
+    def spread(self, value_B: Float[Tensor, " batch"]) -> Float[Tensor, " positions"]:
+        """Return each position's sequence's value, 0 at padding."""
+        return torch.cat([value_B, value_B.new_zeros(1)])[self.sequence_T]
+
+    def only(self, index: Int[Tensor, " kept"]) -> Layout:
+        """Return the layout of the positions in `index`, which must be in ascending order."""
+        sequence_T = self.sequence_T[index]
+        bounds = _bounds(sequence_T, self.num_sequences)
+        return Layout(self.grid, None, sequence_T, bounds, self.one_hot_TB[index])
+
 
 KINDS: dict[str, type[PositionGradients]] = {}
 """Every class of position-wise gradients, by its name."""
@@ -74,8 +124,36 @@ class PositionGradients(ABC):
         """Return sum_t weight_t G_t, in the parameter's shape."""
 
     def sums(self, layout: Layout) -> SequenceGradients:
-        """Return each sequence's gradient; not for matrices, where `reduction` chooses the form."""
+        """Return each sequence's gradient; not for a class that measures its own `parts`."""
         raise NotImplementedError(f"{type(self).__name__}.sums")
+
+    def parts(
+        self,
+        layout: Layout,
+        needs: Needs,
+        sample: Any,
+        memory: Memory,
+        *,
+        separable: bool,
+    ) -> Iterator[Part]:
+        """Measure the sequences: all at once, or where that is cheaper some at a time.
+
+        Args:
+            layout: Which position belongs to which sequence.
+            needs: The statistics.
+            sample: Gradients at the positions that estimate the Fisher norm, where it is needed.
+            memory: The workspace, which a part may use until the next is asked for.
+            separable: Whether some sequences may be weighed before the others are measured.
+        """
+        del memory, separable
+        sums = self.sums(layout)
+        yield Part(
+            slice(None),
+            lambda weight_B, _: sums.contract(weight_B),
+            None if sample is None else sums.cross(sample),
+            sums.norm_squares() if needs.norm else None,
+            sums.ntk() if needs.ntk else None,
+        )
 
 
 class SequenceGradients(ABC):
@@ -106,3 +184,64 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def wide(value: Tensor) -> Tensor:
     """Return the value in float32, or as it is where it has more digits."""
     return value.to(wide_dtype(value.dtype))
+
+
+def make_layout(sequence_ids: Int[Tensor, "rows columns"], num_sequences: int) -> Layout:
+    """Return the layout of a grid of sequence ids, -1 for padding.
+
+    Raises:
+        ProxstepError: If the ids are not integers 0 to num_sequences - 1, each of them present, or
+            a sequence lies in more than one row.
+    """
+    if sequence_ids.dim() != 2 or sequence_ids.is_floating_point():
+        raise ProxstepError(
+            "sequence_ids must be integers of shape (rows, columns), -1 for padding"
+        )
+    rows, columns = sequence_ids.shape
+    flat_T = sequence_ids.reshape(-1).long()
+    _check_ids(sequence_ids, num_sequences)
+    sequence_T = torch.where(flat_T < 0, num_sequences, flat_T)
+    bounds, order_T = _bounds(sequence_T, num_sequences), None
+    if sum(end - start for start, end in bounds) != int((flat_T >= 0).sum()):
+        order_T = sequence_T.argsort(stable=True)
+        order_T = order_T[: int((flat_T >= 0).sum())]
+        sequence_T = sequence_T[order_T]
+        bounds = _bounds(sequence_T, num_sequences)
+    one_hot_TB = torch.nn.functional.one_hot(sequence_T, num_sequences + 1)[:, :num_sequences]
+    return Layout((rows, columns), order_T, sequence_T, bounds, one_hot_TB.float())
+
+
+def _check_ids(sequence_ids: Tensor, num_sequences: int) -> None:
+    highest = int(sequence_ids.max()) if sequence_ids.numel() else -1
+    present_RB = torch.zeros(
+        sequence_ids.shape[0], max(highest, num_sequences - 1) + 2, device=sequence_ids.device
+    ).scatter_(1, sequence_ids.long().clamp(min=-1) + 1, 1.0)[:, 1:]
+    rows_of_B = present_RB.sum(dim=0)
+    if highest >= num_sequences or bool((rows_of_B == 0).any()):
+        raise ProxstepError(
+            f"sequence_ids must name each of the {num_sequences} sequences that have a "
+            f"coefficient, 0 to {num_sequences - 1}, and no other"
+        )
+    if bool((rows_of_B > 1).any()):
+        raise ProxstepError(
+            f"sequence {int((rows_of_B > 1).long().argmax())} lies in more than one row of "
+            "sequence_ids: a sequence must be whole, in one row, in one microbatch (sequence and "
+            "context parallelism split sequences, and cannot be combined with ISOPO)"
+        )
+
+
+def _bounds(sequence_T: Tensor, num_sequences: int) -> tuple[tuple[int, int], ...]:
+    """Return the run of each sequence that starts at its first position; (0, 0) for none."""
+    num = len(sequence_T)
+    position_T = torch.arange(num, device=sequence_T.device)
+    differs_T = sequence_T[1:] != sequence_T[:-1]
+    next_T = torch.full_like(position_T, num)
+    next_T[:-1] = torch.where(differs_T, position_T[1:], num)
+    end_T = next_T.flip(0).cummin(0).values.flip(0)  # where the run of each position ends
+    first_B = torch.full((num_sequences + 1,), num, device=sequence_T.device)
+    first_B = first_B.scatter_reduce(0, sequence_T, position_T, "amin")[:num_sequences]
+    present_B = first_B < num
+    first_B = first_B.masked_fill(~present_B, 0)
+    end_B = end_T[first_B].masked_fill(~present_B, 0) if num else first_B
+    pairs = torch.stack([first_B, end_B], dim=1).tolist()
+    return tuple((start, end) for start, end in pairs)

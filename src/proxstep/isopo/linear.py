@@ -1,7 +1,7 @@
 """Linear layers, Conv1D included: G_t = g_t a_t^T, from the output's gradient and the input.
 
 The inner product of two positions is (g_s . g_t)(a_s . a_t), so that all statistics can be had
-without forming any gradient (the ghost form); `forms` says when it pays.
+without forming any gradient (the ghost form); `plan` says when it pays.
 
 Legend for shape suffixes: T positions, B sequences, K sampled positions, O and I output and input
 features, L positions of one sequence, N numbers of one gradient.
@@ -9,17 +9,16 @@ features, L positions of one sequence, N numbers of one gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from proxstep.isopo.gradients import PositionGradients, wide, wide_dtype
+from proxstep.isopo.gradients import Layout, PositionGradients, wide, wide_dtype
 from proxstep.isopo.hooks import Owner, covers, is_class, owner_of, parameter_gradient
-from proxstep.isopo.layout import Layout
-from proxstep.isopo.memory import Memory
+from proxstep.isopo.plan import Memory, Needs, Part, Shape, choose
 from proxstep.typing import Bool, Float, Int, Tensor
 
 
@@ -129,6 +128,36 @@ class OuterGradients(PositionGradients):
             return (grad_TO * column_T1).mT @ input_TI
         return grad_TO.mT @ (input_TI * column_T1)
 
+    def parts(
+        self,
+        layout: Layout,
+        needs: Needs,
+        sample: OuterGradients | None,
+        memory: Memory,
+        *,
+        separable: bool,
+    ) -> Iterator[Part]:
+        """Measure the sequences in the form that is the cheapest."""
+        outer, layout = _without_zeros(self, layout)
+        shape = _shape(outer, layout, sample)
+        plan = choose(shape, needs, separable=separable, memory_budget=memory.budget)
+        cross_KB = None
+        if sample is not None and plan.ghost_fisher:
+            cross_KB, sample = outer.cross(sample, layout, memory), None
+        if plan.gradients == "sequences":
+            yield from _by_sequences(outer, layout, needs, sample, memory, plan.size, cross_KB)
+            return
+
+        def add(weight_B: Tensor, _: Tensor | None) -> Tensor:
+            return outer.contract(layout.spread(weight_B))
+
+        if plan.gradients == "blocks":
+            found = _in_blocks(outer, layout, needs, sample, memory, plan.size)
+            yield Part(slice(None), add, found[0] if cross_KB is None else cross_KB, *found[1:])
+            return
+        norm_B = outer.norm_squares(layout, memory) if needs.norm else None
+        yield Part(slice(None), add, cross_KB, norm_B, outer.ntk(layout) if needs.ntk else None)
+
     def cross(
         self, sample: OuterGradients, layout: Layout, memory: Memory
     ) -> Float[Tensor, "samples batch"]:
@@ -201,6 +230,93 @@ class OuterGradients(PositionGradients):
         dtype = gradient_BOI.dtype
         moved_BOK = gradient_BOI @ self.input_TI.to(dtype).mT
         return (moved_BOK * self.grad_TO[:, features].to(dtype).mT).sum(dim=1).mT
+
+
+def _by_sequences(
+    outer: OuterGradients,
+    layout: Layout,
+    needs: Needs,
+    sample: OuterGradients | None,
+    memory: Memory,
+    size: int,
+    cross_KB: Tensor | None,
+) -> Iterator[Part]:
+    """The gradients of `size` sequences at a time."""
+    for start in range(0, layout.num_sequences, size):
+        part = slice(start, min(start + size, layout.num_sequences))
+        part_BOI = outer.by_sequence(layout.bounds[part], memory)
+        part_BN = part_BOI.flatten(1)
+
+        def add(weight_B: Tensor, total: Tensor | None, part_BOI: Tensor = part_BOI) -> Tensor:
+            part_BN, weight_B = part_BOI.flatten(1), weight_B.to(part_BOI.dtype)
+            if total is None:
+                return (weight_B @ part_BN).view(part_BOI.shape[1:])
+            total.view(-1).addmv_(part_BN.mT, weight_B)
+            return total
+
+        if sample is not None:  # then all sequences are one part
+            cross_KB = sample.cross_with(part_BOI)
+        ntk_BB = gram(part_BN) if needs.ntk else None
+        norm_B = None
+        if needs.norm:
+            norm_B = _squares(part_BN) if ntk_BB is None else ntk_BB.diagonal().clone()
+        yield Part(part, add, None if cross_KB is None else cross_KB[:, part], norm_B, ntk_BB)
+
+
+def _in_blocks(
+    outer: OuterGradients,
+    layout: Layout,
+    needs: Needs,
+    sample: OuterGradients | None,
+    memory: Memory,
+    size: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Cross products, norms and kernel, from `size` output features at a time."""
+    num_features = outer.grad_TO.shape[1]
+    norm_B = ntk_BB = cross_KB = None
+    for start in range(0, num_features, size):
+        features = slice(start, min(start + size, num_features))
+        part_BOI = outer.by_sequence(layout.bounds, memory, features)
+        part_BN = part_BOI.flatten(1)
+        if sample is not None:
+            cross_KB = _add(cross_KB, sample.cross_with(part_BOI, features))
+        if needs.ntk:
+            ntk_BB = _add(ntk_BB, gram(part_BN))
+        elif needs.norm:
+            norm_B = _add(norm_B, _squares(part_BN))
+    if needs.norm and ntk_BB is not None:
+        norm_B = ntk_BB.diagonal().clone()
+    return cross_KB, norm_B, ntk_BB
+
+
+def _without_zeros(outer: OuterGradients, layout: Layout) -> tuple[OuterGradients, Layout]:
+    """Leave out positions without a gradient where that saves more than it costs: in a head."""
+    num_out, num_in = outer.grad_TO.shape[1], outer.input_TI.shape[1]
+    if num_out < 4 * num_in:
+        return outer, layout
+    index = outer.nonzero().nonzero().squeeze(1)
+    if len(index) > 0.9 * layout.num_positions:
+        return outer, layout
+    return outer.at(index), layout.only(index)
+
+
+def _shape(outer: OuterGradients, layout: Layout, sample: OuterGradients | None) -> Shape:
+    return Shape(
+        out_features=outer.grad_TO.shape[1],
+        in_features=outer.input_TI.shape[1],
+        lengths=tuple(end - start for start, end in layout.bounds),
+        num_samples=0 if sample is None else len(sample.grad_TO),
+        itemsize=max(outer.grad_TO.itemsize, 4),
+        device=outer.grad_TO.device.type,
+    )
+
+
+def _add(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
+
+
+def _squares(value_BN: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value_BN, dim=1).square()
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
