@@ -50,10 +50,10 @@ from proxstep.isopo.plan import Memory
 from proxstep.logprobs.logits import entropy, token_log_probs
 from proxstep.runs.folder import describe_machine
 from proxstep.tasks import Example, arithmetic_task
+from proxstep.training.demo_model import solution_loss
 from proxstep.training.models import load_model, load_tokenizer, model_source, quiet_transformers
 from proxstep.training.prompts import encode_prompt
 from proxstep.training.rollout import Completions, response_logits, sample
-from proxstep.training.supervised import solution_loss
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
 FOLDER = Path(__file__).with_suffix("")

@@ -69,8 +69,8 @@ class ModelSection(Section):
         default=0.6,
         ge=0,
         lt=1,
-        description="Share of right or careless answers at which the embedded model's warm-up "
-        "stops; 0 for none.",
+        description="Share of answers, right or without carries, at which the embedded model's "
+        "warm-up stops; 0 for none.",
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from proxstep.errors import ProxstepError
+from proxstep.training.models import evaluating
 from proxstep.typing import Bool, Float, Int, Tensor
 
 
@@ -27,7 +28,7 @@ class Completions:
         response_BT: True at completion positions, the end token included.
         truncated_B: True where the completion was cut off before an end token.
         sampler_log_prob_BT: Log-probabilities with which the completion tokens were drawn, of the
-            tokens from the second position on and 0 elsewhere; None where nobody asked for them.
+            tokens from the second position on and 0 elsewhere; None if not asked for.
     """
 
     token_BT: Int[Tensor, "batch tokens"]
@@ -135,7 +136,7 @@ def sample(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, **chosen
     )
-    with _evaluating(model), _finite_probabilities():
+    with evaluating(model), _own_defaults_off(model), _finite_probabilities():
         out = model.generate(  # type: ignore[operator]
             input_ids=token.to(device),
             attention_mask=attention.to(device),
@@ -220,7 +221,7 @@ def _completions(out: Tensor, prompt_attention: Tensor, ends: list[int]) -> Comp
 
 @contextmanager
 def _finite_probabilities() -> Iterator[None]:
-    """Say what it means that torch cannot sample."""
+    """Explain torch's error for probabilities that are not finite."""
     try:
         yield
     except RuntimeError as error:
@@ -233,17 +234,15 @@ def _finite_probabilities() -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Generate in evaluation mode, without a hub model's own defaults (top_k, penalties)."""
+def _own_defaults_off(model: nn.Module) -> Iterator[None]:
+    """Generate without a hub model's own defaults (top_k, penalties)."""
     from transformers import GenerationConfig
 
-    training, own = model.training, getattr(model, "generation_config", None)
-    model.eval()
+    own = getattr(model, "generation_config", None)
     model.generation_config = GenerationConfig()  # type: ignore[assignment]
     try:
         yield
     finally:
-        model.train(training)
         model.generation_config = own  # type: ignore[assignment]
 
 

@@ -22,15 +22,14 @@ from proxstep.runs.clock import Clock
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.interrupt import stop_on_signal
 from proxstep.runs.tracking import MetricsLog, Tracker
-from proxstep.training.batch import Batch, collect
+from proxstep.training.batch import Batch, collect, shortage
 from proxstep.training.evaluation import Probe, evaluate
-from proxstep.training.generation import shortage
 from proxstep.training.models import autocast
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.optimizers import make_optimizer
 from proxstep.training.output_layer import check_chunkable
-from proxstep.training.penalties import loss_penalty
 from proxstep.training.prompts import Prompts
+from proxstep.training.regularizers import loss_penalty
 from proxstep.training.rollout import Completions
 from proxstep.training.scores import Scores, score
 from proxstep.typing import Tensor
