@@ -169,10 +169,11 @@ def _sentences(key: str, users: Iterable[Algorithm]) -> str:
     for user in users:
         of_default = defaults.setdefault(user.keys[key].help, {})
         of_default.setdefault(user.defaults[key], []).append(user.name)
-    return " ".join(
-        f"{text} Default: {', '.join(f'{value} ({", ".join(of)})' for value, of in found.items())}."
-        for text, found in defaults.items()
-    )
+    sentences = []
+    for text, found in defaults.items():
+        listed = [f"{value} ({', '.join(names)})" for value, names in found.items()]
+        sentences.append(f"{text} Default: {', '.join(listed)}.")
+    return " ".join(sentences)
 
 
 def _option(name: str, hint: Any, default: Any, text: str) -> Option:
