@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from proxstep.engines.trl.recipe import plan
 from tests.engine import tiny_recipe
 
 from proxstep.config.explain import describe_keys
@@ -16,7 +17,6 @@ from proxstep.config.loading import load_recipe
 from proxstep.config.recipe import ALGORITHMS, Recipe
 from proxstep.engines.keys import leaves
 from proxstep.engines.trl.expressions import Call, Shared, make
-from proxstep.engines.trl.recipe import plan
 from proxstep.engines.trl.script import script
 from proxstep.engines.trl.tables import (
     REFUSALS,

@@ -64,15 +64,19 @@ def tiny(seed: int = 1, *, tied: bool = True, lora: bool = False) -> tuple[Any, 
 
 @dataclass
 class Watch(TrainerCallback):
-    """What a run did: its microbatches, and the gradients before each optimizer step."""
+    """What a run did: its microbatches, gradients before and weights after an optimizer step."""
 
     microbatches: list[dict[str, Tensor]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
     logs: list[dict[str, float]] = field(default_factory=list)
     model: Any = None
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.gradients.append(gradients_of(self.model))
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.weights.append({k: v.clone() for k, v in self.model.state_dict().items()})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.logs.append(dict(logs))

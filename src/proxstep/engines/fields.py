@@ -47,7 +47,7 @@ def algorithm_options(taken: Collection[str]) -> list[Option]:
     return [
         _option(
             option_name(key, taken),
-            Union[(*(user.types[key] for user in users), None)],  # noqa: UP007
+            Union[(*(user.types[key] for user in users), None)],
             None,
             _sentences(key, users),
         )
@@ -91,7 +91,9 @@ def objective_of(config: Any, algorithm: Algorithm, taken: Collection[str]) -> O
             )
         if field.name in own:
             values[own[field.name]] = _number(value)
-    section = read_section(section_of(algorithm), values, names={key: name for name, key in own.items()})
+    section = read_section(
+        section_of(algorithm), values, names={key: name for name, key in own.items()}
+    )
     for check in algorithm.checks:
         try:
             check(section.options())

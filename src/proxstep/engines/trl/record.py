@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from proxstep.config.recipe import Recipe
-from proxstep.engines.trl.metrics import record_of
+from proxstep.engines.trl.logs import record_of
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import checkpoints
 from proxstep.runs.clock import Clock

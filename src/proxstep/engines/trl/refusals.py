@@ -10,8 +10,9 @@ from trl.trainer.grpo_config import GRPOConfig
 from proxstep.engines.fields import Refusal
 from proxstep.errors import ProxstepError
 
-CLIPPING = ("epsilon", "epsilon_high")
 OTHER_LOSSES = (
+    "epsilon",
+    "epsilon_high",
     "delta",
     "sapo_temperature_neg",
     "sapo_temperature_pos",
@@ -23,32 +24,43 @@ OTHER_LOSSES = (
     "top_entropy_quantile",
     "off_policy_mask_threshold",
 )
-"""Options of TRL's own losses, which have no meaning for one coefficient per sequence."""
+"""Options of TRL's own losses."""
+OF_ADVANTAGES = ("scale_rewards", "multi_objective_aggregation")
+"""Options of TRL's advantages, where another kind is not chosen."""
 
 _DEFAULTS = {
     field.name: field.default for field in fields(GRPOConfig) if field.default is not MISSING
 }
 
 
-def refuse_other_losses(args: Any) -> None:
-    """Refuse options of losses that are not computed here.
+def refuse_other_losses(args: Any, own_advantage: str | None) -> None:
+    """Refuse options of losses and advantages that are not computed.
+
+    Args:
+        args: A `PolicyConfig`.
+        own_advantage: The kind of advantage that takes the place of TRL's, if any.
 
     Raises:
         ProxstepError: If one of them is not at its default.
     """
-    unused = OTHER_LOSSES if args.loss_type == "gspo" else (*CLIPPING, *OTHER_LOSSES)
-    for name in unused:
+    for name in OTHER_LOSSES:
         if getattr(args, name) != _DEFAULTS[name]:
             raise ProxstepError(
-                f"{name} is an option of TRL's token-level losses and has no effect on "
-                f"{args.loss_type}: remove it from {type(args).__name__}"
+                f"{name} is an option of TRL's own losses and has no effect on {args.loss_type}, "
+                f"whose keys docs/algorithms.md lists: remove it from {type(args).__name__}"
+            )
+    for name in OF_ADVANTAGES if own_advantage else ():
+        if getattr(args, name) != _DEFAULTS[name]:
+            raise ProxstepError(
+                f"{name} is an option of TRL's advantages and has no effect on {own_advantage}, "
+                f"{args.loss_type}'s: remove it, or choose another advantage"
             )
     if args.use_vllm and args.vllm_importance_sampling_correction:
         mode = args.vllm_importance_sampling_mode
         if not mode.startswith("sequence"):
             raise ProxstepError(
-                f"vllm_importance_sampling_mode is {mode!r}: a weight for every token leaves a "
-                "sequence without a single coefficient; use sequence_mask or sequence_truncate"
+                f"vllm_importance_sampling_mode is {mode!r}, a weight for every token, and our "
+                "losses take one for a sequence: use sequence_mask or sequence_truncate"
             )
 
 

@@ -1,31 +1,40 @@
-"""GRPOTrainer with one of our sequence-level objectives in the place of its losses.
+"""GRPOTrainer with one of our algorithms in the place of its losses.
 
 What TRL's own loss computes beside the policy term (KL, entropy bonus, metrics) is taken from it:
 it is called with advantages of zero, under which every policy term of TRL's vanishes, value and
 gradient.
 
-Legend for shape suffixes: B sequences, T completion tokens, W sequences of all ranks.
+Shapes: B sequences, T completion tokens, W sequences of all ranks, F reward functions.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from proxstep.algorithms import LOSSES
-from proxstep.algorithms.preparation import Anchor, opo_signal, vocabulary_size
-from proxstep.engines.trl.configs import OpoConfig
+from proxstep.algorithms import ADVANTAGES, Aggregation, OldPolicy, SignalInputs
+from proxstep.engines.trl.configs import OpoConfig, PolicyConfig
 from proxstep.engines.trl.release import SCORING_INPUTS
 from proxstep.errors import ProxstepError
+from proxstep.training.models import vocabulary_size
 from proxstep.typing import Tensor
 
-SIGNAL, MU, GROUP, KEY = "proxstep_signal", "proxstep_mu", "proxstep_group", "proxstep_key"
+SIGNAL, WEIGHT, HYPER = "proxstep_signal", "proxstep_weight", "proxstep_hyper_"
+GROUP, KEY = "proxstep_group", "proxstep_key"
 NUM_SEQUENCES = "proxstep_num_sequences"
 """What a batch carries beside TRL's own tensors; TRL shuffles and splits it with them."""
+
+_COUNTS = {
+    "token-mean": "num_items_in_batch",
+    "seq-mean-token-sum": NUM_SEQUENCES,
+    "seq-mean-token-mean": NUM_SEQUENCES,
+    "seq-mean-token-sum-norm": NUM_SEQUENCES,
+}
+"""The batch's count by which an aggregation divides."""
 
 _REGULARIZER_LOSS = "dapo"
 """TRL's default loss: a term with coefficient beta is a mean over the step's tokens."""
@@ -34,13 +43,13 @@ _OF_POLICY_TERM = ("policy_loss", "clip_ratio/")
 """TRL's metrics of the term that vanishes."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Scored:
-    """A microbatch as the objective sees it, with TRL's part of its loss.
+    """A microbatch as the algorithm's loss sees it, with TRL's part of the loss.
 
     Attributes:
         log_prob_BT: The policy's log-probabilities in nats, with their graph.
-        old_log_prob_BT: The anchor's.
+        old_log_prob_BT: The old policy's.
         response_BT: True at the tokens that count.
         other_loss: KL and entropy terms, scaled for accumulation; with their graph.
     """
@@ -51,16 +60,25 @@ class Scored:
     other_loss: Tensor
 
 
-class SequenceTrainer(GRPOTrainer):
-    """What `OpoTrainer` and `IsopoTrainer` share."""
+class PolicyTrainer(GRPOTrainer):
+    """GRPOTrainer with any of our algorithms; same arguments, with a `PolicyConfig`.
 
-    config_class: type[OpoConfig] = OpoConfig
+    `PolicyConfig.loss_type` names the algorithm. Its advantages, its preparation and its loss are
+    those of the local engine.
+    """
+
+    config_class: type[PolicyConfig] = PolicyConfig
+    _tag_names = ["trl", "proxstep"]  # noqa: RUF012 (as TRL's own)
+    _name = "proxstep"
+    _paper: dict[str, str] = {}  # noqa: RUF012
     model: Any
     args: Any
     accelerator: Any
+    reward_weights: Any
     num_generations: Any
     num_generations_eval: Any
     _metrics: Any
+    _logs: Any
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **options: Any
@@ -76,19 +94,25 @@ class SequenceTrainer(GRPOTrainer):
             )
         super().__init__(model, reward_funcs, args, *more, **options)
         self.loss_type = _REGULARIZER_LOSS
-        self.objective = LOSSES[args.loss_type]
-        self._aggregation = args.aggregation()
-        self._section = args.opo_section() if args.loss_type == "opo" else None
+        section = args.objective()
+        self.algorithm, self._options = section.algorithm, section.options()
+        self._advantage, self._mode = args.own_advantage(), section.loss_agg_mode
+        self._rewards_WF: Tensor | None = None
         self._last_scores: tuple[Tensor, ...] | None = None
 
     # -- once for a rollout ------------------------------------------------------------------------
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep the rewards of all ranks for the advantages."""
+        self._rewards_WF = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_WF
+
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        """Add what the objective makes of whole groups, before TRL shuffles them."""
+        """Add what the algorithm makes of whole groups, before TRL shuffles them."""
         output = super()._generate_and_score_completions(inputs)
         advantage_B = output["advantages"]
         if advantage_B.dim() != 1:
-            raise ProxstepError("advantages per token leave a sequence without one coefficient")
+            raise ProxstepError("advantages per token leave a sequence without its one advantage")
         count, rank = len(advantage_B), self.accelerator.process_index
         own = slice(rank * count, (rank + 1) * count)
         mode = "train" if self.model.training else "eval"
@@ -96,29 +120,50 @@ class SequenceTrainer(GRPOTrainer):
         advantage_W = self.accelerator.gather(advantage_B)
         key_W = torch.arange(len(advantage_W), device=advantage_B.device)
         group_W = key_W // size
+        if self._advantage is not None:
+            advantage_W = self._advantages(self._advantage, group_W).to(advantage_W)
         response_BT = _response(output)
+        weight_W = output.get("importance_sampling_ratio")
+        if weight_W is not None:
+            weight_W = self.accelerator.gather(weight_W.squeeze(1)).cpu()
+        old_policy = None
+        if self.algorithm.reads_old_policy(self._options):
+            old_policy = self._old_policy(output, response_BT)
+        rollout = SignalInputs(advantage_W.cpu(), group_W.cpu(), old_policy, weight_W)
+        signal = self.algorithm.signal(rollout, self._options)
         counted = response_BT.any(dim=1).sum()
         output |= {
-            SIGNAL: advantage_B,
+            "advantages": advantage_W[own],
+            SIGNAL: signal.value_B.to(advantage_B)[own],
             GROUP: group_W[own],
             KEY: key_W[own],
             NUM_SEQUENCES: self.accelerator.gather(counted).sum(),
         }
-        if self._section is not None:
-            anchor = self._anchor(output, response_BT)
-            signal = opo_signal(self._section, advantage_W.cpu(), group_W.cpu(), anchor, None)
-            output[SIGNAL] = signal.value_B.to(advantage_B)[own]
-            output[MU] = torch.tensor(float(signal.hyper["mu"]), device=advantage_B.device)
-            for name, value in signal.metrics.items():
-                self._metrics[mode][f"objective/{name}"].append(value)
+        if signal.importance_B is not None:
+            output[WEIGHT] = signal.importance_B.to(advantage_B)[own]
+        for name, value in signal.hyper.items():
+            output[HYPER + name] = torch.tensor(float(value), device=advantage_B.device)
+        for name, value in signal.metrics.items():
+            self._metrics[mode][f"objective/{name}"].append(value)
         return output
 
-    def _anchor(self, output: Mapping[str, Any], response_BT: Tensor) -> Anchor | None:
-        """Return the policy that sampled, as all ranks' completions see it, where it is needed."""
-        section = self._section
-        assert section is not None
-        if section.anchor_correction == "absorbed" and not section.adaptive_tau:
-            return None
+    def _advantages(self, kind: str, group_W: Tensor) -> Tensor:
+        """Return the advantages of all ranks' completions; 0 where no reward function applies."""
+        assert self._rewards_WF is not None
+        reward_W = (self._rewards_WF * self.reward_weights.to(self._rewards_WF)).nansum(dim=1)
+        scored_W = ~self._rewards_WF.isnan().all(dim=1)
+        advantage_W = torch.zeros_like(reward_W)
+        if scored_W.any():
+            value, _ = ADVANTAGES[kind](reward_W[scored_W].cpu(), group_W[scored_W].cpu())
+            advantage_W[scored_W] = value.to(advantage_W)
+        logged = self._logs["advantages"]  # TRL's own, of this rollout
+        for _ in range(min(len(logged), len(advantage_W))):
+            logged.pop()
+        logged.extend(advantage_W.tolist())
+        return advantage_W
+
+    def _old_policy(self, output: Mapping[str, Any], response_BT: Tensor) -> OldPolicy:
+        """Return the policy before the first update, as all ranks' completions see it."""
         log_prob_BT = output.get("old_per_token_logps")
         if log_prob_BT is None:
             log_prob_BT = self._score_again(output)
@@ -127,7 +172,7 @@ class SequenceTrainer(GRPOTrainer):
             for value_BT in (log_prob_BT, response_BT.long())
         ]
         vocabulary = vocabulary_size(self.accelerator.unwrap_model(self.model))
-        return Anchor(gathered[0], gathered[1].bool(), vocabulary)
+        return OldPolicy(gathered[0], gathered[1].bool(), vocabulary)
 
     def _score_again(self, output: Mapping[str, Any]) -> Tensor:
         """Return the policy's log-probabilities of the completions, without gradient."""
@@ -143,6 +188,14 @@ class SequenceTrainer(GRPOTrainer):
         return scores[0]
 
     # -- for each microbatch -----------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        """Return the algorithm's loss with TRL's other terms."""
+        scored = self._score(model, inputs)
+        tensors, options = self._loss_arguments(scored, inputs)
+        loss, metrics = self.algorithm.loss(*tensors, **options)
+        self._note(metrics)
+        return loss * self._share(inputs) + scored.other_loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """Remember what TRL's loss computed, whichever inputs its release passes on."""
@@ -161,59 +214,65 @@ class SequenceTrainer(GRPOTrainer):
         assert self._last_scores is not None
         log_prob_BT, self._last_scores = self._last_scores[0], None
         old_log_prob_BT = inputs.get("old_per_token_logps")
-        if old_log_prob_BT is None:
+        if old_log_prob_BT is None:  # the first update of a rollout: TRL does not score it twice
             old_log_prob_BT = log_prob_BT.detach()
         return Scored(log_prob_BT, old_log_prob_BT, _response(inputs), other_loss)
 
-    def _plain_loss(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the objective with TRL's other terms, for an ordinary backward or none."""
-        scored = self._score(model, inputs)
-        tensors, hyper = self._objective_arguments(scored, inputs)
-        loss, metrics = self.objective.loss(*tensors, **hyper)
-        self._note(metrics)
-        return loss * self._share(inputs) + scored.other_loss
-
-    def _objective_arguments(
+    def _loss_arguments(
         self, scored: Scored, inputs: Mapping[str, Any]
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Return the objective's arguments; its counts are 1, for `_share` to divide."""
-        weight_B = inputs.get("importance_sampling_ratio")
-        weight_B = None if weight_B is None else weight_B.squeeze(1)
-        hyper: dict[str, Any] = {
-            name: getattr(self.args, name, None) for name in self.objective.hyper_parameters
+        """Return the loss's arguments; its counts are 1, for `_share` to divide."""
+        aggregation = Aggregation(
+            self._mode,
+            num_sequences=1,
+            num_tokens=1,
+            max_length=self.args.max_completion_length,
+            sequence_weights=inputs.get(WEIGHT),
+        )
+        of_rollout = {
+            name.removeprefix(HYPER): float(inputs[name])
+            for name in inputs
+            if name.startswith(HYPER)
         }
-        if self.args.loss_type == "gspo":
-            hyper = {"clip_ratio_low": self.epsilon_low, "clip_ratio_high": self.epsilon_high}
-        if MU in inputs:
-            hyper["mu"] = float(inputs[MU])
-        hyper["aggregation"] = dataclasses.replace(self._aggregation, sequence_weights=weight_B)
+        own = self.algorithm.loss_options(self._options)
         tensors = scored.log_prob_BT, scored.old_log_prob_BT, inputs[SIGNAL], scored.response_BT
-        return tensors, hyper
+        return tensors, {**own, **of_rollout, "aggregation": aggregation}
 
     def _share(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the objective's factor: one over the optimizer step's sequences, or its tokens.
+        """Return the loss's factor: one over the optimizer step's sequences, or its tokens.
 
         Gradients are averaged over ranks, so it is the ranks' mean count. TRL counts over a
         generation batch, of which a step takes a part.
         """
-        by_token = self._aggregation.mode == "token-mean"
-        count = inputs["num_items_in_batch" if by_token else NUM_SEQUENCES].float().clamp(min=1)
-        count = count / self.accelerator.num_processes
+        count = inputs[_COUNTS[self._mode]].float().clamp(min=1) / self.accelerator.num_processes
         if self.model.training:
             steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation
             count = count * steps
         return 1 / count
 
     def _note(self, metrics: dict[str, Tensor]) -> None:
-        """Log an objective's metrics, averaged over sequences and ranks."""
+        """Log a loss's metrics, averaged over sequences and ranks."""
         mode = "train" if self.model.training else "eval"
         for name, value_B in metrics.items():
             mean = self.accelerator.gather(value_B.detach().float()).mean().item()
             self._metrics[mode][f"objective/{name}"].append(mean)
 
 
+class OpoTrainer(PolicyTrainer):
+    """PolicyTrainer whose algorithm is OPO; same arguments, with an `OpoConfig`.
+
+    Source: arXiv 2601.12415.
+    """
+
+    config_class: type[PolicyConfig] = OpoConfig
+    _tag_names = ["trl", "proxstep", "opo"]  # noqa: RUF012
+    _name = "OPO"
+    _paper = {"title": "Orthogonalized Policy Optimization", "id": "2601.12415"}  # noqa: RUF012
+
+
 def _response(batch: Mapping[str, Any]) -> Tensor:
     """Return where the batch's completion tokens count, as booleans."""
     mask_BT = batch["completion_mask"]
-    tool_mask_BT = batch.get("tool_mask")
-    return (mask_BT if tool_mask_BT is None else mask_BT * tool_mask_BT).bool()
+    if "tool_mask" in batch:
+        mask_BT = mask_BT * batch["tool_mask"]
+    return mask_BT.bool()
