@@ -40,7 +40,7 @@ def local_gradients(
         isopo.load_state_dict(state)
     scored = [_completions(batch) for batch in microbatches]
     old = [_aligned(*pair) for pair in zip(microbatches, scored, strict=True)]
-    signals, weights, hyper = _signals(objective, model, microbatches, scored, old)
+    signals, weights, hyper = _signals(recipe, model, microbatches, scored, old)
     count = sum(int(done.response_BT.any(dim=1).sum()) for done in scored[first:])
     tokens = sum(int(done.response_BT.sum()) for done in scored[first:])
     parts = list(zip(microbatches, scored, signals, weights, old, strict=True))
@@ -102,7 +102,7 @@ def _completions(batch: dict[str, Tensor]) -> Completions:
 
 
 def _aligned(batch: dict[str, Tensor], done: Completions) -> Tensor | None:
-    """The old policy's log-probabilities where TRL has them, from the input's second position on."""
+    """TRL's old log-probabilities, from the input's second position on; None without any."""
     old_BT = batch.get("old_per_token_logps")
     if old_BT is None:
         return None
@@ -111,7 +111,7 @@ def _aligned(batch: dict[str, Tensor], done: Completions) -> Tensor | None:
 
 
 def _signals(
-    objective: Objective,
+    recipe: Recipe,
     model: nn.Module,
     microbatches: list[dict[str, Tensor]],
     scored: list[Completions],
@@ -125,7 +125,8 @@ def _signals(
     if "importance_sampling_ratio" in microbatches[0]:
         weights = [batch["importance_sampling_ratio"].squeeze(1) for batch in microbatches]
         of_rollout["importance_B"] = torch.cat(weights)
-    if objective.reads_old_policy:
+    algorithm, options = recipe.objective.algorithm, recipe.objective.options()
+    if algorithm.reads_old_policy(options):
         with torch.no_grad():
             rows = [
                 score(model, done, 1.0).log_prob_BT if old_BT is None else old_BT
@@ -134,7 +135,6 @@ def _signals(
         masks = [done.response_BT[:, 1:] for done in scored]
         vocabulary = model.config.vocab_size
         of_rollout["old_policy"] = OldPolicy(torch.cat(rows), torch.cat(masks), vocabulary)
-    algorithm, options = objective.algorithm, objective._keys
     signal = algorithm.signal(SignalInputs(**of_rollout), options)
     sizes = [len(batch["advantages"]) for batch in microbatches]
     weights = signal.importance_B

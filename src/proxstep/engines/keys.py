@@ -45,8 +45,8 @@ def refuse(
     for key, applies, reason in refusals:
         if applies(recipe):
             raise _refused(engine, key, values.get(key), reason)
-    for key, value, default in _walk(recipe, "") if known is not None else ():
-        if not key.startswith(known) and value != default:
+    for key, value, default in _walk(recipe, ""):
+        if known is not None and not key.startswith(known) and value != default:
             raise _refused(engine, key, value, "it makes nothing of this key; leave it out")
 
 

@@ -65,8 +65,9 @@ class PolicyConfig(_AlgorithmOptions, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        own_advantage = self.own_advantage()  # refuses unknown algorithms before TRL looks at more
         super().__post_init__()
-        refuse_other_losses(self, own_advantage=self.own_advantage())
+        refuse_other_losses(self, own_advantage)
 
     def objective(self) -> ObjectiveSection:
         """Return the algorithm with its keys, as a recipe has them.

@@ -104,8 +104,8 @@ class PolicyTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """Keep the rewards of all ranks for the advantages."""
-        self._rewards_WF = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards_WF
+        rewards_WF = self._rewards_WF = super()._calculate_rewards(*args, **kwargs)
+        return rewards_WF
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """Add what the algorithm makes of whole groups, before TRL shuffles them."""

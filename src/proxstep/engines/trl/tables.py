@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from proxstep.config.recipe import Recipe
-from proxstep.engines.keys import Refusal
+from proxstep.engines.keys import Refusal, leaves
 from proxstep.isopo import NaturalRule
 
 RENAMED: dict[str, str] = {
@@ -139,6 +139,11 @@ def _scatters_groups(recipe: Recipe) -> bool:
     return isinstance(rule, NaturalRule) and rule.interact == "group" and not whole
 
 
+def _only(key: str, values: Collection[Any], reason: str) -> Refusal:
+    """Return the refusal of a key's other values."""
+    return key, lambda recipe: leaves(recipe)[key] not in values, reason
+
+
 REFUSALS: tuple[Refusal, ...] = (
     (
         "device",
@@ -150,32 +155,27 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda recipe: recipe.rollout.num_generations < 2,
         "TRL compares the completions of a prompt; use at least 2",
     ),
-    (
-        "rollout.dynamic_sampling_max_batches",
-        lambda recipe: recipe.rollout.dynamic_sampling_max_batches is not None,
+    _only(
+        *("rollout.dynamic_sampling_max_batches", [None]),
         "TRL learns from each batch as it is; leave it out, or use --engine local or verl",
     ),
-    (
-        "rollout.importance_cap",
-        lambda recipe: recipe.rollout.importance_cap is not None,
+    _only(
+        *("rollout.importance_cap", [None]),
         "TRL corrects for the sampler where vLLM samples, which a recipe does not say; leave it "
         "out, and set vllm_importance_sampling_* in a printed script",
     ),
     (
-        "update.microbatch_size",
-        _uneven,
+        *("update.microbatch_size", _uneven),
         "TRL's microbatches have one size; take a divisor of num_prompts * num_generations / "
         "num_minibatches",
     ),
     (
-        "geometry.interact",
-        _scatters_groups,
+        *("geometry.interact", _scatters_groups),
         "TRL shuffles a prompt's completions over microbatches and minibatches; use microbatch, or "
         "one microbatch for the whole rollout",
     ),
-    (
-        "geometry.diagnose_every",
-        lambda recipe: recipe.geometry.diagnose_every is not None,
+    _only(
+        *("geometry.diagnose_every", [None]),
         "the full measurements are the local engine's; leave it out",
     ),
     (
@@ -183,16 +183,13 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda recipe: recipe.regularizer.kl_coef > 0 and recipe.regularizer.kl_estimator != "k3",
         "TRL's is k3; say k3, or leave regularizer.kl_coef at 0",
     ),
-    (
-        "regularizer.kl_in",
-        lambda recipe: recipe.regularizer.kl_in != "loss",
-        "TRL's divergence is part of the loss; say loss",
-    ),
-    (
-        "optimizer.name",
-        lambda recipe: recipe.optimizer.name not in OPTIMIZERS,
+    _only("regularizer.kl_in", ["loss"], "TRL's divergence is part of the loss; say loss"),
+    _only(
+        *("optimizer.name", OPTIMIZERS),
         f"TRL has no such optim; use {' or '.join(OPTIMIZERS)}, or hand one to a printed script's "
         "optimizers",
     ),
+    _only("model.dtype", PRECISIONS, f"use {' or '.join(PRECISIONS)}"),
+    _only("model.autocast", AUTOCASTS, "use bfloat16, or leave it out"),
 )
 """What TRL cannot do, by the recipe's key."""

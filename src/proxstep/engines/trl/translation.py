@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from proxstep.algorithms.checks import check_choice
 from proxstep.config.recipe import Recipe
 from proxstep.engines.fields import option_name
 from proxstep.engines.keys import leaves, refuse
@@ -176,8 +175,6 @@ def _optimizer(recipe: Recipe) -> dict[str, Any]:
 
 def _precision(recipe: Recipe) -> dict[str, Any]:
     renamed = "activation_checkpointing" in TRL_OPTIONS  # in transformers 5.23
-    check_choice("model.dtype", recipe.model.dtype, PRECISIONS)
-    check_choice("model.autocast", str(recipe.model.autocast), map(str, AUTOCASTS))
     return {
         "bf16": AUTOCASTS[recipe.model.autocast],
         "model_init_kwargs": PRECISIONS[recipe.model.dtype],
