@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from proxstep.algorithms import sequence_coefficients
 from proxstep.engines.trl.configs import IsopoConfig, PolicyConfig
-from proxstep.engines.trl.policy import GROUP, KEY, PolicyTrainer, Scored
+from proxstep.engines.trl.policy import GROUP, KEY, PolicyTrainer, Scored, response_mask
 from proxstep.engines.trl.scoring import transform_head
 from proxstep.errors import ProxstepError
 from proxstep.training.objective import install_geometry
@@ -76,7 +76,7 @@ class IsopoTrainer(PolicyTrainer):
         """
         if self._open is None:  # evaluation
             return super()._compute_loss(model, inputs)
-        counted_B = _counted(inputs)
+        counted_B = response_mask(inputs).any(dim=1)  # the others are no part of the microbatch
         if not counted_B.any():  # every completion is masked: the policy term is exactly zero
             self._open.enter_context(self.isopo.off())
             self._value = (other_loss := self._score(model, inputs).other_loss).detach()
@@ -160,14 +160,6 @@ class _EndOfStep(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Fold the trailing means."""
         self._trainer.end_step()
-
-
-def _counted(inputs: Any) -> Tensor:
-    """Return which sequences have a token that counts; the others are no part of the microbatch."""
-    mask_BT = inputs["completion_mask"]
-    if "tool_mask" in inputs:
-        mask_BT = mask_BT * inputs["tool_mask"]
-    return mask_BT.bool().any(dim=1)
 
 
 def _sequence_ids(inputs: Any, counted_B: Tensor) -> Tensor:

@@ -60,6 +60,14 @@ class Scored:
     other_loss: Tensor
 
 
+def response_mask(batch: Mapping[str, Any]) -> Tensor:
+    """Return where the batch's completion tokens count, as booleans."""
+    mask_BT = batch["completion_mask"]
+    if "tool_mask" in batch:
+        mask_BT = mask_BT * batch["tool_mask"]
+    return mask_BT.bool()
+
+
 class PolicyTrainer(GRPOTrainer):
     """GRPOTrainer with any of our algorithms; same arguments, with a `PolicyConfig`.
 
@@ -122,7 +130,7 @@ class PolicyTrainer(GRPOTrainer):
         group_W = key_W // size
         if self._advantage is not None:
             advantage_W = self._advantages(self._advantage, group_W).to(advantage_W)
-        response_BT = _response(output)
+        response_BT = response_mask(output)
         weight_W = output.get("importance_sampling_ratio")
         if weight_W is not None:
             weight_W = self.accelerator.gather(weight_W.squeeze(1)).cpu()
@@ -216,7 +224,7 @@ class PolicyTrainer(GRPOTrainer):
         old_log_prob_BT = inputs.get("old_per_token_logps")
         if old_log_prob_BT is None:  # the first update of a rollout: TRL does not score it twice
             old_log_prob_BT = log_prob_BT.detach()
-        return Scored(log_prob_BT, old_log_prob_BT, _response(inputs), other_loss)
+        return Scored(log_prob_BT, old_log_prob_BT, response_mask(inputs), other_loss)
 
     def _loss_arguments(
         self, scored: Scored, inputs: Mapping[str, Any]
@@ -268,11 +276,3 @@ class OpoTrainer(PolicyTrainer):
     _tag_names = ["trl", "proxstep", "opo"]  # noqa: RUF012
     _name = "OPO"
     _paper = {"title": "Orthogonalized Policy Optimization", "id": "2601.12415"}  # noqa: RUF012
-
-
-def _response(batch: Mapping[str, Any]) -> Tensor:
-    """Return where the batch's completion tokens count, as booleans."""
-    mask_BT = batch["completion_mask"]
-    if "tool_mask" in batch:
-        mask_BT = mask_BT * batch["tool_mask"]
-    return mask_BT.bool()
