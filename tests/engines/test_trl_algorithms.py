@@ -11,6 +11,7 @@ from tests.engine import tiny_recipe
 from tests.engines.test_trl_gradients import difference, local_gradients
 from tests.engines.trl_case import Watch, copied, made, quiet, tiny, trained
 from torch import Tensor, nn
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from proxstep.algorithms import (
     ADVANTAGES,
@@ -25,7 +26,7 @@ from proxstep.algorithms import (
 )
 from proxstep.algorithms.aggregate import aggregate
 from proxstep.config.recipe import Recipe
-from proxstep.engines.trl import IsopoConfig
+from proxstep.engines.trl import IsopoConfig, PolicyConfig, PolicyTrainer
 from proxstep.engines.trl.expressions import make
 from proxstep.engines.trl.policy import _COUNTS, GROUP, KEY
 from proxstep.engines.trl.tables import TRL_LOSSES
@@ -33,6 +34,18 @@ from proxstep.engines.trl.translation import translate
 from proxstep.errors import ProxstepError
 from proxstep.logprobs.masked import masked_mean
 from proxstep.logprobs.ratio import token_log_ratio
+
+
+def sometimes(completions: list[str], **columns: Any) -> list[float | None]:
+    """A reward of some completions alone."""
+    del columns
+    return [None if index % 3 else float(len(text)) for index, text in enumerate(completions)]
+
+
+def seldom(completions: list[str], **columns: Any) -> list[float | None]:
+    del columns
+    return [None if index % 4 else float(index) for index, _ in enumerate(completions)]
+
 
 TWICE = {
     "rollout": {"max_completion_length": 5},
@@ -88,6 +101,83 @@ def test_every_aggregation(tmp_path: Path, algorithm: str, mode: str) -> None:
 
 def test_every_aggregation_has_its_count() -> None:
     assert set(_COUNTS) == set(LOSS_AGG_MODES)
+
+
+@pytest.mark.parametrize("kind", ["leave-one-out", "batch-normalized", "group-zscore"])
+def test_advantages_that_are_not_left_to_trl(tmp_path: Path, kind: str) -> None:
+    """Of the weighted rewards of all that have one; in the batch, and in what TRL logs."""
+    tokenizer, model = tiny()
+    options = {"loss_type": "reinforce", "advantage": kind, "reward_weights": [0.5, 2.0]}
+    trainer, watch = made(
+        *(PolicyTrainer, tmp_path, model, tokenizer), rewards=[sometimes, seldom], **options
+    )
+    trained(trainer)
+    rewards = [list(trainer._logs["rewards"][name]) for name in ("sometimes", "seldom")]
+    value_FB = torch.tensor(rewards) * torch.tensor([[0.5], [2.0]])
+    scored_B = ~value_FB.isnan().all(dim=0)
+    assert value_FB.isnan().any()
+    assert scored_B.any()
+    assert not scored_B.all()
+    group_B, expected_B = torch.arange(16) // 4, torch.zeros(16)
+    expected_B[scored_B], _ = ADVANTAGES[kind](value_FB.nansum(0)[scored_B], group_B[scored_B])
+    found = {
+        int(key): float(value)
+        for batch in watch.microbatches
+        for key, value in zip(batch[KEY], batch["advantages"], strict=True)
+    }
+    assert [found[key] for key in range(16)] == pytest.approx(expected_B.tolist())
+    assert list(trainer._logs["advantages"]) == pytest.approx(expected_B.tolist())
+
+
+# -- ratios to the sampler -------------------------------------------------------------------------
+
+TO_SAMPLER = [name for name, found in ALGORITHMS.items() if found.ratio_to_sampler]
+
+
+@pytest.mark.parametrize("algorithm", TO_SAMPLER)
+def test_the_sampler_s_log_probabilities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    """As vLLM gives them, which is not here; NaN where it gives none."""
+    generate = GRPOTrainer._generate_and_score_completions
+
+    def with_sampler(self: Any, inputs: Any) -> Any:
+        output = generate(self, inputs)
+        old_BT = output["old_per_token_logps"]
+        torch.manual_seed(0)
+        output["sampling_per_token_logps"] = old_BT + 0.3 * torch.randn(old_BT.shape)
+        output["sampling_per_token_logps"][::3, 0] = torch.nan
+        return output
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", with_sampler)
+    recipe = tiny_recipe(tmp_path / "local", algorithm, **TWICE)
+    _, watch, between = run(tmp_path / "trl", recipe)
+    again = watch.microbatches[4:]
+    with_old = local_gradients(copied(between), recipe, again)
+    for batch in again:
+        sampler_BT = batch["sampling_per_token_logps"]
+        old_BT = batch["old_per_token_logps"]
+        batch["old_per_token_logps"] = torch.where(sampler_BT.isnan(), old_BT, sampler_BT)
+    assert difference(watch.gradients[1], local_gradients(between, recipe, again)) <= 1e-5
+    assert difference(watch.gradients[1], with_old) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"generation_kwargs": {"suppress_tokens": [0]}},
+        {"vllm_importance_sampling_correction": True, "use_vllm": True},
+    ],
+)
+@pytest.mark.parametrize("algorithm", TO_SAMPLER)
+def test_another_sampler(tmp_path: Path, algorithm: str, options: dict[str, Any]) -> None:
+    sizes = {"bf16": False, "use_cpu": True, "vllm_importance_sampling_mode": "sequence_mask"}
+    with pytest.raises(ProxstepError, match=rf"^{next(iter(options))} .*{algorithm}"), quiet():
+        PolicyConfig(str(tmp_path), loss_type=algorithm, **sizes, **options)
 
 
 # -- an algorithm that nobody knows ----------------------------------------------------------------

@@ -91,12 +91,13 @@ def made(
     trainer_class: Any, folder: Path, model: nn.Module, tokenizer: Any, **options: Any
 ) -> tuple[Any, Watch]:
     """A trainer that is watched; options are its configuration's, or the trainer's own."""
+    rewards = options.pop("rewards", text_reward)
     own = {name: options.pop(name) for name in ("eval_dataset", "peft_config") if name in options}
     with quiet():
         config_class = getattr(trainer_class, "config_class", GRPOConfig)
         config = config_class(str(folder), **(SIZES | options))
         trainer = trainer_class(
-            model, text_reward, config, dataset(), processing_class=tokenizer, **own
+            model, rewards, config, dataset(), processing_class=tokenizer, **own
         )
     for name, parameter in trainer.model.named_parameters():
         if ".ref." in name:  # TRL's reference is a copy; its divergence would be 0

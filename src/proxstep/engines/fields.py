@@ -39,11 +39,7 @@ def option_name(key: str, taken: Collection[str]) -> str:
 
 
 def algorithm_options(taken: Collection[str]) -> list[Option]:
-    """Return an option for every key of the registered algorithms; None is the algorithm's default.
-
-    Args:
-        taken: The host library's own options.
-    """
+    """Return an option for every algorithm's key; None is the default. `taken`: the host's own."""
     return [
         _option(
             option_name(key, taken),
@@ -143,13 +139,8 @@ def rule_of(section: GeometrySection, place: str = "") -> Rule:
 def refuse_with_isopo(config: Any, refusals: Iterable[Refusal], place: str = "") -> None:
     """Refuse the first option under which ISOPO's gradient would not be ISOPO's.
 
-    Args:
-        config: The host library's configuration.
-        refusals: What does not go together with ISOPO.
-        place: What stands before an option in the host library, for the message.
-
     Raises:
-        ProxstepError: Naming the option and the remedy.
+        ProxstepError: Naming the option, after `place`, and the remedy.
     """
     for name, applies, reason in refusals:
         if applies(config):

@@ -20,7 +20,7 @@ from proxstep.engines.fields import (
     rule_of,
     section_options,
 )
-from proxstep.engines.trl.refusals import ISOPO, refuse_other_losses
+from proxstep.engines.trl.refusals import ISOPO, refuse_sampler, refuse_without_effect
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, Rule
 
@@ -38,6 +38,10 @@ _GeometryOptions: Any = dataclasses.make_dataclass(
 )
 
 
+def _field(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclass
 class PolicyConfig(_AlgorithmOptions, GRPOConfig):
     """GRPOConfig for `PolicyTrainer`: all of TRL's options, and every algorithm's keys.
@@ -46,28 +50,21 @@ class PolicyConfig(_AlgorithmOptions, GRPOConfig):
     losses is refused, since it would do nothing.
     """
 
-    loss_type: str = dataclasses.field(
-        default="", metadata={"help": f"The algorithm: {', '.join(ALGORITHMS)}."}
+    loss_type: str = _field("", f"The algorithm: {', '.join(ALGORITHMS)}.")
+    loss_agg_mode: str | None = _field(
+        None, f"How token values become one loss: {', '.join(LOSS_AGG_MODES)}; None: its own."
     )
-    loss_agg_mode: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": f"How token values become one loss: {', '.join(LOSS_AGG_MODES)}; None for the "
-            "algorithm's own."
-        },
-    )
-    advantage: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": f"How rewards become advantages: {', '.join(ADVANTAGES)}; None for the "
-            f"algorithm's own, which for {TRL_ADVANTAGE} is left to TRL and scale_rewards."
-        },
+    advantage: str | None = _field(
+        None,
+        f"How rewards become advantages: {', '.join(ADVANTAGES)}; None: its own, and where that is "
+        f"{TRL_ADVANTAGE}, TRL's by scale_rewards.",
     )
 
     def __post_init__(self) -> None:
-        own_advantage = self.own_advantage()  # refuses unknown algorithms before TRL looks at more
+        section = self.objective()  # refuses unknown algorithms before TRL looks at more
         super().__post_init__()
-        refuse_other_losses(self, own_advantage)
+        refuse_without_effect(self, self.own_advantage())
+        refuse_sampler(self, ratio_to_sampler=section.algorithm.ratio_to_sampler)
 
     def objective(self) -> ObjectiveSection:
         """Return the algorithm with its keys, as a recipe has them.
@@ -96,7 +93,7 @@ class PolicyConfig(_AlgorithmOptions, GRPOConfig):
 class OpoConfig(PolicyConfig):
     """PolicyConfig for `OpoTrainer`, whose algorithm is OPO."""
 
-    loss_type: str = dataclasses.field(default="opo", metadata={"help": '"opo".'})
+    loss_type: str = _field("opo", '"opo".')
 
     def _algorithms(self) -> list[str]:
         return ["opo"]
@@ -109,12 +106,9 @@ class IsopoConfig(_GeometryOptions, PolicyConfig):
     `loss_type` is the sequence-level algorithm that the geometry acts on.
     """
 
-    loss_type: str = dataclasses.field(
-        default="reinforce", metadata={"help": "A sequence-level algorithm, such as opo."}
-    )
-    rule: str = dataclasses.field(
-        default=default_of(Isopo, "rule"),
-        metadata={"help": "A preset of ISOPO; options that are None are the preset's."},
+    loss_type: str = _field("reinforce", "A sequence-level algorithm, such as opo.")
+    rule: str = _field(
+        default_of(Isopo, "rule"), "A preset of ISOPO; options that are None are the preset's."
     )
 
     def __post_init__(self) -> None:

@@ -52,7 +52,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
 
     Args:
         recipe: What to do.
-        progress: Who watches.
+        progress: Where it reports.
         overwrite: Delete the run that the output folder holds, once the new one can begin.
 
     Returns:
@@ -177,7 +177,7 @@ def _run(
         device = trainer.accelerator.device
         initial = load_model(prepared.source, recipe.model.dtype, device)
         initial = initial.eval().requires_grad_(False)
-    progress = progress if _is_first() else _Unwatched()
+    progress = progress if _is_first() else _NoProgress()
     progress.begin(recipe)
     section, status = recipe.logging, "failed"
     with ExitStack() as stack:
@@ -204,17 +204,17 @@ def _run(
     return status
 
 
-class _Unwatched:
-    """The ranks after the first have nobody who watches."""
+class _NoProgress:
+    """The progress on ranks after the first, which report nothing."""
 
     def begin(self, recipe: Recipe) -> None:
-        """Say nothing."""
+        """Report nothing."""
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Report nothing."""
 
     def record(self, record: Any) -> None:
-        """Say nothing."""
+        """Report nothing."""
 
 
 def _is_first() -> bool:

@@ -49,7 +49,7 @@ class Scored:
 
     Attributes:
         log_prob_BT: The policy's log-probabilities in nats, with their graph.
-        old_log_prob_BT: The old policy's.
+        old_log_prob_BT: The old policy's, or the sampler's where the algorithm's ratios are to it.
         response_BT: True at the tokens that count.
         other_loss: KL and entropy terms, scaled for accumulation; with their graph.
     """
@@ -224,6 +224,9 @@ class PolicyTrainer(GRPOTrainer):
         old_log_prob_BT = inputs.get("old_per_token_logps")
         if old_log_prob_BT is None:  # the first update of a rollout: TRL does not score it twice
             old_log_prob_BT = log_prob_BT.detach()
+        if self.algorithm.ratio_to_sampler and "sampling_per_token_logps" in inputs:
+            sampler_BT = inputs["sampling_per_token_logps"]  # NaN where vLLM has none
+            old_log_prob_BT = torch.where(sampler_BT.isnan(), old_log_prob_BT, sampler_BT)
         return Scored(log_prob_BT, old_log_prob_BT, response_mask(inputs), other_loss)
 
     def _loss_arguments(

@@ -45,7 +45,7 @@ class RunRecorder(TrainerCallback):
         validation: Validation prompts.
         initial: The initial policy, where its drift is measured.
         folder: The run folder.
-        progress: Who watches.
+        progress: Where it reports.
         stop: Whether somebody asked the run to stop.
         log: The run's metrics; None on the ranks that write nothing.
         tracker: Their second destination.

@@ -139,6 +139,16 @@ def _scatters_groups(recipe: Recipe) -> bool:
     return isinstance(rule, NaturalRule) and rule.interact == "group" and not whole
 
 
+def _needs_sampler(recipe: Recipe) -> bool:
+    return recipe.objective.algorithm.ratio_to_sampler
+
+
+_SAMPLER = (
+    "the algorithm's ratios are to the sampler, whose log-probabilities TRL does not keep where it "
+    "is not the policy"
+)
+
+
 def _only(key: str, values: Collection[Any], reason: str) -> Refusal:
     """Return the refusal of a key's other values."""
     return key, lambda recipe: leaves(recipe)[key] not in values, reason
@@ -149,6 +159,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "device",
         lambda recipe: ":" in recipe.device,
         "use cuda, and choose the device with CUDA_VISIBLE_DEVICES",
+    ),
+    (
+        *("rollout.top_p", lambda recipe: recipe.rollout.top_p < 1 and _needs_sampler(recipe)),
+        f"{_SAMPLER}; use 1.0",
+    ),
+    (
+        *("rollout.top_k", lambda recipe: recipe.rollout.top_k > 0 and _needs_sampler(recipe)),
+        f"{_SAMPLER}; use 0",
     ),
     (
         "rollout.num_generations",

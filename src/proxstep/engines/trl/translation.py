@@ -149,7 +149,7 @@ def _sizes(recipe: Recipe) -> dict[str, Any]:
         per_rollout = update.num_minibatches
         if isinstance(accumulation, Shared):
             count = accumulation.count * update.num_minibatches
-            per_rollout = dataclasses.replace(accumulation, count=count)
+            per_rollout = accumulation._replace(count=count)
     every = recipe.logging.checkpoint_every or recipe.steps
     return {
         "per_device_train_batch_size": size,
