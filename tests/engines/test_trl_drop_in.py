@@ -25,7 +25,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from proxstep.engines.trl import IsopoConfig, IsopoTrainer, OpoConfig, OpoTrainer
-from proxstep.engines.trl.trainers import STATE_FILE
+from proxstep.engines.trl.isopo import STATE_FILE
 
 OURS = {OpoTrainer: OpoConfig, IsopoTrainer: IsopoConfig}
 FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig)}

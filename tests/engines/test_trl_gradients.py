@@ -13,10 +13,10 @@ from tests.engines.trl_case import Watch, copied, gradients_of, made, tiny, trai
 from torch import Tensor, nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from proxstep.algorithms.preparation import Anchor
+from proxstep.algorithms import OldPolicy, SignalInputs
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer
-from proxstep.engines.trl.base import GROUP, KEY
+from proxstep.engines.trl.policy import GROUP, KEY
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.rollout import Completions
 from proxstep.training.scores import score
@@ -35,16 +35,16 @@ def local_gradients(
 
     What groups share is computed here again, from all of them.
     """
-    algorithm, isopo = Objective(recipe), make_isopo(recipe, model)
+    objective, isopo = Objective(recipe), make_isopo(recipe, model)
     if isopo is not None and state is not None:
         isopo.load_state_dict(state)
     scored = [_completions(batch) for batch in microbatches]
     old = [_aligned(*pair) for pair in zip(microbatches, scored, strict=True)]
-    signals, hyper = _signals(algorithm, model, microbatches, scored)
+    signals, weights, hyper = _signals(recipe, model, microbatches, scored, old)
     count = sum(int(done.response_BT.any(dim=1).sum()) for done in scored[first:])
     tokens = sum(int(done.response_BT.sum()) for done in scored[first:])
-    parts = list(zip(microbatches, scored, signals, old, strict=True))
-    for batch, done, signal_B, old_BT in parts[first:]:
+    parts = list(zip(microbatches, scored, signals, weights, old, strict=True))
+    for batch, done, signal_B, weight_B, old_BT in parts[first:]:
         kept = done.response_BT.any(dim=1)  # the local engine leaves masked completions out
         if not kept.any():
             continue
@@ -53,7 +53,7 @@ def local_gradients(
         old_BT = None if old_BT is None else old_BT[kept]
         response_BT = done.response_BT[:, 1:]
         log_prob_BT = score(model, done, 1.0).log_prob_BT
-        loss, _ = algorithm.backward(
+        loss, _ = objective.backward(
             log_prob_BT,
             log_prob_BT.detach() if old_BT is None else old_BT,
             signal_B,
@@ -66,9 +66,7 @@ def local_gradients(
             completion_mask=done.response_BT,
             groups=batch[GROUP],
             sequence_keys=batch[KEY],
-            importance_B=batch["importance_sampling_ratio"].squeeze(1)
-            if "importance_sampling_ratio" in batch
-            else None,
+            importance_B=None if weight_B is None else weight_B[kept],
             hyper=hyper,
         )
         if losses is not None:
@@ -104,7 +102,7 @@ def _completions(batch: dict[str, Tensor]) -> Completions:
 
 
 def _aligned(batch: dict[str, Tensor], done: Completions) -> Tensor | None:
-    """The anchor's log-probabilities where TRL has them, from the input's second position on."""
+    """TRL's old log-probabilities, from the input's second position on; None without any."""
     old_BT = batch.get("old_per_token_logps")
     if old_BT is None:
         return None
@@ -113,23 +111,35 @@ def _aligned(batch: dict[str, Tensor], done: Completions) -> Tensor | None:
 
 
 def _signals(
-    algorithm: Algorithm,
+    recipe: Recipe,
     model: nn.Module,
     microbatches: list[dict[str, Tensor]],
     scored: list[Completions],
-) -> tuple[list[Tensor], dict[str, float]]:
-    """The rollout's signal from its advantages, split as the microbatches are."""
-    advantage_B = torch.cat([batch["advantages"] for batch in microbatches])
-    group_B = torch.cat([batch[GROUP] for batch in microbatches])
-    anchor = None
-    if algorithm.needs_anchor:
+    old: list[Tensor | None],
+) -> tuple[list[Tensor], list[Tensor | None], dict[str, float]]:
+    """What the loss takes of the rollout's advantages, split as the microbatches are."""
+    inputs = {"advantage_B": "advantages", "group_B": GROUP}
+    of_rollout: dict[str, Any] = {
+        name: torch.cat([batch[key] for batch in microbatches]) for name, key in inputs.items()
+    }
+    if "importance_sampling_ratio" in microbatches[0]:
+        weights = [batch["importance_sampling_ratio"].squeeze(1) for batch in microbatches]
+        of_rollout["importance_B"] = torch.cat(weights)
+    algorithm, options = recipe.objective.algorithm, recipe.objective.options()
+    if algorithm.reads_old_policy(options):
         with torch.no_grad():
-            rows = [score(model, done, 1.0).log_prob_BT for done in scored]
+            rows = [
+                score(model, done, 1.0).log_prob_BT if old_BT is None else old_BT
+                for done, old_BT in zip(scored, old, strict=True)
+            ]
         masks = [done.response_BT[:, 1:] for done in scored]
-        anchor = Anchor(torch.cat(rows), torch.cat(masks), model.config.vocab_size)
-    signal = algorithm.signal(advantage_B, group_B, anchor)
+        vocabulary = model.config.vocab_size
+        of_rollout["old_policy"] = OldPolicy(torch.cat(rows), torch.cat(masks), vocabulary)
+    signal = algorithm.signal(SignalInputs(**of_rollout), options)
     sizes = [len(batch["advantages"]) for batch in microbatches]
-    return list(signal.value_B.split(sizes)), dict(signal.hyper)
+    weights = signal.importance_B
+    split = [None] * len(sizes) if weights is None else list(weights.split(sizes))
+    return list(signal.value_B.split(sizes)), split, dict(signal.hyper)
 
 
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -172,6 +182,7 @@ def compare(
 
 
 ALL = {"num_overlap_positions": None}
+NARROW = {"clip_ratio_low": 0.02, "clip_ratio_high": 0.02}
 
 
 CASES = [
@@ -291,7 +302,6 @@ OPO_CASES: dict[str, dict[str, Any]] = {
     "auto": {"mu": "auto", "alpha": 0.0},
     "ratio": {"surrogate": "ratio"},
     "length": {"anchor_correction": "length", "length_normalize": True},
-    "sequence": {"anchor_correction": "sequence"},
     "adaptive": {"adaptive_tau": True},
     "clipped": {"target_min": -0.2},
     "truncated ones masked": {"mask_truncated_completions": True},
@@ -327,14 +337,14 @@ def test_the_divergence_keeps_its_plain_gradient(
         (OpoTrainer, "opo", {}),
         (OpoTrainer, "opo", {"surrogate": "ratio"}),
         (IsopoTrainer, "isopo+opo", {**ALL, "loss_type": "opo"}),
-        (IsopoTrainer, "isopo+gspo", {**ALL, "loss_type": "gspo", "epsilon": 0.02}),
+        (IsopoTrainer, "isopo+gspo", {**ALL, "loss_type": "gspo", **NARROW}),
         (IsopoTrainer, "isopo", ALL),
     ],
 )
 def test_the_second_update_of_a_rollout(
     tmp_path: Path, trainer_class: Any, algorithm: str, options: dict[str, Any]
 ) -> None:
-    """Two optimizer steps on one generation: the anchor is the policy before the first of them."""
+    """Two optimizer steps on one generation: the old policy is that before the first of them."""
     tokenizer, model = tiny()
     between, states = copied(model), []
     twice = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 2}
@@ -354,8 +364,8 @@ def test_the_second_update_of_a_rollout(
     changes: dict[str, Any] = {"geometry": ALL} if trainer_class is IsopoTrainer else {}
     if "surrogate" in options:
         changes["objective"] = {"surrogate": "ratio"}
-    if "epsilon" in options:
-        changes["objective"] = {"clip_ratio_low": 0.02, "clip_ratio_high": 0.02}
+    if "clip_ratio_low" in options:
+        changes["objective"] = NARROW
     recipe = tiny_recipe(tmp_path / "local", algorithm, **changes)
     expected = local_gradients(between, recipe, watch.microbatches, 2, states[0])
     assert difference(watch.gradients[1], expected) <= 1e-5

@@ -24,7 +24,7 @@ from proxstep.cli import commands as cli
 from proxstep.config.loading import dump_recipe
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl import launch
-from proxstep.engines.trl.metrics import record_of
+from proxstep.engines.trl.logs import record_of
 from proxstep.engines.trl.script import script
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import latest_checkpoint

@@ -13,7 +13,15 @@ from tests.engines.trl_case import SIZES, dataset, made, quiet, text_reward, tin
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
-from proxstep.engines.trl import IsopoConfig, IsopoTrainer, OpoConfig, OpoTrainer
+from proxstep.algorithms import ALGORITHMS
+from proxstep.engines.trl import (
+    IsopoConfig,
+    IsopoTrainer,
+    OpoConfig,
+    OpoTrainer,
+    PolicyConfig,
+    PolicyTrainer,
+)
 from proxstep.errors import ProxstepError
 
 CONFIGS = [OpoConfig, IsopoConfig]
@@ -75,10 +83,33 @@ def test_weights_per_token_are_refused(tmp_path: Path, config_class: Any) -> Non
         config(config_class, tmp_path, use_vllm=True, vllm_importance_sampling_mode="token_mask")
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dro", "cispo", "rloo", "sapo"])
-def test_isopo_refuses_token_level_objectives(tmp_path: Path, loss_type: str) -> None:
+@pytest.mark.parametrize("loss_type", ALGORITHMS)
+def test_isopo_takes_sequence_level_algorithms(tmp_path: Path, loss_type: str) -> None:
+    if ALGORITHMS[loss_type].level == "sequence":
+        assert config(IsopoConfig, tmp_path, loss_type=loss_type).objective().name == loss_type
+        return
     with pytest.raises(ProxstepError, match="one coefficient per sequence"):
         config(IsopoConfig, tmp_path, loss_type=loss_type)
+
+
+@pytest.mark.parametrize("loss_type", ["", "dr_grpo", "bnpo"])
+def test_a_loss_type_of_trl_s_alone(tmp_path: Path, loss_type: str) -> None:
+    """No default takes its place."""
+    with pytest.raises(ProxstepError, match=f"loss_type is {loss_type!r}; did you mean"):
+        config(PolicyConfig, tmp_path, loss_type=loss_type)
+    with pytest.raises(ProxstepError, match="loss_type is ''; did you mean"), quiet():
+        PolicyTrainer("some/model", text_reward)
+
+
+@pytest.mark.parametrize("name", ["scale_rewards", "multi_objective_aggregation"])
+def test_options_of_trl_s_advantages(tmp_path: Path, name: str) -> None:
+    """They act where the algorithm's advantage is TRL's, and are refused where it is another."""
+    value = {"scale_rewards": "none", "multi_objective_aggregation": "normalize_then_sum"}[name]
+    for loss_type, advantage in (("rloo", None), ("grpo", "batch-normalized")):
+        options = {name: value, "loss_type": loss_type, "advantage": advantage}
+        with pytest.raises(ProxstepError, match=f"{name} is an option of TRL's advantages"):
+            config(PolicyConfig, tmp_path, **options)
+    assert getattr(config(PolicyConfig, tmp_path, loss_type="grpo", **{name: value}), name) == value
 
 
 @pytest.mark.parametrize(
@@ -88,7 +119,12 @@ def test_isopo_refuses_token_level_objectives(tmp_path: Path, loss_type: str) ->
         ({"rule": "none"}, "rule"),
         ({"ntk_damping": 1.0}, "ntk_damping is not an option of isopo"),
         ({"num_overlap_positions": 0}, "num_overlap_positions is 0"),
-        ({"alpha": 0.2}, "alpha is an option of OPO"),
+        ({"alpha": 0.2}, "alpha is an option of opo, not of reinforce"),
+        ({"loss_type": "gspo", "objective_beta": 1.0}, "objective_beta is an option of dro"),
+        ({"loss_type": "gspo", "clip_ratio_low": -1.0}, "clip_ratio_low is -1.0"),
+        ({"loss_type": "opo", "drive": "hard"}, "drive is 'hard'"),
+        ({"loss_type": "opo", "tau_min": 0.5}, "tau_min"),
+        ({"advantage": "best"}, "advantage is 'best'"),
         ({"loss_type": "opo", "alpha": 2.0}, "alpha is 2.0"),
         ({"loss_agg_mode": "mean"}, "loss_agg_mode"),
         ({"loss_type": "opo", "mu": "big"}, "mu is 'big'"),
@@ -173,7 +209,8 @@ def test_our_keys_come_from_a_command_line(tmp_path: Path) -> None:
             f"--output_dir {tmp_path} --loss_type opo --mu 2.5 --rule isopo-npg --bf16 False "
             "--num_overlap_positions 7 --use_cpu True".split()
         )
-    assert (found.mu, found.rule, found.num_overlap_positions) == (2.5, "isopo-npg", 7)
+    assert (found.objective().mu, found.rule) == (2.5, "isopo-npg")
+    assert found.geometry().num_overlap_positions == 7
 
 
 # -- options that act where we step in, in real steps ----------------------------------------------

@@ -17,7 +17,7 @@ from tests.engines.test_trl_gradients import difference, local_gradients
 from tests.engines.trl_case import copied, environment, made, tiny, trained
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from proxstep.engines.trl import IsopoTrainer, OpoTrainer, recipe
+from proxstep.engines.trl import IsopoTrainer, OpoTrainer, tables, translation
 from proxstep.engines.trl.release import FusedOutput
 from proxstep.engines.versions import check_trl
 from proxstep.errors import ProxstepError
@@ -90,9 +90,9 @@ def test_the_extra_asks_for_what_is_supported(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_option_that_the_release_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(recipe.RENAMED, "rollout.top_k", "top_of_tomorrow")
+    monkeypatch.setitem(tables.RENAMED, "rollout.top_k", "top_of_tomorrow")
     with pytest.raises(ProxstepError, match=r"^TRL \d.* no option top_of_tomorrow, .*-U") as found:
-        recipe.plan(tiny_recipe(tmp_path, "isopo"), chat=False)
+        translation.translate(tiny_recipe(tmp_path, "isopo"), chat=False)
     assert "\n" not in str(found.value)
 
 

@@ -15,8 +15,8 @@ from tests.engines.trl_case import environment, made, tiny, trained
 from torch import nn
 
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer
+from proxstep.engines.trl.isopo import STATE_FILE
 from proxstep.engines.trl.release import FusedOutput
-from proxstep.engines.trl.trainers import STATE_FILE
 from proxstep.errors import ProxstepError
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}

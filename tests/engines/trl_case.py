@@ -64,15 +64,19 @@ def tiny(seed: int = 1, *, tied: bool = True, lora: bool = False) -> tuple[Any, 
 
 @dataclass
 class Watch(TrainerCallback):
-    """What a run did: its microbatches, and the gradients before each optimizer step."""
+    """What a run did: its microbatches, gradients before and weights after an optimizer step."""
 
     microbatches: list[dict[str, Tensor]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
     logs: list[dict[str, float]] = field(default_factory=list)
     model: Any = None
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.gradients.append(gradients_of(self.model))
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.weights.append({k: v.clone() for k, v in self.model.state_dict().items()})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.logs.append(dict(logs))
@@ -87,12 +91,13 @@ def made(
     trainer_class: Any, folder: Path, model: nn.Module, tokenizer: Any, **options: Any
 ) -> tuple[Any, Watch]:
     """A trainer that is watched; options are its configuration's, or the trainer's own."""
+    rewards = options.pop("rewards", text_reward)
     own = {name: options.pop(name) for name in ("eval_dataset", "peft_config") if name in options}
     with quiet():
         config_class = getattr(trainer_class, "config_class", GRPOConfig)
         config = config_class(str(folder), **(SIZES | options))
         trainer = trainer_class(
-            model, text_reward, config, dataset(), processing_class=tokenizer, **own
+            model, rewards, config, dataset(), processing_class=tokenizer, **own
         )
     for name, parameter in trainer.model.named_parameters():
         if ".ref." in name:  # TRL's reference is a copy; its divergence would be 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from proxstep.config.recipe import Recipe
@@ -20,23 +20,23 @@ def leaves(section: Section, prefix: str = "") -> dict[str, Any]:
         section: The recipe, or one of its sections.
         prefix: What comes before the keys.
     """
-    found: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, Section):
-            found |= leaves(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
+    return {key: value for key, value, _ in _walk(section, prefix)}
 
 
-def refuse(engine: str, recipe: Recipe, refusals: Iterable[Refusal]) -> None:
+def refuse(
+    engine: str,
+    recipe: Recipe,
+    refusals: Iterable[Refusal],
+    known: tuple[str, ...] | None = None,
+) -> None:
     """Refuse the first key whose value an engine cannot honor.
 
     Args:
         engine: The engine's name.
         recipe: What was asked for.
         refusals: What the engine cannot do.
+        known: Beginnings of the keys that it makes something of; the others are refused unless they
+            are at their defaults. None where the caller looks after it.
 
     Raises:
         ProxstepError: Naming the key, its value and the remedy.
@@ -44,7 +44,22 @@ def refuse(engine: str, recipe: Recipe, refusals: Iterable[Refusal]) -> None:
     values = leaves(recipe)
     for key, applies, reason in refusals:
         if applies(recipe):
-            value = values.get(key)
-            shown = str(value).lower() if isinstance(value, bool | None) else value
-            shown = "null" if value is None else shown
-            raise ProxstepError(f"{key} {shown} is not for --engine {engine}: {reason}")
+            raise _refused(engine, key, values.get(key), reason)
+    for key, value, default in _walk(recipe, ""):
+        if known is not None and not key.startswith(known) and value != default:
+            raise _refused(engine, key, value, "it makes nothing of this key; leave it out")
+
+
+def _walk(section: Section, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, value, default) for every value of a recipe."""
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _walk(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value, info.get_default(call_default_factory=True)
+
+
+def _refused(engine: str, key: str, value: Any, reason: str) -> ProxstepError:
+    shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
+    return ProxstepError(f"{key} {shown} is not for --engine {engine}: {reason}")

@@ -1,10 +1,18 @@
-"""ISOPO and OPO in TRL: GRPOTrainer with another objective, and everything else as it is there."""
+"""Our algorithms in TRL: GRPOTrainer with another loss, and everything else as it is there."""
 
 from proxstep.engines.versions import check_trl
 
 check_trl()
 
-from proxstep.engines.trl.configs import IsopoConfig, OpoConfig  # noqa: E402
-from proxstep.engines.trl.trainers import IsopoTrainer, OpoTrainer  # noqa: E402
+from proxstep.engines.trl.configs import IsopoConfig, OpoConfig, PolicyConfig  # noqa: E402
+from proxstep.engines.trl.isopo import IsopoTrainer  # noqa: E402
+from proxstep.engines.trl.policy import OpoTrainer, PolicyTrainer  # noqa: E402
 
-__all__ = ["IsopoConfig", "IsopoTrainer", "OpoConfig", "OpoTrainer"]
+__all__ = [
+    "IsopoConfig",
+    "IsopoTrainer",
+    "OpoConfig",
+    "OpoTrainer",
+    "PolicyConfig",
+    "PolicyTrainer",
+]

@@ -1,121 +1,125 @@
-"""GRPOConfig with our keys beside TRL's; their defaults are the core's."""
+"""GRPOConfig with our keys beside TRL's, made from the declarations of the algorithms."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from proxstep.algorithms import LOSSES, Aggregation
-from proxstep.config.objectives import OpoSection
+from proxstep.algorithms import ADVANTAGES, ALGORITHMS, LOSS_AGG_MODES
+from proxstep.algorithms.checks import check_choice
+from proxstep.config.objectives import ObjectiveSection
 from proxstep.config.sections import GeometrySection, default_of
 from proxstep.engines.fields import (
-    OpoKeys,
-    field_of,
-    known_fields,
+    algorithm_options,
+    objective_of,
     read_section,
     refuse_with_isopo,
     rule_of,
+    section_options,
 )
-from proxstep.engines.trl.refusals import ISOPO, refuse_other_losses
+from proxstep.engines.trl.refusals import ISOPO, refuse_sampler, refuse_without_effect
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, Rule
 
-OBJECTIVES = ("reinforce", "gspo", "opo")
-"""What ISOPO acts on: sequence-level objectives whose advantages are TRL's."""
+TRL_OPTIONS = frozenset(field.name for field in dataclasses.fields(GRPOConfig))
+"""The names that an algorithm's key cannot have; `option_name` gives it another one."""
+
+TRL_ADVANTAGE = "group-zscore"
+"""The advantage that is left to TRL and its own options of it, where the algorithm's is this."""
+
+_AlgorithmOptions: Any = dataclasses.make_dataclass(
+    "_AlgorithmOptions", algorithm_options(TRL_OPTIONS)
+)
+_GeometryOptions: Any = dataclasses.make_dataclass(
+    "_GeometryOptions", section_options(GeometrySection, "diagnose_every")
+)
+
+
+def _field(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass
-class OpoConfig(OpoKeys, GRPOConfig):
-    """GRPOConfig for `OpoTrainer`: all of TRL's options, and OPO's (docs/algorithms.md).
+class PolicyConfig(_AlgorithmOptions, GRPOConfig):
+    """GRPOConfig for `PolicyTrainer`: all of TRL's options, and every algorithm's keys.
 
-    What shapes TRL's own losses (epsilon, loss_type, ...) is refused, since it would do nothing.
+    A key that is None has the algorithm's default (docs/algorithms.md). What shapes TRL's own
+    losses is refused, since it would do nothing.
     """
 
-    loss_type: str = dataclasses.field(default="opo", metadata={"help": '"opo".'})
-    loss_agg_mode: str | None = dataclasses.field(
-        default=None,
-        metadata={"help": "How token values become one loss; None for the objective's own."},
+    loss_type: str = _field("", f"The algorithm: {', '.join(ALGORITHMS)}.")
+    loss_agg_mode: str | None = _field(
+        None, f"How token values become one loss: {', '.join(LOSS_AGG_MODES)}; None: its own."
     )
-    tau_min: float = field_of(OpoSection, "tau_min")
-    tau_max: float = field_of(OpoSection, "tau_max")
-    tau_entropy_coef: float = field_of(OpoSection, "tau_entropy_coef")
-    tau_confidence_coef: float = field_of(OpoSection, "tau_confidence_coef")
+    advantage: str | None = _field(
+        None,
+        f"How rewards become advantages: {', '.join(ADVANTAGES)}; None: its own, and where that is "
+        f"{TRL_ADVANTAGE}, TRL's by scale_rewards.",
+    )
 
     def __post_init__(self) -> None:
+        section = self.objective()  # refuses unknown algorithms before TRL looks at more
         super().__post_init__()
-        if isinstance(self.mu, str) and self.mu != "auto":  # from a command line
-            try:
-                self.mu = float(self.mu)
-            except ValueError:
-                raise ProxstepError(f'mu is {self.mu!r}; give a number or "auto"') from None
-        self._check_loss_type()
-        refuse_other_losses(self)
-        self.aggregation()
-        self.opo_section()
+        refuse_without_effect(self, self.own_advantage())
+        refuse_sampler(self, ratio_to_sampler=section.algorithm.ratio_to_sampler)
 
-    def aggregation(self) -> Aggregation:
-        """Return how token values become one loss."""
-        mode = self.loss_agg_mode or LOSSES[self.loss_type].default_loss_agg_mode
-        length = self.max_completion_length
-        return Aggregation(mode, num_sequences=1, num_tokens=1, max_length=length)
+    def objective(self) -> ObjectiveSection:
+        """Return the algorithm with its keys, as a recipe has them.
 
-    def _check_loss_type(self) -> None:
-        if self.loss_type != "opo":
-            raise ProxstepError(
-                f'loss_type is {self.loss_type!r}, but OpoTrainer\'s is "opo": leave it out'
-            )
+        Raises:
+            ProxstepError: If one of them does not fit, by name.
+        """
+        if self.loss_type not in self._algorithms():
+            self._refuse_loss_type()
+        return objective_of(self, ALGORITHMS[self.loss_type], TRL_OPTIONS)
+
+    def own_advantage(self) -> str | None:
+        """Return how rewards become advantages; None where that is left to TRL."""
+        kind = self.objective().advantage
+        return None if self.advantage is None and kind == TRL_ADVANTAGE else kind
+
+    def _algorithms(self) -> list[str]:
+        """Return what `loss_type` may be."""
+        return list(ALGORITHMS)
+
+    def _refuse_loss_type(self) -> None:
+        check_choice("loss_type", self.loss_type, self._algorithms())
 
 
 @dataclass
-class IsopoConfig(OpoConfig):
-    """GRPOConfig for `IsopoTrainer`: all of TRL's options, and ISOPO's (docs/isopo.md).
+class OpoConfig(PolicyConfig):
+    """PolicyConfig for `OpoTrainer`, whose algorithm is OPO."""
 
-    `loss_type` is the sequence-level objective that the geometry acts on: reinforce, gspo (with
-    TRL's epsilon and epsilon_high) or opo (with OPO's options).
+    loss_type: str = _field("opo", '"opo".')
+
+    def _algorithms(self) -> list[str]:
+        return ["opo"]
+
+
+@dataclass
+class IsopoConfig(_GeometryOptions, PolicyConfig):
+    """PolicyConfig for `IsopoTrainer`: with ISOPO's options (docs/isopo.md).
+
+    `loss_type` is the sequence-level algorithm that the geometry acts on.
     """
 
-    loss_type: str = dataclasses.field(
-        default="reinforce",
-        metadata={"help": "A sequence-level objective: reinforce, gspo or opo."},
+    loss_type: str = _field("reinforce", "A sequence-level algorithm, such as opo.")
+    rule: str = _field(
+        default_of(Isopo, "rule"), "A preset of ISOPO; options that are None are the preset's."
     )
-    rule: str = dataclasses.field(
-        default=default_of(Isopo, "rule"),
-        metadata={"help": "A preset of ISOPO; the keys below are the preset's where None."},
-    )
-    fisher_power: float | None = field_of(GeometrySection, "fisher_power")
-    norm_power: float | None = field_of(GeometrySection, "norm_power")
-    relative_fisher_power: float | None = field_of(GeometrySection, "relative_fisher_power")
-    damping: float | None = field_of(GeometrySection, "damping")
-    ntk_damping: float | None = field_of(GeometrySection, "ntk_damping")
-    interact: str | None = field_of(GeometrySection, "interact")
-    damping_form: str | None = field_of(GeometrySection, "damping_form")
-    scale: str = field_of(GeometrySection, "scale")
-    other_parameters: str = field_of(GeometrySection, "other_parameters")
-    fisher: str = field_of(GeometrySection, "fisher")
-    num_overlap_positions: int | None = field_of(GeometrySection, "num_overlap_positions")
-    overlap_positions: str = field_of(GeometrySection, "overlap_positions")
-    overlap_source: str = field_of(GeometrySection, "overlap_source")
-    fisher_denominator: str = field_of(GeometrySection, "fisher_denominator")
-    decay: float = field_of(GeometrySection, "decay")
-    memory_mib: int = field_of(GeometrySection, "memory_mib")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_with_isopo(self, ISOPO)
         self.to_rule()
-        if self.loss_type != "opo":
-            for field in dataclasses.fields(OpoConfig):
-                ours = field.name in OpoSection.model_fields
-                if ours and getattr(self, field.name) != field.default:
-                    raise ProxstepError(
-                        f'{field.name} is an option of OPO: set loss_type="opo", or remove it'
-                    )
 
-    def geometry_section(self) -> GeometrySection:
+    def geometry(self) -> GeometrySection:
         """Return ISOPO's keys as a recipe has them."""
-        return read_section(GeometrySection, known_fields(GeometrySection, self))
+        names = {field.name for field in dataclasses.fields(_GeometryOptions)}
+        return read_section(GeometrySection, {name: getattr(self, name) for name in names})
 
     def to_rule(self) -> Rule:
         """Return the rule that the keys describe.
@@ -123,14 +127,18 @@ class IsopoConfig(OpoConfig):
         Raises:
             ProxstepError: If a key does not belong to the preset's rule.
         """
-        section = self.geometry_section()
+        section = self.geometry()
         if section.rule == "none":
-            raise ProxstepError('rule is "none": use TRL\'s own trainer, or rule="reinforce"')
+            raise ProxstepError('rule is "none": use PolicyTrainer, or rule="reinforce"')
         return rule_of(section)
 
-    def _check_loss_type(self) -> None:
-        if self.loss_type not in OBJECTIVES:
+    def _algorithms(self) -> list[str]:
+        return [name for name, found in ALGORITHMS.items() if found.level == "sequence"]
+
+    def _refuse_loss_type(self) -> None:
+        if self.loss_type in ALGORITHMS:
             raise ProxstepError(
                 f"loss_type is {self.loss_type!r}; ISOPO needs one coefficient per sequence, which "
-                f"a token-level objective does not have: use {', '.join(OBJECTIVES)}"
+                f"a token-level algorithm does not have: use {', '.join(self._algorithms())}"
             )
+        super()._refuse_loss_type()

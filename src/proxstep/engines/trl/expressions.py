@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxstep.errors import ProxstepError
 
@@ -14,52 +13,29 @@ _WIDTH = 70
 """Longest argument that stays on one line; something comes before it."""
 
 
-@dataclass(frozen=True)
-class Name:
-    """Something that is imported.
-
-    Attributes:
-        module: Where from.
-        name: What.
-    """
+class Name(NamedTuple):
+    """Something that is imported from a module."""
 
     module: str
     name: str
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call of something that is imported, with keyword arguments alone.
-
-    Attributes:
-        function: What is called.
-        keywords: Its arguments: plain values, or expressions.
-    """
+class Call(NamedTuple):
+    """A call of something that is imported; its arguments are plain values or expressions."""
 
     function: Name
     keywords: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Shared:
-    """A count that the ranks of a run share out evenly.
-
-    Attributes:
-        count: Of all ranks together.
-        key: The recipe's key that it comes from.
-    """
+class Shared(NamedTuple):
+    """A count that the ranks of a run share out evenly, and the recipe's key it comes from."""
 
     count: int
     key: str
 
 
-@dataclass(frozen=True)
-class Code:
-    """What a script computes for itself.
-
-    Attributes:
-        text: The expression.
-    """
+class Code(NamedTuple):
+    """An expression that a script computes for itself."""
 
     text: str
 

@@ -17,11 +17,11 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from proxstep.config.recipe import Recipe
-from proxstep.engines.trl.data import rows
 from proxstep.engines.trl.expressions import make
-from proxstep.engines.trl.recipe import Plan, plan
 from proxstep.engines.trl.record import CHECKPOINTS, RunRecorder
+from proxstep.engines.trl.rows import rows
 from proxstep.engines.trl.script import script
+from proxstep.engines.trl.translation import Translation, translate
 from proxstep.errors import ProxstepError
 from proxstep.rewards import RewardFunction, reward_name
 from proxstep.runs.checkpoint import latest_checkpoint
@@ -52,7 +52,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
 
     Args:
         recipe: What to do.
-        progress: Who watches.
+        progress: Where it reports.
         overwrite: Delete the run that the output folder holds, once the new one can begin.
 
     Returns:
@@ -102,7 +102,7 @@ def resume(path: str | Path, progress: Progress) -> str:
 class _Prepared:
     """What a run needs and no model is needed for."""
 
-    plan: Plan
+    translation: Translation
     source: str
     tokenizer: Any
     task: Task
@@ -111,7 +111,7 @@ class _Prepared:
 
 def _prepare(recipe: Recipe, progress: Progress) -> _Prepared:
     """Check the recipe, and load tokenizer and data."""
-    plan(recipe, chat=False)  # refuses before anything is loaded
+    translate(recipe, chat=False)  # refuses before anything is loaded
     lifecycle.check(recipe)
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # it was read at import
@@ -125,8 +125,8 @@ def _prepare(recipe: Recipe, progress: Progress) -> _Prepared:
             f"rollout.num_prompts {recipe.rollout.num_prompts} is more than the {len(task.train)} "
             "training prompts, of which TRL would then take none: lower it"
         )
-    prepared = _Prepared(plan(recipe, chat=chat), source, tokenizer, task, validation)
-    _check_rewards(make(prepared.plan.rewards, 1))
+    prepared = _Prepared(translate(recipe, chat=chat), source, tokenizer, task, validation)
+    _check_rewards(make(prepared.translation.rewards, 1))
     return prepared
 
 
@@ -145,7 +145,7 @@ def _check_rewards(functions: Sequence[RewardFunction]) -> None:
 
 def _make_trainer(recipe: Recipe, prepared: _Prepared) -> Any:
     """Return TRL's trainer, which writes below the run folder and reports to nobody."""
-    made, world_size = prepared.plan, int(os.environ.get("WORLD_SIZE", "1"))
+    made, world_size = prepared.translation, int(os.environ.get("WORLD_SIZE", "1"))
     options = {name: make(value, world_size) for name, value in made.args.keywords.items()}
     options |= {
         "output_dir": str(Path(recipe.output_dir) / CHECKPOINTS),
@@ -177,7 +177,7 @@ def _run(
         device = trainer.accelerator.device
         initial = load_model(prepared.source, recipe.model.dtype, device)
         initial = initial.eval().requires_grad_(False)
-    progress = progress if _is_first() else _Unwatched()
+    progress = progress if _is_first() else _NoProgress()
     progress.begin(recipe)
     section, status = recipe.logging, "failed"
     with ExitStack() as stack:
@@ -204,17 +204,17 @@ def _run(
     return status
 
 
-class _Unwatched:
-    """The ranks after the first have nobody who watches."""
+class _NoProgress:
+    """The progress on ranks after the first, which report nothing."""
 
     def begin(self, recipe: Recipe) -> None:
-        """Say nothing."""
+        """Report nothing."""
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Report nothing."""
 
     def record(self, record: Any) -> None:
-        """Say nothing."""
+        """Report nothing."""
 
 
 def _is_first() -> bool:

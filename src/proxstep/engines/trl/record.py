@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from proxstep.config.recipe import Recipe
-from proxstep.engines.trl.metrics import record_of
+from proxstep.engines.trl.logs import record_of
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import checkpoints
 from proxstep.runs.clock import Clock
@@ -45,7 +45,7 @@ class RunRecorder(TrainerCallback):
         validation: Validation prompts.
         initial: The initial policy, where its drift is measured.
         folder: The run folder.
-        progress: Who watches.
+        progress: Where it reports.
         stop: Whether somebody asked the run to stop.
         log: The run's metrics; None on the ranks that write nothing.
         tracker: Their second destination.

@@ -10,45 +10,78 @@ from trl.trainer.grpo_config import GRPOConfig
 from proxstep.engines.fields import Refusal
 from proxstep.errors import ProxstepError
 
-CLIPPING = ("epsilon", "epsilon_high")
 OTHER_LOSSES = (
-    "delta",
-    "sapo_temperature_neg",
-    "sapo_temperature_pos",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-    "importance_sampling_level",
-    "top_entropy_quantile",
-    "off_policy_mask_threshold",
+    *("epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+    *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos"),
+    *("vespo_k_neg", "vespo_lambda_neg", "top_entropy_quantile", "off_policy_mask_threshold"),
 )
-"""Options of TRL's own losses, which have no meaning for one coefficient per sequence."""
+"""Options of TRL's own losses."""
+OF_ADVANTAGES = ("scale_rewards", "multi_objective_aggregation")
+"""Options of TRL's advantages, where another kind is not chosen."""
+
+SAMPLES_ALL: dict[str, tuple[Any, ...]] = {
+    "top_p": (None, 1.0),
+    "top_k": (None, 0),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (None, 1.0),
+    "generation_kwargs": (None, {}),
+}
+"""Values with which the sampler is the policy itself."""
 
 _DEFAULTS = {
     field.name: field.default for field in fields(GRPOConfig) if field.default is not MISSING
 }
 
 
-def refuse_other_losses(args: Any) -> None:
-    """Refuse options of losses that are not computed here.
+def refuse_without_effect(args: Any, own_advantage: str | None) -> None:
+    """Refuse options of losses and advantages that are not computed.
+
+    Args:
+        args: A `PolicyConfig`.
+        own_advantage: The kind of advantage that takes the place of TRL's, if any.
 
     Raises:
-        ProxstepError: If one of them is not at its default.
+        ProxstepError: Naming the option and the remedy.
     """
-    unused = OTHER_LOSSES if args.loss_type == "gspo" else (*CLIPPING, *OTHER_LOSSES)
-    for name in unused:
+    of = dict.fromkeys(OTHER_LOSSES, ("TRL's own losses", args.loss_type))
+    if own_advantage:
+        of |= dict.fromkeys(OF_ADVANTAGES, ("TRL's advantages", own_advantage))
+    for name, (whose, ours) in of.items():
         if getattr(args, name) != _DEFAULTS[name]:
             raise ProxstepError(
-                f"{name} is an option of TRL's token-level losses and has no effect on "
-                f"{args.loss_type}: remove it from {type(args).__name__}"
+                f"{name} is an option of {whose} and has no effect on {ours}, which docs/trl.md "
+                f"explains: remove it from {type(args).__name__}"
             )
-    if args.use_vllm and args.vllm_importance_sampling_correction:
-        mode = args.vllm_importance_sampling_mode
-        if not mode.startswith("sequence"):
+
+
+def refuse_sampler(args: Any, *, ratio_to_sampler: bool) -> None:
+    """Refuse options under which a loss would see another sampler than it means.
+
+    Args:
+        args: A `PolicyConfig`.
+        ratio_to_sampler: Whether the algorithm's ratios are to the sampler.
+
+    Raises:
+        ProxstepError: Naming the option and the remedy.
+    """
+    corrects = args.use_vllm and args.vllm_importance_sampling_correction
+    mode = args.vllm_importance_sampling_mode
+    if corrects and ratio_to_sampler:
+        raise ProxstepError(
+            f"vllm_importance_sampling_correction would weight {args.loss_type} by what its own "
+            "ratios, to the sampler, hold already: set it to False"
+        )
+    if corrects and not mode.startswith("sequence"):
+        raise ProxstepError(
+            f"vllm_importance_sampling_mode is {mode!r}, a weight for every token, and our losses "
+            "take one for a sequence: use sequence_mask or sequence_truncate"
+        )
+    for name, whole in SAMPLES_ALL.items() if ratio_to_sampler and not args.use_vllm else ():
+        if (value := getattr(args, name)) not in whole:
             raise ProxstepError(
-                f"vllm_importance_sampling_mode is {mode!r}: a weight for every token leaves a "
-                "sequence without a single coefficient; use sequence_mask or sequence_truncate"
+                f"{name} is {value!r}: {args.loss_type}'s ratios are to the sampler, whose "
+                "log-probabilities TRL keeps with vLLM alone; leave it out, so that the sampler is "
+                "the policy, or set use_vllm=True"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.expressions import Call, Code, Name, Shared, imports_of, write
-from proxstep.engines.trl.recipe import Plan, plan
+from proxstep.engines.trl.translation import Translation, translate
 from proxstep.training.lifecycle import CHAT_TASKS
 
 _HEAD = '''"""{algorithm} on {task}, in TRL.
@@ -28,7 +28,7 @@ def script(recipe: Recipe) -> str:
     section = recipe.task
     asks = section.name in CHAT_TASKS and section.prompt_format == "auto"
     chat = Code("tokenizer.chat_template is not None")
-    made = plan(recipe, chat=chat if asks else False)
+    made = translate(recipe, chat=chat if asks else False)
     lines = [_HEAD.format(algorithm=recipe.algorithm, task=section.name)]
     lines.append(_imports(made, asks=asks))
     if _is_shared(made):
@@ -45,7 +45,7 @@ def script(recipe: Recipe) -> str:
     return "".join(lines)
 
 
-def write_trainer(made: Plan) -> str:
+def write_trainer(made: Translation) -> str:
     """Return the statement that makes the trainer."""
     arguments = {
         "model": "model",
@@ -59,14 +59,14 @@ def write_trainer(made: Plan) -> str:
     return f"trainer = {made.trainer.name}(\n{inside})\n"
 
 
-def _is_shared(made: Plan) -> bool:
+def _is_shared(made: Translation) -> bool:
     return any(isinstance(value, Shared) for value in made.args.keywords.values())
 
 
-def _imports(made: Plan, *, asks: bool) -> str:
+def _imports(made: Translation, *, asks: bool) -> str:
     """Return the import statements, the standard library's first and ours last."""
     names = imports_of([made.trainer, made.args, made.model, made.task, *made.rewards, made.lora])
-    names |= imports_of([Name("datasets", "Dataset"), Name("proxstep.engines.trl.data", "rows")])
+    names |= imports_of([Name("datasets", "Dataset"), Name("proxstep.engines.trl.rows", "rows")])
     if asks:
         names.add(("transformers", "AutoTokenizer"))
     by_module: dict[str, list[str]] = {}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from proxstep.config.recipe import Recipe
-from proxstep.engines.keys import Refusal
+from proxstep.engines.keys import Refusal, leaves
+from proxstep.isopo import NaturalRule
 
 RENAMED: dict[str, str] = {
     "seed": "seed",
@@ -16,75 +19,105 @@ RENAMED: dict[str, str] = {
     "rollout.top_p": "top_p",
     "rollout.top_k": "top_k",
     "rollout.mask_truncated_completions": "mask_truncated_completions",
+    "update.num_iterations": "num_iterations",
     "regularizer.entropy_coef": "entropy_coef",
     "regularizer.kl_coef": "beta",
     "optimizer.learning_rate": "learning_rate",
     "optimizer.weight_decay": "weight_decay",
     "optimizer.eps": "adam_epsilon",
     "optimizer.warmup_updates": "warmup_steps",
+    "logging.tracker": "report_to",
     "logging.project": "project",
 }
 """Keys whose value is an option's, under TRL's name; null leaves the option at its default."""
 
-TRANSLATED: dict[str, str] = {
-    "algorithm": "the trainer's class, with the two below",
-    "objective.name": "trainer, loss_type, importance_sampling_level",
-    "geometry.rule": "trainer, rule",
-    "steps": "max_steps: optimizer steps",
-    "device": "use_cpu",
-    "model.name": "model",
-    "model.warmup_score": "model",
-    "model.dtype": "model_init_kwargs",
-    "model.autocast": "bf16",
-    "model.lora": "peft_config",
-    "objective.advantage": "scale_rewards, reward_weights",
-    "objective.loss_agg_mode": "loss_type, loss_agg_mode",
-    "objective.clip_ratio_low": "epsilon",
-    "objective.clip_ratio_high": "epsilon_high",
-    "regularizer.kl_estimator": "k3 alone, with use_bias_correction_kl=False",
-    "rollout.num_prompts": "sizes",
-    "update.num_minibatches": "sizes",
-    "update.microbatch_size": "sizes",
-    "update.num_iterations": "num_iterations, max_steps",
-    "rollout.overlong_buffer": "reward_funcs",
-    "rollout.overlong_penalty": "reward_weights",
-    "task.rewards": "reward_funcs",
-    "task.reward_weights": "reward_weights",
-    "optimizer.name": "optim",
-    "optimizer.betas": "adam_beta1, adam_beta2",
-    "optimizer.momentum": "optim_args",
-    "optimizer.max_grad_norm": "max_grad_norm, 0 for never",
-    "logging.tracker": "report_to",
-    "logging.checkpoint_every": "save_steps",
-}
-"""Keys that determine options, or arguments of the trainer, in another way. All of `task` makes
-`train_dataset`; the keys of OPO's objective and of `geometry` have their names in our configs.
-"""
+TRANSLATED = (
+    *("algorithm", "steps", "device", "objective.", "geometry.", "task."),
+    *("model.name", "model.warmup_score", "model.dtype", "model.autocast", "model.lora"),
+    *("regularizer.kl_estimator", "regularizer.kl_in"),
+    *("rollout.num_prompts", "rollout.overlong_buffer", "rollout.overlong_penalty"),
+    *("rollout.dynamic_sampling_max_batches", "rollout.importance_cap"),
+    *("update.num_minibatches", "update.microbatch_size"),
+    *("optimizer.name", "optimizer.betas", "optimizer.momentum", "optimizer.max_grad_norm"),
+    *("optimizer.muon_learning_rate", "logging.checkpoint_every"),
+)
+"""Beginnings of keys that become options or arguments in another way, or are refused below."""
 
 RUN_FOLDER = (
-    "evaluation.every",
-    "evaluation.batch_size",
-    "evaluation.num_probe_prompts",
-    "evaluation.kl_policy_initial",
-    "logging.num_samples",
-    "task.max_prompt_length",
+    *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
+    *("evaluation.kl_policy_initial", "logging.num_samples", "task.max_prompt_length"),
 )
 """What `proxstep train` adds to a run, and a printed script has not: TRL has no such thing."""
 
 SAME_ANYHOW = ("model.head",)
 """TRL scores tokens in its own way whatever we say; the numbers are the same."""
 
-LOSS_TYPES = {
+KNOWN = (*RENAMED, *TRANSLATED, *RUN_FOLDER, *SAME_ANYHOW)
+
+OPTIMIZERS: dict[str, dict[str, str]] = {"adamw": {}, "sgd": {"optim": "sgd"}}
+"""By name, what says so in TRL."""
+PRECISIONS = {"float32": None, "bfloat16": {"dtype": "bfloat16"}}
+"""By `model.dtype`, the model's options."""
+AUTOCASTS = {None: False, "bfloat16": True}
+"""By `model.autocast`, the option bf16."""
+SCALES = {"group-zscore": "group", "group-centered": "none"}
+"""Advantages that TRL has, as its scale_rewards."""
+
+
+def _clipped(*, clip_ratio_low: float, clip_ratio_high: float) -> dict[str, Any]:
+    high = None if clip_ratio_high == clip_ratio_low else clip_ratio_high
+    return {"epsilon": clip_ratio_low, "epsilon_high": high}
+
+
+def _gspo(*, clip_ratio_low: float, clip_ratio_high: float) -> dict[str, Any]:
+    bounds = _clipped(clip_ratio_low=clip_ratio_low, clip_ratio_high=clip_ratio_high)
+    return {"importance_sampling_level": "sequence", **bounds}
+
+
+def _cispo(*, clip_ratio_low: float, clip_ratio_high: float) -> dict[str, Any] | None:
+    """TRL's has no lower bound, and its upper one is the weight's cap itself."""
+    return {"epsilon_high": 1 + clip_ratio_high} if clip_ratio_low >= 1 else None
+
+
+def _sapo(*, tau_pos: float, tau_neg: float) -> dict[str, Any]:
+    return {"sapo_temperature_pos": tau_pos, "sapo_temperature_neg": tau_neg}
+
+
+_BY_MODE = {
     "token-mean": "dapo",
     "seq-mean-token-mean": "grpo",
     "seq-mean-token-sum-norm": "dr_grpo",
     "seq-mean-token-sum": "luspo",
 }
 """TRL's losses that clip as PPO does differ in how they aggregate; this is how."""
-SCALES = {"group-zscore": "group", "group-centered": "none", "leave-one-out": "none"}
-PLAIN = ("grpo", "dapo", "dr-grpo", "gspo", "cispo")
-"""Objectives that TRL's own GRPOTrainer has."""
-WITHOUT_RATIO = ("reinforce", "rloo")
+TRL_LOSSES: dict[str, tuple[Mapping[str, str], Callable[..., dict[str, Any] | None]]] = {
+    "grpo": (_BY_MODE, _clipped),
+    "dapo": (_BY_MODE, _clipped),
+    "dr-grpo": (_BY_MODE, _clipped),
+    "gspo": (_BY_MODE, _gspo),
+    "cispo": ({"token-mean": "cispo"}, _cispo),
+    "sapo": ({"seq-mean-token-mean": "sapo"}, _sapo),
+}
+"""Algorithms that GRPOTrainer computes: its loss_type by `loss_agg_mode`, and from the algorithm's
+keys the other options. What is not here trains with the algorithm's own loss."""
+
+
+def trl_loss(recipe: Recipe) -> dict[str, Any] | None:
+    """Return GRPOTrainer's options for an algorithm, or None where it computes something else."""
+    section, regularizer = recipe.objective, recipe.regularizer
+    if section.name not in TRL_LOSSES or section.advantage not in SCALES:
+        return None
+    loss_types, make = TRL_LOSSES[section.name]
+    options, mode = section.options(), section.loss_agg_mode
+    if mode not in loss_types or set(options) != set(inspect.signature(make).parameters):
+        return None
+    masked = recipe.rollout.mask_truncated_completions
+    if mode != "token-mean" and (regularizer.kl_coef > 0 or masked):
+        return None  # TRL's means over sequences hold for the KL too, and count the masked ones
+    made = make(**options)
+    if made is None:
+        return None
+    return {"loss_type": loss_types[mode], **made, "scale_rewards": SCALES[section.advantage]}
 
 
 def minibatch_size(recipe: Recipe) -> int:
@@ -93,94 +126,74 @@ def minibatch_size(recipe: Recipe) -> int:
     return rollout.num_prompts * rollout.num_generations // recipe.update.num_minibatches
 
 
-def _optimizer_is_foreign(recipe: Recipe) -> bool:
-    return recipe.optimizer.name not in ("adamw", "sgd")
-
-
-def _is(recipe: Recipe, *names: str) -> bool:
-    return recipe.geometry.rule == "none" and recipe.objective.name in names
-
-
-def _kl_by_sequence(recipe: Recipe) -> bool:
-    if not _is(recipe, *PLAIN) or recipe.regularizer.kl_coef == 0:
-        return False
-    return "token-sum" in _value(recipe, "loss_agg_mode")
-
-
-def _value(recipe: Recipe, name: str) -> Any:
-    """Return a key of the objective that has it."""
-    return getattr(recipe.objective, name)
-
-
 def _uneven(recipe: Recipe) -> bool:
     size = recipe.update.microbatch_size
     return size is not None and minibatch_size(recipe) % size != 0
 
 
 def _scatters_groups(recipe: Recipe) -> bool:
+    if recipe.geometry.rule == "none":
+        return False
     rule = recipe.geometry.to_rule()
     whole = recipe.update.num_minibatches == 1 and recipe.update.microbatch_size is None
-    return getattr(rule, "interact", None) == "group" and not whole
+    return isinstance(rule, NaturalRule) and rule.interact == "group" and not whole
+
+
+def _needs_sampler(recipe: Recipe) -> bool:
+    return recipe.objective.algorithm.ratio_to_sampler
+
+
+_SAMPLER = (
+    "the algorithm's ratios are to the sampler, whose log-probabilities TRL does not keep where it "
+    "is not the policy"
+)
+
+
+def _only(key: str, values: Collection[Any], reason: str) -> Refusal:
+    """Return the refusal of a key's other values."""
+    return key, lambda recipe: leaves(recipe)[key] not in values, reason
 
 
 REFUSALS: tuple[Refusal, ...] = (
-    (
-        "algorithm",
-        lambda recipe: _is(recipe, "dro"),
-        "TRL has no such loss; use reinforce, rloo, grpo, dapo, dr-grpo, gspo, cispo, opo, or a "
-        "rule of ISOPO with reinforce, rloo, gspo or opo",
-    ),
-    (
-        "objective.advantage",
-        lambda recipe: recipe.objective.advantage == "batch-normalized",
-        "TRL subtracts each prompt's own mean; use group-zscore, group-centered or leave-one-out",
-    ),
-    (
-        "objective.loss_agg_mode",
-        lambda recipe: _is(recipe, "cispo") and _value(recipe, "loss_agg_mode") != "token-mean",
-        "TRL's cispo is a mean over tokens; use token-mean",
-    ),
-    (
-        "objective.clip_ratio_low",
-        lambda recipe: _is(recipe, "cispo") and _value(recipe, "clip_ratio_low") < 1,
-        "TRL's cispo has no lower bound; use 1.0",
-    ),
     (
         "device",
         lambda recipe: ":" in recipe.device,
         "use cuda, and choose the device with CUDA_VISIBLE_DEVICES",
     ),
     (
+        *("rollout.top_p", lambda recipe: recipe.rollout.top_p < 1 and _needs_sampler(recipe)),
+        f"{_SAMPLER}; use 1.0",
+    ),
+    (
+        *("rollout.top_k", lambda recipe: recipe.rollout.top_k > 0 and _needs_sampler(recipe)),
+        f"{_SAMPLER}; use 0",
+    ),
+    (
         "rollout.num_generations",
         lambda recipe: recipe.rollout.num_generations < 2,
         "TRL compares the completions of a prompt; use at least 2",
     ),
-    (
-        "rollout.dynamic_sampling_max_batches",
-        lambda recipe: recipe.rollout.dynamic_sampling_max_batches is not None,
+    _only(
+        *("rollout.dynamic_sampling_max_batches", [None]),
         "TRL learns from each batch as it is; leave it out, or use --engine local or verl",
     ),
-    (
-        "rollout.importance_cap",
-        lambda recipe: recipe.rollout.importance_cap is not None,
+    _only(
+        *("rollout.importance_cap", [None]),
         "TRL corrects for the sampler where vLLM samples, which a recipe does not say; leave it "
         "out, and set vllm_importance_sampling_* in a printed script",
     ),
     (
-        "update.microbatch_size",
-        _uneven,
+        *("update.microbatch_size", _uneven),
         "TRL's microbatches have one size; take a divisor of num_prompts * num_generations / "
         "num_minibatches",
     ),
     (
-        "geometry.interact",
-        lambda recipe: recipe.geometry.rule != "none" and _scatters_groups(recipe),
+        *("geometry.interact", _scatters_groups),
         "TRL shuffles a prompt's completions over microbatches and minibatches; use microbatch, or "
         "one microbatch for the whole rollout",
     ),
-    (
-        "geometry.diagnose_every",
-        lambda recipe: recipe.geometry.diagnose_every is not None,
+    _only(
+        *("geometry.diagnose_every", [None]),
         "the full measurements are the local engine's; leave it out",
     ),
     (
@@ -188,21 +201,13 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda recipe: recipe.regularizer.kl_coef > 0 and recipe.regularizer.kl_estimator != "k3",
         "TRL's is k3; say k3, or leave regularizer.kl_coef at 0",
     ),
-    (
-        "regularizer.kl_in",
-        lambda recipe: recipe.regularizer.kl_in == "reward",
-        "TRL's divergence is part of the loss; say loss",
+    _only("regularizer.kl_in", ["loss"], "TRL's divergence is part of the loss; say loss"),
+    _only(
+        *("optimizer.name", OPTIMIZERS),
+        f"TRL has no such optim; use {' or '.join(OPTIMIZERS)}, or hand one to a printed script's "
+        "optimizers",
     ),
-    (
-        "regularizer.kl_coef",
-        _kl_by_sequence,
-        "TRL aggregates it as it does the objective, whose loss_agg_mode here is a sum over "
-        "tokens; use token-mean or seq-mean-token-mean",
-    ),
-    (
-        "optimizer.name",
-        _optimizer_is_foreign,
-        "TRL has no such optim; use adamw or sgd, or hand one to a printed script's optimizers",
-    ),
+    _only("model.dtype", PRECISIONS, f"use {' or '.join(PRECISIONS)}"),
+    _only("model.autocast", AUTOCASTS, "use bfloat16, or leave it out"),
 )
 """What TRL cannot do, by the recipe's key."""

@@ -1,6 +1,6 @@
 """TRL's logs under the names of metrics.jsonl.
 
-Legend for shape suffixes: B sequences.
+Shapes: B sequences.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from proxstep.algorithms.advantages import ADVANTAGES
 from proxstep.config.recipe import Recipe
-from proxstep.engines.trl.recipe import PUNISHMENT
+from proxstep.engines.trl.translation import PUNISHMENT
 from proxstep.training.batch import informative_groups
 
 NAMES = {

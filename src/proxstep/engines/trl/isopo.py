@@ -1,6 +1,6 @@
-"""The two trainers: OPO in the loss, ISOPO in the backward pass.
+"""ISOPO in TRL: the gradient of a sequence-level algorithm, transformed in the backward pass.
 
-Legend for shape suffixes: B sequences, T token positions.
+Shapes: B sequences, T token positions.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from proxstep.algorithms import sequence_coefficients
-from proxstep.engines.trl.base import GROUP, KEY, Scored, SequenceTrainer
-from proxstep.engines.trl.configs import IsopoConfig, OpoConfig
-from proxstep.engines.trl.head import transform_head
+from proxstep.engines.trl.configs import IsopoConfig, PolicyConfig
+from proxstep.engines.trl.policy import GROUP, KEY, PolicyTrainer, Scored, response_mask
+from proxstep.engines.trl.scoring import transform_head
 from proxstep.errors import ProxstepError
 from proxstep.training.objective import install_geometry
 from proxstep.typing import Tensor
@@ -27,31 +27,15 @@ logger = get_logger(__name__)
 STATE_FILE = "proxstep.pt"
 
 
-class OpoTrainer(SequenceTrainer):
-    """GRPOTrainer with OPO's objective; same arguments, with an `OpoConfig`.
-
-    L = mean_b(-drive_b u_b + (mu / 2) u_b^2), and TRL's KL and entropy terms where they are on.
-
-    Source: arXiv 2601.12415.
-    """
-
-    _tag_names = ["trl", "proxstep", "opo"]  # noqa: RUF012 (as TRL's own)
-    _name = "OPO"
-    _paper = {"title": "Orthogonalized Policy Optimization", "id": "2601.12415"}  # noqa: RUF012
-
-    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
-        return self._plain_loss(model, inputs)
-
-
-class IsopoTrainer(SequenceTrainer):
-    """GRPOTrainer with ISOPO's gradient; same arguments, with an `IsopoConfig`.
+class IsopoTrainer(PolicyTrainer):
+    """PolicyTrainer with ISOPO's gradient; same arguments, with an `IsopoConfig`.
 
     `isopo` is the `proxstep.Isopo` that is installed on the model.
 
     Source: arXiv 2512.23353.
     """
 
-    config_class: type[OpoConfig] = IsopoConfig
+    config_class: type[PolicyConfig] = IsopoConfig
     _tag_names = ["trl", "proxstep", "isopo"]  # noqa: RUF012
     _name = "ISOPO"
     _paper = {"title": "ISOPO: Proximal policy gradients without pi-old", "id": "2512.23353"}  # noqa: RUF012
@@ -65,7 +49,7 @@ class IsopoTrainer(SequenceTrainer):
                 "the model's router has an auxiliary loss, which goes through the layers that "
                 "ISOPO transforms: set router_aux_loss_coef=0.0"
             )
-        section = self.args.geometry_section()
+        section = self.args.geometry()
         self.isopo = install_geometry(section, self.model, self.args.seed)
         core = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         level, text = transform_head(core, self.temperature, needs_kernel=section.needs_kernel)
@@ -76,7 +60,7 @@ class IsopoTrainer(SequenceTrainer):
         self.add_callback(_EndOfStep(self))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Keep the microbatch open until its backward has ended; return the objective's value."""
+        """Keep the microbatch open until its backward has ended; return the loss's value."""
         try:
             with ExitStack() as self._open:
                 backpropagated = super().training_step(*args, **kwargs)
@@ -91,8 +75,8 @@ class IsopoTrainer(SequenceTrainer):
         activation checkpointing, backward runs the forward again.
         """
         if self._open is None:  # evaluation
-            return self._plain_loss(model, inputs)
-        counted_B = _counted(inputs)
+            return super()._compute_loss(model, inputs)
+        counted_B = response_mask(inputs).any(dim=1)  # the others are no part of the microbatch
         if not counted_B.any():  # every completion is masked: the policy term is exactly zero
             self._open.enter_context(self.isopo.off())
             self._value = (other_loss := self._score(model, inputs).other_loss).detach()
@@ -137,9 +121,9 @@ class IsopoTrainer(SequenceTrainer):
             self._metrics["train"][f"geometry/{name}"].append(value)
 
     def _coefficients(self, scored: Scored, inputs: Any) -> tuple[Tensor, Tensor]:
-        """Return each sequence's coefficient, and the objective's value."""
-        tensors, hyper = self._objective_arguments(scored, inputs)
-        coefficient_B, loss, metrics = sequence_coefficients(self.objective, *tensors, **hyper)
+        """Return each sequence's coefficient, and the loss's value."""
+        tensors, options = self._loss_arguments(scored, inputs)
+        coefficient_B, loss, metrics = sequence_coefficients(self.algorithm, *tensors, **options)
         self._note(metrics)
         share = self._share(inputs)
         return coefficient_B * share, loss * share
@@ -176,14 +160,6 @@ class _EndOfStep(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Fold the trailing means."""
         self._trainer.end_step()
-
-
-def _counted(inputs: Any) -> Tensor:
-    """Return which sequences have a token that counts; the others are no part of the microbatch."""
-    mask_BT = inputs["completion_mask"]
-    if "tool_mask" in inputs:
-        mask_BT = mask_BT * inputs["tool_mask"]
-    return mask_BT.bool().any(dim=1)
 
 
 def _sequence_ids(inputs: Any, counted_B: Tensor) -> Tensor:

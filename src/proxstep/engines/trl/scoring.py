@@ -9,7 +9,7 @@ A release without it takes the model's own logits, at the completions' positions
 would see fewer positions than the others do. Here it gets them all; TRL takes what it needs of the
 logits afterwards.
 
-Legend for shape suffixes: B sequences, T token positions, N scored positions, D features, V
+Shapes: B sequences, T token positions, N scored positions, D features, V
 vocabulary.
 """
 

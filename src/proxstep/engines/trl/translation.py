@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from transformers import TrainingArguments
-
-from proxstep.algorithms import LOSSES
 from proxstep.config.recipe import Recipe
+from proxstep.engines.fields import option_name
 from proxstep.engines.keys import leaves, refuse
+from proxstep.engines.trl.configs import TRL_OPTIONS, PolicyConfig
 from proxstep.engines.trl.expressions import Call, Code, Name, Shared, make
 from proxstep.engines.trl.tables import (
-    LOSS_TYPES,
+    AUTOCASTS,
+    KNOWN,
+    OPTIMIZERS,
+    PRECISIONS,
     REFUSALS,
     RENAMED,
-    SCALES,
-    WITHOUT_RATIO,
     minibatch_size,
+    trl_loss,
 )
 from proxstep.errors import ProxstepError
 from proxstep.rewards import BUILTIN_REWARDS
@@ -33,7 +34,7 @@ PUNISHMENT = "soft_overlong_punishment_reward"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Translation:
     """A recipe as TRL's trainer takes it.
 
     Attributes:
@@ -53,7 +54,7 @@ class Plan:
     lora: Call | None
 
 
-def plan(recipe: Recipe, *, chat: bool | Code) -> Plan:
+def translate(recipe: Recipe, *, chat: bool | Code) -> Translation:
     """Return what runs a recipe in TRL.
 
     Args:
@@ -63,82 +64,75 @@ def plan(recipe: Recipe, *, chat: bool | Code) -> Plan:
     Raises:
         ProxstepError: If TRL cannot do what the recipe says, naming the key and the remedy.
     """
-    refuse("trl", recipe, REFUSALS)
-    kind = _kind(recipe)
-    trainer, config = {
-        "Grpo": (Name("trl", "GRPOTrainer"), Name("trl", "GRPOConfig")),
-        "Opo": (_OURS("OpoTrainer"), _OURS("OpoConfig")),
-        "Isopo": (_OURS("IsopoTrainer"), _OURS("IsopoConfig")),
-    }[kind]
+    refuse("trl", recipe, REFUSALS, KNOWN)
+    kind, of_loss = _loss(recipe)
+    module = "trl" if kind == "GRPO" else "proxstep.engines.trl"
+    config = Name(module, f"{kind}Config")
     function, options = task_call(recipe, chat=chat)  # type: ignore[arg-type]
-    return Plan(
-        trainer,
+    return Translation(
+        Name(module, f"{kind}Trainer"),
         _model(recipe),
         _rewards(recipe),
-        Call(config, _without_defaults(config, _options(recipe, kind))),
+        Call(config, _without_defaults(config, of_loss | _options(recipe))),
         Call(Name("proxstep.tasks", function.__name__), _chosen(function, options)),
         _lora(recipe),
     )
 
 
-def _OURS(name: str) -> Name:
-    return Name("proxstep.engines.trl", name)
+def _loss(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """Return the first word of the trainer's name, and the options of the loss.
+
+    Where TRL's own trainer computes something else, it is one that computes any algorithm.
+    """
+    section, geometry = recipe.objective, leaves(recipe.geometry)
+    transformed = geometry.pop("rule") != "none"
+    theirs = None if transformed else trl_loss(recipe)
+    if theirs is not None:
+        return "GRPO", theirs
+    found: dict[str, Any] = {"loss_type": section.name}
+    for key, value in section.options().items():
+        if value != section.algorithm.defaults[key]:
+            found[_option(key, section.name)] = value
+    if section.loss_agg_mode != section.algorithm.default_loss_agg_mode:
+        found["loss_agg_mode"] = section.loss_agg_mode
+    if section.advantage != section.algorithm.advantage:
+        found["advantage"] = section.advantage
+    if not transformed:
+        return ("Opo" if section.name == "opo" else "Policy"), found
+    del geometry["diagnose_every"]  # refused above, but for null
+    return "Isopo", {"rule": recipe.geometry.rule, **found, **geometry}
 
 
-def _kind(recipe: Recipe) -> str:
-    """Return the first word of the trainer's name."""
-    if recipe.geometry.rule != "none" or recipe.objective.name in WITHOUT_RATIO:
-        return "Isopo"
-    return "Opo" if recipe.objective.name == "opo" else "Grpo"
+def _option(key: str, algorithm: str) -> str:
+    """Return the option of an algorithm's key.
+
+    Raises:
+        ProxstepError: If there is none, since the algorithm came after our configurations.
+    """
+    name = option_name(key, TRL_OPTIONS)
+    if name not in {field.name for field in dataclasses.fields(PolicyConfig)}:
+        raise ProxstepError(
+            f"objective.{key} of {algorithm} is no option of PolicyConfig: register the algorithm "
+            "before proxstep.engines.trl is imported"
+        )
+    return name
 
 
-def _options(recipe: Recipe, kind: str) -> dict[str, Any]:
-    """Return the configuration's keyword arguments, in the order in which a script has them."""
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """Return the other keyword arguments of the configuration, in a script's order."""
     values = leaves(recipe)
     renamed = {option: values[key] for key, option in RENAMED.items() if values[key] is not None}
     if recipe.logging.tracker == "none":
         del renamed["project"]
-    tail = ("entropy_coef", "beta", "learning_rate", "weight_decay", "adam_epsilon", "warmup_steps")
-    optimization = {name: renamed.pop(name) for name in tail if name in renamed}
     return {
-        **_objective(recipe, kind),
         **renamed,
         **_sizes(recipe),
-        **optimization,
         **_optimizer(recipe),
         **_precision(recipe),
         "use_bias_correction_kl": recipe.regularizer.kl_coef == 0,
         "reward_weights": _reward_weights(recipe),
-        "report_to": recipe.logging.tracker,
         "logging_steps": 1,
     }
-
-
-def _objective(recipe: Recipe, kind: str) -> dict[str, Any]:
-    """Return the options of the loss, of the geometry, and of the advantages."""
-    section, rule = recipe.objective, recipe.geometry.rule
-    mode = getattr(section, "loss_agg_mode", None)
-    found: dict[str, Any] = {}
-    if kind == "Isopo":
-        loss_type = "reinforce" if section.name in WITHOUT_RATIO else section.name
-        given = leaves(recipe.geometry) if rule != "none" else {"rule": "reinforce"}
-        found = {"rule": given.pop("rule"), "loss_type": loss_type, **given}
-        found.pop("diagnose_every", None)
-        if mode != LOSSES[loss_type].default_loss_agg_mode:
-            found["loss_agg_mode"] = mode
-    if section.name == "opo":
-        found |= {k: v for k, v in leaves(section).items() if k not in ("name", "advantage")}
-    if kind == "Grpo":
-        assert mode is not None  # every objective of PLAIN has one
-        found["loss_type"] = "cispo" if section.name == "cispo" else LOSS_TYPES[mode]
-        if section.name == "gspo":
-            found["importance_sampling_level"] = "sequence"
-    if section.name == "cispo":  # the weight's cap itself
-        found["epsilon_high"] = 1 + section.clip_ratio_high
-    elif hasattr(section, "clip_ratio_low"):
-        low, high = section.clip_ratio_low, section.clip_ratio_high  # type: ignore[union-attr]
-        found |= {"epsilon": low, "epsilon_high": None if high == low else high}
-    return found | {"scale_rewards": SCALES[section.advantage]}
 
 
 def _sizes(recipe: Recipe) -> dict[str, Any]:
@@ -155,13 +149,12 @@ def _sizes(recipe: Recipe) -> dict[str, Any]:
         per_rollout = update.num_minibatches
         if isinstance(accumulation, Shared):
             count = accumulation.count * update.num_minibatches
-            per_rollout = dataclasses.replace(accumulation, count=count)
+            per_rollout = accumulation._replace(count=count)
     every = recipe.logging.checkpoint_every or recipe.steps
     return {
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": accumulation,
         "steps_per_generation": per_rollout,
-        "num_iterations": update.num_iterations,
         "max_steps": recipe.steps * recipe.update.num_updates,
         "save_steps": every * recipe.update.num_updates,
     }
@@ -172,21 +165,19 @@ def _optimizer(recipe: Recipe) -> dict[str, Any]:
     schedule = "constant_with_warmup" if section.warmup_updates else "constant"
     found: dict[str, Any] = {"lr_scheduler_type": schedule}
     found["max_grad_norm"] = section.max_grad_norm or 0.0
-    if section.name == "sgd":
-        found["optim"] = "sgd"
-        if section.momentum is not None:
-            found["optim_args"] = f"momentum={section.momentum}"
+    found |= OPTIMIZERS[section.name]
+    if section.momentum is not None:
+        found["optim_args"] = f"momentum={section.momentum}"
     if section.betas is not None:
         found["adam_beta1"], found["adam_beta2"] = section.betas
     return found
 
 
 def _precision(recipe: Recipe) -> dict[str, Any]:
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    renamed = "activation_checkpointing" in fields  # in transformers 5.23
+    renamed = "activation_checkpointing" in TRL_OPTIONS  # in transformers 5.23
     return {
-        "bf16": recipe.model.autocast == "bfloat16",
-        "model_init_kwargs": {"dtype": "bfloat16"} if recipe.model.dtype == "bfloat16" else None,
+        "bf16": AUTOCASTS[recipe.model.autocast],
+        "model_init_kwargs": PRECISIONS[recipe.model.dtype],
         "activation_checkpointing" if renamed else "gradient_checkpointing": False,
         "use_cpu": recipe.device == "cpu",
         "dataloader_pin_memory": False,
@@ -225,18 +216,11 @@ def _reward_specs(recipe: Recipe) -> list[str]:
     return recipe.task.rewards or list(REWARDS[recipe.task.name])
 
 
-def reward_factor(recipe: Recipe) -> float:
-    """Return what rewards are multiplied by, so that centered ones are leave-one-out's."""
-    count = recipe.rollout.num_generations
-    return count / (count - 1) if recipe.objective.advantage == "leave-one-out" else 1.0
-
-
 def _reward_weights(recipe: Recipe) -> list[Any] | None:
     """Return the weights of `_rewards`; None where all are 1."""
     weights = list(recipe.task.reward_weights or [1.0] * len(_reward_specs(recipe)))
     if recipe.rollout.overlong_buffer is not None:
         weights.append(recipe.rollout.overlong_penalty)
-    weights = [weight * reward_factor(recipe) for weight in weights]
     return None if all(weight == 1 for weight in weights) else weights
 
 
