@@ -26,11 +26,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
 """Field of the metrics: heading and format; π is the policy, π₀ the initial one."""
 NUM_SHOWN = 12
 PENALIZED = {"opo": "objective.mu", "dro": "objective.beta"}
-"""Objectives with a penalty on the distance to the anchor, and the key of its weight."""
+"""Objectives with a penalty on the distance to the old policy, and the key of its weight."""
 
 
 def advice(recipe: Recipe) -> list[str]:
-    """Return what a reader of the run should know of its recipe beforehand, a line for each."""
+    """Return a line for each setting of the recipe that has no effect or a surprising one."""
     update, regularizer = recipe.update, recipe.regularizer
     lines = []
     name = recipe.objective.name

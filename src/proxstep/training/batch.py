@@ -218,19 +218,19 @@ def _batch(
     advantage_B, spread = algorithm.advantages(reward_B.float().double(), group_B)
     advantage_B = advantage_B.float()
     update = recipe.update
-    old_log_prob_BT = anchor = None
+    old_log_prob_BT = old_policy = None
     if update.num_updates > 1 or algorithm.needs_anchor:
         with clock.phase("log_probs"):
             old_log_prob_BT = (
                 _log_probs(recipe, model, completions) if log_prob_BT is None else log_prob_BT
             )
-        anchor = Anchor(
+        old_policy = Anchor(
             old_log_prob_BT,
             completions.response_BT[:, 1:],
             vocabulary_size(model),
             completions.sampler_log_prob_BT,
         )
-    signal = algorithm.signal(advantage_B, group_B, anchor)
+    signal = algorithm.signal(advantage_B, group_B, old_policy)
     measured = {name: spread[name] for name in ("frac_reward_zero_std", "reward_std")}
     measured["advantage_range"] = (advantage_B.max() - advantage_B.min()).item()
     measured |= {f"objective/{name}": value for name, value in signal.metrics.items()}

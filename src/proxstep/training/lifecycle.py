@@ -47,7 +47,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
 
     Args:
         recipe: What to do.
-        progress: Who watches.
+        progress: Shows the run.
         overwrite: Delete the run that the output folder holds, once the new one can begin.
 
     Returns:

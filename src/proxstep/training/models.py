@@ -171,7 +171,7 @@ def _with_lora(model: Any, lora: Lora) -> nn.Module:
 
 
 def _check_local(source: str) -> None:
-    """Say early that a path is no model folder; the hub's error would say less."""
+    """Refuse a path that is no model folder, with a clearer message than the hub's."""
     path = Path(source)
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.exists()
     if (

@@ -18,9 +18,8 @@ from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.metrics import record_of
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import checkpoints
-from proxstep.runs.clock import Clock
+from proxstep.runs.clock import Clock, StopRequest
 from proxstep.runs.folder import RunFolder
-from proxstep.runs.interrupt import StopRequest
 from proxstep.runs.tracking import MetricsLog, Tracker
 from proxstep.training.evaluation import Probe, evaluate
 from proxstep.training.models import autocast
