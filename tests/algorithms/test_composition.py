@@ -113,10 +113,9 @@ def test_a_clipped_sequence_has_coefficient_zero():
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in SEQUENCE_LEVEL])
 def test_a_token_level_objective_is_refused(name):
-    with pytest.raises(
-        ProxstepError, match=rf"{name} is a token-level objective.*reinforce, gspo, opo, rloo\."
-    ):
+    with pytest.raises(ProxstepError, match=f"{name} is a token-level objective") as caught:
         sequence_coefficients(LOSSES[name], *make_case(0).tensors)
+    assert all(other in str(caught.value) for other in SEQUENCE_LEVEL)
 
 
 def test_an_objective_that_lies_about_its_level_is_refused():
