@@ -51,7 +51,12 @@ from proxstep.logprobs.logits import entropy, token_log_probs
 from proxstep.runs.folder import describe_machine
 from proxstep.tasks import Example, arithmetic_task
 from proxstep.training.demo_model import solution_loss
-from proxstep.training.models import load_model, load_tokenizer, model_source, quiet_transformers
+from proxstep.training.models import (
+    load_model,
+    load_tokenizer,
+    model_source,
+    quiet_transformers,
+)
 from proxstep.training.prompts import encode_prompt
 from proxstep.training.rollout import Completions, response_logits, sample
 

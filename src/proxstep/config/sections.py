@@ -272,7 +272,7 @@ class RolloutSection(Section):
     importance_cap: float | None = Field(
         default=None,
         gt=0,
-        description="Weights each sequence's loss with pi_anchor/pi_sampler, at most this (TRL's "
+        description="Weights each sequence's loss with pi_old/pi_sampler, at most this (TRL's "
         "vllm_importance_sampling_cap, verl's rollout importance sampling, per sequence); null for "
         "no correction.",
     )

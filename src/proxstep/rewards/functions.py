@@ -17,7 +17,7 @@ LONGEST_ANSWER = 1_000
 class MeasuredRewards(list[float]):
     """A reward function's list of B rewards, with other values of each completion.
 
-    To whoever knows only lists it is a list; `score_completions` reports the rest.
+    `score_completions` reports them; for any other caller it is the list alone.
 
     Args:
         rewards: B rewards.

@@ -31,7 +31,7 @@ class _Worker:
 
     def __init__(self, cpu_seconds: float, memory_mib: int) -> None:
         # -P: the modules beside the worker's file are not to be imported by their bare names.
-        # A process group of its own: Ctrl-C is the caller's to handle. A fixed hash seed: sympy's
+        # Its own process group: Ctrl-C reaches the caller alone. A fixed hash seed: sympy's
         # order of terms is the same in every process.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-B", str(WORKER), str(cpu_seconds), str(memory_mib)],

@@ -121,12 +121,12 @@ def _read_jsonl(path: Path) -> list[Row]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{path}, line {number}"
-                rows.append(Row(where, _json_object(line, where)))
+                rows.append(Row(where, json_object(line, where)))
     return rows
 
 
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object on one line."""
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object on one line; raise where it is none, calling it by `where`."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:

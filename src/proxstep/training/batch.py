@@ -18,11 +18,10 @@ from proxstep.algorithms.advantages import Groups
 from proxstep.config.recipe import Recipe
 from proxstep.rewards import overlong_punishment
 from proxstep.runs.clock import Clock
-from proxstep.training.models import autocast, vocabulary_size
 from proxstep.training.objective import Objective
 from proxstep.training.prompts import Prompts, batch_rows
 from proxstep.training.regularizers import reward_penalty
-from proxstep.training.rollout import Completions, joined, sample
+from proxstep.training.rollout import Completions, autocast, joined, sample, vocabulary_size
 from proxstep.training.scores import completion_log_probs
 from proxstep.typing import Float, Int, Tensor
 

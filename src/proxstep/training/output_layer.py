@@ -20,7 +20,7 @@ from torch import nn
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.head import head_log_probs
-from proxstep.training.models import evaluating
+from proxstep.training.rollout import evaluating
 from proxstep.typing import Bool, Float, Int, Tensor
 
 REMEDY = "use the full head"

@@ -20,8 +20,7 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.logits import KlEstimator, entropy, kl_divergence, kl_estimate
 from proxstep.logprobs.masked import masked_sum
-from proxstep.training.models import autocast
-from proxstep.training.rollout import Completions, response_logits
+from proxstep.training.rollout import Completions, autocast, response_logits
 from proxstep.training.scores import Scores, completion_log_probs, initial_policy
 from proxstep.typing import Bool, Float, Tensor
 

@@ -6,15 +6,15 @@ Legend for shape suffixes: B sequences, T token positions of prompt and completi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
-from proxstep.training.models import evaluating
 from proxstep.typing import Bool, Float, Int, Tensor
 
 
@@ -282,3 +282,28 @@ def joined(parts: Sequence[Completions], pad_token: int) -> Completions:
         torch.cat([part.truncated_B for part in parts]),
         None if drawn[0] is None else grid([d for d in drawn if d is not None], 0.0),
     )
+
+
+def autocast(recipe: Recipe, model: nn.Module) -> AbstractContextManager[Any]:
+    """Return the context in which a recipe's model computes; forward passes alone belong in it."""
+    dtype = recipe.model.autocast
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, getattr(torch, dtype))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, then each back into its own."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Return the number of tokens among which a model of transformers chooses."""
+    return model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]

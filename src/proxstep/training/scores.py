@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from proxstep.logprobs.logits import entropy, token_log_probs
-from proxstep.training.models import evaluating
 from proxstep.training.output_layer import completion_log_probs_chunked
-from proxstep.training.rollout import Completions, response_logits
+from proxstep.training.rollout import Completions, evaluating, response_logits
 from proxstep.typing import Float
 
 Head = Literal["full", "chunked"]
