@@ -219,7 +219,7 @@ def direction(
     rollout: Rollout,
     trailing: TrailingMeans,
 ) -> Float[Tensor, " features"]:
-    """Return the direction in which a method moves the parameters on a batch.
+    """Return the direction in which a method moves the parameters, given a batch.
 
     It is a direction of ascent of any length, and 0 where nothing pushes. This update's moments are
     added to the rule's trailing means.

@@ -1,4 +1,4 @@
-"""What a toy leaves behind: figure, curves, summary, and a table for the terminal."""
+"""What a toy writes: figure, curves, summary, and a table for the terminal."""
 
 from __future__ import annotations
 

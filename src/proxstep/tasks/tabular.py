@@ -200,7 +200,6 @@ def math_task(
 
 
 def _reference(row: Row) -> str:
-    """Return the reference answer of a row."""
     if _has(row, "answer"):
         return answer_cell(row, "answer")
     answer = boxed_answer(text_cell(row, "solution"))
@@ -247,14 +246,14 @@ def _level(row: Row) -> int | None:
 
 
 def question_prompt(question: str, chat: bool) -> Prompt:
-    """Return a question as a prompt."""
+    """Return a question as a chat or as plain text."""
     return [{"role": "user", "content": question}] if chat else f"Question: {question}\nAnswer:"
 
 
 def load_task_rows(
     hub_id: str, config: str | None, train: Source | None, validation: Source | None
 ) -> tuple[list[Row], list[Row] | None]:
-    """Return training and validation rows, the hub's where no source is given."""
+    """Return training and validation rows, from the hub where no source is given."""
     hub = (hub_id, config)
     train_rows = load_rows(*hub, "train") if train is None else load_rows(train, split="train")
     if validation is not None:
