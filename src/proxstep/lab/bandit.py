@@ -219,17 +219,10 @@ def direction(
     rollout: Rollout,
     trailing: TrailingMeans,
 ) -> Float[Tensor, " features"]:
-    """Return the direction in which a method moves the parameters on a batch.
+    """Return the direction in which a method moves the parameters, given a batch.
 
-    Args:
-        method: The method.
-        bandit: The instance.
-        theta_D: The current parameters.
-        rollout: The batch; not used by the exact natural gradient.
-        trailing: The rule's trailing means; this update's moments are added to them.
-
-    Returns:
-        The direction of ascent, of any length; zeros where nothing pushes.
+    It is a direction of ascent of any length, and 0 where nothing pushes. This update's moments are
+    added to the rule's trailing means.
     """
     theta_D = theta_D.detach().requires_grad_()
     log_prob_V = bandit.log_policy(theta_D)
@@ -273,14 +266,8 @@ def _weights(
 def run_method(bandit: Bandit, method: Method, *, seed: int, steps: int) -> Trace:
     """Train one method on one instance.
 
-    Args:
-        bandit: The instance.
-        method: The method.
-        seed: Of the uniform numbers that batches are drawn with, the same for every method.
-        steps: Number of updates; every `UPDATES_PER_ROLLOUT` of them share a batch.
-
-    Returns:
-        What happened.
+    The seed is that of the uniform numbers that batches are drawn with, the same for every method;
+    every `UPDATES_PER_ROLLOUT` of the steps, which are updates, share a batch.
     """
     generator = torch.Generator().manual_seed(seed)
     theta_D, initial_V = bandit.start_D, bandit.log_policy(bandit.start_D)

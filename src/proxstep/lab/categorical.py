@@ -68,13 +68,7 @@ def cosines(
     The first is also the share of the natural gradient's first-order reward gain that a step of the
     same KL divergence has in this direction, since <d, F^-1 g>_F = d.g.
 
-    Args:
-        direction_D: The direction d.
-        natural_D: The natural gradient F^-1 g.
-        fisher_DD: The Fisher matrix F.
-
-    Returns:
-        Both, or None twice where a direction has no length.
+    Both are None where a direction has no length.
     """
 
     def cosine(metric_DD: Tensor) -> float | None:

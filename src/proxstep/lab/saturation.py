@@ -59,12 +59,6 @@ def sft_loss(z: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return the likelihood objective of the sampled outcome.
 
     L = -log sigmoid(z), so that |dL/dz| = 1 - p.
-
-    Args:
-        z: The logit, in nats.
-
-    Returns:
-        The loss, in nats.
     """
     return -logsigmoid(z)
 
@@ -74,13 +68,6 @@ def dpo_loss(z: Float[Tensor, ""], *, beta: float) -> Float[Tensor, ""]:
 
     L = -log sigmoid(beta m), with m = z the difference of the two outcomes' log-ratios to the
     reference: |dL/dz| = beta sigmoid(-beta z).
-
-    Args:
-        z: The logit, in nats.
-        beta: Weight of the log-ratios, per nat.
-
-    Returns:
-        The loss, in nats.
 
     Source: arXiv 2305.18290, equation 7.
     """
@@ -133,13 +120,6 @@ def pair_magnitude(surrogate: str, z: float) -> float:
     The anchor gives each of them 1/2, so that the loss's mean over the pair is the expectation in
     equations 10 and 19. The logarithm of the other outcome's ratio is about -z: its square is what
     keeps pulling back where the policy is confident.
-
-    Args:
-        surrogate: log or ratio.
-        z: The logit, in nats.
-
-    Returns:
-        The absolute value of the derivative.
     """
     leaf = torch.tensor(z, dtype=torch.float64, requires_grad=True)
     inputs = _one_token(logsigmoid(torch.stack([leaf, -leaf])), *pair_drives())
@@ -154,12 +134,7 @@ def isopo_magnitude(preset: str, z: float) -> float:
     The geometry is exact: the sequence's gradient is G = d log p / dz = 1 - p, the Fisher
     information of z is p (1 - p), so F^2 = p (1 - p)^3.
 
-    Args:
-        preset: A name of `proxstep.isopo.PRESETS` that stands for an isometric rule.
-        z: The logit, in nats.
-
-    Returns:
-        |weight * G|, without damping but with the rule's numerical guard.
+    |weight * G| is without damping, but with the rule's numerical guard.
     """
     rule = PRESETS[preset]
     assert isinstance(rule, IsometricRule)
@@ -248,13 +223,7 @@ def clip_edges() -> list[float]:
 def rate(curve: Curve, *, low: float = 8.0, high: float = 9.0) -> float | None:
     """Return d log|gradient| / dz in the confident regime: -1 falls like 1 - p, 0 stays O(1).
 
-    Args:
-        curve: The curve.
-        low: The logit at which the secant begins.
-        high: The logit at which it ends.
-
-    Returns:
-        The slope of the secant, per nat; None where the gradient is exactly 0.
+    It is the slope of the secant from logit `low` to `high`; None where the gradient is exactly 0.
     """
     first, last = curve.magnitude(low), curve.magnitude(high)
     if first == 0 or last == 0:

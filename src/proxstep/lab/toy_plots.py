@@ -32,12 +32,7 @@ _NUM_LEVELS = 100
 def saturation_figure(curves: Sequence[Curve], columns: Mapping[str, Sequence[float]]) -> Figure:
     """Return the gradient's magnitude against confidence: whole, confident, and for OPO by v.
 
-    Args:
-        curves: The curves.
-        columns: What `proxstep.lab.saturation.trace` returned for them.
-
-    Returns:
-        The figure, for the caller to save.
+    The columns are what `proxstep.lab.saturation.trace` returned for the curves.
     """
     looks = strokes(curve.name for curve in curves)
     in_z = [curve for curve in curves if curve.coordinate == "z"]
@@ -85,11 +80,7 @@ def _draw_confident(
 def bandit_figure(traces: Mapping[str, Sequence[Trace]]) -> Figure:
     """Return reward against KL, KL per reward gained, and the distance to the natural gradient.
 
-    Args:
-        traces: Each method's traces, one per seed and all equally long.
-
-    Returns:
-        The figure, for the caller to save.
+    Each method has one trace per seed, all equally long.
     """
     looks = strokes(traces)
     furthest = max(max(t.kl_policy_initial) for of_seeds in traces.values() for t in of_seeds)

@@ -1,4 +1,4 @@
-"""What a toy leaves behind: figure, curves, summary, and a table for the terminal."""
+"""What a toy writes: figure, curves, summary, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -69,11 +69,7 @@ def saturation_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
 def report_bandit(folder: Path, console: Console, *, num_seeds: int, steps: int) -> None:
     """Run the bandit toy: bandit.{png,svg,csv,json} in the folder and a table.
 
-    Args:
-        folder: Where the files go.
-        console: Where the table goes.
-        num_seeds: Seeds 0 to num_seeds - 1; each is another instance.
-        steps: Updates of each method.
+    Each of the seeds 0 to num_seeds - 1 is another instance; steps are updates of each method.
     """
     traces = run_bandit(num_seeds, steps, console)
     summary = summarize_bandit(traces)

@@ -108,9 +108,9 @@ def final_number(text: str) -> Fraction | None:
     box = boxed_answer(text) or ""
     match = (
         _number_without_letters_before(_after_last(text, "####"))
-        or _first_number(_after_last(box, "="))
-        or _first_number(box)
-        or _first_number(_after_answer_phrase(text))
+        or _NUMBER.search(_after_last(box, "="))
+        or _NUMBER.search(box)
+        or _NUMBER.search(_after_answer_phrase(text))
         or _last_number(text)
     )
     return _value(match) if match else None
@@ -138,19 +138,13 @@ def _after_answer_phrase(text: str) -> str:
     return text[ends[-1] :] if ends else ""
 
 
-def _first_number(text: str) -> re.Match[str] | None:
-    """Return the first number of a text."""
-    return _NUMBER.search(text)
-
-
 def _number_without_letters_before(text: str) -> re.Match[str] | None:
     """Return the first number of a text, unless a letter comes before it."""
-    match = _first_number(text)
+    match = _NUMBER.search(text)
     return match if match and not any(map(str.isalpha, text[: match.start()])) else None
 
 
 def _last_number(text: str) -> re.Match[str] | None:
-    """Return the last number of a text."""
     numbers = list(_NUMBER.finditer(text))
     return numbers[-1] if numbers else None
 

@@ -149,7 +149,7 @@ def check_math_verify() -> None:
 
 
 def _is_open(reference: str, box: str) -> bool:
-    """Whether two answers must be compared by what they mean."""
+    """Whether two answers must be compared by math-verify."""
     return "" != box != reference and max(len(reference), len(box)) <= LONGEST_ANSWER
 
 

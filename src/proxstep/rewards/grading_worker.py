@@ -59,7 +59,7 @@ def number(text: str, **options: Any) -> Any:
 
 
 def _warm_up() -> None:
-    """Import what sympy imports late: some of its modules do at import what is refused later."""
+    """Import what sympy imports late, before such imports are refused."""
     for reference, answer in (
         (r"\frac{1}{2}", "0.5"),
         ("[0,1)", "(0,1]"),
@@ -74,7 +74,7 @@ def _warm_up() -> None:
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """End the process where it does what grading has no need of; an audit hook."""
+    """End the process if it does what grading does not need; an audit hook."""
     if event == "compile":
         source, file = arguments
         refused = not (str(file).endswith(".py") or bytes(source or b"").startswith(_GENERATED))
@@ -87,7 +87,7 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _confine(memory_mib: int) -> None:
-    """Give up what grading has no need of, for good."""
+    """Drop for good the rights that grading does not need."""
     from sympy.parsing import sympy_parser
 
     sympy_parser.parse_expr = number  # sympify looks it up at every call

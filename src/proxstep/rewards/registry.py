@@ -93,7 +93,6 @@ def reward_name(function: RewardFunction) -> str:
 
 
 def _import(module_name: str, spec: str) -> ModuleType:
-    """Return an installed module."""
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise ProxstepError(
             f"reward {spec!r}: {module_name!r} is not a module's name; a file's name ends in .py"
@@ -134,5 +133,4 @@ def _import_file(path: Path, spec: str) -> ModuleType:
 
 
 def _one_line(error: Exception) -> str:
-    """Return an error's message on one line."""
     return " ".join(str(error).split())

@@ -25,7 +25,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside towards a phase."""
+        """Add the time spent inside to a phase."""
         start = time.perf_counter()
         yield
         if self._device.type == "cuda":
@@ -44,7 +44,7 @@ class Clock:
         return self._before + time.perf_counter() - self._started
 
     def continue_from(self, seconds: float) -> None:
-        """Begin where an earlier part of the run ended."""
+        """Count on from the seconds of the run's earlier parts."""
         self._before, self._started = seconds, time.perf_counter()
 
 

@@ -81,7 +81,7 @@ class TerminalProgress:
         self._status = console.status("")
 
     def note(self, text: str) -> None:
-        """Show what goes on before the run begins, in place; during the run, above the table."""
+        """Show a line: in place before the run begins, above the table during it."""
         if self._live.is_started:
             self._console.print(text, markup=False)
             return
@@ -150,7 +150,7 @@ class PlainProgress:
         self._console.out("  ".join(parts))
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
 
 def make_progress(console: Console) -> TerminalProgress | PlainProgress:

@@ -191,7 +191,7 @@ def _setting_notes(groups: dict[str, list[Run]]) -> Iterator[str]:
 
 
 def _who_has_what(values: dict[str, str]) -> str:
-    """Return who has which value.
+    """Return each value with those that have it.
 
     >>> _who_has_what({"grpo": "0.1", "isopo": "0.2", "opo": "0.1"})
     '0.1 for grpo, opo; 0.2 for isopo'

@@ -126,7 +126,7 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def json_object(line: bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object on one line; raise where it is none, calling it by `where`."""
+    """Return the JSON object on one line, which a message calls `where`."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -229,7 +229,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
 
 
 def _checked_text(text: Any, where: str) -> str:
-    """Return a text as it is; raise where it is not a string or is blank."""
+    """Return a text unchanged; raise where it is not a string or is blank."""
     if text is None:
         raise ProxstepError(f"{where} is missing; give a text")
     if not isinstance(text, str):

@@ -141,19 +141,7 @@ def svamp_task(
 ) -> Task:
     """Return SVAMP: one-step word problems without worked solutions (arXiv 2103.07191).
 
-    Args:
-        train: A local file or folder with columns Body, Question and Answer; None for the hub's.
-        validation: As in `gsm8k_task`.
-        num_train: As in `table_task`.
-        num_validation: As in `table_task`.
-        chat: As in `gsm8k_task`.
-        instruction: As in `gsm8k_task`.
-
-    Returns:
-        The task, graded by the final number.
-
-    Raises:
-        ProxstepError: A source cannot be read or a row lacks a column.
+    As `gsm8k_task`, from columns Body, Question and Answer.
     """
 
     def to_example(row: Row) -> Example:
@@ -178,26 +166,12 @@ def math_task(
     chat: bool = False,
     instruction: str = IN_A_BOX,
 ) -> Task:
-    r"""Return MATH, or one of its levels.
+    r"""Return MATH, or one of its levels, graded by `math_verify`.
 
-    The reference answer is the column answer where there is one, and otherwise the last
-    `\boxed{...}` of the column solution. A plain prompt is "Question: ...\nAnswer:", and its
-    solution begins with a space.
-
-    Args:
-        train: A local file or folder with columns problem, solution, level and type; None for the
-            hub's mirror.
-        validation: The same. None for the hub's test split where train is None too, otherwise for
-            the last `num_validation` rows of train.
-        level: Keep only this level's problems, 1 to 5, of training and validation; None for all.
-            The column level holds numbers or texts such as "Level 3".
-        num_train: As in `table_task`, of what is kept.
-        num_validation: As in `table_task`, of what is kept.
-        chat: Whether prompts are a user's chat message rather than plain text.
-        instruction: Text put after the problem; the default asks for the answer format.
-
-    Returns:
-        The task, graded by `math_verify`. The columns level and type go to the reward functions.
+    As `gsm8k_task`, from columns problem, solution, level and type, of which level and type go to
+    the reward functions. The reference answer is the column answer where there is one, and
+    otherwise the last `\boxed{...}` of the column solution. With `level`, 1 to 5, only that level's
+    problems are kept, before rows are counted; the column holds numbers or texts such as "Level 3".
 
     Raises:
         ProxstepError: A source cannot be read, a row has no answer, or no problem has the level.
@@ -226,7 +200,6 @@ def math_task(
 
 
 def _reference(row: Row) -> str:
-    """Return the reference answer of a row."""
     if _has(row, "answer"):
         return answer_cell(row, "answer")
     answer = boxed_answer(text_cell(row, "solution"))
@@ -273,14 +246,14 @@ def _level(row: Row) -> int | None:
 
 
 def question_prompt(question: str, chat: bool) -> Prompt:
-    """Return a question as a prompt."""
+    """Return a question as a chat or as plain text."""
     return [{"role": "user", "content": question}] if chat else f"Question: {question}\nAnswer:"
 
 
 def load_task_rows(
     hub_id: str, config: str | None, train: Source | None, validation: Source | None
 ) -> tuple[list[Row], list[Row] | None]:
-    """Return training and validation rows, the hub's where no source is given."""
+    """Return training and validation rows, from the hub where no source is given."""
     hub = (hub_id, config)
     train_rows = load_rows(*hub, "train") if train is None else load_rows(train, split="train")
     if validation is not None:

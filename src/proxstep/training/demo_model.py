@@ -133,12 +133,7 @@ def warm_up(
 ) -> None:
     """Fine-tune on noisy labels until the model often gives the right answer or the noisy one.
 
-    Args:
-        model: The untrained model.
-        tokenizer: Its tokenizer.
-        difficulty: Of the arithmetic task.
-        score: Share of such answers, sampled, at which the cool-down begins.
-        note: Called with what goes on, in words.
+    The cool-down begins when `score` of the sampled answers are one of the two.
 
     Raises:
         ProxstepError: If the share is not reached in 3,000 steps.
@@ -178,13 +173,7 @@ def warm_up(
 def solution_loss(
     model: nn.Module, tokenizer: Any, examples: Sequence[Example]
 ) -> Float[Tensor, ""]:
-    """Return the mean loss of the solutions' tokens, end token included, in nats.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        examples: Prompts with their reference solutions.
-    """
+    """Return the mean next-token loss of the reference solutions, end token included, in nats."""
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
     solutions = [
         [

@@ -86,13 +86,8 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]], Probe]:
     """Measure a policy as a recipe says; torch's generator starts at the recipe's seed.
 
-    Args:
-        recipe: The recipe.
-        model: The policy.
-        initial: The initial policy, or None for a model whose adapters can be switched off.
-        tokenizer: Of both.
-        validation: Validation prompts.
-        probe: What the initial policy sampled; None where the policy is still the initial one.
+    `initial` is the initial policy, or None for a model whose adapters can be switched off; `probe`
+    is what it sampled, or None where the policy is still the initial one.
 
     Returns:
         The metrics, the completions to keep (their step left out), and the probe.
@@ -179,13 +174,8 @@ def kl_from_initial(
 ) -> float:
     """Return KL(policy || initial) in nats per token, exact over the vocabulary.
 
-    Args:
-        model: The policy; it samples one completion for each prompt at temperature 1.
-        initial: The initial policy, or None for a model whose adapters can be switched off.
-        tokenizer: Of both.
-        prompts: Token ids of each prompt.
-        max_new_tokens: Longest completion, in tokens.
-        batch_size: Completions whose logits exist at a time.
+    The policy samples one completion for each prompt at temperature 1; the logits of `batch_size`
+    completions exist at a time. `initial` is as for `evaluate`.
     """
     completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     parts = []

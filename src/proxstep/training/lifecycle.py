@@ -150,9 +150,7 @@ def load_run_recipe(path: str | Path) -> Recipe:
 def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[str, Any]]:
     """Return the function that makes the recipe's task, and its keyword arguments.
 
-    Args:
-        recipe: The recipe.
-        chat: Whether the tokenizer has a chat template, for the tasks that can do either.
+    `chat` says whether the tokenizer has a chat template, for the tasks that can do either.
     """
     section = recipe.task
     if section.name == "arithmetic":
@@ -172,11 +170,7 @@ def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[
 
 
 def load_task(recipe: Recipe, *, chat: bool) -> Task:
-    """Return the recipe's task.
-
-    Args:
-        recipe: The recipe.
-        chat: Whether the tokenizer has a chat template, for the tasks that can do either.
+    """Return the recipe's task; `chat` is as for `task_call`.
 
     Raises:
         ProxstepError: If the data is missing, empty or malformed.

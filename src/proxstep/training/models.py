@@ -45,9 +45,7 @@ def pick_device(name: str) -> torch.device:
 def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
     """Return the hub name or path to load from; warm the embedded model up if need be.
 
-    Args:
-        recipe: The recipe.
-        note: Called with how far the warm-up is, which takes a minute or two.
+    `note` is called with how far the warm-up is, which takes a minute or two.
     """
     if recipe.model.name != "embedded":
         return os.path.expanduser(recipe.model.name)  # keeps a leading ./

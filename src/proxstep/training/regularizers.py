@@ -117,15 +117,10 @@ def loss_penalty(
     completions: Completions,
     num_tokens: int,
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
-    """Return a microbatch's share of the regularizer's loss, and its terms.
+    """Return a microbatch's share of the recipe's regularizer loss, and its terms.
 
-    Args:
-        recipe: The recipe, whose regularizer is in the loss.
-        model: The policy.
-        initial: The initial policy, or None for a model whose adapters can be switched off.
-        scores: What the policy gives to the completions, with its graph.
-        completions: The microbatch.
-        num_tokens: Completion tokens of the whole optimizer step.
+    `initial` is the initial policy, or None for a model whose adapters can be switched off. The
+    scores are the policy's, with their graph; `num_tokens` counts the whole optimizer step's.
     """
     section, temperature = recipe.regularizer, recipe.rollout.temperature
     logits_BTV = scores.logits_BTV  # None with the chunked head, which the recipe refuses below
@@ -161,12 +156,8 @@ def reward_penalty(
 ) -> Float[Tensor, " batch"]:
     """Return what the divergence from the initial policy adds to each completion's reward.
 
-    Args:
-        recipe: The recipe, whose regularizer is in the reward.
-        model: The policy that sampled.
-        initial: The initial policy, or None for a model whose adapters can be switched off.
-        log_prob_BT: The policy's log-probabilities of the tokens from the second on, in nats.
-        completions: The completions.
+    `initial` is as for `loss_penalty`; `log_prob_BT` is the policy's, of the tokens from the second
+    on, in nats.
     """
     section, update = recipe.regularizer, recipe.update
     assert section.kl_estimator != "exact"  # the recipe's check

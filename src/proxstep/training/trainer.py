@@ -261,7 +261,7 @@ class Trainer:
     def _regularizer_loss(
         self, scores: Scores, completions: Completions, num_tokens: int, taken: dict[str, float]
     ) -> Tensor:
-        """Return a microbatch's regularizer loss, and add its terms to what was taken."""
+        """Return a microbatch's regularizer loss, and add its terms to `taken`."""
         loss, terms = loss_penalty(
             self.recipe, self.model, self.initial, scores, completions, num_tokens
         )
