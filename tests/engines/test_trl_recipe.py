@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.engine import tiny_recipe
 
+from proxstep.algorithms.temperature import TEMPERATURE_KEYS
 from proxstep.config.explain import describe_keys
 from proxstep.config.loading import load_recipe
 from proxstep.config.recipe import Recipe, algorithm_names
@@ -43,7 +44,7 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "task.prompt_format": ("isopo", GSM8K),
     "task.level": ("isopo", {**GSM8K, "task": {"name": "math"}}),
     "task.reward_weights": ("isopo", {"task": {"rewards": ["exact_match", "numeric_answer"]}}),
-    "objective.tau_": ("opo", ADAPTIVE),
+    **{f"objective.{key}": ("opo", ADAPTIVE) for key in TEMPERATURE_KEYS if key != "adaptive_tau"},
     "geometry.ntk_damping": ("isopo-natural", {}),
     "geometry.interact": ("isopo-natural", {"update": {"microbatch_size": 8}}),
     "regularizer.": ("isopo", {"regularizer": {"kl_coef": 0.1, "kl_estimator": "k3"}}),
