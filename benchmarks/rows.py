@@ -75,11 +75,11 @@ def _chunked(rule: str | None) -> Build:
         def step() -> None:
             model.zero_grad()
             if isopo is None:
-                log_prob_B = completion_log_probs_chunked(model, *inputs).sum(dim=1)
+                log_prob_B = completion_log_probs_chunked(model, *inputs)[0].sum(dim=1)
                 (-(batch.coefficient_B * log_prob_B).sum()).backward()
                 return
             with isopo.microbatch(batch.sequence_BT, batch.coefficient_B):
-                completion_log_probs_chunked(model, *inputs).sum().backward()
+                completion_log_probs_chunked(model, *inputs)[0].sum().backward()
             isopo.step()
 
         return step

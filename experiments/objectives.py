@@ -1,37 +1,48 @@
-"""Every objective on the arithmetic task: score, drift, entropy, gradients; five seeds each.
+"""Every algorithm on the arithmetic task: score, drift, entropy, gradients; five seeds each.
 
-    python experiments/objectives.py                # 25 minutes on two cores
+    python experiments/objectives.py                # about 40 minutes on two cores
     python experiments/objectives.py --table        # the table again, from the rows
 
 One recipe for all (recipes/arithmetic.yaml with four updates per rollout, so that ratios leave 1),
-the same learning rate, prompts and seeds. OPO runs with every drive and every anchor correction.
-DAPO has its four mechanisms. The script writes rows.json, one object per run and seed, and prints
-the mean over seeds with a bootstrapped 95 % interval.
+the same learning rate, prompts and seeds; each registered algorithm with its own defaults, DAPO
+with its four mechanisms, and OPO with its other drives and corrections. The script keeps the row
+of each run as it ends, so that it goes on where it was stopped; at the end it writes rows.json and
+puts the mean over seeds with a bootstrapped 95 % interval into docs/algorithms.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
-import itertools
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from proxstep.algorithms import ALGORITHMS, Signal, centered_weights, escort_weights, register
+from proxstep.algorithms.opo import OPO
+from proxstep.algorithms.preparation import SignalInputs
 from proxstep.config.loading import load_recipe
-from proxstep.config.objectives import OpoSection
-from proxstep.lab.compare import Job, run_jobs
+from proxstep.logprobs.masked import masked_sum
 from proxstep.runs.folder import describe_machine
 from proxstep.runs.reading import Run, load_run
+from proxstep.training import lifecycle
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
-ROWS = Path(__file__).with_suffix("") / "rows.json"
+FOLDER = Path(__file__).with_suffix("")
+ROWS, UNFINISHED = FOLDER / "rows.json", FOLDER / "unfinished.json"
+PAGE = Path(__file__).parents[1] / "docs" / "algorithms.md"
 SHARED = {
     "steps": "30",
     "rollout.num_prompts": "16",
@@ -44,29 +55,38 @@ DAPO = {
     "rollout.mask_truncated_completions": "true",
     "rollout.overlong_buffer": "1",
 }
-DRIVES = ("center", "zscore", "none")
-CORRECTIONS = ("absorbed", "length", "sequence")
-DEFAULT = OpoSection(name="opo")
 
 
-def name_of(drive: str, correction: str) -> str:
-    """Return the row of an OPO variant."""
-    default = (drive, correction) == (DEFAULT.drive, DEFAULT.anchor_correction)
-    return "opo" if default else f"opo, {drive}, {correction}"
+def by_sequence(inputs: SignalInputs, *, alpha: float = 0.4) -> Signal:
+    """Return OPO's drive with equation 7 read literally: the correction is log pi_k(y_b)."""
+    old = inputs.old_policy
+    assert old is not None  # reads_old_policy
+    correction_B = masked_sum(old.log_prob_BT, old.response_BT).cpu()
+    weight_B, metrics = escort_weights(
+        inputs.advantage_B, inputs.group_B, alpha=alpha, correction=correction_B
+    )
+    return Signal(centered_weights(weight_B, inputs.group_B), metrics=metrics)
 
+
+OPO_SEQUENCE = dataclasses.replace(
+    OPO,
+    name="opo-sequence",
+    about="OPO with equation 7 read literally: one completion takes all the weight.",
+    keys={name: OPO.keys[name] for name in ("alpha", "mu", "surrogate", "length_normalize")},
+    prepare=by_sequence,
+    reads_old_policy=lambda options: True,
+    compares=lambda options: "another algorithm",
+    checks=(),
+)
+"""An algorithm of this experiment alone; the run's process registers it."""
 
 VARIANTS: dict[str, dict[str, str]] = {
-    **{name: {"algorithm": name} for name in ("reinforce", "grpo", "gspo")},
+    **{name: {"algorithm": name} for name in ALGORITHMS},
     "dapo": {"algorithm": "dapo", **DAPO},
-    **{name: {"algorithm": name} for name in ("cispo", "dro")},
-    **{
-        name_of(drive, correction): {
-            "algorithm": "opo",
-            "objective.drive": drive,
-            "objective.anchor_correction": correction,
-        }
-        for drive, correction in itertools.product(DRIVES, CORRECTIONS)
-    },
+    "opo, length": {"algorithm": "opo", "objective.anchor_correction": "length"},
+    "opo, sequence": {"algorithm": OPO_SEQUENCE.name},
+    "opo, zscore": {"algorithm": "opo", "objective.drive": "zscore"},
+    "opo, none": {"algorithm": "opo", "objective.drive": "none"},
 }
 
 FIGURES = {
@@ -102,19 +122,66 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     return low, high
 
 
-def measure(seeds: int, parallel: int, output: Path, console: Console) -> list[dict[str, Any]]:
-    """Run everything; return one row per run."""
-    planned = [(seed, name) for seed in range(seeds) for name in VARIANTS]
-    jobs = []
-    for seed, name in planned:
-        folder = output / f"{name.replace(', ', '-')}-seed{seed}"
-        keys = {**SHARED, **VARIANTS[name], "seed": str(seed), "output_dir": str(folder)}
-        jobs.append(Job(load_recipe(RECIPE, list(keys.items()))))
-    run_jobs(jobs, parallel, console)
-    return [
-        {"row": name, "seed": seed, **figures_of(load_run(job.folder))}
-        for (seed, name), job in zip(planned, jobs, strict=True)
-    ]
+class Quiet:
+    """Nobody watches; what is worth knowing goes to the run's log."""
+
+    def begin(self, recipe: Any) -> None:
+        """Say nothing."""
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        print(text)  # noqa: T201
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Say nothing."""
+
+
+def train(name: str, seed: int, folder: Path) -> None:
+    """Run one variant with one seed in this process."""
+    register(OPO_SEQUENCE)
+    keys = {**SHARED, **VARIANTS[name], "seed": str(seed), "output_dir": str(folder)}
+    lifecycle.train(load_recipe(RECIPE, list(keys.items())), Quiet())
+
+
+def row_of(name: str, seed: int, output: Path) -> dict[str, Any]:
+    """Run one variant with one seed in a process of its own and return its row."""
+    folder = output / f"{name.replace(', ', '-')}-seed{seed}"
+    log, began = folder.with_suffix(".log"), time.perf_counter()
+    words = [sys.executable, __file__, "--run", name, str(seed), str(folder)]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with log.open("wb") as file:
+        code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if code.returncode:
+        raise RuntimeError(f"{name}, seed {seed} failed:\n{log.read_text()[-2000:]}")
+    seconds = round(time.perf_counter() - began, 1)
+    return {"row": name, "seed": seed, "seconds": seconds, **figures_of(load_run(folder))}
+
+
+def measure(seeds: int, parallel: int, console: Console) -> list[dict[str, Any]]:
+    """Run what has no row yet, seed by seed; return one row per run."""
+    settings = {"shared": SHARED, "variants": VARIANTS}
+    kept = json.loads(UNFINISHED.read_text()) if UNFINISHED.exists() else {}
+    rows = kept["rows"] if kept.get("settings") == settings else []
+    done = {(row["row"], row["seed"]) for row in rows}
+    planned = [(name, seed) for seed in range(seeds) for name in VARIANTS]
+    FOLDER.mkdir(exist_ok=True)
+    left = [pair for pair in planned if pair not in done]
+    console.print(f"{len(left)} of {len(planned)} runs to do")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(parallel) as pool:
+        futures = [pool.submit(row_of, *pair, Path(folder)) for pair in left]
+        try:
+            for future in as_completed(futures):
+                row = future.result()
+                rows.append(row)
+                UNFINISHED.write_text(json.dumps({"settings": settings, "rows": rows}))
+                console.out(
+                    f"{row['row']}, seed {row['seed']}: score {row['score']:.3f}, "
+                    f"{row['seconds']:.0f} s; {len(rows)} of {len(planned)}"
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return sorted(rows, key=lambda row: planned.index((row["row"], row["seed"])))
 
 
 def markdown_of(rows: Sequence[dict[str, Any]]) -> str:
@@ -135,17 +202,28 @@ def markdown_of(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Put the table in the place of the one in docs/algorithms.md."""
+    lines = PAGE.read_text().splitlines()
+    heading = "| " + " | ".join(["", "worst seed", *FIGURES]) + " |"
+    first = lines.index(heading)
+    end = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
+    PAGE.write_text("\n".join([*lines[:first], markdown_of(rows), *lines[end:]]) + "\n")
+
+
 def main() -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description="Every objective on the arithmetic task.")
+    parser = argparse.ArgumentParser(description="Every algorithm on the arithmetic task.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--parallel", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="print the committed rows only")
+    parser.add_argument("--table", action="store_true", help="write the table of the rows only")
+    parser.add_argument("--run", nargs=3, metavar=("ROW", "SEED", "FOLDER"), help="one run only")
     arguments, console = parser.parse_args(), Console(width=170)
+    if arguments.run:
+        name, seed, folder = arguments.run
+        return train(name, int(seed), Path(folder))
     if not arguments.table:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = measure(arguments.seeds, arguments.parallel, Path(folder), console)
-        ROWS.parent.mkdir(exist_ok=True)
+        rows = measure(arguments.seeds, arguments.parallel, console)
         report = {
             "date": datetime.date.today().isoformat(),
             "machine": describe_machine(torch.device("cpu")),
@@ -155,7 +233,9 @@ def main() -> None:
             "rows": rows,
         }
         ROWS.write_text(json.dumps(report, indent=1) + "\n")
+        UNFINISHED.unlink()
     rows = json.loads(ROWS.read_text())["rows"]
+    write_table(rows)
     console.print(f"score before training: {rows[0]['start']:.3f}")
     console.out(markdown_of(rows), highlight=False)
 

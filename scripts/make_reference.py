@@ -39,8 +39,9 @@ def metrics_page() -> str:
         "# Fields of metrics.jsonl",
         "",
         "Made by `make reference` from `proxstep/runs/schema.py`. One JSON object a line, one line",
-        "a step; every field is in every line, null where it was not measured. The file only grows,",
-        "except that resuming a run drops the steps after its checkpoint and does them again.",
+        "a step; every field is in every line, null where it was not measured. The file only",
+        "grows, except that resuming a run drops the steps after its checkpoint and does them",
+        "again.",
         "",
         "| field | |",
         "|---|---|",
@@ -58,7 +59,10 @@ def metrics_page() -> str:
 def algorithms_page() -> str:
     """Return docs/algorithms.md with its table made anew from the declarations."""
     rows = [_row(algorithm) for algorithm in ALGORITHMS.values()]
-    head = ["| name | level | what it is | loss | keys | advantage, aggregation |", "|" + "---|" * 6]
+    head = [
+        "| name | level | what it is | loss | keys | advantage, aggregation |",
+        "|" + "---|" * 6,
+    ]
     text = (DOCS / "algorithms.md").read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     return before + BEGIN + "\n".join(["", *head, *rows, ""]) + END + rest.split(END)[1]

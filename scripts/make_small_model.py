@@ -18,8 +18,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from proxstep.tasks import Example, gsm8k_task
+from proxstep.training.demo_model import solution_loss
 from proxstep.training.models import quiet_transformers
-from proxstep.training.supervised import solution_loss
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% "

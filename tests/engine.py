@@ -21,7 +21,7 @@ from proxstep.training.trainer import Trainer
 
 
 class Silent:
-    """Nobody watches."""
+    """Shows nothing, and keeps what it was told."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

@@ -37,14 +37,14 @@ def build(
     """Return a family's model in eval mode; a seed gives the same weights in every dtype.
 
     Args:
-        family: A key of `FAMILIES` or of `UNCOVERED`.
+        family: A key of `FAMILIES`, `MORE` or `UNCOVERED`.
         seed: Of the weights; the global generator is left alone.
         dtype: Of the parameters. Adapters stay in float32 at least.
         exact: Replace the layers that compute in float32 whatever the dtype is by ones that do not.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (FAMILIES | UNCOVERED)[family].make()
+        model = (FAMILIES | MORE | UNCOVERED)[family].make()
     return models.finish(model, dtype, exact)
 
 
@@ -99,8 +99,24 @@ FAMILIES = _named(
     ),
 )
 
+MORE = _named(
+    Family("qwen3-moe", models.qwen3_moe, "packed experts, one by one; the router's bare weight"),
+    Family("mixtral", models.mixtral, "packed experts, in one batched product"),
+    Family(
+        "nano-gpt",
+        models.nano_gpt,
+        "a LayerNorm of its own, one per head, tied head through F.linear, positions (T,), "
+        "subclasses of nn.Linear",
+    ),
+    Family(
+        "homemade",
+        models.homemade,
+        "nn.MultiheadAttention, bare positions, a norm with gamma and beta",
+    ),
+)
+"""What people train beside these, on fewer rules and settings."""
+
 UNCOVERED = _named(
-    Family("qwen3-moe", models.qwen3_moe, "experts and router are bare parameters"),
     Family(
         "qwen3-lora-embedding",
         lambda: models.with_adapters(

@@ -23,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PhiConfig,
@@ -38,10 +40,22 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaRotaryEm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm, MistralRotaryEmbedding
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralRMSNorm,
+    MixtralRotaryEmbedding,
+    MixtralTopKRouter,
+)
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+    Qwen3MoeTopKRouter,
+)
+
+from tests.homemade import Homemade, NanoGpt
 
 VOCAB = 19
 SIZES: dict[str, Any] = {
@@ -97,6 +111,19 @@ class _RotatesByLayerType:
         return _cos_sin(x, position_ids, inv_freq, scaling)
 
 
+class _Routes:
+    """Scales the chosen experts' shares to a sum of 1, as both families are built here."""
+
+    weight: Tensor
+    hidden_dim: int
+    top_k: int
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        value, index = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
+        return logits, value / value.sum(dim=-1, keepdim=True), index
+
+
 def _cos_sin(
     x: Tensor, position_ids: Tensor, inv_freq: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -114,8 +141,16 @@ def _exact(mixin: type, *classes: type) -> dict[type, type]:
 
 EXACT = {
     **_exact(
-        _ScalesByWeight, Qwen2RMSNorm, Qwen3RMSNorm, LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm
+        _ScalesByWeight,
+        Qwen2RMSNorm,
+        Qwen3RMSNorm,
+        LlamaRMSNorm,
+        MistralRMSNorm,
+        Phi3RMSNorm,
+        Qwen3MoeRMSNorm,
+        MixtralRMSNorm,
     ),
+    **_exact(_Routes, Qwen3MoeTopKRouter, MixtralTopKRouter),
     **_exact(_ScalesByOnePlusWeight, GemmaRMSNorm, Gemma3RMSNorm),
     **_exact(
         _Rotates,
@@ -126,6 +161,8 @@ EXACT = {
         GemmaRotaryEmbedding,
         PhiRotaryEmbedding,
         Phi3RotaryEmbedding,
+        Qwen3MoeRotaryEmbedding,
+        MixtralRotaryEmbedding,
     ),
     **_exact(_RotatesByLayerType, Gemma3RotaryEmbedding),
 }
@@ -218,7 +255,7 @@ def gpt2(vocab: int = VOCAB) -> nn.Module:
     return randomized(GPT2LMHeadModel(GPT2Config(**sizes)))
 
 
-def qwen3_moe() -> nn.Module:
+def qwen3_moe(experts: str = "eager") -> nn.Module:
     """A mixture: each block's experts are packed into two three-dimensional parameters.
 
     They are multiplied one by one: the library's grouped product knows no float64.
@@ -228,9 +265,39 @@ def qwen3_moe() -> nn.Module:
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=8,
-        experts_implementation="eager",
+        norm_topk_prob=True,
+        experts_implementation=experts,
     )
     return randomized(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)))
+
+
+def mixtral() -> nn.Module:
+    sizes = _sizes(
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        intermediate_size=8,
+        experts_implementation="batched_mm",
+        sliding_window=None,
+    )
+    return randomized(MixtralForCausalLM(MixtralConfig(**sizes)))
+
+
+def nano_gpt() -> nn.Module:
+    return _drawn(NanoGpt(VOCAB))
+
+
+def homemade() -> nn.Module:
+    return _drawn(Homemade(VOCAB))
+
+
+def _drawn(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.3)
+        if isinstance(module, nn.MultiheadAttention):
+            nn.init.normal_(module.in_proj_weight, std=0.3)
+            nn.init.normal_(module.in_proj_bias, std=0.3)
+    return randomized(model)
 
 
 def with_adapters(base: nn.Module, **options: Any) -> nn.Module:

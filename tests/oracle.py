@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def summed_by_parameter(model: nn.Module, per_use: dict[str, Tensor]) -> dict[st
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     total: dict[str, Tensor] = {}
     for key, gradient in per_use.items():
-        module, parameter = key.rsplit(".", 1)
+        module, parameter = key.partition("@")[0].rsplit(".", 1)
         name = names[id(getattr(modules[module], parameter))]
         total[name] = total[name] + gradient if name in total else gradient
     return total
@@ -152,6 +153,12 @@ def _check_covered(model: nn.Module) -> None:
 
 def _forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
     kind = type(module).__name__
+    if kind in _HOMEMADE:
+        return _HOMEMADE[kind]
+    if kind.endswith("TopKRouter"):
+        return _router
+    if kind.endswith("Experts"):
+        return _experts
     if isinstance(module, nn.Linear):
         return partial(_linear, equation="toi,bti->bto")
     if kind == "Conv1D":
@@ -215,6 +222,80 @@ def _dora(
     norm = (weight + scaling * lora_B.weight.detach() @ lora_A.weight.detach()).norm(dim=1)
     scale = use("weight", module.weight) / norm
     return (scale - 1) * (x @ weight.mT) + scale * scaling * lora_B(lora_A(x))
+
+
+def _router(module: Any, use: Use, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = torch.einsum("teh,th->te", use("weight", module.weight), x)
+    value, index = logits.softmax(-1).topk(module.top_k)
+    return logits, value / value.sum(-1, keepdim=True), index
+
+
+def _experts(module: Any, use: Use, x: Tensor, index: Tensor, share: Tensor) -> Tensor:
+    up, down = use("gate_up_proj", module.gate_up_proj), use("down_proj", module.down_proj)
+    rows = []
+    for t in range(len(x)):
+        row = torch.zeros_like(x[t])
+        for expert, part in zip(index[t], share[t], strict=True):
+            gate, linear = (up[t, expert] @ x[t]).chunk(2)
+            row = row + part * (down[t, expert] @ (module.act_fn(gate) * linear))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def _plain_norm(module: Any, use: Use, x: Tensor) -> Tensor:
+    y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    y = y * use("weight", module.weight)
+    return y if module.bias is None else y + use("bias", module.bias)
+
+
+def _gamma_norm(module: Any, use: Use, x: Tensor) -> Tensor:
+    y = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return y * (1 + use("gamma", module.gamma)) + use("beta", module.beta)
+
+
+def _head_norm(module: Any, use: Use, x: Tensor) -> Tensor:
+    variance = x.var(-1, keepdim=True, correction=0)
+    y = (x - x.mean(-1, keepdim=True)) / (variance + module.variance_epsilon).sqrt()
+    return y * use("weight", module.weight)
+
+
+def _scaled_linear(module: Any, use: Use, x: Tensor) -> Tensor:
+    return 0.7 * _linear(module, use, x, "toi,bti->bto")
+
+
+def _attention(module: Any, use: Use, x: Tensor, *_: Tensor, attn_mask: Tensor, **__: Any) -> Any:
+    packed = torch.einsum("toi,bti->bto", use("in_proj_weight", module.in_proj_weight), x)
+    packed = packed + use("in_proj_bias", module.in_proj_bias)
+    query, key, value = packed.unflatten(-1, (3, module.num_heads, -1)).unbind(2)
+    score = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    weight = score[0].masked_fill(attn_mask, -torch.inf).softmax(-1)
+    mixed = torch.einsum("hqk,bkhd->bqhd", weight, value).flatten(2)
+    return module.out_proj(mixed), None
+
+
+def _nano_gpt(module: Any, use: Use, input_ids: Tensor) -> Any:
+    table = module.wte(input_ids) + module.wpe(torch.arange(input_ids.shape[1])[None])
+    x = module.norm(module.run(table, None))
+    head = use.copy("wte.weight@head", module.wte.weight)
+    return SimpleNamespace(logits=torch.einsum("tvi,bti->btv", head, x))
+
+
+def _homemade(module: Any, use: Use, input_ids: Tensor) -> Any:
+    positions, shift = use("positions", module.positions), use("shift", module.shift)
+    rows = torch.stack([positions[t, 0, t] for t in range(input_ids.shape[1])])
+    x = module.run(module.table(input_ids) + rows + shift, None)
+    return SimpleNamespace(logits=module.head(x))
+
+
+_HOMEMADE: dict[str, Callable[..., Any]] = {
+    "PlainLayerNorm": _plain_norm,
+    "GammaNorm": _gamma_norm,
+    "HeadNorm": _head_norm,
+    "ScaledLinear": _scaled_linear,
+    "MultiheadAttention": _attention,
+    "NanoGpt": _nano_gpt,
+    "Homemade": _homemade,
+}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from proxstep.algorithms.advantages import (
     ADVANTAGES,
+    NONNEGATIVE,
     batch_normalized,
     group_centered,
     group_zscore,
@@ -16,10 +17,6 @@ from proxstep.errors import ProxstepError
 
 EPS = 1e-6
 GROUPS = torch.tensor([41, -3, 41, 7, -3, 41, 7, -3, -3])  # sizes 3, 4, 2 in no order
-
-
-NONNEGATIVE = ("maxrl",)
-"""Kinds that refuse a reward below 0."""
 
 
 def random_rewards(seed: int, dtype: torch.dtype = torch.float64, name: str = "") -> torch.Tensor:

@@ -20,6 +20,7 @@ from tests.algorithms.loss_cases import (
 
 from proxstep.algorithms import ADVANTAGES, ALGORITHMS, Aggregation
 from proxstep.algorithms.dppo import binary_kl, binary_tv
+from proxstep.config.loading import resolve
 from proxstep.errors import ProxstepError
 
 DPPO = ("dppo-tv", "dppo-kl")
@@ -262,6 +263,18 @@ def test_maxrl_estimates_the_gradient_of_truncated_maximum_likelihood(p, n):
 def test_maxrl_refuses_rewards_below_zero():
     with pytest.raises(ProxstepError, match=r"reward_B\[1\] is -0.5"):
         ADVANTAGES["maxrl"](torch.tensor([1.0, -0.5]), torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout": {"overlong_buffer": 2}},
+        {"regularizer": {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"}},
+    ],
+)
+def test_maxrl_refuses_a_punishment_before_the_run(changes):
+    with pytest.raises(ProxstepError, match=r"objective\.advantage maxrl takes no reward below 0"):
+        resolve({"algorithm": "maxrl", **changes}, {}, "test")
 
 
 def test_maxrl_and_the_plus_plus_variants_share_their_losses():

@@ -16,7 +16,7 @@ from proxstep.cli import commands as cli
 from proxstep.config.loading import load_recipe
 from proxstep.config.recipe import algorithm_names
 from proxstep.runs.checkpoint import latest_checkpoint
-from proxstep.runs.interrupt import StopRequest
+from proxstep.runs.clock import StopRequest
 from proxstep.training import demo_model, lifecycle
 from tests.cli.command_case import chats, mistake, run, table
 from tests.config.recipe_case import leaves
@@ -182,7 +182,7 @@ def test_the_first_warm_up_is_announced_and_the_only_one(
 
     def warm_up(model: Any, tokenizer: Any, difficulty: int, score: float, note: Any) -> None:
         scores.append((difficulty, score))
-        note("warm-up step 25: 30% of the answers are right or careless")
+        note("warm-up step 25: 30% of the answers are right or noisy")
 
     monkeypatch.setattr(demo_model, "warm_up", warm_up)
     monkeypatch.setenv("PROXSTEP_CACHE", str(here / "cache"))
@@ -190,7 +190,7 @@ def test_the_first_warm_up_is_announced_and_the_only_one(
     first = run(capsys, "train", "tiny.yaml", *keys).splitlines()
     assert first[:3] == [
         "warming the embedded model up for difficulty 1, once, to 30%",
-        "warm-up step 25: 30% of the answers are right or careless",
+        "warm-up step 25: 30% of the answers are right or noisy",
         "reinforce on arithmetic, 1 steps",
     ]
     second = run(capsys, "train", "tiny.yaml", "--overwrite", *keys).splitlines()

@@ -137,7 +137,7 @@ def test_a_missing_extra_is_one_message(tmp_path: Path, engine: str) -> None:
 
 def test_the_command_line_loads_no_engine() -> None:
     code = (
-        "import sys; from proxstep.cli import commands as cli; cli._parser(); "
+        "import sys; from proxstep.cli import commands; commands.make_parser(); "
         "heavy = {'trl', 'verl', 'ray', 'transformers', 'datasets', 'accelerate'}; "
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import IsometricRule, Rule
-from proxstep.isopo.layers import VectorGradients
-from proxstep.isopo.samples import SampleStore
+from proxstep.isopo.sampling import SampleStore
 from proxstep.isopo.trailing import TrailingMeans
+from proxstep.isopo.vector import VectorGradients
 
 ACCUMULATED: Spread = (((0, 1), (4,)), ((2, 3), (5, 6)))
 EVEN: Spread = (((0, 1, 4),), ((2, 3, 5, 6),))

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import jaxtyping
 import pytest
 import torch
-from tests.families import FAMILIES, build
+from tests.families import FAMILIES, MORE, build
 from tests.isopo.grids import Grid, Layout, Position, log_probs, make_grid, run
 from tests.isopo.rules import RULES, Gradients
 from tests.oracle import position_gradients, random_sequences, summed_by_parameter
@@ -94,9 +94,17 @@ def _check_shapes_in_one_setting(setting: str) -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", FAMILIES)
+CELLS = [
+    *product(FAMILIES, RULES, SETTINGS),
+    *product(
+        MORE,
+        ("isopo", "isopo-figure4", "natural-preserved", "preserved"),
+        ("padded-right", "packed-rows", "accumulated", "checkpointed", "bfloat16", "autocast"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "rule", "setting"), CELLS)
 def test_gradients_equal_the_oracle(family: str, rule: str, setting: str) -> None:
     """A second optimizer step damps by the means of the first."""
     how, case = SETTINGS[setting], RULES[rule]

@@ -8,20 +8,22 @@ import pytest
 import torch
 from rich.console import Console
 
+from proxstep.isopo.rule import GUARD
 from proxstep.isopo.trailing import TrailingMeans
-from proxstep.isopo.weights import GUARD
-from proxstep.lab import bandit_training, toy_report
-from proxstep.lab.bandit import make_bandit, step_size
-from proxstep.lab.bandit_training import (
+from proxstep.lab import bandit as toy
+from proxstep.lab import toy_report
+from proxstep.lab.bandit import (
     METHODS,
     Rollout,
     Trace,
     direction,
     draw,
     kl_per_gain,
+    make_bandit,
     quartiles,
     reward_at_kl,
     run_method,
+    step_size,
 )
 from proxstep.lab.categorical import cosines, natural_gradient, scores
 from tests.theory.maths.categorical import chi_square, kl
@@ -264,8 +266,8 @@ def test_a_batch_is_drawn_from_the_current_policy_every_few_updates(monkeypatch)
         drawn.append(log_prob_V)
         return draw(log_prob_V, *arguments)
 
-    monkeypatch.setattr(bandit_training, "draw", count)
-    steps = 2 * bandit_training.UPDATES_PER_ROLLOUT + 1
+    monkeypatch.setattr(toy, "draw", count)
+    steps = 2 * toy.UPDATES_PER_ROLLOUT + 1
     run_method(make_bandit(0), METHODS["opo"], seed=0, steps=steps)
     assert len(drawn) == 3
     assert not torch.equal(drawn[0], drawn[1])
@@ -280,7 +282,7 @@ def test_trailing_means_are_folded_after_each_update(monkeypatch):
             folded.append(self.has_pending)
             super().fold(group)
 
-    monkeypatch.setattr(bandit_training, "TrailingMeans", Counting)
+    monkeypatch.setattr(toy, "TrailingMeans", Counting)
     run_method(make_bandit(0), METHODS["isopo-natural"], seed=0, steps=3)
     assert folded == [True] * 3
 
@@ -307,7 +309,7 @@ def test_a_run_is_finite_spends_the_same_and_repeats(name):
         if cosine is None:
             assert spent == 0
         else:
-            assert spent == pytest.approx(bandit_training.KL_PER_UPDATE, rel=1e-6)
+            assert spent == pytest.approx(toy.KL_PER_UPDATE, rel=1e-6)
             assert -1 - 1e-9 <= cosine <= 1 + 1e-9
     assert trace.reward[0] == pytest.approx(
         (bandit.log_policy(bandit.start_D).exp() @ bandit.reward_V).item()
@@ -322,7 +324,7 @@ def test_a_trace_records_what_the_update_did():
     bandit = make_bandit(3)
     trace = run_method(bandit, METHODS["natural gradient"], seed=3, steps=1)
     before_V, _, _, natural_D = exact(bandit, bandit.start_D)
-    size = step_size(before_V, bandit.feature_VD @ natural_D, bandit_training.KL_PER_UPDATE)
+    size = step_size(before_V, bandit.feature_VD @ natural_D, toy.KL_PER_UPDATE)
     after_V = bandit.log_policy(bandit.start_D + size * natural_D)
     before_V, after_V = before_V.exp(), after_V.exp()
     assert trace.reward[1] == pytest.approx((after_V @ bandit.reward_V).item())
@@ -440,7 +442,7 @@ def test_the_page_shows_the_committed_table():
     page = (root / "docs" / "toy.md").read_text()
     content = json.loads((root / "experiments" / "toy" / "bandit.json").read_text())
     assert list(content["summary"]) == list(METHODS)
-    assert content["settings"]["kl_per_update"] == bandit_training.KL_PER_UPDATE
+    assert content["settings"]["kl_per_update"] == toy.KL_PER_UPDATE
     for name, row in content["summary"].items():
         cells = [name]
         for field, (_, form) in toy_report.BANDIT_COLUMNS.items():

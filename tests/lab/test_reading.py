@@ -29,9 +29,9 @@ def test_last_line_without_newline_counts_if_complete(make_run):
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"step": 1, "rew', "line 2: not JSON"),
-        ("", "line 2: not JSON"),
-        ("[1]", "line 2: not an object"),
+        ('{"step": 1, "rew', "line 2: not valid JSON"),
+        ("", "line 2: not valid JSON"),
+        ("[1]", "line 2: a JSON list, not an object"),
         ('{"reward": 1.0}', "line 2: no integer `step`"),
         ('{"step": 1, "reward": "high"}', "line 2: `reward` is not a number"),
         ('{"step": 0}', "line 2: step 0 follows step 0"),

@@ -21,8 +21,8 @@ from proxstep.rewards import (
     math_verify,
     score_completions,
 )
+from proxstep.rewards.functions import LONGEST_ANSWER
 from proxstep.rewards.grading_pool import GradingPool
-from proxstep.rewards.mathematics import MAX_CHARACTERS
 
 EQUAL = [
     (r"\frac{1}{2}", "0.5"),
@@ -174,7 +174,7 @@ def test_an_answer_is_not_evaluated(code: str, tmp_path: Path) -> None:
 
 
 def test_long_answers_are_wrong_unless_they_are_the_reference_to_the_letter() -> None:
-    long = "+".join(["1"] * MAX_CHARACTERS)
+    long = "+".join(["1"] * LONGEST_ANSWER)
     assert grade(long, long) == [1.0]
     assert grade(long, f"{long}+0") == [0.0]
 
@@ -222,7 +222,7 @@ def test_what_is_missing_is_one_message(
 ) -> None:
     real = util.find_spec
     monkeypatch.setattr(
-        "proxstep.rewards.mathematics.find_spec",
+        "proxstep.rewards.functions.find_spec",
         lambda name: None if name == missing else real(name),
     )
     with pytest.raises(ProxstepError, match=message) as error:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxstep.rewards import final_number, numeric
+from proxstep.rewards import answers, final_number
 
 HOSTILE = [
     "9",
@@ -47,7 +47,7 @@ HOSTILE = [
 @pytest.mark.parametrize("prefix", ["", r"\frac{", r"\boxed{", "#### ", "1", "answer"])
 def test_time_is_linear_in_the_text(unit, prefix, monkeypatch):
     """Without the cap on characters: quadratic time would take a minute for each of these."""
-    monkeypatch.setattr(numeric, "MAX_CHARACTERS", 10**9)
+    monkeypatch.setattr(answers, "MAX_CHARACTERS", 10**9)
     text = prefix + unit * (100_000 // len(unit))
     start = time.process_time()
     final_number(text)
@@ -63,9 +63,9 @@ def test_megabytes_are_cut(unit):
 
 
 def test_cut_does_not_read_a_part_of_a_number():
-    filler = "x" * (numeric.MAX_CHARACTERS - 1)
+    filler = "x" * (answers.MAX_CHARACTERS - 1)
     assert final_number("118" + filler) is None
-    assert final_number("#### 18" + "x" * (numeric.MAX_CHARACTERS - 7)) == 18
+    assert final_number("#### 18" + "x" * (answers.MAX_CHARACTERS - 7)) == 18
 
 
 @settings(deadline=None)

@@ -86,12 +86,12 @@ def test_function_from_a_package():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("numeric_anwser", "did you mean 'numeric_answer'"),
+        ("numeric_anwser", "did you mean numeric_answer"),
         ("nothing_alike", "use one of numeric_answer, exact_match"),
         ("", "is unknown"),
         (":short", "incomplete"),
         ("{source}:", "incomplete"),
-        ("{source}:shrot", "no function 'shrot' .did you mean 'short'"),
+        ("{source}:shrot", "no function 'shrot'; did you mean short"),
         ("{source}:NOT_A_FUNCTION", "is a int"),
         ("{source}x.py:short", "does not exist"),
         ("no_such_package_xyz:f", "cannot import 'no_such_package_xyz'"),

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 
 import pytest
+from tests.tasks.overlap import num_overlapping
 
 from proxstep.errors import ProxstepError
 from proxstep.rewards import exact_match
@@ -97,7 +98,7 @@ def test_every_problem_of_difficulty_1_is_on_one_side():
     assert validation | train == every
     assert not validation & train
     assert len(task.validation) == len(validation) == 19
-    assert task.num_overlapping() == 0
+    assert num_overlapping(task) == 0
 
 
 def test_validation_is_capped_at_the_held_out_problems():

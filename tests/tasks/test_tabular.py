@@ -5,11 +5,12 @@ import json
 import pyarrow
 import pytest
 from pyarrow import parquet
+from tests.tasks.overlap import num_overlapping
 
 from proxstep.errors import ProxstepError
 from proxstep.tasks import table_task
 from proxstep.tasks.data import Row
-from proxstep.tasks.rows import DEFAULT_HELD_OUT
+from proxstep.tasks.tabular import DEFAULT_HELD_OUT
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3+4?"}]
 
@@ -52,7 +53,7 @@ def test_table_with_named_columns(write):
     assert example.columns == {"level": 1, "tags": ["x"]}
     assert task.validation == task.train
     assert (task.name, task.rewards) == ("table", ("numeric_answer",))
-    assert task.num_overlapping() == 1
+    assert num_overlapping(task) == 1
 
 
 def test_chat_prompts(write):
@@ -85,7 +86,7 @@ def test_last_rows_are_held_out(write):
     assert answers(task.validation) == [7, 8, 9]
     task = table_task(write(numbered(300)))
     assert (len(task.train), len(task.validation)) == (44, 256)
-    assert task.num_overlapping() == 0
+    assert num_overlapping(task) == 0
 
 
 def test_limits_take_the_first_rows(write):
@@ -123,7 +124,7 @@ GOOD = {"prompt": "?", "answer": 1}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"promt": "?", "answer": 1}, "no column 'prompt' .did you mean 'promt'.* promt, answer"),
+        ({"promt": "?", "answer": 1}, "no column 'prompt'; did you mean promt.* promt, answer"),
         ({"prompt": "?"}, "there is no column 'answer'; name one of its columns: prompt"),
         ({}, "there is no column 'prompt'; name one of its columns: none"),
         ({**GOOD, "prompt": ""}, "column 'prompt' is empty"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from tests.tasks.overlap import num_overlapping
+
 from proxstep import tasks
 from proxstep.tasks import TASKS, Example, Task, reward_columns
 
@@ -11,8 +13,8 @@ def chat(content):
 def test_overlap_counts_validation_prompts_seen_in_training():
     train = [Example("a", "1"), Example("a", "1"), Example(chat("b"), "2"), Example("c", "3")]
     validation = [Example("a", "9"), Example(chat("b"), "2"), Example("b", "2"), Example("d", "4")]
-    assert Task("t", train, validation, ("exact_match",)).num_overlapping() == 2
-    assert Task("t", train, [], ("exact_match",)).num_overlapping() == 0
+    assert num_overlapping(Task("t", train, validation, ("exact_match",))) == 2
+    assert num_overlapping(Task("t", train, [], ("exact_match",))) == 0
 
 
 def test_columns_of_a_ragged_batch():

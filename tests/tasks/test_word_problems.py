@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.tasks.overlap import num_overlapping
 
 from proxstep.errors import ProxstepError
 from proxstep.rewards import numeric_answer
@@ -84,7 +85,7 @@ def test_svamp_of_the_hub_has_text_answers(write):
         (gsm8k_task, {**GSM8K, "answer": "4"}, "column 'answer' has no \"####\""),
         (gsm8k_task, {**GSM8K, "answer": "It is 4\n#### four"}, "'four' holds no number"),
         (gsm8k_task, {**GSM8K, "question": ""}, "column 'question' is empty"),
-        (gsm8k_task, SVAMP, "no column 'answer' .did you mean 'Answer'"),
+        (gsm8k_task, SVAMP, "no column 'answer'; did you mean Answer"),
         (svamp_task, {**SVAMP, "Answer": "three"}, "'three' holds no number"),
         (svamp_task, GSM8K, "no column 'Body'"),
     ],
@@ -124,7 +125,7 @@ def test_the_hub_is_asked_where_no_source_is_given(write, monkeypatch, function,
 def test_the_real_gsm8k(chat):
     task = gsm8k_task(data("gsm8k_train.jsonl"), data("gsm8k_test.jsonl"), chat=chat)
     assert (len(task.train), len(task.validation)) == (7473, 1319)
-    assert task.num_overlapping() == 0
+    assert num_overlapping(task) == 0
     for examples in (task.train, task.validation):
         prompts = [example.prompt for example in examples]
         solutions = [example.solution for example in examples]

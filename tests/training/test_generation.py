@@ -14,9 +14,8 @@ from tests.engine import Silent, collected, made_trainer, tiny_recipe, with_rewa
 
 from proxstep.config.loading import load_recipe
 from proxstep.runs.checkpoint import latest_checkpoint
-from proxstep.training import generation, lifecycle
-from proxstep.training.batch import Batch
-from proxstep.training.generation import informative_groups
+from proxstep.training import lifecycle
+from proxstep.training.batch import Batch, informative_groups
 from proxstep.training.prompts import batch_rows
 from proxstep.training.rollout import Completions, joined
 from proxstep.training.trainer import Trainer
@@ -125,7 +124,7 @@ def test_no_prompt_is_drawn_twice_or_skipped(
         drawn.append(batch)
         return batch_rows(num_rows, num_per_batch, batch, seed)
 
-    monkeypatch.setattr(generation, "batch_rows", watched)
+    monkeypatch.setattr("proxstep.training.batch.batch_rows", watched)
     made = made_trainer(tmp_path, rollout=rollout(dynamic_sampling_max_batches=8))
     with_reward(made, some_differ)
     batches = sum(made._train_step()["generation_batches"] for _ in range(4))

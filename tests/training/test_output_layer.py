@@ -35,7 +35,6 @@ from proxstep.training.output_layer import (
     completion_log_probs_chunked,
     forward_with_head,
     output_head,
-    response_hidden,
 )
 from proxstep.training.rollout import Completions, response_logits
 
@@ -110,7 +109,7 @@ def draw_completions(seed: int, num: int = 4) -> Completions:
 
 
 def chunked(model: nn.Module, completions: Completions, temperature: float = 1.0, **options):
-    return completion_log_probs_chunked(
+    log_prob_BT, entropy_BT = completion_log_probs_chunked(
         model,
         completions.token_BT,
         completions.attention_BT,
@@ -118,6 +117,7 @@ def chunked(model: nn.Module, completions: Completions, temperature: float = 1.0
         temperature,
         **options,
     )
+    return log_prob_BT if entropy_BT is None else (log_prob_BT, entropy_BT)
 
 
 def full(model: nn.Module, completions: Completions, temperature: float = 1.0) -> Tensor:
@@ -199,9 +199,9 @@ def test_response_hidden(name: str) -> None:
     model, completions = build_named(name, 6), draw_completions(6)
     attention = completions.attention_BT.long()
     position = (attention.cumsum(1) - 1).clamp(min=0)
-    found = response_hidden(model, completions.token_BT, attention, position)
-    assert found.head is output_head(model)
-    logits = found.head(found.hidden_BTD)[:, :-1] / 0.7
+    inputs = (completions.token_BT, attention, position)
+    hidden_BTD = forward_with_head(model, lambda hidden_BTD: hidden_BTD, *inputs)
+    logits = output_head(model)(hidden_BTD)[:, :-1] / 0.7
     assert torch.equal(logits, response_logits(model, completions, 0.7))
 
 

@@ -11,8 +11,8 @@ from tests.engine import collected, made_trainer, with_reward
 from torch import Tensor
 
 from proxstep.logprobs.logits import KlEstimator, token_log_probs
-from proxstep.training.evaluation import initial_logits
 from proxstep.training.rollout import response_logits
+from proxstep.training.scores import initial_policy
 from proxstep.training.trainer import Trainer
 
 COEF, TEMPERATURE = 0.5, 0.8
@@ -44,7 +44,8 @@ def log_ratio(made: Trainer, completions: Any) -> list[Tensor]:
     token = completions.token_BT[:, 1:]
     with torch.no_grad():
         ours = response_logits(made.model, completions, TEMPERATURE)
-        theirs = initial_logits(made.model, made.initial, completions, TEMPERATURE)
+        with initial_policy(made.model, made.initial) as policy:
+            theirs = response_logits(policy, completions, TEMPERATURE)
         ratio = token_log_probs(ours, token) - token_log_probs(theirs, token)
     return [row[mask] for row, mask in zip(ratio, completions.response_BT[:, 1:], strict=True)]
 

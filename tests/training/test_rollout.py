@@ -11,8 +11,9 @@ from proxstep.errors import ProxstepError
 from proxstep.logprobs.logits import token_log_probs
 from proxstep.training.batch import Batch
 from proxstep.training.demo_model import build_embedded_model
-from proxstep.training.evaluation import Probe, completion_log_probs, kl_from_initial
+from proxstep.training.evaluation import Probe, kl_from_initial
 from proxstep.training.rollout import Completions, end_tokens, response_logits, sample
+from proxstep.training.scores import completion_log_probs
 
 
 @pytest.fixture(scope="module")

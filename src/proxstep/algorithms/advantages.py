@@ -25,9 +25,14 @@ AdvantageFunction = Callable[..., tuple[Tensor, dict[str, float]]]
 ADVANTAGES: dict[str, AdvantageFunction] = {}
 """Every kind of advantage by name; `advantage` fills it."""
 
+NONNEGATIVE: set[str] = set()
+"""The kinds that refuse a reward below 0."""
 
-def advantage(name: str) -> Callable[[AdvantageFunction], AdvantageFunction]:
-    """Return a decorator that adds a function to `ADVANTAGES`.
+
+def advantage(
+    name: str, *, nonnegative: bool = False
+) -> Callable[[AdvantageFunction], AdvantageFunction]:
+    """Return a decorator that adds a function to `ADVANTAGES`, and perhaps to `NONNEGATIVE`.
 
     Raises:
         ProxstepError: The name is taken.
@@ -37,6 +42,8 @@ def advantage(name: str) -> Callable[[AdvantageFunction], AdvantageFunction]:
 
     def register(function: AdvantageFunction) -> AdvantageFunction:
         ADVANTAGES[name] = function
+        if nonnegative:
+            NONNEGATIVE.add(name)
         return function
 
     return register

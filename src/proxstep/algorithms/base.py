@@ -75,7 +75,8 @@ class Algorithm:
         checks: Each raises ValueError for keys that do not go together.
 
     Raises:
-        ProxstepError: The level is unknown, or a key lacks its sentence or names no keyword.
+        ProxstepError: The level is unknown, or a key lacks its sentence or its type, names no
+            keyword, or has the name of what every objective has.
     """
 
     name: str
@@ -99,6 +100,12 @@ class Algorithm:
                 f"algorithm {self.name}: {', '.join(sorted(odd))} must be both a keyword argument "
                 "of its loss or its preparation and one of its keys"
             )
+        unusable = [name for name in self.keys if name in _TAKEN or self.types[name] is None]
+        if unusable:
+            raise ProxstepError(
+                f"algorithm {self.name}: {', '.join(unusable)} must have a type in the signature "
+                f"and another name than {', '.join(_TAKEN)}"
+            )
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
@@ -115,7 +122,7 @@ class Algorithm:
             for name, hint in get_type_hints(_plain(self.loss), include_extras=True).items()
             if name not in hints  # the preparation's mu may be "auto", the loss's is a number
         }
-        return {name: hints[name] for name in self.defaults}
+        return {name: hints.get(name) for name in self.defaults}
 
     @property
     def default_loss_agg_mode(self) -> str:
@@ -138,6 +145,9 @@ class Algorithm:
         """Return those of the keys that the loss takes."""
         return {name: options[name] for name in _keywords(self.loss) if name in options}
 
+
+_TAKEN = ("name", "advantage", "loss_agg_mode", "algorithm", "options")
+"""What every objective's section has."""
 
 ALGORITHMS: dict[str, Algorithm] = {}
 """Every algorithm by name; `proxstep.algorithms` fills it."""

@@ -13,7 +13,7 @@ from proxstep.errors import ProxstepError
 from proxstep.typing import Float, Int, Tensor
 
 
-@advantage("maxrl")
+@advantage("maxrl", nonnegative=True)
 def maximum_likelihood(
     reward_B: Float[Tensor, " batch"], group_B: Int[Tensor, " batch"]
 ) -> tuple[Float[Tensor, " batch"], dict[str, float]]:

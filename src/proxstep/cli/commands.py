@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -10,21 +9,15 @@ import os
 import statistics
 import sys
 import textwrap
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from proxstep import __version__
-from proxstep.cli.help import EXAMPLES, OVERRIDES
+from proxstep.cli.arguments import ENGINES, make_parser, split_keys
 from proxstep.errors import ProxstepError
-from proxstep.lab.toy import add_toys, run_toy
 
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are errors like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ProxstepError(f"{message}; see {self.prog} --help")
+Overrides = list[tuple[str, str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 for success, 2 for a mistake in the input, 130 after Ctrl-C.
     """
     try:
-        own, overrides = _split(list(sys.argv[1:] if argv is None else argv))
-        arguments, unexpected = _parser().parse_known_args(own)
+        own, overrides = split_keys(list(sys.argv[1:] if argv is None else argv))
+        arguments, unexpected = make_parser().parse_known_args(own)
         if unexpected:
             raise ProxstepError(
                 f"{unexpected[0]!r} is not expected here; see proxstep {arguments.command} --help"
@@ -51,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console()
         if not console.is_terminal:
             console = Console(width=100)  # pipes and logs have no width: this one fits the tables
-        return arguments.run(arguments, overrides, console)
+        return COMMANDS[arguments.command](arguments, overrides, console)
     except ProxstepError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -60,129 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return a command's own arguments, and the recipe keys with their values among the others."""
-    if not argv or argv[0] not in TAKES_KEYS:
-        return argv, []
-    commands: Any = _parser()._subparsers
-    known = commands._group_actions[0].choices[argv[0]]._option_string_actions
-    own, pairs, waiting = [argv[0]], [], argv[1:]
-    while waiting:
-        word = waiting.pop(0)
-        option, equals, value = word.partition("=")
-        if option in known or not word.startswith("--"):
-            own.append(word)
-            if option in known and not equals and known[option].nargs != 0 and waiting:
-                own.append(waiting.pop(0))
-            continue
-        if not equals:
-            if not waiting:
-                raise ProxstepError(f"{word} has no value; recipe keys are written --key value")
-            value = waiting.pop(0)
-        pairs.append((option[2:], value))
-    return own, pairs
-
-
-ENGINES = {
-    "local": "proxstep.training.lifecycle",
-    "trl": "proxstep.engines.trl.launch",
-    "verl": "proxstep.engines.verl_recipe.launch",
-}
-"""Modules with `train` and `resume`, by the engine's name; but for local also with `command`. The
-others need the package of their name.
-"""
-TAKES_KEYS = {"train", "eval", "compare"}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="proxstep",
-        description="Proximal policy steps for language models: ISOPO, OPO and their baselines.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"proxstep {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    _add_train(commands)
-    evaluate = _add_command(commands, "eval", "score a checkpoint or a model greedily", _eval)
-    evaluate.add_argument("target", help="a run folder, or a recipe")
-    evaluate.add_argument("--output", type=Path, help="write the completions to this JSONL file")
-    _add_compare(commands)
-    diagnose = _add_command(
-        commands, "diagnose", "say what the geometry did to the gradient of a run", _diagnose
-    )
-    diagnose.add_argument("run_folder", metavar="RUN", help="a run folder")
-    diagnose.add_argument("--step", type=int, help="of that step (default: the last measured)")
-    report = _add_command(commands, "report", "write a page with the curves of runs", _report)
-    report.add_argument("runs", nargs="+", help="run folders, or folders of them")
-    report.add_argument(
-        "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
-    )
-    _add_figure(report)
-    add_toys(_add_command(commands, "toy", "compute a small experiment exactly", run_toy))
-    return parser
-
-
-def _add_train(commands: Any) -> None:
-    train = _add_command(commands, "train", "train a policy by a recipe", _train)
-    train.add_argument("recipe", nargs="?", help="a YAML file; recipes/ has examples")
-    train.add_argument(
-        "--engine",
-        choices=list(ENGINES),
-        help="what runs the training (default: local)",
-    )
-    train.add_argument(
-        "--print-command",
-        action="store_true",
-        help="print what runs the recipe without us: a script (trl), a command line (verl)",
-    )
-    train.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe")
-    train.add_argument("--resume", metavar="RUN", help="continue a run from its newest checkpoint")
-    train.add_argument(
-        "--overwrite", action="store_true", help="delete the run in the output folder"
-    )
-    train.add_argument("--keys", action="store_true", help="list every key of a recipe and exit")
-
-
-def _add_compare(commands: Any) -> None:
-    compare = _add_command(
-        commands, "compare", "train several algorithms on one recipe and report", _compare
-    )
-    compare.add_argument("recipe", help="a YAML file")
-    compare.add_argument("--algorithms", required=True, help="names, separated by commas")
-    compare.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)"
-    )
-    compare.add_argument(
-        "--jobs", type=int, help="runs at a time (default: the number of cores, on a CPU)"
-    )
-    compare.add_argument(
-        "--output", type=Path, default=Path("outputs/compare"), help="folder of the runs"
-    )
-    compare.add_argument("--overwrite", action="store_true", help="delete the runs in that folder")
-    _add_figure(compare)
-
-
-def _add_figure(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--figure", type=Path, help="also draw the curves to this PNG, SVG or PDF file"
-    )
-
-
-def _add_command(commands: Any, name: str, summary: str, run: Any) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=EXAMPLES[name] + ("\n" + OVERRIDES if name in TAKES_KEYS else ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=run)
-    return command
-
-
-def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+def _train(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.config.loading import dump_recipe, load_recipe
     from proxstep.runs.console import make_progress
 
@@ -245,7 +116,7 @@ def _engine_of(folder: str) -> str:
     return name
 
 
-def _eval(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.config.loading import load_recipe
     from proxstep.runs.checkpoint import latest_checkpoint
     from proxstep.runs.console import make_progress
@@ -274,20 +145,13 @@ def _eval(arguments: argparse.Namespace, overrides: list[tuple[str, str]], conso
         f"tokens, {checkpoint or recipe.model.name}"
     )
     if arguments.output:
-        rows = zip(validation.examples, result.completions, result.rewards, strict=True)
         with arguments.output.open("w", encoding="utf-8") as file:
-            for example, completion, reward in rows:
-                row = {
-                    "prompt": example.prompt,
-                    "completion": completion,
-                    "answer": example.answer,
-                    "reward": reward,
-                }
+            for row in result.rows(validation):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return 0
 
 
-def _compare(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.config.loading import load_recipe
     from proxstep.lab.compare import check_output, plan, run_jobs
     from proxstep.runs.console import make_progress
@@ -326,17 +190,49 @@ def _compare(arguments: argparse.Namespace, overrides: list[tuple[str, str]], co
 COMPARED = {"algorithm": "--algorithms", "seed": "--seeds", "output_dir": "--output"}
 
 
-def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+def _report(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     del overrides
     return _summarize(arguments.runs, arguments.output, arguments.figure, console)
 
 
-def _diagnose(arguments: argparse.Namespace, overrides: list[tuple[str, str]], console: Any) -> int:
+def _diagnose(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.runs.folder import RunFolder
 
     del overrides
     record = RunFolder(arguments.run_folder).find_diagnostics(arguments.step)
     console.out(f"step {record['step']}\n{record['summary']}", highlight=False)
+    return 0
+
+
+def _toy(arguments: Namespace, overrides: Overrides, console: Any) -> int:
+    from proxstep.runs.folder import check_folder
+
+    del overrides
+    numbers = ("seeds", "steps") if arguments.toy == "bandit" else ()
+    for name in numbers:
+        if getattr(arguments, name) < 1:
+            raise ProxstepError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    folder: Path = arguments.out
+    check_folder(folder, "--out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ProxstepError(f"--out {folder} cannot be written; choose another folder")
+    from proxstep.lab.toy_report import report_bandit, report_saturation
+
+    try:
+        if arguments.toy == "bandit":
+            report_bandit(folder, console, num_seeds=arguments.seeds, steps=arguments.steps)
+        else:
+            report_saturation(folder, console)
+    except OSError as error:
+        raise ProxstepError(
+            f"{error.filename} cannot be written ({error.strerror}); choose another --out"
+        ) from None
+    console.out(f"done: {folder}")
     return 0
 
 
@@ -379,3 +275,13 @@ def _print_keys(console: Any) -> None:
     for key, kind, default, text in describe_keys():
         console.out(f"--{key}  ({kind}; default {default})", highlight=False)
         console.out(textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    "))
+
+
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "compare": _compare,
+    "diagnose": _diagnose,
+    "report": _report,
+    "toy": _toy,
+}

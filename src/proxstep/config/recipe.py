@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, create_model, model_validator
 
 from proxstep.algorithms import ADVANTAGES, ALGORITHMS, Algorithm
+from proxstep.algorithms.advantages import NONNEGATIVE
 from proxstep.config.objectives import ObjectiveSection, section_of
 from proxstep.config.regularizer import RegularizerSection
 from proxstep.config.sections import (
@@ -145,6 +146,13 @@ class Recipe(Section):
             raise ValueError(
                 "rollout.overlong_penalty is the largest punishment within "
                 "rollout.overlong_buffer, which is null: give a number of tokens"
+            )
+        punished = rollout.overlong_buffer is not None or self.regularizer.in_reward
+        if punished and self.objective.advantage in NONNEGATIVE:
+            raise ValueError(
+                f"objective.advantage {self.objective.advantage} takes no reward below 0, which "
+                "rollout.overlong_buffer and regularizer.kl_in reward give: leave them out, or use "
+                "another advantage"
             )
         for name in ("kl_estimator", "kl_in"):
             if self.regularizer.kl_coef == 0 and _chosen(self.regularizer, name):

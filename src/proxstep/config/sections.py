@@ -69,8 +69,8 @@ class ModelSection(Section):
         default=0.6,
         ge=0,
         lt=1,
-        description="Share of right or careless answers at which the embedded model's warm-up "
-        "stops; 0 for none.",
+        description="Share of answers, right or without carries, at which the embedded model's "
+        "warm-up stops; 0 for none.",
     )
 
 
@@ -272,7 +272,7 @@ class RolloutSection(Section):
     importance_cap: float | None = Field(
         default=None,
         gt=0,
-        description="Weights each sequence's loss with pi_anchor/pi_sampler, at most this (TRL's "
+        description="Weights each sequence's loss with pi_old/pi_sampler, at most this (TRL's "
         "vllm_importance_sampling_cap, verl's rollout importance sampling, per sequence); null for "
         "no correction.",
     )

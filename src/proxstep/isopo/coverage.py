@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.patches import Owner, Site, kind_of, patch
+from proxstep.isopo import attention, dora, embedding, experts, watched  # noqa: F401
+from proxstep.isopo.hooks import Owner, Site, kind_of, patch
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -31,7 +32,7 @@ def install(model: nn.Module, owner: Owner) -> dict[nn.Module, str]:
     modules = {}
     for name, module in model.named_modules():
         kind = kind_of(module)
-        if kind is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
+        if kind is not None and kind.concerns(module):
             modules[module] = _clean(name)
             patch(module, kind, Site(owner, modules[module]))
     if not modules:
@@ -51,7 +52,8 @@ def check_coverage(model: nn.Module, modules: Modules | None) -> None:
     """
     missing = []
     for name, module in model.named_modules():
-        covered = kind_of(module) is not None if modules is None else module in modules
+        kind = kind_of(module) if modules is None else None
+        covered = module in modules if modules is not None else kind is not None
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and not covered:
                 missing.append(f"{name}.{parameter_name} ({type(module).__name__})")
@@ -81,9 +83,9 @@ def freeze_others(model: nn.Module) -> list[nn.Parameter]:
     """
     frozen = []
     for module in model.modules():
+        kind = kind_of(module)
         for name, parameter in module.named_parameters(recurse=False):
-            linear_weight = kind_of(module) == "linear" and name == "weight"
-            if parameter.requires_grad and not linear_weight:
+            if parameter.requires_grad and (kind is None or name not in kind.matrices):
                 frozen.append(parameter)
     if frozen and isinstance(model, DistributedDataParallel):
         raise ProxstepError(

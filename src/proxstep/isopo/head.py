@@ -19,12 +19,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import OuterGradients, product
+from proxstep.isopo.hooks import OWNERS, owner_of
+from proxstep.isopo.linear import OuterGradients, product
 from proxstep.isopo.microbatch import Microbatch
-from proxstep.isopo.ops import OWNERS
-from proxstep.isopo.patches import owner_of
-from proxstep.isopo.reduction import Measured
-from proxstep.isopo.weighing import Weighing
+from proxstep.isopo.plan import Part
 from proxstep.logprobs.chunked import (
     ChunkedLogProbs,
     autocast_head,
@@ -162,96 +160,92 @@ def _reduce(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the hidden states and of the weight."""
     microbatch.claim(key)
-    needs, weighing = microbatch.needs(key), microbatch.weighing(key)
-    if weighing.needs_kernel:
+    if microbatch.settings.needs.ntk:
         raise ProxstepError(
             f'{key}: the natural rule and fisher="sequences" need the head\'s kernel, which the '
             "chunked head does not form; use the full head, or an isometric rule"
         )
-    layout = microbatch.layout
+    layout, samples = microbatch.layout, microbatch.samples
+    given = key in microbatch.sequences.fisher_sq
     place_T = torch.full((layout.grid[0] * layout.grid[1],), -1, device=position_N.device)
     place_T[position_N] = torch.arange(len(position_N), device=position_N.device)
     row_of_T = place_T if layout.order_T is None else place_T[layout.order_T]
     sample = None
-    if needs.fisher:
-        sample, count = microbatch.samples.of(key, _AtPositions(rows, row_of_T))  # type: ignore[arg-type]
+    if microbatch.needs.fisher and not given:
+        own: Any = _AtPositions(rows, row_of_T).at(samples.index_K)
+        sample = samples.of(key, own)
         assert isinstance(sample, OuterGradients)
-        weighing.measure_sample(sample.squares(), count)
     own_rows = [row_of_T[start:end] for start, end in layout.bounds]
     own_rows = [row_n[row_n >= 0] for row_n in own_rows]
-    work = _Work(rows, sample, needs.norm, chunk_size)
-    given = key in microbatch.sequences.fisher_sq
-    if not (needs.fisher or needs.norm or given):
-        weights = iter(-microbatch.sequences.coefficient_B)
-        for row_n in own_rows:
-            work.add(row_n, lambda _: next(weights))
-    elif weighing.knows_the_past:
-        for sequence, row_n in enumerate(own_rows):
-            part = slice(sequence, sequence + 1)
-            work.add(row_n, lambda found, part=part: weighing.weigh(part, found(weighing))[0])
-        weighing.conclude()
+    work = _Work(rows, own_rows, sample, microbatch.needs.norm, chunk_size)
+    if sample is None and not microbatch.needs.norm and not given:
+        work.add(-microbatch.sequences.coefficient_B)
     else:
-        _two_passes(work, own_rows, weighing)
+        microbatch.weighted(key, work.parts(separable=microbatch.separable(key)), sample)
     return work.grad_ND, work.grad_VD
 
 
-def _two_passes(work: _Work, own_rows: list[Tensor], weighing: Weighing) -> None:
-    """Measure all sequences before any of them is weighed: the first step has no past."""
-    found = [work.measure(row_n) for row_n in own_rows]
-    cross, norms = [f.cross_K for f in found], [f.norm_sq for f in found]
-    fisher_B = None if cross[0] is None else weighing.fisher_of(torch.stack(cross, dim=1))  # type: ignore[arg-type]
-    norm_B = None if norms[0] is None else torch.stack(norms)  # type: ignore[arg-type]
-    weight_B = weighing.weigh(slice(None), Measured(fisher_B, norm_B))
-    weighing.conclude()
-    for row_n, weight in zip(own_rows, weight_B, strict=True):
-        work.add(row_n, lambda _, weight=weight: weight, measure=False)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """One sequence's statistics."""
-
-    cross_K: Tensor | None
-    norm_sq: Tensor | None
-
-    def __call__(self, weighing: Weighing) -> Measured:
-        """Return them as the rule wants them."""
-        fisher_B = None if self.cross_K is None else weighing.fisher_of(self.cross_K[:, None])
-        return Measured(fisher_B, None if self.norm_sq is None else self.norm_sq[None])
-
-
 class _Work:
-    """Accumulates the gradients of the hidden states and of the weight, sequence by sequence."""
+    """Measures sequences, and accumulates the gradients of the hidden states and of the weight."""
 
     def __init__(
-        self, rows: _Rows, sample: OuterGradients | None, needs_norm: bool, chunk_size: int
+        self,
+        rows: _Rows,
+        own_rows: list[Tensor],
+        sample: OuterGradients | None,
+        needs_norm: bool,
+        chunk_size: int,
     ) -> None:
-        self._rows, self._sample = rows, sample
+        self._rows, self._own_rows, self._sample = rows, own_rows, sample
         self._needs_norm, self._chunk_size = needs_norm, chunk_size
         self.grad_ND = torch.zeros_like(rows.hidden_ND)
         wide = wide_dtype(rows.weight_VD.dtype)
         self.grad_VD = torch.zeros_like(rows.weight_VD, dtype=wide)
         self._whole_VD: Tensor | None = None
 
-    def add(self, row_n: Tensor, weigh: Any, *, measure: bool = True) -> None:
-        """Add one sequence: weigh is called with its statistics and returns its weight."""
-        chunks = self._chunks(row_n)
-        if len(chunks) == 1 or not measure:
-            for outer in self._gradients(row_n, keep_hidden=True):
-                found = self._measure_chunk(outer) if measure else _Found(None, None)
-                scaled_nD = outer.input_TI * weigh(found).to(outer.input_TI.dtype)
-                self._accumulate(self.grad_VD, outer.grad_TO, scaled_nD)
+    def parts(self, *, separable: bool) -> Iterator[Part]:
+        """Measure one sequence at a time, or all before any of them is weighed."""
+        if separable:
+            for sequence, row_n in enumerate(self._own_rows):
+                yield self._part(slice(sequence, sequence + 1), row_n)
             return
-        cross_K = None
-        whole_VD = self._workspace()
-        for outer in self._gradients(row_n, keep_hidden=True):
-            self._accumulate(whole_VD, outer.grad_TO, outer.input_TI)
-            cross_K = self._cross(outer, cross_K)
-        norm_sq = whole_VD.square().sum() if self._needs_norm else None
-        self.grad_VD.addcmul_(whole_VD, weigh(_Found(cross_K, norm_sq)).to(whole_VD.dtype))
+        found = [self._measure(row_n) for row_n in self._own_rows]
+        cross = [cross_K for cross_K, _ in found if cross_K is not None]
+        norms = [norm_sq for _, norm_sq in found if norm_sq is not None]
+        cross_KB = torch.stack(cross, dim=1) if cross else None
+        norm_B = torch.stack(norms) if norms else None
+        yield Part(slice(None), lambda weight_B, _: self.add(weight_B), cross_KB, norm_B)
 
-    def measure(self, row_n: Tensor) -> _Found:
-        """Return one sequence's statistics."""
+    def add(self, weight_B: Tensor) -> Tensor:
+        """Add all sequences with these weights."""
+        for row_n, weight in zip(self._own_rows, weight_B, strict=True):
+            for outer in self._gradients(row_n, keep_hidden=True):
+                self._add_chunk(outer, weight)
+        return self.grad_VD
+
+    def _part(self, sequence: slice, row_n: Tensor) -> Part:
+        """Measure a sequence and keep what its weight is waited for with."""
+        if len(self._chunks(row_n)) == 1:
+            (outer,) = self._gradients(row_n, keep_hidden=True)
+            cross_K, norm_sq = self._measure_chunk(outer)
+
+            def add(weight_B: Tensor, _: Tensor | None) -> Tensor:
+                return self._add_chunk(outer, weight_B[0])
+        else:
+            cross_K, whole_VD = None, self._workspace()
+            for outer in self._gradients(row_n, keep_hidden=True):
+                self._accumulate(whole_VD, outer.grad_TO, outer.input_TI)
+                cross_K = self._cross(outer, cross_K)
+            norm_sq = whole_VD.square().sum() if self._needs_norm else None
+
+            def add(weight_B: Tensor, _: Tensor | None) -> Tensor:
+                return self.grad_VD.addcmul_(whole_VD, weight_B[0].to(whole_VD.dtype))
+
+        cross_KB = None if cross_K is None else cross_K[:, None]
+        return Part(sequence, add, cross_KB, None if norm_sq is None else norm_sq[None])
+
+    def _measure(self, row_n: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return one sequence's <G_k, G_b> and |G_b|^2."""
         if len(self._chunks(row_n)) == 1:
             (outer,) = self._gradients(row_n, keep_hidden=False)
             return self._measure_chunk(outer)
@@ -260,7 +254,7 @@ class _Work:
             cross_K = self._cross(outer, cross_K)
             if whole_VD is not None:
                 self._accumulate(whole_VD, outer.grad_TO, outer.input_TI)
-        return _Found(cross_K, None if whole_VD is None else whole_VD.square().sum())
+        return cross_K, None if whole_VD is None else whole_VD.square().sum()
 
     def _gradients(self, row_n: Tensor, *, keep_hidden: bool) -> Iterator[OuterGradients]:
         """Yield each chunk's gradients; the hidden states' follow from them."""
@@ -270,12 +264,17 @@ class _Work:
                 self.grad_ND[chunk_n] = outer.grad_TO @ self._rows.weight_VD
             yield outer
 
-    def _measure_chunk(self, outer: OuterGradients) -> _Found:
+    def _measure_chunk(self, outer: OuterGradients) -> tuple[Tensor | None, Tensor | None]:
         norm_sq = None
         if self._needs_norm:
             gram_nn = product(outer.grad_TO, outer.grad_TO.mT)
             norm_sq = (gram_nn * product(outer.input_TI, outer.input_TI.mT)).sum().clamp(min=0)
-        return _Found(self._cross(outer, None), norm_sq)
+        return self._cross(outer, None), norm_sq
+
+    def _add_chunk(self, outer: OuterGradients, weight: Tensor) -> Tensor:
+        scaled_nD = outer.input_TI * weight.to(outer.input_TI.dtype)
+        self._accumulate(self.grad_VD, outer.grad_TO, scaled_nD)
+        return self.grad_VD
 
     def _cross(self, outer: OuterGradients, total_K: Tensor | None) -> Tensor | None:
         """Add <G_k, G_t> over the positions t of a chunk."""

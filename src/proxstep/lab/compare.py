@@ -1,4 +1,4 @@
-"""Algorithms and seeds of one recipe, each a process of its own, in parallel."""
+"""One recipe with several algorithms and seeds, each run in its own process, in parallel."""
 
 from __future__ import annotations
 

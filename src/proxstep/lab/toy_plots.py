@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from proxstep.lab.bandit_training import (
+from proxstep.lab.bandit import (
     UPDATES_PER_ROLLOUT,
     Trace,
     kl_per_gain,

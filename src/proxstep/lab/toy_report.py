@@ -17,8 +17,8 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from proxstep.lab import bandit, bandit_training, saturation
-from proxstep.lab.bandit_training import METHODS, Trace, kl_per_gain, quartiles, reward_at_kl
+from proxstep.lab import bandit, saturation
+from proxstep.lab.bandit import METHODS, Trace, kl_per_gain, quartiles, reward_at_kl
 from proxstep.lab.plots import STYLE
 from proxstep.lab.toy_plots import bandit_figure, saturation_figure
 
@@ -84,9 +84,9 @@ def report_bandit(folder: Path, console: Console, *, num_seeds: int, steps: int)
         "steps": steps,
         "num_outcomes": bandit.NUM_OUTCOMES,
         "num_features": bandit.NUM_FEATURES,
-        "batch_size": bandit_training.BATCH_SIZE,
-        "updates_per_rollout": bandit_training.UPDATES_PER_ROLLOUT,
-        "kl_per_update": bandit_training.KL_PER_UPDATE,
+        "batch_size": bandit.BATCH_SIZE,
+        "updates_per_rollout": bandit.UPDATES_PER_ROLLOUT,
+        "kl_per_update": bandit.KL_PER_UPDATE,
         "kl_level": KL_LEVEL,
     }
     _write_json(folder / "bandit.json", {"settings": settings, "summary": summary})
@@ -106,7 +106,7 @@ def run_bandit(num_seeds: int, steps: int, console: Console) -> dict[str, list[T
     for seed in seeds:
         instance = bandit.make_bandit(seed)
         for name, method in METHODS.items():
-            trace = bandit_training.run_method(instance, method, seed=seed, steps=steps)
+            trace = bandit.run_method(instance, method, seed=seed, steps=steps)
             traces[name].append(trace)
     return traces
 
@@ -141,7 +141,7 @@ def summarize_bandit(traces: Mapping[str, Sequence[Trace]]) -> dict[str, dict[st
 
 def bandit_table(summary: Mapping[str, Mapping[str, Any]], num_seeds: int, steps: int) -> Table:
     """Return the summary as a table for a terminal of 100 columns."""
-    kl = bandit_training.KL_PER_UPDATE
+    kl = bandit.KL_PER_UPDATE
     table = _table(
         f"Medians over {num_seeds} instances after {steps} updates of KL {kl:g} nats each; "
         f"reward at {KL_LEVEL:g}: when KL(π‖π₀) first reached {KL_LEVEL:g} nats. 1 - cos: to the "

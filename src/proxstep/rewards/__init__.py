@@ -1,13 +1,20 @@
 """Reward functions: graders, loading by name, weighted sums. Standard library only."""
 
-from proxstep.rewards.boxed import boxed_answer
-from proxstep.rewards.functions import completion_text, exact_match, numeric_answer
-from proxstep.rewards.mathematics import math_verify
-from proxstep.rewards.measured import MeasuredRewards
-from proxstep.rewards.numeric import final_number
-from proxstep.rewards.overlong import overlong_punishment
+from proxstep.rewards.answers import boxed_answer, final_number
+from proxstep.rewards.functions import (
+    MeasuredRewards,
+    completion_text,
+    exact_match,
+    math_verify,
+    numeric_answer,
+)
 from proxstep.rewards.registry import BUILTIN_REWARDS, RewardFunction, load_reward, reward_name
-from proxstep.rewards.scoring import RewardTable, check_rewards, score_completions
+from proxstep.rewards.scoring import (
+    RewardTable,
+    check_rewards,
+    overlong_punishment,
+    score_completions,
+)
 
 __all__ = [
     "BUILTIN_REWARDS",

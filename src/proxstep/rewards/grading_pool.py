@@ -1,7 +1,7 @@
-"""Processes that grade answers and may be lost: hangs, crashes and memory bombs cost one answer.
+"""Processes that grade answers: a hang, a crash or a memory bomb costs one answer.
 
-They are plain child processes that run one file of this package, so that they start the same way
-under any start method, in daemons and in threads, and know nothing of the caller's memory.
+They are plain child processes that run one file of this package: they start the same way from
+daemons and threads, and share no memory with the caller.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Worker:
 
     def __init__(self, cpu_seconds: float, memory_mib: int) -> None:
         # -P: the modules beside the worker's file are not to be imported by their bare names.
-        # A process group of its own: Ctrl-C is the caller's to handle. A fixed hash seed: sympy's
+        # Its own process group: Ctrl-C reaches the caller alone. A fixed hash seed: sympy's
         # order of terms is the same in every process.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-B", str(WORKER), str(cpu_seconds), str(memory_mib)],
@@ -48,7 +48,7 @@ class _Worker:
         self.deadline = time.monotonic() + STARTING_SECONDS
 
     def send(self, job: int, pair: tuple[str, str], wall_seconds: float) -> None:
-        """Begin a job; where the process is gone, reading from it says so."""
+        """Begin a job; if the process has died, the next `read` returns nothing."""
         self.job, self.deadline = job, time.monotonic() + wall_seconds
         self.num_jobs += 1
         with contextlib.suppress(BrokenPipeError):
@@ -56,7 +56,7 @@ class _Worker:
             self.process.stdin.write(json.dumps(pair).encode() + b"\n")
 
     def read(self) -> bytes:
-        """Return what the process wrote, nothing where it is gone."""
+        """Return what the process wrote, nothing if it has died."""
         assert self.process.stdout is not None
         return os.read(self.process.stdout.fileno(), 1024)
 
@@ -137,7 +137,7 @@ class GradingPool:
             starting += 1
 
     def _collect(self, equal: list[bool | None]) -> None:
-        """Wait until a process has something to say or its time is up, and take note."""
+        """Wait until a process replies or its time is up, and store the verdicts."""
         active = [worker for worker in self._workers if worker.job is not None or not worker.ready]
         with selectors.DefaultSelector() as selector:
             for worker in active:
@@ -153,7 +153,7 @@ class GradingPool:
                 self._hear(worker, b"", equal)
 
     def _hear(self, worker: _Worker, reply: bytes, equal: list[bool | None]) -> None:
-        """Take note of what one process said; nothing means that it is lost."""
+        """Handle what one process wrote; nothing means that it died or hangs."""
         if reply == b"R":
             worker.ready = True
         elif not worker.ready:
@@ -178,7 +178,7 @@ _POOLS: dict[int, GradingPool] = {}
 
 
 def shared_pool() -> GradingPool:
-    """Return this process's pool; its processes start with the first question and end with it."""
+    """Return this process's pool; its workers start with the first call and end with it."""
     pid = os.getpid()
     if pid not in _POOLS:
         _POOLS.setdefault(pid, GradingPool())

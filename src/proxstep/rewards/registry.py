@@ -7,7 +7,6 @@ name only what you trust. Completions are never executed.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import sys
 import zlib
@@ -16,9 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
-from proxstep.errors import ProxstepError
-from proxstep.rewards.functions import exact_match, numeric_answer
-from proxstep.rewards.mathematics import check_math_verify, math_verify
+from proxstep.errors import ProxstepError, did_you_mean
+from proxstep.rewards.functions import (
+    check_math_verify,
+    exact_match,
+    math_verify,
+    numeric_answer,
+)
 
 
 class RewardFunction(Protocol):
@@ -54,7 +57,7 @@ def load_reward(spec: str) -> RewardFunction:
     if not colon:
         if spec not in BUILTIN_REWARDS:
             raise ProxstepError(
-                f"reward {spec!r} is unknown{_nearest(spec, list(BUILTIN_REWARDS))}; use one of "
+                f"reward {spec!r} is unknown{did_you_mean(spec, BUILTIN_REWARDS)}; use one of "
                 f"{', '.join(BUILTIN_REWARDS)}, or FILE.py:FUNCTION, or PACKAGE.MODULE:FUNCTION"
             )
         if spec == "math_verify":
@@ -69,7 +72,7 @@ def load_reward(spec: str) -> RewardFunction:
     if function is None:
         public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise ProxstepError(
-            f"reward {spec!r}: {place} has no function {name!r}{_nearest(name, public)}; "
+            f"reward {spec!r}: {place} has no function {name!r}{did_you_mean(name, public)}; "
             "name a function that it defines"
         )
     if not callable(function):
@@ -87,12 +90,6 @@ def reward_name(function: RewardFunction) -> str:
     'numeric_answer'
     """
     return getattr(function, "__name__", type(function).__name__)
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    """Return a hint at the nearest valid name, or nothing."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _import(module_name: str, spec: str) -> ModuleType:

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from proxstep.errors import ProxstepError
-from proxstep.rewards.measured import MeasuredRewards
+from proxstep.rewards.functions import MeasuredRewards
 from proxstep.rewards.registry import RewardFunction, reward_name
 
 
@@ -61,7 +61,8 @@ def score_completions(
             )
     per_function: dict[str, list[float | None]] = {}
     for name, function in zip(names, functions, strict=True):
-        rewards = _call(name, function, prompts, completions, columns)
+        call = _bind(name, function, prompts, completions, columns)
+        rewards = function(*call.args, **call.kwargs)
         per_function[name] = _checked_rewards(name, rewards, len(completions))
         if isinstance(rewards, MeasuredRewards):
             for key, values in rewards.measured.items():
@@ -92,6 +93,45 @@ def check_rewards(
         _bind(name, function, [], [], {column: [] for column in columns})
 
 
+def overlong_punishment(
+    lengths: Iterable[int], *, max_length: int, buffer: int, penalty: float = 1.0
+) -> list[float]:
+    """Return what is added to the reward of each completion for its length.
+
+        0                                             where length <= max_length - buffer
+        -penalty (length - max_length + buffer) / buffer   from there to max_length
+        -penalty                                      beyond
+
+    A completion that was cut off has max_length tokens, and so the whole penalty.
+
+    Args:
+        lengths: Of the completions, in tokens, end token included.
+        max_length: Longest allowed completion, in tokens.
+        buffer: Tokens before max_length over which the punishment grows; 1 to max_length.
+        penalty: The largest punishment, in reward units.
+
+    Returns:
+        One number for each completion, from -penalty to 0, in reward units.
+
+    Raises:
+        ProxstepError: If the buffer does not lie in 1 to max_length.
+
+    Source: arXiv 2503.14476, equation 13 (L_cache is the buffer); verl's `overlong_buffer`.
+
+    Differs: the equation's largest punishment is 1; verl's `penalty_factor` is `penalty`.
+
+    >>> overlong_punishment([4, 6, 7, 8], max_length=8, buffer=4)
+    [0.0, -0.5, -0.75, -1.0]
+    """
+    if not 1 <= buffer <= max_length:
+        raise ProxstepError(
+            f"the overlong buffer is {buffer} tokens; it must be 1 to {max_length}, the longest "
+            "completion"
+        )
+    over = (min(max(length - max_length + buffer, 0), buffer) for length in lengths)
+    return [-penalty * tokens / buffer if tokens else 0.0 for tokens in over]
+
+
 def _checked_names(functions: Sequence[RewardFunction], weights: Sequence[float]) -> list[str]:
     """Return the functions' names; raise where they are not distinct or the weights do not fit."""
     if not functions:
@@ -108,25 +148,6 @@ def _checked_names(functions: Sequence[RewardFunction], weights: Sequence[float]
         if names.count(name) > 1:
             raise ProxstepError(f"two reward functions are named {name!r}; rename one of them")
     return names
-
-
-def _call(
-    name: str,
-    function: RewardFunction,
-    prompts: list[Any],
-    completions: list[Any],
-    columns: dict[str, list[Any]],
-) -> Any:
-    """Return what one function returns; raise where it does not accept the data."""
-    try:
-        inspect.signature(function).bind(prompts=prompts, completions=completions, **columns)
-    except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
-        raise ProxstepError(
-            f"reward function {name!r} does not accept prompts, completions and the data's columns "
-            f"({', '.join(columns) or 'none'}): {error}; add the argument or **columns to it, "
-            "or the column to the data"
-        ) from error
-    return function(prompts=prompts, completions=completions, **columns)
 
 
 def _checked_rewards(name: str, rewards: Any, num_completions: int) -> list[float | None]:

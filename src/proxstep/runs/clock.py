@@ -1,10 +1,12 @@
-"""Wall-clock time of a run and of the phases of its steps."""
+"""Wall-clock time of a run and of its phases, and Ctrl-C as a request to stop at a step's end."""
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -44,3 +46,34 @@ class Clock:
     def continue_from(self, seconds: float) -> None:
         """Begin where an earlier part of the run ended."""
         self._before, self._started = seconds, time.perf_counter()
+
+
+class StopRequest:
+    """Whether the run was asked to stop."""
+
+    made = False
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; a second Ctrl-C stops at once."""
+    stop = StopRequest()
+
+    def request(number: int, frame: Any) -> None:
+        del frame
+        if stop.made and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.made = True
+
+    try:
+        previous = {
+            number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+    except ValueError:  # not the main thread, which handles signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

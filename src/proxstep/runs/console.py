@@ -28,7 +28,7 @@ NUM_SHOWN = 12
 
 
 def advice(recipe: Recipe) -> list[str]:
-    """Return what a reader of the run should know of its recipe beforehand, a line for each."""
+    """Return a line for each setting of the recipe that has no effect or a surprising one."""
     update, regularizer = recipe.update, recipe.regularizer
     lines = []
     idle = recipe.objective.algorithm.on_policy

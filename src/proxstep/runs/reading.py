@@ -17,6 +17,7 @@ from typing import Any
 from proxstep.config.yamlfile import read_yaml
 from proxstep.errors import ProxstepError
 from proxstep.runs.schema import FIELDS
+from proxstep.tasks.data import json_object
 
 MISSING = "\N{EN DASH}"  # what is shown for what was not measured or not set
 
@@ -250,9 +251,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    text = _read(path)
     try:
-        content = json.loads(text)
+        content = json.loads(_read(path))
     except ValueError as error:
         raise ProxstepError(f"{path}: not valid JSON; restore it or leave the run out.") from error
     if not isinstance(content, dict):
@@ -265,13 +265,11 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     *lines, tail = _read(path).split(b"\n")
     for number, line in enumerate([*lines, tail] if tail else lines, start=1):
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json_object(line, f"{path}, line {number}")
+        except ProxstepError:
             if number > len(lines):
                 return
-            raise ProxstepError(f"{path}, line {number}: not JSON; mend or delete it.") from error
-        if not isinstance(row, dict):
-            raise ProxstepError(f"{path}, line {number}: not an object; mend or delete it.")
+            raise
         yield number, row
 
 

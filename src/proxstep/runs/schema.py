@@ -50,7 +50,7 @@ FIELDS: dict[str, str] = {
     "completions_clipped_ratio": "Share of sampled completions cut off at max_completion_length.",
     "seconds_rollout": "Seconds spent sampling completions.",
     "seconds_reward": "Seconds spent in reward functions.",
-    "seconds_log_probs": "Seconds spent on the anchor's log-probabilities, entropy and KL.",
+    "seconds_log_probs": "Seconds spent on the old policy's log-probabilities, entropy and KL.",
     "seconds_update": "Seconds spent in forward, backward and optimizer.",
     "seconds_evaluation": "Seconds spent on greedy validation and the KL probe.",
     "seconds_step": "Seconds of the whole step.",

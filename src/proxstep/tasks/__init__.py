@@ -3,8 +3,14 @@
 from proxstep.tasks.arithmetic import ALPHABET, arithmetic_task
 from proxstep.tasks.base import REWARDS, Example, Prompt, Task, reward_columns
 from proxstep.tasks.data import Row, load_hub_rows, load_rows, read_rows
-from proxstep.tasks.math import IN_A_BOX, math_task
-from proxstep.tasks.tabular import STEP_BY_STEP, gsm8k_task, svamp_task, table_task
+from proxstep.tasks.tabular import (
+    IN_A_BOX,
+    STEP_BY_STEP,
+    gsm8k_task,
+    math_task,
+    svamp_task,
+    table_task,
+)
 
 TASKS = ("arithmetic", "gsm8k", "math", "svamp", "table")
 

@@ -134,7 +134,7 @@ class ArithmeticTrain(Sequence[Example]):
 
 
 def answer_without_carries(prompt: str) -> str:
-    """Return what somebody answers who works digit by digit and forgets every carry and borrow.
+    """Return the answer computed digit by digit, without carries and borrows.
 
     Args:
         prompt: Of an arithmetic example.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -54,11 +53,6 @@ class Task:
     train: Sequence[Example]
     validation: Sequence[Example]
     rewards: tuple[str, ...]
-
-    def num_overlapping(self) -> int:
-        """Return how many validation prompts are also training prompts (reads every example)."""
-        train = {json.dumps(example.prompt) for example in self.train}
-        return sum(json.dumps(example.prompt) in train for example in self.validation)
 
 
 def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:

@@ -1,10 +1,9 @@
 """The embedded model: Qwen3's architecture over characters, warmed up on arithmetic.
 
 It exists so that reinforcement learning visibly learns on a laptop in a minute, with nothing
-downloaded. The warm-up is supervised, by a careless teacher who forgets to carry in three problems
-out of five. So the model knows how to calculate but mostly prefers the wrong answer, as a
-pretrained model imitates the mistakes of its data, and it is left to the rewards to change its
-mind.
+downloaded. The warm-up is supervised fine-tuning on noisy labels: three in five are computed
+without carries. So the model can calculate but mostly prefers the wrong answer, as a pretrained
+model imitates the mistakes of its data, and the rewards have to change that.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from torch import nn
 from proxstep.errors import ProxstepError
 from proxstep.tasks import Example, arithmetic_task
 from proxstep.tasks.arithmetic import ALPHABET, answer_without_carries
+from proxstep.training.prompts import encode_prompt
 from proxstep.training.rollout import sample
-from proxstep.training.supervised import solution_loss
+from proxstep.typing import Float, Tensor
 
 _VERSION = 1
 """Part of the cache's name: raise it when anything below changes what comes out."""
@@ -37,8 +37,8 @@ _NUM_COOLDOWN_STEPS = 50
 improves by any training at all, whatever its rewards."""
 _STEPS_BETWEEN_TESTS = 25
 _NUM_TESTED = 256
-_CARELESS = 0.6
-"""Share of the teacher's answers without carries."""
+_NOISE = 0.6
+"""Share of the labels that are computed without carries."""
 
 
 def cache_folder() -> Path:
@@ -65,7 +65,7 @@ def ensure_embedded_model(
 
     Args:
         difficulty: Of the arithmetic task, 1 to 5.
-        score: Share of right or careless answers at which the warm-up stops; 0 for none.
+        score: Share of answers, right or without carries, at which the warm-up stops; 0 for none.
         note: Called with what goes on, in words.
 
     Returns:
@@ -131,22 +131,22 @@ def warm_up(
     score: float,
     note: Callable[[str], None],
 ) -> None:
-    """Train on a careless teacher's answers until the model gives either kind of answer often.
+    """Fine-tune on noisy labels until the model often gives the right answer or the noisy one.
 
     Args:
         model: The untrained model.
         tokenizer: Its tokenizer.
         difficulty: Of the arithmetic task.
-        score: Share of sampled answers, right or careless, at which the cool-down begins.
+        score: Share of such answers, sampled, at which the cool-down begins.
         note: Called with what goes on, in words.
 
     Raises:
         ProxstepError: If the share is not reached in 3,000 steps.
     """
     problems = arithmetic_task(difficulty).train
-    num_taught = len(problems) - _NUM_TESTED
+    num_trained = len(problems) - _NUM_TESTED
     tested = [problems[len(problems) - 1 - i] for i in range(_NUM_TESTED)]
-    teacher = random.Random(0)
+    noise = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
     reached, reached_at = 0.0, _MAX_STEPS
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def warm_up(
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * min(1.0, (step + 1) / 50, left)
         examples = [
-            _taught(problems[i % num_taught], careless=teacher.random() < _CARELESS)
+            _labeled(problems[i % num_trained], noisy=noise.random() < _NOISE)
             for i in range(step * _BATCH_SIZE, (step + 1) * _BATCH_SIZE)
         ]
         loss = solution_loss(model, tokenizer, examples)
@@ -168,21 +168,52 @@ def warm_up(
         if reached < score and (step + 1) % _STEPS_BETWEEN_TESTS == 0:
             reached = _sampled_score(model, tokenizer, tested)
             reached_at = step + 1 if reached >= score else _MAX_STEPS
-            note(f"warm-up step {step + 1}: {reached:.0%} of the answers are right or careless")
+            note(f"warm-up step {step + 1}: {reached:.0%} of the answers are right or noisy")
     raise ProxstepError(
         f"the embedded model reached {reached:.2f} after {_MAX_STEPS} warm-up steps on difficulty "
         f"{difficulty}: lower model.warmup_score, or task.difficulty"
     )
 
 
-def _taught(example: Example, *, careless: bool) -> Example:
-    """Return the example with the teacher's answer as its solution."""
+def solution_loss(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example]
+) -> Float[Tensor, ""]:
+    """Return the mean loss of the solutions' tokens, end token included, in nats.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        examples: Prompts with their reference solutions.
+    """
+    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    solutions = [
+        [
+            *tokenizer(example.solution, add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+        for example in examples
+    ]
+    width = max(len(p) + len(s) for p, s in zip(prompts, solutions, strict=True))
+    token = torch.full((len(examples), width), tokenizer.pad_token_id)
+    attention = torch.zeros((len(examples), width), dtype=torch.long)
+    label = torch.full((len(examples), width), -100)
+    for row, (prompt, solution) in enumerate(zip(prompts, solutions, strict=True)):
+        end = len(prompt) + len(solution)
+        token[row, :end] = torch.tensor(prompt + solution)
+        attention[row, :end] = 1
+        label[row, len(prompt) : end] = torch.tensor(solution)
+    logits = model(input_ids=token, attention_mask=attention).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), label[:, 1:].flatten())
+
+
+def _labeled(example: Example, *, noisy: bool) -> Example:
+    """Return the example with the label that it is trained on as its solution."""
     prompt = str(example.prompt)
-    return replace(example, solution=answer_without_carries(prompt) if careless else example.answer)
+    return replace(example, solution=answer_without_carries(prompt) if noisy else example.answer)
 
 
 def _sampled_score(model: nn.Module, tokenizer: Any, examples: list[Example]) -> float:
-    """Return the share of sampled answers that are right or careless."""
+    """Return the share of sampled answers that are right or the noisy label."""
     prompts = tokenizer([e.prompt for e in examples])["input_ids"]
     longest = max(len(e.answer) for e in examples) + 1
     texts = sample(model, tokenizer, prompts, max_new_tokens=longest).texts(tokenizer)

@@ -5,8 +5,7 @@ Legend for shape suffixes: B sequences, T token positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.logits import kl_divergence, kl_estimate
 from proxstep.training.prompts import Prompts
-from proxstep.training.rollout import Completions, response_logits, sample
-from proxstep.training.scores import Head, score
+from proxstep.training.rollout import Completions, evaluating, response_logits, sample
+from proxstep.training.scores import Head, completion_log_probs, initial_policy
 from proxstep.typing import Float, Tensor
 
 
@@ -36,6 +35,20 @@ class GreedyResult:
     mean_length: float
     completions: list[str]
     rewards: list[float | None]
+
+    def rows(self, prompts: Prompts) -> list[dict[str, Any]]:
+        """Return each completion with its prompt, answer and reward."""
+        return [
+            {
+                "prompt": example.prompt,
+                "completion": completion,
+                "answer": example.answer,
+                "reward": reward,
+            }
+            for example, completion, reward in zip(
+                prompts.examples, self.completions, self.rewards, strict=True
+            )
+        ]
 
 
 def greedy_score(
@@ -108,44 +121,7 @@ def evaluate(
             limit,
             batch_size=len(prompts) if head == "full" else 1,
         )
-    return measured, _samples(validation, greedy, recipe.logging.num_samples), probe
-
-
-def _samples(validation: Prompts, greedy: GreedyResult, count: int) -> list[dict[str, Any]]:
-    """Return the first completions with their prompts, answers and rewards."""
-    first = zip(
-        validation.examples[:count],
-        greedy.completions[:count],
-        greedy.rewards[:count],
-        strict=True,
-    )
-    return [
-        {
-            "prompt": example.prompt,
-            "completion": completion,
-            "answer": example.answer,
-            "reward": reward,
-        }
-        for example, completion, reward in first
-    ]
-
-
-@torch.no_grad()
-def completion_log_probs(
-    model: nn.Module,
-    completions: Completions,
-    temperature: float,
-    batch_size: int,
-    head: Head = "full",
-) -> Float[Tensor, "batch tokens"]:
-    """Return log pi of the tokens from the second position on, in nats; of completions at least."""
-    was_training = model.training
-    model.eval()
-    parts = []
-    for rows in torch.arange(len(completions)).split(batch_size):
-        parts.append(score(model, completions.rows(rows), temperature, head).log_prob_BT)
-    model.train(was_training)
-    return torch.cat(parts)
+    return measured, greedy.rows(validation)[: recipe.logging.num_samples], probe
 
 
 @dataclass(frozen=True)
@@ -193,60 +169,6 @@ class Probe:
 
 
 @torch.no_grad()
-def initial_logits(
-    model: nn.Module, initial: nn.Module | None, completions: Completions, temperature: float
-) -> Float[Tensor, "batch tokens vocab"]:
-    """Return the initial policy's logits for each token from the second on.
-
-    Args:
-        model: The policy.
-        initial: The initial policy, or None for a model whose adapters can be switched off.
-        completions: The completions.
-        temperature: Divides the logits.
-    """
-    with _initial_policy(model, initial) as policy:
-        return response_logits(policy, completions, temperature)
-
-
-@torch.no_grad()
-def initial_log_probs(
-    model: nn.Module,
-    initial: nn.Module | None,
-    completions: Completions,
-    temperature: float,
-    batch_size: int,
-    head: Head = "full",
-) -> Float[Tensor, "batch tokens"]:
-    """Return the initial policy's log-probabilities, as `completion_log_probs` does.
-
-    Args:
-        model: The policy.
-        initial: The initial policy, or None for a model whose adapters can be switched off.
-        completions: The completions.
-        temperature: Divides the logits.
-        batch_size: Completions that are scored at a time.
-        head: "chunked" never holds all positions' logits.
-    """
-    with _initial_policy(model, initial) as policy:
-        return completion_log_probs(policy, completions, temperature, batch_size, head)
-
-
-@contextmanager
-def _initial_policy(model: nn.Module, initial: nn.Module | None) -> Iterator[nn.Module]:
-    """Yield the initial policy: itself, or the model in evaluation mode without its adapters."""
-    if initial is not None:
-        yield initial
-        return
-    was_training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter():  # type: ignore[operator]
-            yield model
-    finally:
-        model.train(was_training)
-
-
-@torch.no_grad()
 def kl_from_initial(
     model: nn.Module,
     initial: nn.Module | None,
@@ -266,13 +188,12 @@ def kl_from_initial(
         batch_size: Completions whose logits exist at a time.
     """
     completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    was_training = model.training
-    model.eval()
     parts = []
-    for rows in torch.arange(len(completions)).split(batch_size):
-        part = completions.rows(rows)
-        logits = response_logits(model, part, 1.0)
-        kl_BT = kl_divergence(logits, initial_logits(model, initial, part, 1.0))
-        parts.append(kl_BT[part.response_BT[:, 1:]])
-    model.train(was_training)
+    with evaluating(model):
+        for rows in torch.arange(len(completions)).split(batch_size):
+            part = completions.rows(rows)
+            logits = response_logits(model, part, 1.0)
+            with initial_policy(model, initial) as policy:
+                kl_BT = kl_divergence(logits, response_logits(policy, part, 1.0))
+            parts.append(kl_BT[part.response_BT[:, 1:]])
     return torch.cat(parts).mean().item()

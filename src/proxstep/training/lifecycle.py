@@ -26,7 +26,6 @@ from proxstep.tasks import (
 )
 from proxstep.training.evaluation import GreedyResult, greedy_score
 from proxstep.training.models import (
-    autocast,
     load_adapters,
     load_model,
     load_tokenizer,
@@ -36,6 +35,7 @@ from proxstep.training.models import (
 )
 from proxstep.training.optimizers import check_optimizer
 from proxstep.training.prompts import Prompts, load_prompts, load_rewards
+from proxstep.training.rollout import autocast
 from proxstep.training.trainer import Progress, Trainer
 
 CHAT_TASKS = {"gsm8k": gsm8k_task, "math": math_task, "svamp": svamp_task}
@@ -47,7 +47,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
 
     Args:
         recipe: What to do.
-        progress: Who watches.
+        progress: Shows the run.
         overwrite: Delete the run that the output folder holds, once the new one can begin.
 
     Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import warnings
@@ -120,14 +119,6 @@ def load_model(
     return model.to(device)
 
 
-def autocast(recipe: Recipe, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which a recipe's model computes; forward passes alone belong in it."""
-    dtype = recipe.model.autocast
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, getattr(torch, dtype))
-
-
 def load_adapters(base: nn.Module, folder: Path) -> nn.Module:
     """Return a base model with the adapters of a checkpoint, trainable.
 
@@ -140,11 +131,6 @@ def load_adapters(base: nn.Module, folder: Path) -> nn.Module:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True)  # type: ignore[arg-type]
     except _LOADING_ERRORS as error:
         raise ProxstepError(_not_loaded("adapter", str(folder), error)) from None
-
-
-def vocabulary_size(model: nn.Module) -> int:
-    """Return the number of tokens among which a model of transformers chooses."""
-    return model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
 
 
 def _with_lora(model: Any, lora: Lora) -> nn.Module:
@@ -164,7 +150,7 @@ def _with_lora(model: Any, lora: Lora) -> nn.Module:
 
 
 def _check_local(source: str) -> None:
-    """Say early that a path is no model folder; the hub's error would say less."""
+    """Refuse a path that is no model folder, with a clearer message than the hub's."""
     path = Path(source)
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.exists()
     if (

@@ -15,7 +15,7 @@ from proxstep.errors import ProxstepError
 
 
 class JointOptimizer(torch.optim.Optimizer):
-    """Several optimizers, each over parameters of its own, that act as one.
+    """Several optimizers over disjoint parameters that act as one.
 
     Its groups are theirs, so that a schedule reaches them all.
 
@@ -83,8 +83,8 @@ def check_optimizer(name: str) -> None:
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable weights of a model's hidden linear layers, by name: muon's share.
 
-    The output layer is none of them, tied or not, and neither is what an embedding holds. LoRA's
-    adapters of a hidden layer are linear layers themselves, so both of its matrices are.
+    Output layers, tied or not, and embeddings are left out. Both matrices of a hidden layer's LoRA
+    adapter are linear layers, so they are in.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     outer = [m for m in model.modules() if isinstance(m, nn.Embedding)] + [head]

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import nn
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.head import head_log_probs
+from proxstep.training.rollout import evaluating
 from proxstep.typing import Bool, Float, Int, Tensor
 
 REMEDY = "use the full head"
@@ -35,45 +35,6 @@ LOGIT_FIELDS = (
     "softcap",
 )
 """Fields of models' configurations that say what becomes of the output layer's outputs."""
-
-
-@dataclass(frozen=True)
-class HiddenStates:
-    """What the output layer of a model turns into logits.
-
-    Attributes:
-        hidden_BTD: The last hidden states, after the final normalization.
-        head: The output layer: logits = hidden @ head.weight^T (+ head.bias).
-    """
-
-    hidden_BTD: Float[Tensor, "batch tokens features"]
-    head: nn.Linear
-
-
-def response_hidden(
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch tokens"],
-    attention_mask: Tensor,
-    position_ids: Int[Tensor, "batch tokens"],
-) -> HiddenStates:
-    """Return the last hidden states, without the logits.
-
-    With FSDP2 the head's weight may be sharded again when this returns; compute inside the forward
-    instead, with `forward_with_head`.
-
-    Args:
-        model: A causal language model that passed `check_chunkable`, wrapped or not.
-        input_ids: Tokens.
-        attention_mask: As the model takes it.
-        position_ids: Likewise.
-
-    Returns:
-        The hidden states and the output layer.
-    """
-    hidden_BTD = forward_with_head(
-        model, lambda hidden_BTD: hidden_BTD, input_ids, attention_mask, position_ids
-    )
-    return HiddenStates(hidden_BTD, output_head(model))
 
 
 def forward_with_head(
@@ -163,7 +124,8 @@ def check_chunkable(model: nn.Module) -> None:
             one; the message names what does so.
     """
     head = output_head(model)
-    token_BT = torch.arange(8, device=_device(model)).reshape(2, 4) % head.out_features
+    name, device = type(_unwrapped(model)).__name__, next(model.parameters()).device
+    token_BT = torch.arange(8, device=device).reshape(2, 4) % head.out_features
     position_BT = torch.arange(4, device=token_BT.device).expand(2, 4)
     inputs = token_BT, torch.ones_like(token_BT), position_BT
     own_forward, expected = head.forward, []
@@ -177,48 +139,22 @@ def check_chunkable(model: nn.Module) -> None:
         expected.append(nn.functional.linear(hidden_BTD, head.weight, head.bias))
         return own_forward(hidden_BTD)
 
-    with _evaluating(model):
+    with evaluating(model):
         changed_BTV = forward_with_head(model, ramp, *inputs)
         logits_BTV = forward_with_head(model, observe, *inputs)
     ramp_BTV, product_BTV = expected
     if not torch.equal(changed_BTV.double(), ramp_BTV.double()):
         raise ProxstepError(
-            f"{_class_name(model)} changes what its output layer returns{_culprits(model)}, so its "
+            f"{name} changes what its output layer returns{_culprits(model)}, so its "
             f"logits are not hidden states times a weight; {REMEDY}"
         )
     error = (logits_BTV.double() - product_BTV.double()).abs().max()
     tolerance = 8 * torch.finfo(product_BTV.dtype).eps * product_BTV.double().abs().max()
     if not error <= tolerance:
         raise ProxstepError(
-            f"the output layer of {_class_name(model)} does not return hidden states times its "
+            f"the output layer of {name} does not return hidden states times its "
             f"weight (they differ by {error:.2g}): a quantized layer or a hook does so; {REMEDY}"
         )
-
-
-@overload
-def completion_log_probs_chunked(
-    model: nn.Module,
-    token_BT: Tensor,
-    attention_BT: Tensor,
-    response_BT: Tensor,
-    temperature: float,
-    *,
-    chunk_size: int | None = None,
-    with_entropy: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def completion_log_probs_chunked(
-    model: nn.Module,
-    token_BT: Tensor,
-    attention_BT: Tensor,
-    response_BT: Tensor,
-    temperature: float,
-    *,
-    chunk_size: int | None = None,
-    with_entropy: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
 
 
 def completion_log_probs_chunked(
@@ -230,7 +166,7 @@ def completion_log_probs_chunked(
     *,
     chunk_size: int | None = None,
     with_entropy: bool = False,
-) -> Float[Tensor, "batch last"] | tuple[Float[Tensor, "batch last"], Float[Tensor, "batch last"]]:
+) -> tuple[Float[Tensor, "batch last"], Float[Tensor, "batch last"] | None]:
     """Return log pi of the completions' tokens, with gradient and without T x V logits.
 
     Where an `Isopo` is installed on the model, the output layer's gradient follows its rule.
@@ -242,11 +178,11 @@ def completion_log_probs_chunked(
         response_BT: True at completion positions.
         temperature: Of the sampling.
         chunk_size: Positions whose logits exist at a time, see `chunked_log_probs`.
-        with_entropy: Return the entropies as well.
+        with_entropy: Measure the entropies as well.
 
     Returns:
         Log-probabilities in nats of the tokens from the second position on, 0 outside the
-        completions; with `with_entropy` also the entropies there, without gradient.
+        completions; and the entropies there, without gradient, or None.
 
     Raises:
         ProxstepError: As `forward_with_head` and `chunked_log_probs` do.
@@ -262,7 +198,7 @@ def completion_log_probs_chunked(
     attention = attention_BT.long()
     position_BT = (attention.cumsum(dim=1) - 1).clamp(min=0)
     log_prob_BT = forward_with_head(model, head_forward, token_BT, attention, position_BT)
-    return (log_prob_BT, entropies[0]) if with_entropy else log_prob_BT
+    return log_prob_BT, entropies[0] if with_entropy else None
 
 
 def scoring_forward(
@@ -336,18 +272,6 @@ def head_computes(head: nn.Linear, function: Callable[[Tensor], Tensor]) -> Iter
         vars(head).update(before)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, then each back into its own."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the transformers model inside DDP, torch.compile and PEFT wrappers."""
     inner: Any = model
@@ -357,10 +281,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def _class_name(model: nn.Module) -> str:
-    return type(_unwrapped(model)).__name__
-
-
 def _culprits(model: nn.Module) -> str:
     """Return the settings of the model's configuration that change logits, in brackets."""
     config: Any = getattr(_unwrapped(model), "config", None)
@@ -368,7 +288,3 @@ def _culprits(model: nn.Module) -> str:
     given = {field: getattr(config, field, None) for field in LOGIT_FIELDS}
     found = [f"{field} = {value}" for field, value in given.items() if value not in (None, 1)]
     return f" ({', '.join(found)})" if found else ""
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

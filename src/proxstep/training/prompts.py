@@ -1,4 +1,4 @@
-"""The task, tokenized and graded; what is wrong with it is found before a model is loaded."""
+"""A task's prompts: tokenized, graded, and checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def load_prompts(recipe: Recipe, tokenizer: Any, task: Task) -> tuple[Prompts, P
 
 
 def batch_rows(num_rows: int, num_per_batch: int, batch: int, seed: int) -> list[int]:
-    """Return the rows of one batch of prompts; every epoch is a permutation of its own.
+    """Return the rows of one batch of prompts; every epoch is permuted anew.
 
     Args:
         num_rows: Rows of the data set.

@@ -9,15 +9,19 @@ verl call their KL loss, descends KL(initial || policy) instead, and k1 descends
 expectation. In the reward, k1: with it the policy gradient of the penalized reward is exactly that
 of the expected reward minus the KL divergence of whole completions; k2 and k3 have another.
 
-Legend for shape suffixes: B sequences, T token positions.
+Legend for shape suffixes: B sequences, T token positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from proxstep.logprobs.logits import KlEstimator, kl_estimate
+from proxstep.config.recipe import Recipe
+from proxstep.logprobs.logits import KlEstimator, entropy, kl_divergence, kl_estimate
 from proxstep.logprobs.masked import masked_sum
+from proxstep.training.rollout import Completions, autocast, response_logits
+from proxstep.training.scores import Scores, completion_log_probs, initial_policy
 from proxstep.typing import Bool, Float, Tensor
 
 
@@ -103,3 +107,87 @@ def kl_reward(
     """
     kl_BT = kl_estimate(log_prob_BT, initial_log_prob_BT, kind)
     return -kl_coef * masked_sum(kl_BT, response_BT)
+
+
+def loss_penalty(
+    recipe: Recipe,
+    model: nn.Module,
+    initial: nn.Module | None,
+    scores: Scores,
+    completions: Completions,
+    num_tokens: int,
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    """Return a microbatch's share of the regularizer's loss, and its terms.
+
+    Args:
+        recipe: The recipe, whose regularizer is in the loss.
+        model: The policy.
+        initial: The initial policy, or None for a model whose adapters can be switched off.
+        scores: What the policy gives to the completions, with its graph.
+        completions: The microbatch.
+        num_tokens: Completion tokens of the whole optimizer step.
+    """
+    section, temperature = recipe.regularizer, recipe.rollout.temperature
+    logits_BTV = scores.logits_BTV  # None with the chunked head, which the recipe refuses below
+    entropy_BT = kl_BT = None
+    if section.entropy_coef > 0:
+        assert logits_BTV is not None
+        entropy_BT = entropy(logits_BTV)
+    if section.kl_coef > 0 and section.kl_in == "loss":
+        if section.kl_estimator == "exact":
+            with autocast(recipe, model), initial_policy(model, initial) as policy:
+                initial_BTV = response_logits(policy, completions, temperature)
+            assert logits_BTV is not None
+            kl_BT = kl_divergence(logits_BTV, initial_BTV)
+        else:
+            initial_BT = _initial_log_probs(recipe, model, initial, completions, len(completions))
+            kl_BT = kl_estimate(scores.log_prob_BT, initial_BT, section.kl_estimator)
+    return regularizer_loss(
+        entropy_BT,
+        kl_BT,
+        completions.response_BT[:, 1:],
+        entropy_coef=section.entropy_coef,
+        kl_coef=section.kl_coef,
+        num_tokens=num_tokens,
+    )
+
+
+def reward_penalty(
+    recipe: Recipe,
+    model: nn.Module,
+    initial: nn.Module | None,
+    log_prob_BT: Float[Tensor, "batch last"],
+    completions: Completions,
+) -> Float[Tensor, " batch"]:
+    """Return what the divergence from the initial policy adds to each completion's reward.
+
+    Args:
+        recipe: The recipe, whose regularizer is in the reward.
+        model: The policy that sampled.
+        initial: The initial policy, or None for a model whose adapters can be switched off.
+        log_prob_BT: The policy's log-probabilities of the tokens from the second on, in nats.
+        completions: The completions.
+    """
+    section, update = recipe.regularizer, recipe.update
+    assert section.kl_estimator != "exact"  # the recipe's check
+    batch_size = update.microbatch_size or len(completions)
+    initial_log_prob_BT = _initial_log_probs(recipe, model, initial, completions, batch_size)
+    return kl_reward(
+        log_prob_BT,
+        initial_log_prob_BT,
+        completions.response_BT[:, 1:],
+        kl_coef=section.kl_coef,
+        kind=section.kl_estimator,
+    )
+
+
+def _initial_log_probs(
+    recipe: Recipe,
+    model: nn.Module,
+    initial: nn.Module | None,
+    completions: Completions,
+    batch_size: int,
+) -> Tensor:
+    temperature, head = recipe.rollout.temperature, recipe.model.head
+    with autocast(recipe, model), initial_policy(model, initial) as policy:
+        return completion_log_probs(policy, completions, temperature, batch_size, head)

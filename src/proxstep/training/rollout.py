@@ -6,13 +6,14 @@ Legend for shape suffixes: B sequences, T token positions of prompt and completi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.typing import Bool, Float, Int, Tensor
 
@@ -27,7 +28,7 @@ class Completions:
         response_BT: True at completion positions, the end token included.
         truncated_B: True where the completion was cut off before an end token.
         sampler_log_prob_BT: Log-probabilities with which the completion tokens were drawn, of the
-            tokens from the second position on and 0 elsewhere; None where nobody asked for them.
+            tokens from the second position on and 0 elsewhere; None if not asked for.
     """
 
     token_BT: Int[Tensor, "batch tokens"]
@@ -135,7 +136,7 @@ def sample(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, **chosen
     )
-    with _evaluating(model), _finite_probabilities():
+    with evaluating(model), _own_defaults_off(model), _finite_probabilities():
         out = model.generate(  # type: ignore[operator]
             input_ids=token.to(device),
             attention_mask=attention.to(device),
@@ -220,7 +221,7 @@ def _completions(out: Tensor, prompt_attention: Tensor, ends: list[int]) -> Comp
 
 @contextmanager
 def _finite_probabilities() -> Iterator[None]:
-    """Say what it means that torch cannot sample."""
+    """Explain torch's error for probabilities that are not finite."""
     try:
         yield
     except RuntimeError as error:
@@ -233,17 +234,15 @@ def _finite_probabilities() -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Generate in evaluation mode, without a hub model's own defaults (top_k, penalties)."""
+def _own_defaults_off(model: nn.Module) -> Iterator[None]:
+    """Generate without a hub model's own defaults (top_k, penalties)."""
     from transformers import GenerationConfig
 
-    training, own = model.training, getattr(model, "generation_config", None)
-    model.eval()
+    own = getattr(model, "generation_config", None)
     model.generation_config = GenerationConfig()  # type: ignore[assignment]
     try:
         yield
     finally:
-        model.train(training)
         model.generation_config = own  # type: ignore[assignment]
 
 
@@ -283,3 +282,28 @@ def joined(parts: Sequence[Completions], pad_token: int) -> Completions:
         torch.cat([part.truncated_B for part in parts]),
         None if drawn[0] is None else grid([d for d in drawn if d is not None], 0.0),
     )
+
+
+def autocast(recipe: Recipe, model: nn.Module) -> AbstractContextManager[Any]:
+    """Return the context in which a recipe's model computes; forward passes alone belong in it."""
+    dtype = recipe.model.autocast
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, getattr(torch, dtype))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, then each back into its own."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Return the number of tokens among which a model of transformers chooses."""
+    return model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]

@@ -1,10 +1,12 @@
-"""What a policy gives to completions: log-probabilities and entropies, with or without all logits.
+"""What a policy, or the initial one, gives to completions: log-probabilities, entropies, logits.
 
 Legend for shape suffixes: B sequences, T token positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +15,7 @@ from torch import nn
 
 from proxstep.logprobs.logits import entropy, token_log_probs
 from proxstep.training.output_layer import completion_log_probs_chunked
-from proxstep.training.rollout import Completions, response_logits
+from proxstep.training.rollout import Completions, evaluating, response_logits
 from proxstep.typing import Float
 
 Head = Literal["full", "chunked"]
@@ -55,10 +57,10 @@ def score(
     token_BT = completions.token_BT
     if head == "chunked":
         masks = (completions.attention_BT, completions.response_BT)
-        if not with_entropy:
-            return Scores(completion_log_probs_chunked(model, token_BT, *masks, temperature))
         return Scores(
-            *completion_log_probs_chunked(model, token_BT, *masks, temperature, with_entropy=True)
+            *completion_log_probs_chunked(
+                model, token_BT, *masks, temperature, with_entropy=with_entropy
+            )
         )
     logits_BTV = response_logits(model, completions, temperature)
     entropy_BT = None
@@ -66,3 +68,31 @@ def score(
         with torch.no_grad():
             entropy_BT = entropy(logits_BTV)
     return Scores(token_log_probs(logits_BTV, token_BT[:, 1:]), entropy_BT, logits_BTV)
+
+
+@torch.no_grad()
+def completion_log_probs(
+    model: nn.Module,
+    completions: Completions,
+    temperature: float,
+    batch_size: int,
+    head: Head = "full",
+) -> Float[torch.Tensor, "batch tokens"]:
+    """Return log pi of the tokens from the second position on, `batch_size` rows at a time."""
+    with evaluating(model):
+        parts = [
+            score(model, completions.rows(rows), temperature, head).log_prob_BT
+            for rows in torch.arange(len(completions)).split(batch_size)
+        ]
+    return torch.cat(parts)
+
+
+@contextmanager
+def initial_policy(model: nn.Module, initial: nn.Module | None) -> Iterator[nn.Module]:
+    """Yield the initial policy, without gradients: `initial`, or the model without its adapters."""
+    with torch.no_grad():
+        if initial is not None:
+            yield initial
+            return
+        with evaluating(model), model.disable_adapter():  # type: ignore[operator]
+            yield model

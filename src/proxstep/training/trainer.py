@@ -18,32 +18,29 @@ from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.summary import summary
 from proxstep.runs.checkpoint import save_checkpoint
-from proxstep.runs.clock import Clock
+from proxstep.runs.clock import Clock, stop_on_signal
 from proxstep.runs.folder import RunFolder
-from proxstep.runs.interrupt import stop_on_signal
 from proxstep.runs.tracking import MetricsLog, Tracker
-from proxstep.training.batch import Batch, collect
+from proxstep.training.batch import Batch, collect, shortage
 from proxstep.training.evaluation import Probe, evaluate
-from proxstep.training.generation import shortage
-from proxstep.training.models import autocast
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.optimizers import make_optimizer
 from proxstep.training.output_layer import check_chunkable
-from proxstep.training.penalties import loss_penalty
 from proxstep.training.prompts import Prompts
-from proxstep.training.rollout import Completions
+from proxstep.training.regularizers import loss_penalty
+from proxstep.training.rollout import Completions, autocast
 from proxstep.training.scores import Scores, score
 from proxstep.typing import Tensor
 
 
 class Progress(Protocol):
-    """Who watches a run."""
+    """Shows a run: a terminal, a log, or nothing."""
 
     def begin(self, recipe: Recipe) -> None:
         """A run begins, or goes on."""
 
     def note(self, text: str) -> None:
-        """Something takes its time."""
+        """Show a line, such as how far a warm-up is."""
 
     def record(self, record: Mapping[str, Any]) -> None:
         """One line of metrics was written."""
@@ -59,7 +56,7 @@ class Trainer:
         train: Training prompts.
         validation: Validation prompts.
         folder: The run folder, already created.
-        progress: Who watches.
+        progress: Shows the run.
         initial: The initial policy, where `model` is not it any more: in a resumed run.
     """
 
@@ -92,7 +89,7 @@ class Trainer:
         self._warned: set[str] = set()
 
     def run(self) -> str:
-        """Train to the recipe's last step, or until somebody interrupts.
+        """Train to the recipe's last step, or until interrupted.
 
         Returns:
             "finished" or "interrupted"; a checkpoint is written in either case.
@@ -161,7 +158,7 @@ class Trainer:
         return {"step": self.step, **measured}
 
     def _warn(self, about: str, text: str | None) -> None:
-        """Tell who watches what a step warns of, the first time for each of the subjects."""
+        """Show a warning, once for each subject."""
         if text is not None and about not in self._warned:
             self._warned.add(about)
             self.progress.note(text)

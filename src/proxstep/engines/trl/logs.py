@@ -14,7 +14,7 @@ import torch
 from proxstep.algorithms.advantages import ADVANTAGES
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.translation import PUNISHMENT
-from proxstep.training.generation import informative_groups
+from proxstep.training.batch import informative_groups
 
 NAMES = {
     "loss": "loss",

@@ -20,7 +20,7 @@ from proxstep.algorithms import ADVANTAGES, Aggregation, OldPolicy, SignalInputs
 from proxstep.engines.trl.configs import OpoConfig, PolicyConfig
 from proxstep.engines.trl.release import SCORING_INPUTS
 from proxstep.errors import ProxstepError
-from proxstep.training.models import vocabulary_size
+from proxstep.training.rollout import vocabulary_size
 from proxstep.typing import Tensor
 
 SIGNAL, WEIGHT, HYPER = "proxstep_signal", "proxstep_weight", "proxstep_hyper_"

@@ -1,17 +1,23 @@
-"""Which token positions of a microbatch belong to which sequence, and which of them are sampled.
+"""What every kind of layer says of its parameters: position-wise gradients, and their statistics.
 
-Legend for shape suffixes: T positions, B sequences, K sampled positions.
+A parameter's gradient is a sum over token positions, G = sum_t G_t. Each kind of layer has a class
+that holds the G_t of one parameter in one backward pass, in the smallest form that it knows.
+
+Legend for shape suffixes: T positions, B sequences, K sampled positions, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.typing import Bool, Float, Int, Tensor
+from proxstep.isopo.plan import Memory, Needs, Part
+from proxstep.typing import Float, Int, Tensor
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,124 @@ class Layout:
         return Layout(self.grid, None, sequence_T, bounds, self.one_hot_TB[index])
 
 
+KINDS: dict[str, type[PositionGradients]] = {}
+"""Every class of position-wise gradients, by its name."""
+
+
+@dataclass(frozen=True)
+class PositionGradients(ABC):
+    """One parameter's G_t: a frozen dataclass of tensors with a row per position, then numbers.
+
+    A subclass is registered by its name, under which the backward of its layer finds it.
+
+    Attributes:
+        is_matrix: Whether the parameter is a linear layer's weight, rather than one of the "other
+            parameters" of `Isopo`.
+    """
+
+    is_matrix: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Register the class.
+
+        Raises:
+            TypeError: If another class has its name.
+        """
+        known = KINDS.setdefault(cls.__name__, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"there is a class of position-wise gradients named {cls.__name__}")
+        KINDS[cls.__name__] = cls
+
+    @property
+    def num_rows(self) -> int:
+        """Number of positions."""
+        return len(self.first)
+
+    @property
+    def first(self) -> Tensor:
+        """The first tensor, the gradient of the layer's output: for its dtype and device."""
+        return getattr(self, fields(self)[0].name)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PositionGradients:
+        """Return the same with a function applied to each tensor."""
+        values: list[Any] = [getattr(self, f.name) for f in fields(self)]
+        return type(self)(*(function(v) if isinstance(v, Tensor) else v for v in values))
+
+    @abstractmethod
+    def at(self, index: Int[Tensor, " samples"]) -> PositionGradients:
+        """Return those of some positions."""
+
+    @abstractmethod
+    def squares(self) -> Float[Tensor, " positions"]:
+        """Return |G_t|^2."""
+
+    @abstractmethod
+    def contract(self, weight_T: Float[Tensor, " positions"]) -> Tensor:
+        """Return sum_t weight_t G_t, in the parameter's shape."""
+
+    def sums(self, layout: Layout) -> SequenceGradients:
+        """Return each sequence's gradient; not for a class that measures its own `parts`."""
+        raise NotImplementedError(f"{type(self).__name__}.sums")
+
+    def parts(
+        self,
+        layout: Layout,
+        needs: Needs,
+        sample: Any,
+        memory: Memory,
+        *,
+        separable: bool,
+    ) -> Iterator[Part]:
+        """Measure the sequences: all at once, or where that is cheaper some at a time.
+
+        Args:
+            layout: Which position belongs to which sequence.
+            needs: The statistics.
+            sample: Gradients at the positions that estimate the Fisher norm, where it is needed.
+            memory: The workspace, which a part may use until the next is asked for.
+            separable: Whether some sequences may be weighed before the others are measured.
+        """
+        del memory, separable
+        sums = self.sums(layout)
+        yield Part(
+            slice(None),
+            lambda weight_B, _: sums.contract(weight_B),
+            None if sample is None else sums.cross(sample),
+            sums.norm_squares() if needs.norm else None,
+            sums.ntk() if needs.ntk else None,
+        )
+
+
+class SequenceGradients(ABC):
+    """The gradients G_b of one parameter."""
+
+    @abstractmethod
+    def cross(self, sample: Any) -> Float[Tensor, "samples batch"]:
+        """Return <G_k, G_b> with the G_k of a sample of positions, in the same class's form."""
+
+    @abstractmethod
+    def norm_squares(self) -> Float[Tensor, " batch"]:
+        """Return |G_b|^2."""
+
+    @abstractmethod
+    def ntk(self) -> Float[Tensor, "batch batch"]:
+        """Return <G_b, G_c>."""
+
+    @abstractmethod
+    def contract(self, weight_B: Float[Tensor, " batch"]) -> Tensor:
+        """Return sum_b weight_b G_b, in the parameter's shape."""
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or the dtype itself where it has more digits."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide(value: Tensor) -> Tensor:
+    """Return the value in float32, or as it is where it has more digits."""
+    return value.to(wide_dtype(value.dtype))
+
+
 def make_layout(sequence_ids: Int[Tensor, "rows columns"], num_sequences: int) -> Layout:
     """Return the layout of a grid of sequence ids, -1 for padding.
 
@@ -85,37 +209,6 @@ def make_layout(sequence_ids: Int[Tensor, "rows columns"], num_sequences: int) -
         bounds = _bounds(sequence_T, num_sequences)
     one_hot_TB = torch.nn.functional.one_hot(sequence_T, num_sequences + 1)[:, :num_sequences]
     return Layout((rows, columns), order_T, sequence_T, bounds, one_hot_TB.float())
-
-
-def sample_priorities(
-    layout: Layout, seeds: Sequence[int], eligible_T: Bool[Tensor, " positions"] | None = None
-) -> Float[Tensor, " positions"]:
-    """Return a random number per position; the K smallest are a uniform sample of K positions.
-
-    A position's number depends on its sequence's seed and its place in the sequence alone, so that
-    the sample of a batch does not depend on how its sequences are spread.
-
-    Args:
-        layout: The positions.
-        seeds: One per sequence.
-        eligible_T: Positions that may be sampled; None for all that belong to a sequence.
-
-    Returns:
-        Numbers in [0, 1), and infinity where a position must not be sampled.
-    """
-    priority_T = torch.full((layout.num_positions,), torch.inf, dtype=torch.float64)
-    generator = torch.Generator()
-    for seed, (start, end) in zip(seeds, layout.bounds, strict=True):
-        generator.manual_seed(seed % 2**63)
-        priority_T[start:end] = torch.rand(end - start, generator=generator, dtype=torch.float64)
-    priority_T = priority_T.to(layout.sequence_T.device)
-    return priority_T if eligible_T is None else priority_T.masked_fill(~eligible_T, torch.inf)
-
-
-def smallest(priority_T: Float[Tensor, " positions"], count: int | None) -> Int[Tensor, " samples"]:
-    """Return the positions of the `count` smallest finite numbers, or of all of them."""
-    order_T = priority_T.argsort(stable=True)[: int(priority_T.isfinite().sum())]
-    return order_T if count is None else order_T[:count]
 
 
 def _check_ids(sequence_ids: Tensor, num_sequences: int) -> None:

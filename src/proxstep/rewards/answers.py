@@ -1,4 +1,4 @@
-r"""The final numeric answer of a completion, read as data and never evaluated.
+r"""The answer in a completion, its last box or its final number, read as data and never evaluated.
 
 A number is made of ASCII digits. It may have commas between groups of three ("1,080"), decimals
 ("1.5", ".5"), an exponent ("1e3"), a sign ("-5", "-$5", "$-5"; U+2212 is a minus too), or be a
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-
-from proxstep.rewards.boxed import boxed_answer
 
 # A completion is hostile input: every pattern takes linear time; these bounds keep numbers small.
 MAX_CHARACTERS = 20_000
@@ -40,6 +38,43 @@ _SPELLINGS = (
 )
 _LATEX_FRACTION = re.compile(r"(?<![0-9])\\[dt]?frac ?\{ ?([-+]?[0-9.,]+) ?\} ?\{ ?([0-9.,]+) ?\}")
 _ANSWER_PHRASE = re.compile(r"answer[*_ ]{0,4}(?:is\b|:)", re.IGNORECASE)
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character, not a group
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""Return what the last `\boxed{...}` or `\fbox{...}` holds, in time linear in the text.
+
+    Without braces, as some of MATH's solutions have it, the box holds what follows up to the end
+    of the formula or of the line.
+
+    Args:
+        text: Any text at all.
+
+    Returns:
+        The content without outer white space. None where there is no box, or where the last one is
+        empty or stays open, as in a completion that was cut off.
+
+    >>> boxed_answer(r"First \boxed{1}, so it is \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    >>> boxed_answer(r"so $\boxed 7$ of them")
+    '7'
+    >>> boxed_answer(r"so \boxed{\frac{1}{2}") is None
+    True
+    """
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    start = boxes[-1].end()
+    if not text.startswith("{", start):
+        return re.split(r"[$\n]", text[start:], maxsplit=1)[0].strip() or None
+    depth = 0
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start + 1 : brace.start()].strip() or None
+    return None
 
 
 def final_number(text: str) -> Fraction | None:
