@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -13,7 +14,8 @@ from tests.engines.trl_case import SIZES, dataset, made, quiet, text_reward, tin
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
-from proxstep.algorithms import ALGORITHMS
+from proxstep.algorithms import ALGORITHMS, Algorithm
+from proxstep.engines.fields import option_name
 from proxstep.engines.trl import (
     IsopoConfig,
     IsopoTrainer,
@@ -22,6 +24,7 @@ from proxstep.engines.trl import (
     PolicyConfig,
     PolicyTrainer,
 )
+from proxstep.engines.trl.configs import TRL_OPTIONS
 from proxstep.errors import ProxstepError
 
 CONFIGS = [OpoConfig, IsopoConfig]
@@ -201,6 +204,27 @@ def test_every_option_is_known() -> None:
     assert not OURS & everything
     trainer = set(inspect.signature(GRPOTrainer.__init__).parameters) - {"self"}
     assert trainer == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=lambda algorithm: algorithm.name)
+def test_every_algorithm_s_keys_are_options(tmp_path: Path, algorithm: Algorithm) -> None:
+    """With their sentences and defaults, which TRL's command line shows."""
+    fields = {field.name: field for field in dataclasses.fields(PolicyConfig)}
+    shown = command_line_help()
+    for key, described in algorithm.keys.items():
+        field = fields[option_name(key, TRL_OPTIONS)]
+        assert field.default is None
+        assert described.help in field.metadata["help"].replace("%%", "%")
+        assert str(algorithm.defaults[key]) in field.metadata["help"]
+        assert f"--{field.name}" in shown
+    found = config(PolicyConfig, tmp_path, loss_type=algorithm.name).objective()
+    assert found.options() == algorithm.defaults
+    assert found.advantage == algorithm.advantage
+
+
+@functools.cache
+def command_line_help() -> str:
+    return TrlParser(PolicyConfig).format_help()
 
 
 def test_our_keys_come_from_a_command_line(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ def refuse(
         engine: The engine's name.
         recipe: What was asked for.
         refusals: What the engine cannot do.
-        known: Beginnings of the keys that it makes something of; the others are refused unless they
-            are at their defaults. None where the caller looks after it.
+        known: Keys and sections that it makes something of; other keys are refused unless they are
+            at their defaults. None where the caller looks after it.
 
     Raises:
         ProxstepError: Naming the key, its value and the remedy.
@@ -46,8 +46,17 @@ def refuse(
         if applies(recipe):
             raise _refused(engine, key, values.get(key), reason)
     for key, value, default in _walk(recipe, ""):
-        if known is not None and not key.startswith(known) and value != default:
+        if known is not None and not is_known(key, known) and value != default:
             raise _refused(engine, key, value, "it makes nothing of this key; leave it out")
+
+
+def is_known(key: str, known: Iterable[str]) -> bool:
+    """Whether a key is among them, or in a section that is.
+
+    >>> is_known("task.level", ["task"]), is_known("tasks", ["task"])
+    (True, False)
+    """
+    return any(key == name or key.startswith(f"{name}.") for name in known)
 
 
 def _walk(section: Section, prefix: str) -> Iterator[tuple[str, Any, Any]]:

@@ -40,23 +40,16 @@ def script(recipe: Recipe) -> str:
     if asks:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(model)\n")
     lines.append(f"task = {write(made.task)}\n")
-    lines.append(write_trainer(made))
+    arguments = {
+        "model": Code("model"),
+        "reward_funcs": made.rewards,
+        "args": made.args,
+        "train_dataset": Code("Dataset.from_list(rows(task.train))"),
+        **({} if made.lora is None else {"peft_config": made.lora}),
+    }
+    lines.append(f"trainer = {write(Call(made.trainer, arguments))}\n")
     lines.append("trainer.train()\n")
     return "".join(lines)
-
-
-def write_trainer(made: Translation) -> str:
-    """Return the statement that makes the trainer."""
-    arguments = {
-        "model": "model",
-        "reward_funcs": write(made.rewards, 4),
-        "args": write(made.args, 4),
-        "train_dataset": "Dataset.from_list(rows(task.train))",
-    }
-    if made.lora is not None:
-        arguments["peft_config"] = write(made.lora, 4)
-    inside = "".join(f"    {name}={code},\n" for name, code in arguments.items())
-    return f"trainer = {made.trainer.name}(\n{inside})\n"
 
 
 def _is_shared(made: Translation) -> bool:

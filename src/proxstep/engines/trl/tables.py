@@ -10,29 +10,22 @@ from proxstep.config.recipe import Recipe
 from proxstep.engines.keys import Refusal, leaves
 from proxstep.isopo import NaturalRule
 
-RENAMED: dict[str, str] = {
-    "seed": "seed",
-    "output_dir": "output_dir",
-    "rollout.num_generations": "num_generations",
-    "rollout.max_completion_length": "max_completion_length",
-    "rollout.temperature": "temperature",
-    "rollout.top_p": "top_p",
-    "rollout.top_k": "top_k",
-    "rollout.mask_truncated_completions": "mask_truncated_completions",
-    "update.num_iterations": "num_iterations",
-    "regularizer.entropy_coef": "entropy_coef",
+_SAME_NAME = (
+    *("seed", "output_dir", "rollout.num_generations", "rollout.max_completion_length"),
+    *("rollout.temperature", "rollout.top_p", "rollout.top_k"),
+    *("rollout.mask_truncated_completions", "update.num_iterations", "regularizer.entropy_coef"),
+    *("optimizer.learning_rate", "optimizer.weight_decay", "logging.project"),
+)
+RENAMED: dict[str, str] = {key: key.rpartition(".")[2] for key in _SAME_NAME} | {
     "regularizer.kl_coef": "beta",
-    "optimizer.learning_rate": "learning_rate",
-    "optimizer.weight_decay": "weight_decay",
     "optimizer.eps": "adam_epsilon",
     "optimizer.warmup_updates": "warmup_steps",
     "logging.tracker": "report_to",
-    "logging.project": "project",
 }
 """Keys whose value is an option's, under TRL's name; null leaves the option at its default."""
 
 TRANSLATED = (
-    *("algorithm", "steps", "device", "objective.", "geometry.", "task."),
+    *("algorithm", "steps", "device", "objective", "geometry", "task"),
     *("model.name", "model.warmup_score", "model.dtype", "model.autocast", "model.lora"),
     *("regularizer.kl_estimator", "regularizer.kl_in"),
     *("rollout.num_prompts", "rollout.overlong_buffer", "rollout.overlong_penalty"),
@@ -41,7 +34,7 @@ TRANSLATED = (
     *("optimizer.name", "optimizer.betas", "optimizer.momentum", "optimizer.max_grad_norm"),
     *("optimizer.muon_learning_rate", "logging.checkpoint_every"),
 )
-"""Beginnings of keys that become options or arguments in another way, or are refused below."""
+"""Keys and sections that become options or arguments in another way, or are refused below."""
 
 RUN_FOLDER = (
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
