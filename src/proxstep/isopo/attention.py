@@ -43,7 +43,7 @@ def _forward(
     found = owner_of(self, borrows=True)
     if found is None:
         options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        return type(self).forward(self, query, key, value, *options)
+        return nn.MultiheadAttention.forward(self, query, key, value, *options)
     owner, site = found
     if key is not query or value is not query or query.dim() != 3 or self.add_zero_attn:
         raise ProxstepError(
@@ -53,7 +53,8 @@ def _forward(
         )
     x_BTF = query if self.batch_first else query.transpose(0, 1)
     keys = (site.key("in_proj_weight"), site.key("in_proj_bias"))
-    packed = routed_linear(x_BTF, self.in_proj_weight, self.in_proj_bias, owner, keys)
+    weights = (self.in_proj_weight, self.in_proj_bias)
+    packed = routed_linear(x_BTF, *weights, owner, keys, columns_first=True)
     heads = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
     mask = _mask(attn_mask, key_padding_mask, heads)
     dropout = self.dropout if self.training else 0.0
@@ -63,7 +64,7 @@ def _forward(
     else:
         causal = is_causal and key_padding_mask is None
         mixed_BHTD = nn.functional.scaled_dot_product_attention(
-            *heads, None if causal else mask, dropout, causal
+            heads[0], heads[1], heads[2], None if causal else mask, dropout, causal
         )
     y_BTF = self.out_proj(mixed_BHTD.transpose(1, 2).flatten(2))
     if weight_BHTT is not None and average_attn_weights:

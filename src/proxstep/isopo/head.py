@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.hooks import OWNERS, owner_of
+from proxstep.isopo.hooks import OWNERS, SKIPPED, owner_of
 from proxstep.isopo.linear import OuterGradients, product
 from proxstep.isopo.microbatch import Microbatch
 from proxstep.isopo.plan import Part
@@ -111,7 +111,9 @@ class _GhostHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream_N: Tensor, upstream_entropy: Tensor | None) -> Any:
-        sink = OWNERS[ctx.owner].resolve(int(ctx.ticket), ctx.key)
+        sink = None
+        if ctx.owner not in SKIPPED:
+            sink = OWNERS[ctx.owner].resolve(int(ctx.ticket), ctx.key)
         if not isinstance(sink, Microbatch) or not ctx.needs_input_grad[1]:
             return *ChunkedLogProbs.backward(ctx, upstream_N, upstream_entropy), *(None,) * 4
         hidden_ND, weight_VD, bias_V, token_N = ctx.saved_tensors

@@ -18,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import torch
@@ -62,12 +62,24 @@ class Owner(Protocol):
         """Return the sink for a backward whose forward got this ticket."""
         ...
 
+    def spares(self, parameter: Tensor) -> bool:
+        """Whether a parameter gets the plain gradient, and its uses are not to be routed."""
+        ...
+
+    def spare(self, key: str, parameter: Tensor) -> bool:
+        """Spare a parameter from now on, whose use is not covered; return whether that is done."""
+        ...
+
 
 OWNERS: WeakValueDictionary[int, Owner] = WeakValueDictionary()
 """Every `Isopo`, by a number that a compiled graph can hold."""
 
 UNBOUND = -1
 """The ticket of a forward outside any microbatch."""
+
+
+SKIPPED: set[int] = set()
+"""Owners whose parameters need no gradient from the backward that runs at the moment."""
 
 
 # -- the operator ----------------------------------------------------------------------------------
@@ -105,6 +117,8 @@ def parameter_gradient(
         raise ProxstepError(
             f"backward reached {key}, but its Isopo is gone: keep a reference to it"
         )
+    if owner in SKIPPED:
+        return values[0].new_zeros(1).expand(shape)
     sink = found.resolve(int(ticket), key)
     flat = [sink.select(key, value) for value in values]
     flat = [value if value.is_floating_point() else value.squeeze(1) for value in flat]
@@ -192,7 +206,7 @@ class Coverage:
     """
 
     covers: Callable[[nn.Module], bool]
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Any]
     matrices: tuple[str, ...] = ()
     borrows: bool = False
 
@@ -210,7 +224,7 @@ def covers(
     matrices: tuple[str, ...] = (),
     borrows: bool = False,
     last: bool = False,
-) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a forward for the modules that pass a test; the latest one that fits is used.
 
     Args:
@@ -220,7 +234,7 @@ def covers(
         last: Use it only where no other one fits.
     """
 
-    def register(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def register(forward: Callable[..., Any]) -> Callable[..., Any]:
         # A bound method is copied with its module and pickled by its name: an unpickled module
         # finds its class's forward.
         forward.__name__ = "forward"

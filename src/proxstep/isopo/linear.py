@@ -34,9 +34,12 @@ class _Linear(torch.autograd.Function):
         ticket: Tensor,
         owner: int,
         keys: tuple[str, str],
+        columns_first: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.ticket, ctx.owner, ctx.keys = ticket, owner, keys
+        if columns_first:
+            return nn.functional.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -54,7 +57,7 @@ class _Linear(torch.autograd.Function):
             shape = [weight.shape[0]]
             place = (ctx.ticket, ctx.owner, bias_key)
             grad_bias = parameter_gradient("VectorGradients", [grad], [], shape, *place)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -65,7 +68,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     lambda module: type(module).forward is nn.Linear.forward or _is_conv1d(module),
     matrices=("weight",),
 )
-def _forward(self: nn.Module, x: Tensor) -> Tensor:
+def _forward(self: Any, x: Tensor) -> Tensor:
     found = owner_of(self)
     if found is None:
         return type(self).forward(self, x)
@@ -75,7 +78,13 @@ def _forward(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def routed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, owner: Owner, keys: tuple[str, str]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    owner: Owner,
+    keys: tuple[str, str],
+    *,
+    columns_first: bool = False,
 ) -> Tensor:
     """Return x @ weight.T + bias, as autocast has it, with gradients that go to the owner.
 
@@ -85,13 +94,14 @@ def routed_linear(
         bias: (out,), or None.
         owner: Whose microbatch it is.
         keys: Names of the weight and of the bias.
+        columns_first: Multiply x transposed, which can round otherwise, where the module does.
     """
     if torch.is_autocast_enabled(x.device.type):
         # Cast outside the function: the casts' own backward returns the gradients to the
         # parameters' dtype.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _Linear.apply(x, weight, bias, owner.ticket, owner.number, keys)
+    return _Linear.apply(x, weight, bias, owner.ticket, owner.number, keys, columns_first)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Legend for shape suffixes: B sequences of the microbatch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +17,7 @@ from proxstep.isopo.diagnostics.records import LayerRecord, joined
 from proxstep.isopo.gradients import Layout, PositionGradients
 from proxstep.isopo.hooks import OWNERS, UNBOUND
 from proxstep.isopo.plan import Memory, Needs, Part, Statistics
+from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import Means, NaturalRule, Rule, fisher_squares
 from proxstep.isopo.sampling import Samples
 from proxstep.typing import Bool, Float, Int, Tensor
@@ -95,6 +96,7 @@ class Microbatch:
         if diagnose:
             self.needs = Needs(fisher=settings.fisher == "positions", norm=True, ntk=True)
         self.reduced: set[str] = set()
+        self.before_backward: Callable[[Tensor, Tensor], None] | None = None
         self._past, self._memory, self._log = past, memory, log
         self._related_BB = None
         if isinstance(settings.rule, NaturalRule) and settings.rule.interact == "group":
@@ -131,6 +133,9 @@ class Microbatch:
         total = log_prob_BT.sum()
         if total.requires_grad:
             total.register_hook(_refuse_scale)
+            if self.before_backward is not None:
+                prepare = self.before_backward
+                total.register_hook(lambda _: prepare(log_prob_BT, self.sequences.coefficient_B))
         return total
 
     # -- one layer ---------------------------------------------------------------------------------
@@ -279,12 +284,14 @@ class Router:
         ticket: The active microbatch's id, or `UNBOUND`.
         grid: Shape of the active microbatch's token grid.
         active: Where a backward goes whose forward was outside.
+        rescue: The parameters that get the plain policy gradient.
     """
 
     def __init__(self) -> None:
         self.number, self.enabled = next(_NUMBERS), True
         self.ticket, self.grid = torch.tensor(UNBOUND), None
         self.active: Sink | None = None
+        self.rescue: Rescue | None = None
         self._pending: dict[int, Microbatch] = {}
         OWNERS[self.number] = self
 
@@ -301,9 +308,26 @@ class Router:
         if microbatch.reduced:
             self._pending.pop(number, None)
 
+    def switch(self, *, on: bool) -> None:
+        """Route forwards from now on, or let them and their backwards be ordinary ones."""
+        self.active, self.enabled = None if on else PlainSum(), on
+        if self.rescue is not None:
+            self.rescue.off = not on
+
     def forget(self) -> None:
         """End the optimizer step: no backward is still to come."""
         self._pending.clear()
+
+    def spares(self, parameter: Tensor) -> bool:
+        """Whether a parameter's uses are not to be routed."""
+        return self.rescue is not None and self.rescue.has(parameter)
+
+    def spare(self, key: str, parameter: Tensor) -> bool:
+        """Give a parameter the plain policy gradient, where that is what the user wants."""
+        if self.rescue is None:
+            return False
+        self.rescue.add(key, parameter)
+        return True
 
     def resolve(self, ticket: int, key: str) -> Sink:
         """Return where a parameter's gradients go, for a backward whose forward got this ticket.

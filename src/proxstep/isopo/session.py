@@ -7,7 +7,8 @@ and gradient reduction stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from proxstep.errors import ProxstepError
 from proxstep.isopo.coverage import (
     check_bypassed,
     check_coverage,
+    check_graph,
     freeze_others,
     gradient_stamps,
     install,
@@ -32,13 +34,13 @@ from proxstep.isopo.microbatch import (
     Fisher,
     Log,
     Microbatch,
-    PlainSum,
     Router,
     Sequences,
     Settings,
     check_coefficients,
 )
 from proxstep.isopo.plan import MEMORY_BUDGET, Memory
+from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import PRESETS, NaturalRule, Rule
 from proxstep.isopo.sampling import Drawing, OverlapPositions, OverlapSource
 from proxstep.isopo.trailing import TrailingMeans
@@ -134,10 +136,12 @@ class Isopo:
         )
         self._memory, self._router = Memory(memory_budget), Router()
         self._log: Log = []
-        self._diagnosing = False
+        self._diagnosing = self._graph_is_checked = False
         self._step, self._microbatch = 0, 0
         self._versions: dict[int, int] = {}
         self._frozen = freeze_others(model) if other_parameters == "freeze" else []
+        if only_linear:
+            self._router.rescue = Rescue(self._router.number)
         self._modules = install(model, self._router)
 
     # -- using it ----------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ class Isopo:
         """
         if self._router.active is not None:
             raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
-        check_coverage(self.model, self._modules)
+        check_coverage(self.model, self._modules, self._router)
         self._check_step_was_called()
         check_coefficients(coefficients)
         layout = make_layout(sequence_ids, len(coefficients))
@@ -202,6 +206,7 @@ class Isopo:
             self._log,
             diagnose=self.diagnose,
         )
+        microbatch.before_backward = self._before_backward(sequence_ids)
         self._diagnosing |= self.diagnose
         before = gradient_stamps(self._modules)
         number = self._step * 2**20 + self._microbatch
@@ -213,18 +218,18 @@ class Isopo:
             self._router.end(number, microbatch)
             self._memory.release()
         if microbatch.reduced:
-            check_bypassed(self._modules, microbatch.reduced, before)
+            check_bypassed(self._modules, microbatch.reduced, before, self._router)
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Make forwards and backwards inside ordinary: for entropy and KL losses."""
         if self._router.active is not None:
             raise ProxstepError("off() inside microbatch() or off(): they do not nest")
-        self._router.active, self._router.enabled = PlainSum(), False
+        self._router.switch(on=False)
         try:
             yield
         finally:
-            self._router.active, self._router.enabled = None, True
+            self._router.switch(on=True)
 
     def step(self) -> dict[str, float]:
         """End an optimizer step: update the trailing means, draw new positions from now on.
@@ -260,6 +265,8 @@ class Isopo:
         for module in self._modules:
             unpatch(module)
         self._modules = {}
+        if self._router.rescue is not None:
+            self._router.rescue.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
@@ -277,6 +284,22 @@ class Isopo:
         self._step, self._microbatch, self._log = state["step"], 0, []
         self.trailing.load_state_dict(state["trailing"])
         self._drawing.load_state_dict(state.get("samples", {}))
+
+    def _before_backward(self, sequence_ids: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """Return what is to be done with the log-probabilities before their backward."""
+        owner = weakref.ref(self)
+
+        def prepare(log_prob: Tensor, coefficient_B: Tensor) -> None:
+            isopo = owner()
+            if isopo is None:
+                return
+            if not isopo._graph_is_checked:
+                check_graph(log_prob, isopo._modules, isopo._router)
+                isopo._graph_is_checked = True
+            if isopo._router.rescue is not None:
+                isopo._router.rescue.measure(log_prob, sequence_ids, coefficient_B)
+
+        return prepare
 
     def _check_sequences(self, sequences: Sequences) -> None:
         groups, count = sequences.group_B, len(sequences.coefficient_B)

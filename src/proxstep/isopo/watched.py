@@ -13,7 +13,6 @@ Legend for shape suffixes: none; shapes are those of whatever the module compute
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -53,12 +52,11 @@ def _calls_linear(module: nn.Module) -> bool:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether its class is a user's, with a forward, and its parameters have few dimensions."""
+    """Whether it has parameters, and its class a forward that is not one of torch's."""
     forward = type(module).forward
     if forward is nn.Module.forward or forward.__module__.startswith("torch."):
         return False
-    own = list(module.parameters(recurse=False))
-    return bool(own) and all(p.dim() < 3 or math.prod(p.shape[:-2]) == 1 for p in own)
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def _borrows(module: nn.Module) -> bool:
@@ -77,6 +75,10 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(self).forward(self, *args, **kwargs)
 
 
+class _NotCovered(Exception):
+    """A parameter, and a use of it that is not known."""
+
+
 # -- the uses --------------------------------------------------------------------------------------
 
 
@@ -92,16 +94,12 @@ class _Watch(TorchFunctionMode):
         self._input = next((x for x in floats if x.dim() > 1), None)
         self._uses: dict[str, int] = {}
         self._spread: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-        self._names: dict[int, tuple[Tensor, str]] = {}
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                self._names[id(parameter)] = (parameter, site.key(name))
-        self._borrowed = not self._names
-        if self._borrowed:
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    key = f"{site.key(name)}@{site.name or type(module).__name__}"
-                    self._names[id(parameter)] = (parameter, key)
+        self._names: dict[int, tuple[Tensor, str, Tensor]] = {}
+        self._borrowed = not any(True for _ in module.parameters(recurse=False))
+        place = f"@{site.name or type(module).__name__}" if self._borrowed else ""
+        for name, parameter in module.named_parameters(recurse=self._borrowed):
+            if parameter.requires_grad and not owner.spares(parameter):
+                self._names[id(parameter)] = (parameter, f"{site.key(name)}{place}", parameter)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -110,6 +108,13 @@ class _Watch(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not torch.is_grad_enabled() or not any(map(self._is_ours, _tensors(args, kwargs))):
             return func(*args, **kwargs)
+        try:
+            return self._route(func, args, kwargs)
+        except _NotCovered as found:
+            self._spare(*found.args)
+            return self.__torch_function__(func, types, args, kwargs)
+
+    def _route(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         routed = _ROUTES.get(func)
         if routed is not None:
             return routed(self, *args, **kwargs)
@@ -123,7 +128,9 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self._borrowed or not any(x.requires_grad for x in _tensors((result,), {})):
             return result
-        raise self._refusal(next(filter(self._is_ours, _tensors(args, kwargs))), name)
+        for value in filter(self._is_ours, [*_tensors(args, kwargs)]):
+            self._spare(value, name)
+        return result  # not called again, which a checkpointed forward would notice
 
     def key(self, value: Tensor | None) -> str:
         """Name a use of a parameter; the second one in the same forward has a number."""
@@ -136,10 +143,10 @@ class _Watch(TorchFunctionMode):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """F.linear."""
         if self._is_ours(x):
-            raise self._refusal(x, "linear, as its input")
+            raise _NotCovered(x, "linear, as its input")
         if not self._is_ours(weight):
             return nn.functional.linear(x, weight) + self._over(bias, x)
-        if not self._can_route(bias):
+        if bias is not None and not self._can_route(bias):
             return self.linear(x, weight) + bias
         return routed_linear(x, weight, bias, self._owner, (self.key(weight), self.key(bias)))
 
@@ -155,7 +162,7 @@ class _Watch(TorchFunctionMode):
     ) -> Tensor:
         """F.embedding."""
         if max_norm is not None or scale_grad_by_freq or sparse:
-            raise self._refusal(weight, "embedding with max_norm, scale_grad_by_freq or sparse")
+            raise _NotCovered(weight, "embedding with max_norm, scale_grad_by_freq or sparse")
         return routed_embedding(input, weight, padding_idx, self._owner, self.key(weight))
 
     def layer_norm(
@@ -188,12 +195,12 @@ class _Watch(TorchFunctionMode):
             index.is_floating_point() or index.is_complex()
         )
         if not integers or index.dtype == torch.bool or index.dim() == 0 or value.dim() != 2:
-            raise self._refusal(value, "an index that is no tensor of positions")
+            raise _NotCovered(value, "an index that is no tensor of positions")
         return self.embedding(index, value)
 
     def _view(self, of: Tensor, result: Tensor) -> Tensor:
         if result.requires_grad:
-            self._names[id(result)] = (result, self._names[id(of)][1])
+            self._names[id(result)] = (result, *self._names[id(of)][1:])
         return result
 
     def _pointwise(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -213,7 +220,7 @@ class _Watch(TorchFunctionMode):
             return value
         axes = None if like is None else _position_axes(like, self._owner.grid)
         if like is None or axes is None or value.dim() > like.dim():
-            raise self._refusal(value, "an elementwise operation that shows no token positions")
+            raise _NotCovered(value, "an elementwise operation that shows no token positions")
         sizes = (1,) * (like.dim() - value.dim()) + tuple(value.shape)
         lead = tuple(like.shape[axis] for axis in axes)
         found = self._spread.get((id(value), lead))
@@ -231,7 +238,7 @@ class _Watch(TorchFunctionMode):
             return copies.movedim(places, axes)
         along = [axis for axis in axes if sizes[axis] != 1]
         if along != [axes[-1]] or sizes[axes[-1]] != lead[-1] or len(axes) != 2:
-            raise self._refusal(value, f"an elementwise operation in its shape {sizes}")
+            raise _NotCovered(value, f"an elementwise operation in its shape {sizes}")
         # One row for each column of the grid: learned positions.
         table = value.reshape(sizes).movedim(axes[-1], 0).reshape(lead[-1], -1)
         token = torch.arange(lead[-1], device=value.device).expand(lead)
@@ -244,9 +251,13 @@ class _Watch(TorchFunctionMode):
     def _is_ours(self, value: Any) -> bool:
         return id(value) in self._names
 
-    def _refusal(self, value: Tensor, use: str) -> ProxstepError:
-        key = self._names[id(value)][1]
-        return ProxstepError(
+    def _spare(self, value: Tensor, use: str) -> None:
+        """Leave a parameter alone from now on, or refuse its use."""
+        _, key, parameter = self._names[id(value)]
+        if key not in self._uses and self._owner.spare(key, parameter):
+            self._names = {n: one for n, one in self._names.items() if one[2] is not parameter}
+            return
+        raise ProxstepError(
             f"{key}: {type(self._module).__name__}.forward uses it in {use}, which ISOPO does not "
             "cover. Freeze it with requires_grad_(False), give it the plain policy gradient with "
             'other_parameters="reinforce", or register a forward for the class '
@@ -278,7 +289,7 @@ def _position_axes(x: Tensor, grid: tuple[int, int] | None) -> tuple[int, ...] |
         return (0, 1)
     if heads_first:
         return (0, 2)
-    return (0,) if shape[0] == grid[0] * grid[1] else None
+    return (0,) if shape[:1] == (grid[0] * grid[1],) else None
 
 
 def _name_of(func: Any) -> str:
