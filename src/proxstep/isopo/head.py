@@ -19,12 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from proxstep.errors import ProxstepError
-<<<<<<< HEAD
-from proxstep.isopo.hooks import OWNERS, SKIPPED, owner_of
-=======
 from proxstep.isopo.gradients import Layout, Memory, PositionGradients
-from proxstep.isopo.hooks import OWNERS, owner_of
->>>>>>> rule
+from proxstep.isopo.hooks import OWNERS, SKIPPED, owner_of
 from proxstep.isopo.linear import OuterGradients, product
 from proxstep.isopo.microbatch import Microbatch
 from proxstep.isopo.plan import Needs, Part

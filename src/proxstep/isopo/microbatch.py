@@ -6,11 +6,7 @@ Legend for shape suffixes: B sequences of the microbatch.
 from __future__ import annotations
 
 import itertools
-<<<<<<< HEAD
-from collections.abc import Callable, Iterable, Mapping
-=======
-from collections.abc import Mapping
->>>>>>> rule
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,12 +16,8 @@ from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.records import LayerRecord, joined
 from proxstep.isopo.gradients import Layout, Memory, PositionGradients
 from proxstep.isopo.hooks import OWNERS, UNBOUND
-<<<<<<< HEAD
-from proxstep.isopo.plan import Memory, Needs, Part, Statistics
-from proxstep.isopo.rescue import Rescue
-from proxstep.isopo.rule import Means, NaturalRule, Rule, fisher_squares
-=======
 from proxstep.isopo.plan import Needs, Statistics
+from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import (
     Means,
     NaturalRule,
@@ -33,7 +25,6 @@ from proxstep.isopo.rule import (
     fisher_squares,
     kernel_fisher_squares,
 )
->>>>>>> rule
 from proxstep.isopo.sampling import Samples
 from proxstep.typing import Bool, Float, Int, Tensor
 
@@ -111,11 +102,8 @@ class Microbatch:
         if diagnose:
             self.needs = Needs(fisher=settings.fisher == "positions", norm=True, ntk=True)
         self.reduced: set[str] = set()
-<<<<<<< HEAD
-        self.before_backward: Callable[[Tensor, Tensor], None] | None = None
-=======
         self._averages = set(settings.rule.averages)
->>>>>>> rule
+        self.before_backward: Callable[[Tensor, Tensor], None] | None = None
         self._past, self._memory, self._log = past, memory, log
         self._related_BB = None
         if isinstance(settings.rule, NaturalRule) and settings.rule.interact == "group":

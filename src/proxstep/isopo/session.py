@@ -39,12 +39,8 @@ from proxstep.isopo.microbatch import (
     Settings,
     check_coefficients,
 )
-<<<<<<< HEAD
-from proxstep.isopo.plan import MEMORY_BUDGET, Memory
-from proxstep.isopo.rescue import Rescue
-=======
 from proxstep.isopo.plan import MEMORY_BUDGET
->>>>>>> rule
+from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import PRESETS, NaturalRule, Rule
 from proxstep.isopo.sampling import Drawing, OverlapPositions, OverlapSource
 from proxstep.isopo.trailing import TrailingMeans
