@@ -161,7 +161,7 @@ def measure(seeds: int, parallel: int, console: Console) -> list[dict[str, Any]]
     """Run what has no row yet, seed by seed; return one row per run."""
     settings = {"shared": SHARED, "variants": VARIANTS}
     kept = json.loads(UNFINISHED.read_text()) if UNFINISHED.exists() else {}
-    rows = kept["rows"] if kept.get("settings") == settings else []
+    rows = [row for row in kept.get("rows", []) if _is_current(row["row"], kept["settings"])]
     done = {(row["row"], row["seed"]) for row in rows}
     planned = [(name, seed) for seed in range(seeds) for name in VARIANTS]
     FOLDER.mkdir(exist_ok=True)
@@ -182,6 +182,12 @@ def measure(seeds: int, parallel: int, console: Console) -> list[dict[str, Any]]
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return sorted(rows, key=lambda row: planned.index((row["row"], row["seed"])))
+
+
+def _is_current(name: str, settings: dict[str, Any]) -> bool:
+    """Whether a row that was measured with those settings would be measured alike today."""
+    alike = settings["variants"].get(name) == VARIANTS.get(name)
+    return name in VARIANTS and alike and settings["shared"] == SHARED
 
 
 def markdown_of(rows: Sequence[dict[str, Any]]) -> str:
