@@ -11,8 +11,8 @@ from tests.algorithms.loss_cases import (
     make_case,
 )
 
-from proxstep.algorithms import LOSS_AGG_MODES, Aggregation, aggregate
-from proxstep.algorithms.aggregate import aggregate_sequences
+from proxstep.algorithms import LOSS_AGG_MODES, Aggregation
+from proxstep.algorithms.aggregate import aggregate, aggregate_sequences
 from proxstep.errors import ProxstepError
 
 

@@ -21,7 +21,7 @@ from tests.engine import made_trainer, with_reward
 
 from proxstep.algorithms import ALGORITHMS
 from proxstep.errors import ProxstepError
-from proxstep.training import generation
+from proxstep.training import batch
 from proxstep.training.rollout import Completions, sample
 from proxstep.training.trainer import Trainer
 
@@ -79,7 +79,7 @@ def check_skipped(made: Trainer) -> dict[str, Any]:
 
 def cut(monkeypatch: pytest.MonkeyPatch, change: Callable[[Completions], Completions]) -> None:
     """Change what is sampled from now on."""
-    monkeypatch.setattr(generation, "sample", lambda *a, **options: change(sample(*a, **options)))
+    monkeypatch.setattr(batch, "sample", lambda *a, **options: change(sample(*a, **options)))
 
 
 # Rewards
