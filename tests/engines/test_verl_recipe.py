@@ -12,12 +12,12 @@ from pyarrow import parquet
 
 from proxstep.config.explain import describe_keys
 from proxstep.config.loading import load_recipe, resolve
-from proxstep.engines.verl_recipe import table
-from proxstep.engines.verl_recipe.data import messages, plan, prepare
-from proxstep.engines.verl_recipe.launch import _reason, command
-from proxstep.engines.verl_recipe.metrics import FIELDS, record
-from proxstep.engines.verl_recipe.overrides import Machine, Prepared, overrides
-from proxstep.engines.verl_recipe.rewards import compute_score
+from proxstep.engines.verl import table
+from proxstep.engines.verl.compute_score import compute_score
+from proxstep.engines.verl.launch import _reason, command
+from proxstep.engines.verl.overrides import Machine, Prepared, overrides
+from proxstep.engines.verl.prompt_files import messages, plan, prepare
+from proxstep.engines.verl.run_metrics import FIELDS, record
 from proxstep.errors import ProxstepError
 from proxstep.runs.schema import unknown_fields
 from proxstep.training.prompts import batch_rows
@@ -277,7 +277,7 @@ def _saved_model(folder: Path) -> Path:
 def test_a_tokenizer_that_adds_tokens_to_plain_prompts_is_refused(tmp_path: Path) -> None:
     from tests.engines.trl_case import tiny
 
-    from proxstep.engines.verl_recipe.data import PLAIN_TEMPLATE, _check_tokens
+    from proxstep.engines.verl.prompt_files import PLAIN_TEMPLATE, _check_tokens
     from proxstep.tasks import Example
 
     tokenizer, _ = tiny()
@@ -382,7 +382,7 @@ def test_the_printed_script_is_a_script(tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert said[:3] == ["-m", "proxstep.engines.verl_recipe", f"{folder}/recipe.yaml"]
+    assert said[:3] == ["-m", "proxstep.engines.verl", f"{folder}/recipe.yaml"]
     prepared, _ = plan(recipe)
     arguments = overrides(recipe, prepared, CPU)
     assert said[3:] == ["-m", "verl.trainer.main_ppo", *arguments]

@@ -20,8 +20,8 @@ from torch import Tensor
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead
 
-from proxstep.engines.verl.checkpoint import STATE_FILE
 from proxstep.engines.verl.engine import IsopoEngine
+from proxstep.engines.verl.isopo_state import STATE_FILE
 from proxstep.errors import ProxstepError
 from proxstep.isopo.patches import SITE
 
@@ -268,7 +268,7 @@ def test_it_loads_before_verl_is_whole(tmp_path: Path) -> None:
         "import verl, sys; from verl.trainer.ppo.core_algos import get_policy_loss_fn as get;"
         "print(get('chi2_opo').__module__)"
     )
-    modules = "proxstep.engines.verl_cpu,proxstep.engines.verl"
+    modules = "tests.verl.cpu,proxstep.engines.verl"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env={**os.environ, "VERL_USE_EXTERNAL_MODULES": modules},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import_module("proxstep.engines.verl_cpu")  # before verl chooses its platform
+    import_module("tests.verl.cpu")  # before verl chooses its platform
     from omegaconf import OmegaConf
     from tensordict import NonTensorData, NonTensorStack, TensorDict
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn

@@ -28,9 +28,9 @@ NO_POLICY_TERM = "chi2_no_policy_term"
 _VARIES = (
     "the policy loss's gradient differs between the tokens of a response, so that ISOPO has no one "
     "coefficient for it: use an estimator with one advantage per response (algorithm.adv_estimator="
-    "grpo, rloo, ... or chi2_opo), importance weights by sequence "
-    "(algorithm.rollout_correction.rollout_is=sequence), and "
-    "actor_rollout_ref.actor.policy_loss.loss_mode=gpg, gspo or chi2_opo"
+    "grpo, rloo, ... or the policy loss's own), importance weights by sequence "
+    "(algorithm.rollout_correction.rollout_is=sequence), and a policy loss of sequences "
+    "(actor_rollout_ref.actor.policy_loss.loss_mode=gpg, gspo, chi2_opo, ...)"
 )
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]

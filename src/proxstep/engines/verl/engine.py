@@ -18,11 +18,11 @@ from verl.utils.device import get_device_id
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead
 from verl.workers.utils.padding import no_padding_2_padding
 
-from proxstep.engines.verl import layout
-from proxstep.engines.verl.checkpoint import load_state, save_state
+from proxstep.engines.verl import token_grid
+from proxstep.engines.verl.actor_config import BACKEND, IsopoEngineConfig, read_geometry
 from proxstep.engines.verl.coefficients import Terms, sequence_coefficients, taken_apart
-from proxstep.engines.verl.configs import BACKEND, IsopoEngineConfig, read_geometry
 from proxstep.engines.verl.estimator import numbered
+from proxstep.engines.verl.isopo_state import load_state, save_state
 from proxstep.engines.verl.refusals import refuse_model
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, NaturalRule
@@ -114,7 +114,7 @@ class IsopoEngine(FSDPEngineWithLMHead):
             return super().forward_step(micro_batch, loss_function, forward_only)
         terms: Terms = loss_function
         micro_batch = micro_batch.to(get_device_id())
-        response_BR = layout.response_mask_of(micro_batch)
+        response_BR = token_grid.response_mask_of(micro_batch)
         counted_B = response_BR.any(dim=1)
         self._check_counted(counted_B)
         other: dict[str, Any] = {"loss": 0.0, "metrics": {}}
@@ -167,18 +167,18 @@ class IsopoEngine(FSDPEngineWithLMHead):
         """Open the microbatch of the sequences that have a response token."""
         assert self.isopo is not None
         length_B = micro_batch["input_ids"].offsets().diff()
-        id_N = layout.sequence_ids(length_B, counted_B)
-        completion_N = layout.completion_tokens(micro_batch, response_BR, len(id_N))
+        id_N = token_grid.sequence_ids(length_B, counted_B)
+        completion_N = token_grid.completion_tokens(micro_batch, response_BR, len(id_N))
         if tu.get_non_tensor_data(micro_batch, "use_remove_padding", True):
             pad_size = self._get_packed_pad_size(len(id_N))
             ids, completion = (
-                layout.packed(id_N, -1, pad_size),
-                layout.packed(completion_N, False, pad_size),
+                token_grid.packed(id_N, -1, pad_size),
+                token_grid.packed(completion_N, False, pad_size),
             )
         else:
             ids, completion = (
-                layout.padded(id_N, -1, length_B),
-                layout.padded(completion_N, False, length_B),
+                token_grid.padded(id_N, -1, length_B),
+                token_grid.padded(completion_N, False, length_B),
             )
         return self._open.enter_context(
             self.isopo.microbatch(

@@ -6,15 +6,18 @@ from typing import Any
 
 from verl.utils.torch_dtypes import PrecisionType
 
+from proxstep.algorithms import ALGORITHMS
 from proxstep.config.sections import GeometrySection
 from proxstep.engines.fields import Refusal, refuse_with_isopo
+from proxstep.engines.verl.seams import loss_mode
 from proxstep.errors import ProxstepError
 from proxstep.isopo import NaturalRule, Rule
 
-SEQUENCE_LOSSES = ("gpg", "gspo", "chi2_opo", "bypass_mode")
-"""Policy losses whose gradient is one number for a response, under each of verl's aggregations.
+VERLS_SEQUENCE_LOSSES = ("gpg", "gspo", "bypass_mode")
+"""Those of verl's policy losses whose gradient is one number for a response.
 
-gpg is REINFORCE; bypass_mode is, with loss_type=reinforce.
+They are so under each of verl's aggregations. gpg is REINFORCE; bypass_mode is, with
+loss_type=reinforce.
 """
 
 _ACTOR, _MODEL, _ENGINE = (
@@ -65,7 +68,7 @@ ENGINE: tuple[Refusal, ...] = (
     ),
     (
         "qat.enable",
-        lambda engine: getattr(engine.qat, "enable", False),
+        lambda engine: engine.qat["enable"],
         "it replaces the linear layers that ISOPO transforms; set it to False",
     ),
 )
@@ -83,7 +86,7 @@ MODEL: tuple[Refusal, ...] = (
     ),
     (
         "tiled_mlp.enabled",
-        lambda model: model.tiled_mlp.get("enabled", False),
+        lambda model: model.tiled_mlp["enabled"],
         "it runs the linear layers on pieces of a sequence; set it to False",
     ),
     (
@@ -101,7 +104,13 @@ MODEL: tuple[Refusal, ...] = (
 
 def _computes_in_half(engine: Any) -> bool:
     precision = engine.mixed_precision or {}
-    return PrecisionType.is_fp16(precision.get("param_dtype"))
+    return "param_dtype" in precision and PrecisionType.is_fp16(precision["param_dtype"])
+
+
+def sequence_losses() -> list[str]:
+    """Return the policy losses that have one coefficient per sequence."""
+    own = (loss_mode(found) for found in ALGORITHMS.values() if found.level == "sequence")
+    return [*VERLS_SEQUENCE_LOSSES, *own]
 
 
 def refuse_actor(actor: Any, section: GeometrySection, rule: Rule) -> None:
@@ -124,13 +133,13 @@ def refuse_actor(actor: Any, section: GeometrySection, rule: Rule) -> None:
             f"allow; set it to False, or geometry.rule to another one than {section.rule}"
         )
     mode = actor.policy_loss.loss_mode
-    if mode not in SEQUENCE_LOSSES:
+    if mode not in sequence_losses():
         raise ProxstepError(
             f"actor_rollout_ref.actor.policy_loss.loss_mode is {mode!r}; ISOPO needs one "
             "coefficient per sequence, which a token-level objective does not have: use "
-            f"{', '.join(SEQUENCE_LOSSES)} (gpg is REINFORCE)"
+            f"{', '.join(sequence_losses())} (gpg is REINFORCE)"
         )
-    kind = actor.policy_loss.rollout_correction.get("loss_type", "ppo_clip")
+    kind = actor.policy_loss.rollout_correction["loss_type"]
     if mode == "bypass_mode" and kind != "reinforce":
         raise ProxstepError(
             f"actor_rollout_ref.actor.policy_loss.rollout_correction.loss_type is {kind!r}, a "

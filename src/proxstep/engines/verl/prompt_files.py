@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from proxstep.config.recipe import Recipe
-from proxstep.engines.verl_recipe.overrides import Prepared
+from proxstep.engines.verl.overrides import Prepared
 from proxstep.errors import ProxstepError
 from proxstep.tasks import Example, Task
 from proxstep.training.lifecycle import load_task
