@@ -12,8 +12,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from proxstep.engines.verl import OpoPolicyLossConfig
-from proxstep.engines.verl.registration import register
+from proxstep.engines.verl import OpoPolicyLossConfig, register
 from proxstep.errors import ProxstepError
 
 pytestmark = pytest.mark.verl
@@ -29,7 +28,6 @@ KEYS: list[dict[str, Any]] = [
     {},
     {"surrogate": "ratio", "mu": 3.0},
     {"length_normalize": True, "mu": 0.5},
-    {"form": "regression", "mu": 2.0},
 ]
 
 
@@ -75,8 +73,6 @@ def slow_loss(
         u = math.exp(delta) - 1 if keys.get("surrogate") == "ratio" else delta
         drive = float(tensors["advantages"][row, places[0]])
         value = -drive * u + mu / 2 * u**2
-        if keys.get("form") == "regression":
-            value = mu / 2 * (u - drive / mu) ** 2
         times = 1 if mode == "seq-mean-token-mean" else len(places)
         total += weights[row] * times * value
         num_tokens, num_rows = num_tokens + len(places), num_rows + 1
@@ -174,8 +170,14 @@ def test_another_configuration_class_is_refused() -> None:
         ({"loss_mode": "vanilla"}, "policy_loss.loss_mode=chi2_opo"),
         ({"mu": "auto"}, "policy_loss.mu is auto"),
         ({"mu": 0.0}, "policy_loss.mu"),
-        ({"adaptive_tau": True}, "policy_loss.adaptive_tau needs the anchor"),
-        ({"anchor_correction": "length"}, "policy_loss.anchor_correction needs the anchor"),
+        ({"adaptive_tau": True}, "policy_loss.adaptive_tau is True: the preparation reads"),
+        ({"anchor_correction": "length"}, "anchor_correction is length: .* use absorbed"),
+        (
+            {"adaptive_tau": True, "anchor_correction": "length"},
+            "policy_loss.adaptive_tau is True: the preparation reads",
+        ),
+        ({"tau_min": 0.4}, "policy_loss.tau_min"),
+        ({"target_min": -0.5, "drive": "none"}, "policy_loss.target_min bounds"),
         ({"alpha": 1.5}, "policy_loss.alpha is 1.5"),
         ({"drive": "centre"}, "policy_loss.drive is 'centre'"),
     ],

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, ClassVar
 
-import torch
 from verl.utils.torch_functional import masked_mean
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from proxstep.algorithms import Aggregation, Algorithm
+from proxstep.algorithms.composition import gradient_by_sequence
 from proxstep.algorithms.safeguards import regression_target, target_shares
 from proxstep.config.objectives import ObjectiveSection, section_of
 from proxstep.engines.fields import read_section
@@ -148,10 +148,10 @@ def policy_loss(algorithm: Algorithm) -> Callable[..., tuple[Tensor, dict[str, f
         options = check_config(config.policy_loss, algorithm).section().options()
         _check_actor(config, options)
         response_BT = response_mask.bool()
-        signal_B = _at_every_token(advantages, response_BT, _varies(algorithm))
+        signal_B = gradient_by_sequence(advantages, response_BT, _varies(algorithm))
         weight_B = None
         if rollout_is_weights is not None:
-            weight_B = _at_every_token(rollout_is_weights, response_BT, _WEIGHTS_VARY)
+            weight_B = gradient_by_sequence(rollout_is_weights, response_BT, _WEIGHTS_VARY)
         info = BATCH_INFO | config.global_batch_info
         value, measured = algorithm.loss(
             log_prob,
@@ -238,15 +238,3 @@ def _means(metrics: Mapping[str, Tensor], response_BT: Tensor) -> dict[str, floa
     counted_B = _counted(response_BT)
     return {name: value_B[counted_B].double().mean().item() for name, value_B in metrics.items()}
 
-
-def _at_every_token(value_BT: Tensor, response_BT: Tensor, otherwise: str) -> Tensor:
-    """Return what stands at all response tokens of a sequence, 0 where it has none.
-
-    Raises:
-        ProxstepError: If it differs between them.
-    """
-    first_B1 = response_BT.to(torch.uint8).argmax(dim=1, keepdim=True)
-    value_B = value_BT.masked_fill(~response_BT, 0.0).gather(1, first_B1).squeeze(1)
-    if ((value_BT != value_B[:, None]) & response_BT).any():
-        raise ProxstepError(otherwise)
-    return value_B
