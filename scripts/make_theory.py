@@ -19,13 +19,14 @@ PAPERS = {"OPO": "arXiv 2601.12415", "ISOPO": "arXiv 2512.23353"}
 INTRODUCTION = """\
 # Theory
 
-Made by `make reference` from `tests/theory`. `proxstep.theory` holds the mathematics of both
-papers as exact functions of small categorical policies: expectations are sums over the outcomes,
-Fisher matrices are enumerated. It is for checking and for teaching; training does not use it.
+Made by `make reference` from `tests/theory`. The folder `tests/theory/maths` holds the mathematics
+of both papers as exact functions of small categorical policies: expectations are sums over the
+outcomes, Fisher matrices are enumerated. It is for checking and for teaching; the installed package
+does not have it. From the root of a checkout:
 
 ```pycon
 >>> import torch
->>> from proxstep.theory import escort, opo, simplex
+>>> from tests.theory.maths import escort, opo, simplex
 >>> anchor_V = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 >>> advantage_V = torch.tensor([-2.0, 0.0, 1.0], dtype=torch.float64)
 >>> weight_V = escort.escort_weight(anchor_V, escort.oracle(advantage_V), alpha=0.4)
@@ -36,7 +37,7 @@ tensor([-1.0000, -0.2096,  2.8144], dtype=torch.float64)
 
 ```
 
-| module of `proxstep.theory` | |
+| module of `tests.theory.maths` | |
 |---|---|
 | `categorical` | expectations, ratio coordinates, chi-square, total variation, KL |
 | `escort` | the oracle, the escort family, its weight and normalizer |

@@ -28,7 +28,7 @@ CHECKED = [
     "proxstep.isopo.diagnostics.summary",
     "proxstep.isopo.trailing",
     "proxstep.isopo.weights",
-    "proxstep.theory",
+    "tests.theory.maths",
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 torch.set_num_threads(1)

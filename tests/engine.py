@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from proxstep.config.loading import resolve
 from proxstep.config.recipe import Recipe
 from proxstep.rewards import RewardFunction
+from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.runs.folder import RunFolder
 from proxstep.training import lifecycle
 from proxstep.training.batch import Batch, collect
@@ -78,3 +81,21 @@ def with_reward(trainer: Trainer, reward: RewardFunction) -> Trainer:
     examples = trainer.train_prompts.examples
     trainer.train_prompts = Prompts(examples, trainer.tokenizer, [reward], [1.0])
     return trainer
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(latest_checkpoint(folder) / "model.safetensors")
+
+
+def spread_reward(folder: Path) -> dict[str, Any]:
+    """A reward that tells nearly all completions apart, so that every step has a gradient."""
+    file = folder / "spread.py"
+    file.write_text(
+        "def spread(prompts, completions, **columns):\n"
+        "    return [float(sum(map(ord, c)) % 17) for c in completions]\n"
+    )
+    return {"rewards": [f"{file}:spread"]}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.cli.test_cli import TINY, mistake, run
+from tests.cli.command_case import TINY, mistake, run
 
 from proxstep.cli import commands as cli
 from proxstep.config.recipe import Recipe

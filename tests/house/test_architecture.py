@@ -13,7 +13,6 @@ ROOMS = (
     ("errors", "typing"),
     ("logprobs",),
     ("algorithms", "isopo"),
-    ("theory",),
     ("rewards",),
     ("tasks",),
     ("config",),
@@ -25,7 +24,7 @@ ROOMS = (
 )
 """A room imports from its own floor and those before it."""
 
-TORCH_ONLY = ("errors", "typing", "logprobs", "algorithms", "theory", "isopo")
+TORCH_ONLY = ("errors", "typing", "logprobs", "algorithms", "isopo")
 
 
 def modules() -> dict[str, Path]:
@@ -102,7 +101,7 @@ def test_the_core_imports_only_torch() -> None:
 
 def test_import_proxstep_loads_nothing_heavy() -> None:
     code = (
-        "import sys, proxstep; proxstep.Isopo, proxstep.algorithms.LOSSES; "
+        "import sys, proxstep; proxstep.Isopo, proxstep.algorithms.ALGORITHMS; "
         "heavy = {'transformers', 'trl', 'verl', 'ray', 'peft', 'accelerate', 'datasets', "
         "'pydantic', 'rich', "
         "'matplotlib', 'pandas'}; assert 'torch' in sys.modules; print(sorted(heavy & "

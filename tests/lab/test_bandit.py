@@ -11,7 +11,7 @@ from rich.console import Console
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.isopo.weights import GUARD
 from proxstep.lab import bandit_training, toy_report
-from proxstep.lab.bandit import cosines, make_bandit, scores, step_size
+from proxstep.lab.bandit import make_bandit, step_size
 from proxstep.lab.bandit_training import (
     METHODS,
     Rollout,
@@ -22,10 +22,10 @@ from proxstep.lab.bandit_training import (
     quartiles,
     reward_at_kl,
     run_method,
-    true_direction,
 )
-from proxstep.theory.categorical import chi_square, kl
-from proxstep.theory.fisher import fisher_matrix, policy_gradient
+from proxstep.lab.categorical import cosines, natural_gradient, scores
+from tests.theory.maths.categorical import chi_square, kl
+from tests.theory.maths.fisher import fisher_matrix, policy_gradient
 
 SEEDS = (0, 1, 2)
 
@@ -48,7 +48,7 @@ def exact(bandit, theta_D):
     """The policy, its scores, Fisher matrix and natural gradient."""
     log_prob_V = bandit.log_policy(theta_D)
     score_VD = scores(log_prob_V, bandit.feature_VD)
-    natural_D = true_direction(bandit, log_prob_V, score_VD)
+    natural_D = natural_gradient(score_VD, log_prob_V.exp(), bandit.reward_V)
     return log_prob_V, score_VD, fisher_matrix(score_VD, log_prob_V.exp()), natural_D
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tests.engine import tiny_recipe
 
 from proxstep.cli import commands as cli
 from proxstep.config.loading import load_recipe
@@ -21,6 +20,7 @@ from proxstep.lab import compare
 from proxstep.lab.compare import Job, check_output, plan, run_jobs
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.reading import find_runs, load_samples
+from tests.engine import tiny_recipe
 
 TINY = """\
 algorithm: reinforce

@@ -56,7 +56,7 @@ def test_malformed_last_line_with_its_newline_is_an_error(make_run):
     [
         ("recipe.yaml", "a: [", "not valid YAML"),
         ("recipe.yaml", "seed: 0", "lacks `algorithm`"),
-        ("recipe.yaml", "- 1", "lacks `algorithm`"),
+        ("recipe.yaml", "- 1", "a YAML mapping"),
         ("run.json", "{", "not valid JSON"),
         ("run.json", "[]", "one JSON object"),
         ("metrics.jsonl", "", "no step yet"),
@@ -65,7 +65,7 @@ def test_malformed_last_line_with_its_newline_is_an_error(make_run):
 def test_bad_file_is_named(make_run, name, content, complaint):
     folder = make_run()
     (folder / name).write_text(content)
-    with pytest.raises(ProxstepError, match=f"{name}: .*{complaint}"):
+    with pytest.raises(ProxstepError, match=f"{name}(, line 1)?: .*{complaint}"):
         load_run(folder)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from proxstep.theory import categorical, escort, fisher
+from tests.theory.maths import categorical, escort, fisher
 
 OUTCOMES = 7
 

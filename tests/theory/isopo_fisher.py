@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tests.theory.cases import Model, close, gradient, hessian, random
-from tests.theory.registry import CORRECTED, states
 from torch import Tensor
 
 from proxstep.isopo.layers import OuterGradients
-from proxstep.theory import categorical, estimates, fisher
+from tests.theory.cases import Model, close, gradient, hessian, random
+from tests.theory.maths import categorical, estimates, fisher
+from tests.theory.registry import CORRECTED, states
 
-FISHER = ("theory.fisher.fisher_matrix", "prob_V[:, None] * score_VP", "score_VP")
-SQUARE = ("theory.fisher.fisher_square", ".square()", ".abs()")
-NATURAL = ("theory.fisher.natural_gradient", "(eigenvector_PP.mT @ gradient_P)", "gradient_P")
-POLICY = ("theory.fisher.policy_gradient", "prob_V * advantage_V", "advantage_V")
+FISHER = ("maths.fisher.fisher_matrix", "prob_V[:, None] * score_VP", "score_VP")
+SQUARE = ("maths.fisher.fisher_square", ".square()", ".abs()")
+NATURAL = ("maths.fisher.natural_gradient", "(eigenvector_PP.mT @ gradient_P)", "gradient_P")
+POLICY = ("maths.fisher.policy_gradient", "prob_V * advantage_V", "advantage_V")
 POSITIONS = (
-    "theory.estimates.position_square",
+    "maths.estimates.position_square",
     "direction_P).square().sum()",
     "direction_P).abs().sum()",
 )
-UNNORMALIZED = ("theory.estimates.position_square", " / gradient_TP.square().sum()", "")
-OVERLAPS = ("theory.estimates.linear_overlaps", "(grad_TO * (", "(grad_TO + (")
-NORMS = ("theory.estimates.linear_squares", "input_TI.square()", "input_TI.abs()")
+UNNORMALIZED = ("maths.estimates.position_square", " / gradient_TP.square().sum()", "")
+OVERLAPS = ("maths.estimates.linear_overlaps", "(grad_TO * (", "(grad_TO + (")
+NORMS = ("maths.estimates.linear_squares", "input_TI.square()", "input_TI.abs()")
 
 
 @states(
@@ -51,8 +51,8 @@ def fisher_metric(seed: int) -> None:
     "section 1.2, divergences",
     "To leading order v.F v is the KL divergence, or the chi-square, that the step v causes.",
     FISHER,
-    ("theory.categorical.kl", "xlogy(prob_V, other_V)", "2 * xlogy(prob_V, other_V)"),
-    ("theory.categorical.chi_square", "inner(v_V, v_V, anchor_V)", "v_V.square().mean()"),
+    ("maths.categorical.kl", "xlogy(prob_V, other_V)", "2 * xlogy(prob_V, other_V)"),
+    ("maths.categorical.chi_square", "inner(v_V, v_V, anchor_V)", "v_V.square().mean()"),
     holds=CORRECTED,
     remark="The chi-square it is; the KL divergence, either way round, is half of it.",
 )
@@ -109,7 +109,7 @@ def natural_gradient(seed: int) -> None:
     "section 1.2, advantages",
     "F^-1 does not involve the advantage, so large advantages are not penalized.",
     (
-        "theory.fisher.natural_gradient",
+        "maths.fisher.natural_gradient",
         "fisher_matrix(score_VP, prob_V)",
         "fisher_matrix(score_VP, prob_V * advantage_V.square())",
     ),
@@ -130,8 +130,8 @@ def linear_in_advantages(seed: int) -> None:
     "ISOPO",
     "section 2.0.2, eq. 2",
     "|v|_F^2 is about (1 / n) sum_i (v.g_i)^2 over sampled sequences.",
-    ("theory.estimates.sequence_square", ".mean()", ".sum()"),
-    ("theory.estimates.sequence_square", ".square()", ".abs()"),
+    ("maths.estimates.sequence_square", ".mean()", ".sum()"),
+    ("maths.estimates.sequence_square", ".square()", ".abs()"),
     remark="Unbiased for a v that does not depend on the sample. For a v that is one of the "
     "sampled gradients its own term |v|^4 / n is added, and the others count (n - 1) / n. The g_i "
     "are gradients of log-probabilities, without advantages.",
@@ -173,9 +173,9 @@ def two_tokens(seed: int, carry: float) -> Callable[[Tensor], Tensor]:
     "section 2.0.2, unreduced gradients",
     "(v.sum_j g_j)^2 is about sum_j (v.g_j)^2, if the gradients of single positions are "
     "uncorrelated.",
-    ("theory.categorical.inner", "left_V * right_V", "left_V + right_V"),
+    ("maths.categorical.inner", "left_V * right_V", "left_V + right_V"),
     (
-        "theory.fisher.scores",
+        "maths.fisher.scores",
         "torch.func.jacrev(log_prob_of)(theta_P)",
         "torch.func.jacrev(lambda at: log_prob_of(at).exp())(theta_P)",
     ),
@@ -267,7 +267,7 @@ def norms(seed: int) -> None:
     "|v|_F is about the root of eq. 4's sum over the root of eq. 5's.",
     OVERLAPS,
     NORMS,
-    ("theory.estimates.linear_norm", "overlap_T.square().sum().sqrt()", "overlap_T.square().sum()"),
+    ("maths.estimates.linear_norm", "overlap_T.square().sum().sqrt()", "overlap_T.square().sum()"),
     POSITIONS,
     holds=CORRECTED,
     remark="With a_in,j: the index is left out. The unit is that of eq. 3.",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import torch
-from tests.theory.cases import Model, close, random
-from tests.theory.isopo_fisher import FISHER, NORMS, OVERLAPS, linear_layer
-from tests.theory.registry import CORRECTED, FALSE, states
 from torch import Tensor
 
 from proxstep.isopo import PRESETS, IsometricRule, NaturalRule
@@ -16,22 +13,25 @@ from proxstep.isopo.weights import (
     mean_eigenvalue,
     natural_weights,
 )
-from proxstep.theory import estimates, fisher, isopo
+from tests.theory.cases import Model, close, random
+from tests.theory.isopo_fisher import FISHER, NORMS, OVERLAPS, linear_layer
+from tests.theory.maths import estimates, fisher, isopo
+from tests.theory.registry import CORRECTED, FALSE, states
 
-SCALE = ("theory.isopo.isometric_scale", ".rsqrt()", ".reciprocal()")
-UNDAMPED = ("theory.isopo.isometric_scale", "+ regularization", "+ 0 * regularization")
+SCALE = ("maths.isopo.isometric_scale", ".rsqrt()", ".reciprocal()")
+UNDAMPED = ("maths.isopo.isometric_scale", "+ regularization", "+ 0 * regularization")
 WEIGHTS = (
     "isopo.weights.isometric_weights",
     "weight_B = weight_B * _damped_square",
     "weight_B = weight_B / _damped_square",
 )
 CLOSEST = (
-    "theory.isopo.closest_scale",
+    "maths.isopo.closest_scale",
     "direction_P @ gradient_P /",
     "gradient_P @ gradient_P /",
 )
-DISTANCE = ("theory.isopo.distance_to_natural", "direction_P - torch", "direction_P + torch")
-MINSR = ("theory.isopo.minsr", "+ damping *", "+ 2 * damping *")
+DISTANCE = ("maths.isopo.distance_to_natural", "direction_P - torch", "direction_P + torch")
+MINSR = ("maths.isopo.minsr", "+ damping *", "+ 2 * damping *")
 KERNEL = (
     "isopo.weights.natural_weights",
     "eigenvalue_B.clamp(min=0) + damping",
@@ -55,7 +55,7 @@ def sample(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     SCALE,
     UNDAMPED,
     WEIGHTS,
-    ("theory.fisher.fisher_square", ".square()", ".abs()"),
+    ("maths.fisher.fisher_square", ".square()", ".abs()"),
     remark="Of the chi-square, to leading order; the KL divergence is at most C^2 / 2. The clip is "
     "soft, within a factor sqrt(2) of min(1, |v|_F / sqrt(reg)). The bound is per layer and before "
     "the advantage: L layers that move together can have L^2 times the divergence.",
@@ -237,8 +237,8 @@ def figure_5(seed: int) -> None:
     "J^T (K + c I)^-1 A maximizes, in the span of the sampled gradients, the overlap with J^T A / "
     "n less penalties on the Fisher metric |J v|^2 / n and on |v|^2.",
     MINSR,
-    ("theory.isopo.damped_overlap", "penalty / 2", "penalty"),
-    ("theory.fisher.natural_gradient", "0.0) + damping", "0.0)"),
+    ("maths.isopo.damped_overlap", "penalty / 2", "penalty"),
+    ("maths.fisher.natural_gradient", "0.0) + damping", "0.0)"),
     remark="With the factors 1 / 2 and c / (2 n), which the text leaves open; among all v too. It "
     "is the natural gradient with the sample's Fisher matrix and damping c / n. For c to 0 and K "
     "regular it changes every log-probability in proportion to its advantage: J v = A. Unlike "

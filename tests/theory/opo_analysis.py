@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 
 import torch
+
+from proxstep import algorithms as losses
 from tests.theory.cases import Case, close, counted, gradient, hessian, random, softmax_log_ratio
+from tests.theory.maths import categorical, descent, escort, fisher, opo, surrogate
+from tests.theory.maths import trust_region as region
 from tests.theory.opo_geometry import KL, SWAPPED_ESCORT
 from tests.theory.opo_response import DISSIPATION, OBJECTIVE, UNCENTERED
 from tests.theory.registry import CORRECTED, FALSE, states
 
-from proxstep import algorithms as losses
-from proxstep.theory import categorical, descent, escort, fisher, opo, surrogate
-from proxstep.theory import trust_region as region
-
-LOG_LOSS = ("theory.surrogate.log_loss", "penalty - inner", "penalty + inner")
-LOG_PENALTY = ("theory.surrogate.log_loss", "mu / 2 * inner", "mu * inner")
-STEP = ("theory.descent.path", "- step_size * gradient", "- 0.5 * step_size * gradient")
-GRADIENT = ("theory.opo.gradient", "mu * deviation_V - drive_V", "mu * deviation_V")
-RADIUS = ("theory.trust_region.multiplier", "/ radius).sqrt()", "/ radius)")
-TOO_FAR = ("theory.trust_region.optimum", "drive_V / mu", "2 * drive_V / mu")
-OPTIMUM = ("theory.surrogate.optimum", "> middle.exp()", "> 2 * middle.exp()")
-NEWTON = ("theory.surrogate._wright_omega", "(log_w + w - value_V)", "(log_w - value_V)")
+LOG_LOSS = ("maths.surrogate.log_loss", "penalty - inner", "penalty + inner")
+LOG_PENALTY = ("maths.surrogate.log_loss", "mu / 2 * inner", "mu * inner")
+STEP = ("maths.descent.path", "- step_size * gradient", "- 0.5 * step_size * gradient")
+GRADIENT = ("maths.opo.gradient", "mu * deviation_V - drive_V", "mu * deviation_V")
+RADIUS = ("maths.trust_region.multiplier", "/ radius).sqrt()", "/ radius)")
+TOO_FAR = ("maths.trust_region.optimum", "drive_V / mu", "2 * drive_V / mu")
+OPTIMUM = ("maths.surrogate.optimum", "> middle.exp()", "> 2 * middle.exp()")
+NEWTON = ("maths.surrogate._wright_omega", "(log_w + w - value_V)", "(log_w - value_V)")
 
 
 @states(
@@ -74,7 +74,7 @@ def _same_as_the_library(case: Case) -> None:
     "algorithm 1",
     "Descend eq. 19 with the drive e^((1 - alpha) A) pi_k^-(1 - alpha).",
     LOG_LOSS,
-    ("theory.fisher.policy_gradient", "prob_V * advantage_V", "advantage_V"),
+    ("maths.fisher.policy_gradient", "prob_V * advantage_V", "advantage_V"),
     holds=CORRECTED,
     remark="Line 5 leaves out the normalization of eq. 6 (section 4.1 z-scores instead), so that "
     "the drive's scale competes with mu, and the centering of eq. 18. At the anchor centering does "
@@ -132,7 +132,7 @@ def descent_step(seed: int) -> None:
     "For 0 < eta < 2 / mu the distance falls like |1 - eta mu|^m, whatever alpha.",
     STEP,
     GRADIENT,
-    ("theory.descent.contraction", "1 - step_size * mu", "1 - step_size"),
+    ("maths.descent.contraction", "1 - step_size * mu", "1 - step_size"),
     holds=CORRECTED,
     remark="For the drive omega - 1 (see eq. 20), with equality. With omega the distance to v* "
     "approaches 1 / mu.",
@@ -226,7 +226,7 @@ def saturation(seed: int) -> None:
     "the multiplier.",
     RADIUS,
     TOO_FAR,
-    ("theory.trust_region.radius_of", "/ mu**2", "/ mu"),
+    ("maths.trust_region.radius_of", "/ mu**2", "/ mu"),
     holds=CORRECTED,
     remark="mu = |omega - 1| / sqrt(epsilon) is twice the multiplier of the printed constraint "
     "(that of |v|^2 / 2 <= epsilon / 2). For a fixed mu the radius depends on alpha.",
@@ -281,9 +281,9 @@ def uncentered_trust_region(seed: int) -> None:
     "lemma A.1, eq. 21",
     "For delta = max |Delta| < 1, |v - Delta| <= delta^2 e^delta / 2 and |v^2 - Delta^2| <= "
     "delta^3 e^(2 delta).",
-    ("theory.surrogate.deviation_error_bound", "math.exp(largest) / 2", "math.exp(largest) / 2.1"),
-    ("theory.surrogate.square_error_bound", "largest**3", "largest**3 / 1.1"),
-    ("theory.surrogate.square_error_bound", "largest**3", "largest**4"),
+    ("maths.surrogate.deviation_error_bound", "math.exp(largest) / 2", "math.exp(largest) / 2.1"),
+    ("maths.surrogate.square_error_bound", "largest**3", "largest**3 / 1.1"),
+    ("maths.surrogate.square_error_bound", "largest**3", "largest**4"),
     remark="For every delta, negative Delta included; both are sharp for small delta.",
 )
 def approximation_error(seed: int) -> None:
@@ -302,7 +302,7 @@ def approximation_error(seed: int) -> None:
     "OPO",
     "lemma A.1, consequence",
     "Exact and surrogate loss differ at third order in Delta.",
-    ("theory.surrogate.loss_error", "anchor_V) / 2", "anchor_V)"),
+    ("maths.surrogate.loss_error", "anchor_V) / 2", "anchor_V)"),
     LOG_LOSS,
     LOG_PENALTY,
     DISSIPATION,

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import torch
-from tests.theory.cases import Case, close, constant, counted, random
-from tests.theory.registry import CORRECTED, FALSE, states
 
 from proxstep import algorithms as losses
-from proxstep.theory import categorical, escort, opo
+from tests.theory.cases import Case, close, constant, counted, random
+from tests.theory.maths import categorical, escort, opo
+from tests.theory.registry import CORRECTED, FALSE, states
 
-RATIO = ("theory.categorical.ratio", "prob_V / anchor_V", "anchor_V / prob_V")
-DEVIATION = ("theory.categorical.deviation", "anchor_V) - 1", "anchor_V)")
-EXPECTATION = ("theory.categorical.expectation", ".sum(dim=-1)", ".mean(dim=-1)")
+RATIO = ("maths.categorical.ratio", "prob_V / anchor_V", "anchor_V / prob_V")
+DEVIATION = ("maths.categorical.deviation", "anchor_V) - 1", "anchor_V)")
+EXPECTATION = ("maths.categorical.expectation", ".sum(dim=-1)", ".mean(dim=-1)")
 SWAPPED_ESCORT = (
-    "theory.escort._exponent",
+    "maths.escort._exponent",
     "alpha * anchor_V.log() + (1 - alpha) * target_V.log()",
     "(1 - alpha) * anchor_V.log() + alpha * target_V.log()",
 )
-WEIGHT = ("theory.escort.escort_weight", "alpha) / anchor_V", "alpha)")
+WEIGHT = ("maths.escort.escort_weight", "alpha) / anchor_V", "alpha)")
 CENTERED = (
-    "theory.categorical.centered",
+    "maths.categorical.centered",
     "expectation(value_V, prob_V)[..., None]",
     "value_V.mean(dim=-1, keepdim=True)",
 )
-CHI_SQUARE = ("theory.categorical.chi_square", "inner(v_V, v_V, anchor_V)", "v_V.square().mean()")
-KL = ("theory.categorical.kl", "xlogy(prob_V, other_V)", "xlogy(other_V, other_V)")
+CHI_SQUARE = ("maths.categorical.chi_square", "inner(v_V, v_V, anchor_V)", "v_V.square().mean()")
+KL = ("maths.categorical.kl", "xlogy(prob_V, other_V)", "xlogy(other_V, other_V)")
 
 
 @states(
@@ -33,7 +33,7 @@ KL = ("theory.categorical.kl", "xlogy(prob_V, other_V)", "xlogy(other_V, other_V
     "The ratio t = pi / pi_k is e^Delta and the deviation v = t - 1 is e^Delta - 1.",
     RATIO,
     DEVIATION,
-    ("theory.categorical.log_ratio", "prob_V.log() - anchor_V", "prob_V.log() + anchor_V"),
+    ("maths.categorical.log_ratio", "prob_V.log() - anchor_V", "prob_V.log() + anchor_V"),
 )
 def ratio_coordinates(seed: int) -> None:
     case = Case(seed)
@@ -68,7 +68,7 @@ def conservation(seed: int) -> None:
     "eq. 3",
     "The functions of mean 0 under the anchor are a closed subspace of L2(pi_k).",
     CENTERED,
-    ("theory.categorical.centered", "value_V - expectation", "value_V + expectation"),
+    ("maths.categorical.centered", "value_V - expectation", "value_V + expectation"),
     remark="Checked as: f - E[f] is an orthogonal projection onto it.",
 )
 def mean_zero_subspace(seed: int) -> None:
@@ -116,7 +116,7 @@ def escort_weight(seed: int) -> None:
     "eq. 6",
     "The escort weight has mean 1 under the anchor.",
     WEIGHT,
-    ("theory.escort.escort", ".softmax(dim=-1)", ".exp()"),
+    ("maths.escort.escort", ".softmax(dim=-1)", ".exp()"),
     remark="`proxstep.algorithms.escort_weights` makes the mean over the sampled group exactly 1.",
 )
 def weight_has_mean_one(seed: int) -> None:
@@ -130,8 +130,8 @@ def weight_has_mean_one(seed: int) -> None:
     "The escorts are an e-geodesic from the oracle (alpha 0) to the anchor (alpha 1), and omega is "
     "proportional to (e^A / pi_k)^(1 - alpha).",
     SWAPPED_ESCORT,
-    ("theory.escort._exponent", "(1 - alpha) * target", "(1 - alpha) ** 2 * target"),
-    ("theory.escort.oracle", "advantage_V.softmax", "(2 * advantage_V).softmax"),
+    ("maths.escort._exponent", "(1 - alpha) * target", "(1 - alpha) ** 2 * target"),
+    ("maths.escort.oracle", "advantage_V.softmax", "(2 * advantage_V).softmax"),
 )
 def geodesic(seed: int) -> None:
     case = Case(seed)
@@ -199,7 +199,7 @@ def batch_normalization(seed: int) -> None:
     "OPO",
     "eq. 8",
     "The dissipation is mu / 2 times the Pearson chi-square divergence.",
-    ("theory.opo.dissipation", "mu / 2 * inner", "mu * inner"),
+    ("maths.opo.dissipation", "mu / 2 * inner", "mu * inner"),
     CHI_SQUARE,
     DEVIATION,
 )
@@ -215,7 +215,7 @@ def dissipation(seed: int) -> None:
     "OPO",
     "appendix A.3, eq. 23",
     "The escort's log-density is affine in alpha up to the normalizer.",
-    ("theory.escort.log_normalizer", ".logsumexp(dim=-1)", ".exp().sum(dim=-1)"),
+    ("maths.escort.log_normalizer", ".logsumexp(dim=-1)", ".exp().sum(dim=-1)"),
     SWAPPED_ESCORT,
 )
 def log_density(seed: int) -> None:
@@ -245,7 +245,7 @@ def importance_weight(seed: int) -> None:
     "appendix A.3, step 2",
     "On-policy the weight simplifies to e^((1 - alpha) A), the factor of pi_k being absorbed by "
     "the sampling measure.",
-    ("theory.escort.tilted_oracle", "anchor_V.log() + advantage_V", "2 * advantage_V"),
+    ("maths.escort.tilted_oracle", "anchor_V.log() + advantage_V", "2 * advantage_V"),
     WEIGHT,
     holds=CORRECTED,
     remark="True for the oracle pi_k e^A, not for the printed oracle e^A: with samples from pi_k "
@@ -270,7 +270,7 @@ def absorbed_factor(seed: int) -> None:
     "appendix A.3, step 3",
     "The interpolation is that of Renyi's divergence and an e-projection onto the geodesic.",
     KL,
-    ("theory.escort.log_normalizer", ".logsumexp(dim=-1)", ".exp().sum(dim=-1)"),
+    ("maths.escort.log_normalizer", ".logsumexp(dim=-1)", ".exp().sum(dim=-1)"),
     holds=CORRECTED,
     remark="It does not say of what it is the projection. What holds: alpha KL(q, pi_k) + "
     "(1 - alpha) KL(q, P*) = KL(q, rho) - log Z for every q, so rho is the policy nearest to both, "
@@ -292,7 +292,7 @@ def nearest_to_both(seed: int) -> None:
     "OPO",
     "proposition A.3, eq. 25",
     "The total variation is at most sqrt(chi-square) / 2.",
-    ("theory.categorical.total_variation", "anchor_V) / 2", "anchor_V)"),
+    ("maths.categorical.total_variation", "anchor_V) / 2", "anchor_V)"),
     CHI_SQUARE,
     remark="With equality where |v| is the same for every outcome. `opo` logs the bound.",
 )

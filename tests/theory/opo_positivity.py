@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import torch
-from tests.theory.cases import Case, close
-from tests.theory.opo_response import UNCENTERED
-from tests.theory.registry import CORRECTED, FALSE, states
 
 from proxstep import algorithms as losses
-from proxstep.theory import categorical, descent, opo, simplex
+from tests.theory.cases import Case, close
+from tests.theory.maths import categorical, descent, opo, simplex
+from tests.theory.opo_response import UNCENTERED
+from tests.theory.registry import CORRECTED, FALSE, states
 
 
 @states(
     "OPO",
     "proposition 8.4",
     "The update is a policy whenever mu >= max omega - 1.",
-    ("theory.simplex.smallest_mu", "1 - weight_V.min()", "weight_V.max() - 1"),
-    ("theory.simplex.printed_smallest_mu", "weight_V.max() - 1", "1 - weight_V.min()"),
+    ("maths.simplex.smallest_mu", "1 - weight_V.min()", "weight_V.max() - 1"),
+    ("maths.simplex.printed_smallest_mu", "weight_V.max() - 1", "1 - weight_V.min()"),
     UNCENTERED,
     holds=FALSE,
     remark="That bounds v* by 1 from above. v* >= -1 needs mu >= 1 - min omega, which mu >= 1 "
@@ -43,9 +43,9 @@ def positivity(seed: int) -> None:
     "section 8.5, safeguards",
     "Positivity is kept by a large mu, by clipping v* or by projecting onto the simplex, without "
     "altering the local convergence.",
-    ("theory.simplex.project", "(1 - mass_V)", "(1 + mass_V)"),
-    ("theory.simplex.project", "shift_V[kept - 1]", "shift_V[-1]"),
-    ("theory.simplex.constrained_optimum", "weight_V / mu", "weight_V"),
+    ("maths.simplex.project", "(1 - mass_V)", "(1 + mass_V)"),
+    ("maths.simplex.project", "shift_V[kept - 1]", "shift_V[-1]"),
+    ("maths.simplex.constrained_optimum", "weight_V / mu", "weight_V"),
     UNCENTERED,
     holds=CORRECTED,
     remark="Clipping alone is no policy: the mean becomes positive. The projection in L2(pi_k) is "

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import torch
+
 from tests.theory.cases import Case, close, gradient, hessian, random, variance
+from tests.theory.maths import categorical, escort, fisher, opo, simplex, surrogate
 from tests.theory.opo_geometry import CENTERED, DEVIATION, KL, WEIGHT
 from tests.theory.registry import CORRECTED, FALSE, states
 
-from proxstep.theory import categorical, escort, fisher, opo, simplex, surrogate
-
-OBJECTIVE = ("theory.opo.objective", "mu) - work", "mu) + work")
-DISSIPATION = ("theory.opo.dissipation", "mu / 2 * inner", "mu * inner")
-UNCENTERED = ("theory.opo.closed_form", "centered(weight_V, anchor_V)", "weight_V")
-OTHER_MU = ("theory.opo.closed_form", "mu=mu", "mu=mu + 1")
-INNER = ("theory.categorical.inner", "left_V * right_V", "left_V + right_V")
-BASIS = ("theory.opo.hilbert_projection", "basis_VV[:, 1:]", "basis_VV[:, :-1]")
-UNWEIGHTED_BASIS = ("theory.opo.hilbert_projection", "root_V * value_V", "value_V")
+OBJECTIVE = ("maths.opo.objective", "mu) - work", "mu) + work")
+DISSIPATION = ("maths.opo.dissipation", "mu / 2 * inner", "mu * inner")
+UNCENTERED = ("maths.opo.closed_form", "centered(weight_V, anchor_V)", "weight_V")
+OTHER_MU = ("maths.opo.closed_form", "mu=mu", "mu=mu + 1")
+INNER = ("maths.categorical.inner", "left_V * right_V", "left_V + right_V")
+BASIS = ("maths.opo.hilbert_projection", "basis_VV[:, 1:]", "basis_VV[:, :-1]")
+UNWEIGHTED_BASIS = ("maths.opo.hilbert_projection", "root_V * value_V", "value_V")
 
 
 @states(
@@ -63,8 +63,8 @@ def loss_form(seed: int) -> None:
     "The unique optimum is (omega - 1) / mu, with multiplier 1.",
     UNCENTERED,
     OTHER_MU,
-    ("theory.opo.lagrange", "mu * torch.diag(anchor_V)", "torch.diag(anchor_V)"),
-    ("theory.opo.lagrange", "anchor_V * weight_V", "weight_V"),
+    ("maths.opo.lagrange", "mu * torch.diag(anchor_V)", "torch.diag(anchor_V)"),
+    ("maths.opo.lagrange", "anchor_V * weight_V", "weight_V"),
 )
 def closed_form(seed: int) -> None:
     case = Case(seed)
@@ -79,7 +79,7 @@ def closed_form(seed: int) -> None:
     "OPO",
     "eq. 12",
     "The new policy is pi_k (1 + (omega - 1) / mu).",
-    ("theory.categorical.policy_of", "(1 + deviation_V)", "(1 - deviation_V)"),
+    ("maths.categorical.policy_of", "(1 + deviation_V)", "(1 - deviation_V)"),
     UNCENTERED,
     remark="It adds up to 1 for every mu; it is positive only from `simplex.smallest_mu` on.",
 )
@@ -121,8 +121,8 @@ def linear_response(seed: int) -> None:
     "OPO",
     "eq. 13",
     "The Bregman divergence of |v|^2 / 2 is the Pearson chi-square divergence.",
-    ("theory.opo.mirror_divergence", "energies / 2 - inner", "energies - inner"),
-    ("theory.opo.mirror_divergence", "energies / 2 - inner", "energies / 2 + inner"),
+    ("maths.opo.mirror_divergence", "energies / 2 - inner", "energies - inner"),
+    ("maths.opo.mirror_divergence", "energies / 2 - inner", "energies / 2 + inner"),
     holds=CORRECTED,
     remark="It is half of it, as its formula says.",
 )
@@ -139,8 +139,8 @@ def bregman_divergence(seed: int) -> None:
     "OPO",
     "eq. 14",
     "A mirror step from the anchor is the same update.",
-    ("theory.opo.mirror_step", "drive_V / mu", "drive_V"),
-    ("theory.opo.mirror_step", "start_V +", "start_V -"),
+    ("maths.opo.mirror_step", "drive_V / mu", "drive_V"),
+    ("maths.opo.mirror_step", "start_V +", "start_V -"),
     CENTERED,
 )
 def mirror_step(seed: int) -> None:
@@ -243,8 +243,8 @@ def projection_theorem(seed: int) -> None:
     "remark 6.2",
     "Centering is the projection; as alpha goes to 1 omega becomes A and the optimum the z-scored "
     "advantage over mu.",
-    ("theory.escort.tilted_oracle", "anchor_V.log() + advantage_V", "2 * advantage_V"),
-    ("theory.escort.oracle", "advantage_V.softmax", "(2 * advantage_V).softmax"),
+    ("maths.escort.tilted_oracle", "anchor_V.log() + advantage_V", "2 * advantage_V"),
+    ("maths.escort.oracle", "advantage_V.softmax", "(2 * advantage_V).softmax"),
     CENTERED,
     OTHER_MU,
     holds=FALSE,
@@ -278,8 +278,8 @@ def z_scores(seed: int) -> None:
     "The Fisher metric and the Hessians of KL and of logistic objectives depend on the policy; "
     "OPO's is mu I everywhere.",
     DISSIPATION,
-    ("theory.categorical.kl", "(xlogy(prob_V, prob_V)", "(prob_V**2"),
-    ("theory.fisher.fisher_matrix", "prob_V[:, None] * score_VP", "score_VP"),
+    ("maths.categorical.kl", "(xlogy(prob_V, prob_V)", "(prob_V**2"),
+    ("maths.fisher.fisher_matrix", "prob_V[:, None] * score_VP", "score_VP"),
     remark="In the coordinates v, and in L2(pi_k). In the parameters of a policy OPO's Hessian "
     "depends on the policy like the others': see figure 3.",
 )
@@ -306,7 +306,7 @@ def constant_metric(seed: int) -> None:
     "theorem 8.1",
     "The gradient is -omega + mu v and the Hessian mu I; alpha changes the target and not the "
     "curvature, mu the curvature and not the target.",
-    ("theory.opo.gradient", "mu * deviation_V - drive_V", "mu * deviation_V + drive_V"),
+    ("maths.opo.gradient", "mu * deviation_V - drive_V", "mu * deviation_V + drive_V"),
     OBJECTIVE,
     DISSIPATION,
     UNCENTERED,

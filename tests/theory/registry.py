@@ -21,10 +21,10 @@ FALSE: Holds = "not as printed"
 
 @dataclass(frozen=True)
 class Mutant:
-    """A change to one function of proxstep under which a check must fail.
+    """A change to one function under which a check must fail.
 
     Attributes:
-        function: Its path below proxstep.
+        function: Its path below proxstep, or below tests.theory where it begins with maths.
         old: A piece of its source, which occurs once.
         new: What stands there instead.
     """
@@ -37,7 +37,8 @@ class Mutant:
     def applied(self) -> Iterator[None]:
         """Run the function with the change, wherever it was imported to."""
         module_name, name = self.function.rsplit(".", 1)
-        module = importlib.import_module(f"proxstep.{module_name}")
+        package = "tests.theory" if module_name.startswith("maths.") else "proxstep"
+        module = importlib.import_module(f"{package}.{module_name}")
         function = inspect.unwrap(getattr(module, name))
         source = textwrap.dedent(inspect.getsource(function))
         if source.count(self.old) != 1:

@@ -1,4 +1,4 @@
-"""Edge cases and refusals of proxstep.theory, beside what the statements check."""
+"""Edge cases and refusals of tests.theory.maths, beside what the statements check."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.theory.cases import OUTCOMES, Case, Model, close, random
 
 from proxstep.errors import ProxstepError
-from proxstep.theory import (
+from tests.theory.cases import OUTCOMES, Case, Model, close, random
+from tests.theory.maths import (
     categorical,
     descent,
     escort,

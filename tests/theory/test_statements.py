@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.theory.maths import opo
 from tests.theory.registry import CORRECTED, FALSE, PRINTED, Mutant, Statement
 from tests.theory.statements import STATEMENTS
-
-from proxstep.theory import opo
 
 SEEDS = (0, 1, 2)
 BROKEN = [
@@ -66,7 +66,7 @@ def test_entries_are_complete() -> None:
 
 def test_a_mutant_is_undone() -> None:
     weight_V = anchor_V = torch.full((2,), 0.5, dtype=torch.float64)
-    mutant = Mutant("theory.opo.mirror_step", "start_V +", "start_V -")
+    mutant = Mutant("maths.opo.mirror_step", "start_V +", "start_V -")
     with mutant.applied():
         assert (opo.mirror_step(1 - anchor_V, weight_V, anchor_V, 0.1) == 0).all()
     before_V = torch.tensor([1.0, -1.0], dtype=torch.float64)
@@ -74,6 +74,6 @@ def test_a_mutant_is_undone() -> None:
 
 
 def test_a_mutant_that_finds_nothing_to_change_is_an_error() -> None:
-    gone = Mutant("theory.opo.update", "no such text", "")
+    gone = Mutant("maths.opo.update", "no such text", "")
     with pytest.raises(ValueError, match="occurs 0 times"), gone.applied():
         pass

@@ -122,7 +122,7 @@ def clip_target(
     (1 + target_min) pi_k. In the log surrogate, where the target of Delta is v* and no probability
     can turn negative, it bounds how far a sequence is pushed down, in nats. Either way the targets
     no longer have mean 0: (iii) of section 8.5, the projection onto the simplex, restores that for
-    a categorical policy and lives in `proxstep.theory`.
+    a categorical policy (`tests/theory/maths/simplex.py`).
 
     Args:
         drive_B: The drive of each sequence.

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ProxstepError(
                 f"{unexpected[0]!r} is not expected here; see proxstep {arguments.command} --help"
             )
-        for package in ("pydantic", "yaml", "rich", "transformers"):
+        for package in ("pydantic", "ruamel", "rich", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise ProxstepError(f'{package} is missing: pip install "proxstep[train]"')
         from rich.console import Console

@@ -61,16 +61,6 @@ def make_bandit(
     return Bandit(feature_VD, reward_V, 0.5 * start_D / (feature_VD @ start_D).std())
 
 
-def scores(
-    log_prob_V: Float[Tensor, " outcomes"], feature_VD: Float[Tensor, "outcomes features"]
-) -> Float[Tensor, "outcomes features"]:
-    """Return G_y = d log pi(y) / d theta = x_y - E[x] of every outcome.
-
-    The closed form of `proxstep.theory.fisher.scores`.
-    """
-    return feature_VD - log_prob_V.exp() @ feature_VD
-
-
 def step_size(
     log_prob_V: Float[Tensor, " outcomes"], tilt_V: Float[Tensor, " outcomes"], kl: float
 ) -> float:
@@ -108,31 +98,3 @@ def step_size(
         middle = 2 * size if high == math.inf else (low + high) / 2
         size = newton if low < newton < min(high, 4 * size) else middle
     return size
-
-
-def cosines(
-    direction_D: Float[Tensor, " features"],
-    natural_D: Float[Tensor, " features"],
-    fisher_DD: Float[Tensor, "features features"],
-) -> tuple[float, float] | tuple[None, None]:
-    """Return the cosine to the natural gradient in the Fisher and in the Euclidean inner product.
-
-    The first is also the share of the natural gradient's first-order reward gain that a step of the
-    same KL divergence has in this direction, since <d, F^-1 g>_F = d.g.
-
-    Args:
-        direction_D: The direction d.
-        natural_D: The natural gradient F^-1 g.
-        fisher_DD: The Fisher matrix F.
-
-    Returns:
-        Both, or None twice where a direction has no length.
-    """
-
-    def cosine(metric_DD: Tensor) -> float | None:
-        product = direction_D @ metric_DD @ natural_D
-        squares = (direction_D @ metric_DD @ direction_D) * (natural_D @ metric_DD @ natural_D)
-        return (product / squares.sqrt()).item() if squares > 0 else None
-
-    fisher, euclidean = cosine(fisher_DD), cosine(torch.eye(len(natural_D)).to(fisher_DD))
-    return (None, None) if fisher is None or euclidean is None else (fisher, euclidean)

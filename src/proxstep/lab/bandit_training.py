@@ -26,9 +26,15 @@ from proxstep.isopo.weights import (
     isometric_weights,
     natural_weights,
 )
-from proxstep.lab.bandit import Bandit, cosines, scores, step_size
-from proxstep.theory.categorical import centered, chi_square, kl
-from proxstep.theory.fisher import fisher_matrix, natural_gradient
+from proxstep.lab.bandit import Bandit, step_size
+from proxstep.lab.categorical import (
+    chi_square,
+    cosines,
+    fisher_matrix,
+    kl,
+    natural_gradient,
+    scores,
+)
 from proxstep.typing import Float, Int, Tensor
 
 BATCH_SIZE = 64
@@ -144,7 +150,7 @@ def direction(
     log_prob_V = bandit.log_policy(theta_D)
     score_VD = scores(log_prob_V, bandit.feature_VD).detach()
     if method.objective is None:
-        return true_direction(bandit, log_prob_V.detach(), score_VD)
+        return natural_gradient(score_VD, log_prob_V.detach().exp(), bandit.reward_V)
     inputs = (
         log_prob_V[rollout.outcome_B][:, None],
         rollout.old_log_prob_BT,
@@ -161,16 +167,6 @@ def direction(
     score_BD = score_VD[rollout.outcome_B]
     weight_B = _weights(PRESETS[method.preset], coefficient_B, score_BD, fisher_DD, trailing)
     return weight_B @ score_BD
-
-
-def true_direction(
-    bandit: Bandit,
-    log_prob_V: Float[Tensor, " outcomes"],
-    score_VD: Float[Tensor, "outcomes features"],
-) -> Float[Tensor, " features"]:
-    """Return the exact natural gradient of the expected reward."""
-    prob_V = log_prob_V.exp()
-    return natural_gradient(score_VD, prob_V, centered(bandit.reward_V, prob_V))
 
 
 def _weights(
@@ -217,8 +213,9 @@ def run_method(bandit: Bandit, method: Method, *, seed: int, steps: int) -> Trac
         direction_D = direction(method, bandit, theta_D, rollout, trailing)
         trailing.fold()
         score_VD = scores(log_prob_V, bandit.feature_VD)
-        natural_D = true_direction(bandit, log_prob_V, score_VD)
-        fisher_DD = fisher_matrix(score_VD, log_prob_V.exp())
+        prob_V = log_prob_V.exp()
+        natural_D = natural_gradient(score_VD, prob_V, bandit.reward_V)
+        fisher_DD = fisher_matrix(score_VD, prob_V)
         fisher, euclidean = cosines(direction_D, natural_D, fisher_DD)
         trace.cosine_fisher.append(fisher)
         trace.cosine_euclidean.append(euclidean)

@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from proxstep.config.yamlfile import dump_yaml
 from proxstep.errors import ProxstepError
 from proxstep.lab.plots import CHARTS, band_note, curve_svg, strokes
 from proxstep.runs.reading import (
@@ -259,10 +259,7 @@ def _page_content(runs: Sequence[Run]) -> dict[str, Any]:
         "band_note": band_note(runs),
         "notes": fairness_notes(runs),
         "samples": {name: _last_samples(members) for name, members in groups.items()},
-        "recipes": {
-            name: yaml.safe_dump(members[0].recipe, sort_keys=False, allow_unicode=True)
-            for name, members in groups.items()
-        },
+        "recipes": {name: dump_yaml(members[0].recipe) for name, members in groups.items()},
         "runs": runs,
         "missing": MISSING,
     }

@@ -14,8 +14,7 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from proxstep.config.yamlfile import read_yaml
 from proxstep.errors import ProxstepError
 from proxstep.runs.schema import FIELDS
 
@@ -242,12 +241,7 @@ def _read(path: Path) -> bytes:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    text = _read(path)
-    try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ProxstepError(f"{path}: not valid YAML; restore it or leave the run out.") from error
-    match recipe:
+    match recipe := read_yaml(path):
         case {"algorithm": str(), "seed": int()}:
             return recipe
     raise ProxstepError(

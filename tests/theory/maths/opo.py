@@ -11,8 +11,8 @@ import torch
 
 from proxstep.algorithms import regression_target
 from proxstep.algorithms.checks import check_positive
-from proxstep.theory.categorical import centered, check_positive_policy, inner, policy_of
 from proxstep.typing import Float, Tensor
+from tests.theory.maths.categorical import centered, check_positive_policy, inner, policy_of
 
 
 def objective(

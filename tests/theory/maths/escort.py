@@ -6,8 +6,8 @@ Shapes: V outcomes. `anchor_V` is pi_k, `target_V` the oracle P*.
 from __future__ import annotations
 
 from proxstep.errors import ProxstepError
-from proxstep.theory.categorical import check_positive_policy
 from proxstep.typing import Float, Tensor
+from tests.theory.maths.categorical import check_positive_policy
 
 
 def oracle(advantage_V: Float[Tensor, " outcomes"]) -> Float[Tensor, " outcomes"]:

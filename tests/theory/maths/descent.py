@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from proxstep.algorithms.checks import check_positive
-from proxstep.theory.opo import gradient
 from proxstep.typing import Float, Tensor
+from tests.theory.maths.opo import gradient
 
 
 def path(

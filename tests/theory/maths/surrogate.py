@@ -11,8 +11,8 @@ import torch
 
 from proxstep.algorithms.checks import check_positive
 from proxstep.errors import ProxstepError
-from proxstep.theory.categorical import check_positive_policy, expectation, inner
 from proxstep.typing import Float, Tensor
+from tests.theory.maths.categorical import check_positive_policy, expectation, inner
 
 _LOWEST = -80.0  # a multiplier of mu e^-80 is 0 in float64
 _HALVINGS = 64

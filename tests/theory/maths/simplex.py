@@ -6,8 +6,8 @@ Shapes: V outcomes. A deviation v belongs to a policy if E_{pi_k}[v] = 0 and v >
 from __future__ import annotations
 
 from proxstep.algorithms.checks import check_positive
-from proxstep.theory.categorical import check_positive_policy
 from proxstep.typing import Float, Tensor
+from tests.theory.maths.categorical import check_positive_policy
 
 
 def smallest_mu(weight_V: Float[Tensor, " outcomes"]) -> Float[Tensor, ""]:

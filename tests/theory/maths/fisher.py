@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.theory.categorical import expectation
 from proxstep.typing import Float, Tensor
+from tests.theory.maths.categorical import expectation
 
 
 def scores(
