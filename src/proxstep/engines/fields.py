@@ -1,37 +1,118 @@
-"""A recipe's keys as fields of a host library's configuration: one default, one sentence each."""
+"""A recipe's keys as options of a host library's configuration class, and back.
+
+The options are made from the algorithms' declarations and from the recipe's sections: type,
+default and sentence stand there alone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from proxstep.config.objectives import OpoSection
+from proxstep.algorithms import ALGORITHMS, Algorithm
+from proxstep.config.objectives import ObjectiveSection, section_of
 from proxstep.config.sections import GeometrySection, Section
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Rule
 
+Option = tuple[str, Any, Any]
+"""Name, type and field, as `dataclasses.make_dataclass` takes them."""
 Refusal = tuple[str, Callable[[Any], Any], str]
 """An option of a host library, when ISOPO refuses its value, and the reason with the remedy."""
 
 
-def field_of(section: type[Section], name: str) -> Any:
-    """Return a dataclass field with a recipe section's default and sentence."""
-    info = section.model_fields[name]
-    text = (info.description or "").replace("%", "%%")  # argparse formats it
-    return dataclasses.field(default=info.default, metadata={"help": text})
+def option_name(key: str, taken: Collection[str]) -> str:
+    """Return the option of an algorithm's key: the key, or objective_KEY where the name is taken.
+
+    Args:
+        key: A key of an algorithm.
+        taken: The host library's own options.
+
+    >>> option_name("mu", ["beta"]), option_name("beta", ["beta"])
+    ('mu', 'objective_beta')
+    """
+    return f"objective_{key}" if key in taken else key
 
 
-def read_section(section: type[Section], values: Mapping[str, Any], place: str = "") -> Any:
+def algorithm_options(taken: Collection[str]) -> list[Option]:
+    """Return an option for every key of the registered algorithms; None is the algorithm's default.
+
+    Args:
+        taken: The host library's own options.
+    """
+    return [
+        _option(
+            option_name(key, taken),
+            Union[(*(user.types[key] for user in users), None)],  # noqa: UP007
+            None,
+            _sentences(key, users),
+        )
+        for key, users in _users().items()
+    ]
+
+
+def section_options(section: type[Section], *without: str) -> list[Option]:
+    """Return an option for every key of a recipe's section, but for those that are named."""
+    return [
+        _option(name, info.annotation, info.default, info.description or "")
+        for name, info in section.model_fields.items()
+        if name not in without
+    ]
+
+
+def objective_of(config: Any, algorithm: Algorithm, taken: Collection[str]) -> ObjectiveSection:
+    """Return a recipe's objective made of a configuration's options; None is the default.
+
+    Args:
+        config: A dataclass with `algorithm_options`, and perhaps `advantage` and `loss_agg_mode`.
+        algorithm: The algorithm.
+        taken: The host library's own options.
+
+    Raises:
+        ProxstepError: If an option does not fit, or is another algorithm's, by name.
+    """
+    both = {name: name for name in ("advantage", "loss_agg_mode")}
+    own = {option_name(key, taken): key for key in algorithm.keys} | both
+    users = _users()
+    foreign = {option_name(key, taken): key for key in users if key not in algorithm.keys}
+    values: dict[str, Any] = {"name": algorithm.name}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None:
+            continue
+        if field.name in foreign:
+            names = ", ".join(user.name for user in users[foreign[field.name]])
+            raise ProxstepError(
+                f"{field.name} is an option of {names}, not of {algorithm.name}: remove it"
+            )
+        if field.name in own:
+            values[own[field.name]] = _number(value)
+    section = read_section(section_of(algorithm), values, names={key: name for name, key in own.items()})
+    for check in algorithm.checks:
+        try:
+            check(section.options())
+        except ValueError as error:
+            raise ProxstepError(str(error).replace("objective.", "")) from None
+    return section
+
+
+def read_section(
+    section: type[Section],
+    values: Mapping[str, Any],
+    place: str = "",
+    names: Mapping[str, str] | None = None,
+) -> Any:
     """Return a recipe's section made of a configuration's values.
 
     Args:
         section: The section.
         values: By key.
-        place: What stands before a key in the host library, for the message.
+        place: What stands before an option in the host library, for the message.
+        names: The options of keys that have another name there.
 
     Raises:
         ProxstepError: If one of them does not fit, by name.
@@ -40,14 +121,9 @@ def read_section(section: type[Section], values: Mapping[str, Any], place: str =
         return section(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = place + ".".join(str(part) for part in first["loc"][:1])
+        key = str(first["loc"][0])
+        name = place + (names or {}).get(key, key)
         raise ProxstepError(f"{name} is {first['input']!r}: {first['msg']}") from None
-
-
-def known_fields(section: type[Section], config: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are keys of a recipe's section, with their values."""
-    names = set(section.model_fields) & {field.name for field in dataclasses.fields(config)}
-    return {name: getattr(config, name) for name in names}
 
 
 def rule_of(section: GeometrySection, place: str = "") -> Rule:
@@ -78,26 +154,47 @@ def refuse_with_isopo(config: Any, refusals: Iterable[Refusal], place: str = "")
             raise ProxstepError(f"{place}{name} and ISOPO do not go together: {reason}")
 
 
-@dataclass
-class OpoKeys:
-    """OPO's keys that all host libraries have, as in a recipe (docs/algorithms.md)."""
+def _users() -> dict[str, list[Algorithm]]:
+    """Return the algorithms that have a key, for every key."""
+    users: dict[str, list[Algorithm]] = {}
+    for algorithm in ALGORITHMS.values():
+        for key in algorithm.keys:
+            users.setdefault(key, []).append(algorithm)
+    return users
 
-    alpha: float = field_of(OpoSection, "alpha")
-    tau: float = field_of(OpoSection, "tau")
-    adaptive_tau: bool = field_of(OpoSection, "adaptive_tau")
-    mu: float | str = field_of(OpoSection, "mu")
-    target_min: float | None = field_of(OpoSection, "target_min")
-    surrogate: str = field_of(OpoSection, "surrogate")
-    form: str = field_of(OpoSection, "form")
-    drive: str = field_of(OpoSection, "drive")
-    normalize: str = field_of(OpoSection, "normalize")
-    anchor_correction: str = field_of(OpoSection, "anchor_correction")
-    length_normalize: bool = field_of(OpoSection, "length_normalize")
 
-    def opo_section(self, place: str = "") -> OpoSection:
-        """Return them as a recipe has them.
+def _sentences(key: str, users: Iterable[Algorithm]) -> str:
+    """Return what a key means, with its default, in each of the algorithms that have it."""
+    defaults: dict[str, dict[Any, list[str]]] = {}
+    for user in users:
+        of_default = defaults.setdefault(user.keys[key].help, {})
+        of_default.setdefault(user.defaults[key], []).append(user.name)
+    sentences = []
+    for text, found in defaults.items():
+        listed = [f"{value} ({', '.join(names)})" for value, names in found.items()]
+        sentences.append(f"{text} Default: {', '.join(listed)}.")
+    return " ".join(sentences)
 
-        Raises:
-            ProxstepError: If one of them does not fit, by its name after `place`.
-        """
-        return read_section(OpoSection, {"name": "opo", **known_fields(OpoSection, self)}, place)
+
+def _option(name: str, hint: Any, default: Any, text: str) -> Option:
+    metadata = {"help": text.replace("%", "%%")}  # argparse formats it
+    return name, _parsed(hint), dataclasses.field(default=default, metadata=metadata)
+
+
+def _parsed(hint: Any) -> Any:
+    """Return a type that argparse and its users in host libraries can read a value of."""
+    if get_origin(hint) is Annotated:
+        return _parsed(get_args(hint)[0])
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    several = [_parsed(each) for each in get_args(hint) if each is not types.NoneType]
+    one = several[0] if len(several) == 1 else str  # a number or a word
+    return one | None if types.NoneType in get_args(hint) else one
+
+
+def _number(value: Any) -> Any:
+    """Return the number that a text from a command line stands for, or the value as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
