@@ -202,7 +202,7 @@ def verls(algorithm: Algorithm) -> bool:
 @pytest.mark.parametrize("name", ["plain", "isopo"])
 @pytest.mark.parametrize("objective", [a.name for a in ALGORITHMS.values() if verls(a)])
 def test_every_algorithm(tmp_path: Path, ranks: Ranks, objective: str, name: str) -> None:
-    """At its defaults, estimator and loss; old log-probabilities near enough for clips to differ."""
+    """At its defaults, estimator and loss; off-policy by as much as some clips allow."""
     algorithm = ALGORITHMS[objective]
     if name == "isopo" and algorithm.level == "token":
         with pytest.raises(ProxstepError, match="ISOPO needs one coefficient per sequence"):

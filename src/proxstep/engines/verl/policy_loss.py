@@ -17,7 +17,7 @@ from proxstep.algorithms import Aggregation, Algorithm
 from proxstep.algorithms.composition import gradient_by_sequence
 from proxstep.algorithms.safeguards import regression_target, target_shares
 from proxstep.config.objectives import ObjectiveSection, section_of
-from proxstep.engines.fields import read_section
+from proxstep.engines.fields import read_section, section_options
 from proxstep.engines.verl.seams import LIBRARY, config_name, find_obstacle, loss_mode
 from proxstep.errors import ProxstepError
 from proxstep.typing import Bool, Tensor
@@ -87,11 +87,10 @@ def config_class(algorithm: Algorithm) -> type[AlgorithmLossConfig]:
             f"algorithm {algorithm.name}: {min(taken)} is a field of verl's PolicyLossConfig with "
             "a meaning of its own: rename the key"
         )
-    known = section_of(algorithm).model_fields
-    fields: list[Any] = [("loss_mode", str, loss_mode(algorithm))]
-    for name in ("advantage", *algorithm.keys):
-        help_of = {"help": known[name].description}
-        fields.append((name, Any, dataclasses.field(default=known[name].default, metadata=help_of)))
+    fields = [
+        ("loss_mode", str, dataclasses.field(default=loss_mode(algorithm))),
+        *section_options(section_of(algorithm), "name", "loss_agg_mode"),
+    ]
     namespace = {"algorithm": algorithm, "__doc__": algorithm.about, "__module__": LIBRARY}
     return dataclasses.make_dataclass(
         config_name(algorithm), fields, bases=(AlgorithmLossConfig,), namespace=namespace

@@ -50,9 +50,10 @@ def find_obstacle(algorithm: Algorithm, options: Options) -> Obstacle | None:
             "the preparation reads the old policy's log-probabilities, which verl hands to no "
             "advantage estimator"
         )
-        for key, default in algorithm.defaults.items():
-            alone = algorithm.defaults | {key: options[key]}
-            if options[key] != default and algorithm.reads_old_policy(alone):
+        defaults = algorithm.defaults
+        for key, default in defaults.items():
+            alone = algorithm.reads_old_policy(defaults | {key: options[key]})
+            if alone and not algorithm.reads_old_policy(defaults):
                 return Obstacle(key, f"{reason}: use {_shown(default)}")
         return Obstacle(None, f"{reason}: use the local engine")
     return find_loss(algorithm, options, algorithm.signal(_probe(None), options))
