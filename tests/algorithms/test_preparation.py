@@ -23,7 +23,7 @@ GROUP = torch.tensor([3, 0, 3, 0, 3, 0, 3, 0])
 VOCABULARY = 50
 
 
-def algorithm(name: str = "opo", rollout: dict[str, Any] | None = None, **own: Any) -> Algorithm:
+def algorithm(name: str = "opo", rollout: dict[str, Any] | None = None, **own: Any) -> Objective:
     data = {"algorithm": name, "objective": own, "rollout": rollout or {}}
     return Objective(resolve(data, {}, "test"))
 
@@ -263,9 +263,9 @@ def run(folder: Path, name: str, **changes: Any) -> tuple[list[dict[str, Any]], 
 def watch_backward(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Return what every microbatch's backward is given, from now on."""
     calls: list[dict[str, Any]] = []
-    backward = Algorithm.backward
+    backward = Objective.backward
 
-    def watched(self: Algorithm, *inputs: torch.Tensor, **options: Any) -> Any:
+    def watched(self: Objective, *inputs: torch.Tensor, **options: Any) -> Any:
         log_prob_BT, old_log_prob_BT, _, response_BT = inputs
         calls.append(
             {

@@ -39,7 +39,7 @@ class Objective:
 
     def __init__(self, recipe: Recipe) -> None:
         section = recipe.objective
-        self.algorithm, self._options = section.algorithm, section.options()
+        self.algorithm, self._keys = section.algorithm, section.options()
         self._advantage, self._mode = ADVANTAGES[section.advantage], section.loss_agg_mode
         self._max_length = recipe.rollout.max_completion_length
         self._importance_cap = recipe.rollout.importance_cap
@@ -53,7 +53,7 @@ class Objective:
     @property
     def reads_old_policy(self) -> bool:
         """Whether the signal depends on the old policy's log-probabilities."""
-        own = self.algorithm.reads_old_policy(self._options)
+        own = self.algorithm.reads_old_policy(self._keys)
         return own or self._importance_cap is not None
 
     def signal(
@@ -74,7 +74,7 @@ class Objective:
             assert old_policy is not None
             importance_B, measured = old_policy.importance(self._importance_cap)
         inputs = SignalInputs(advantage_B, group_B, old_policy, importance_B)
-        signal = self.algorithm.signal(inputs, self._options)
+        signal = self.algorithm.signal(inputs, self._keys)
         return dataclasses.replace(signal, metrics=signal.metrics | measured)
 
     def bounds(self, measured: Mapping[str, Any]) -> dict[str, float]:
@@ -165,7 +165,7 @@ class Objective:
             max_length=self._max_length,
             sequence_weights=importance_B,
         )
-        return {**self.algorithm.loss_options(self._options), **hyper, "aggregation": aggregation}
+        return {**self.algorithm.loss_options(self._keys), **hyper, "aggregation": aggregation}
 
 
 def make_isopo(recipe: Recipe, model: torch.nn.Module) -> Isopo | None:
