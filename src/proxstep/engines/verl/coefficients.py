@@ -101,12 +101,7 @@ def sequence_coefficients(
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], dict[str, Any]]:
     """Return the weight with which the policy term pushes each sequence's log-probability up.
 
-    Args:
-        policy: The policy term.
-        model_output: What verl's engine made of the model's output.
-        data: The micro-batch.
-        response_BR: Where its response tokens count.
-        dp_group: Handed to the loss.
+    The arguments are those of verl's losses, and where the response tokens count.
 
     Returns:
         coefficient_b = -dL / d log pi(y_b), with all of verl's scaling in it; the term's value and

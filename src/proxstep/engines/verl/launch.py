@@ -110,9 +110,10 @@ def resume(path: str | Path, progress: Progress) -> str:
         )
     if step >= recipe.steps:
         raise ProxstepError(f"{path}: the run is finished, at step {step} of {recipe.steps}")
+    machine = find_machine()
     folder.drop_later_steps(step)
     prepared = prepare(recipe, progress.note)
-    return _run(recipe, folder, prepared, find_machine(), progress, first_step=step)
+    return _run(recipe, folder, prepared, machine, progress, first_step=step)
 
 
 def _run(
@@ -240,7 +241,7 @@ def find_machine() -> Machine:
     """
     if not torch.cuda.is_available():
         raise ProxstepError(
-            "--engine verl needs a GPU (CUDA), and this machine shows none: use --engine local or "
+            "--engine verl needs a GPU, and CUDA shows none on this machine: use --engine local or "
             "trl here"
         )
     return gpus(torch.cuda.device_count())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -87,27 +86,21 @@ def overrides(recipe: Recipe, prepared: Prepared, machine: Machine) -> list[str]
     """
     refuse("verl", recipe, REFUSED)
     _refuse_objective(recipe)
-    parts = (
-        _renamed(recipe),
-        _data(recipe, prepared),
-        _objective(recipe),
-        _geometry(recipe),
-        _regularizer(recipe),
-        _rollout(recipe),
-        _update(recipe, machine),
-        _optimizer(recipe),
-        _run(recipe),
-        _model(recipe, prepared),
-    )
-    merged: dict[str, Any] = reduce(lambda left, right: left | right, parts)
-    ours = {key: override(key, value) for key, value in merged.items()}
-    return list((dict(machine.settings) | ours).values())
-
-
-def _renamed(recipe: Recipe) -> dict[str, Any]:
-    """Return the keys that verl has under another name."""
     values = leaves(recipe)
-    return {name: values[key] for key, name in RENAMED.items()}
+    ours: dict[str, Any] = {
+        **{name: values[key] for key, name in RENAMED.items()},
+        **_data(recipe, prepared),
+        **_objective(recipe),
+        **_geometry(recipe),
+        **_regularizer(recipe),
+        **_rollout(recipe),
+        **_update(recipe, machine),
+        **_optimizer(recipe),
+        **_run(recipe),
+        **_model(recipe, prepared),
+    }
+    arguments = {key: override(key, value) for key, value in ours.items()}
+    return list({**machine.settings, **arguments}.values())
 
 
 def _data(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -241,21 +234,17 @@ def _update(recipe: Recipe, machine: Machine) -> dict[str, Any]:
 def _optimizer(recipe: Recipe) -> dict[str, Any]:
     section = recipe.optimizer
     options = section.options()
+    warmup = math.ceil(section.warmup_updates / recipe.update.num_updates)  # verl counts rollouts
     found: dict[str, Any] = {
         f"{OPTIMIZER}.optimizer": OPTIMIZERS[section.name],
         f"{OPTIMIZER}.clip_grad": section.max_grad_norm or math.inf,
-        f"{OPTIMIZER}.lr_warmup_steps": _warmup_rollouts(recipe),
+        f"{OPTIMIZER}.lr_warmup_steps": warmup or -1,
     }
     if "betas" in options:
         found[f"{OPTIMIZER}.betas"] = options.pop("betas")
     if options:
         found[f"+{OPTIMIZER}.override_optimizer_config"] = options
     return found
-
-
-def _warmup_rollouts(recipe: Recipe) -> int:
-    """Return the warm-up in rollouts, in which verl counts; -1 for none."""
-    return math.ceil(recipe.optimizer.warmup_updates / recipe.update.num_updates) or -1
 
 
 def _run(recipe: Recipe) -> dict[str, Any]:

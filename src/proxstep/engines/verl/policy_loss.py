@@ -20,10 +20,14 @@ from proxstep.config.objectives import ObjectiveSection, section_of
 from proxstep.engines.fields import read_section, section_options
 from proxstep.engines.verl.seams import LIBRARY, config_name, find_obstacle, loss_mode
 from proxstep.errors import ProxstepError
-from proxstep.typing import Bool, Tensor
+from proxstep.typing import Tensor
 
 ACTOR = "actor_rollout_ref.actor."
 PLACE = f"{ACTOR}policy_loss."
+_WEIGHTS_VARY = (
+    "algorithm.rollout_correction.rollout_is is by token, and the loss weighs sequences: set "
+    "algorithm.rollout_correction.rollout_is=sequence"
+)
 
 BATCH_INFO: dict[str, int | None] = {
     "dp_size": 1,
@@ -115,6 +119,8 @@ def check_config(policy_loss: Any, algorithm: Algorithm) -> AlgorithmLossConfig:
 @cache
 def policy_loss(algorithm: Algorithm) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     """Return an algorithm's loss as verl calls it."""
+    mode = loss_mode(algorithm)
+    varies = f"advantages differ within a response: set algorithm.adv_estimator={mode}"
 
     def loss(
         old_log_prob: Tensor,
@@ -125,20 +131,12 @@ def policy_loss(algorithm: Algorithm) -> Callable[..., tuple[Tensor, dict[str, f
         config: ActorConfig,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Return the algorithm's loss, aggregated as verl's losses are.
+        """Return the loss, aggregated as verl's losses are, and metrics averaged over sequences.
 
-        Args:
-            old_log_prob: The old policy's log-probabilities in nats, (batch, tokens).
-            log_prob: The policy's.
-            advantages: The signal, from the algorithm's estimator, at each token.
-            response_mask: 1 at the response's tokens.
-            loss_agg_mode: One of verl's modes.
-            config: verl's ActorConfig, with the counts of the whole step in `global_batch_info`.
-            rollout_is_weights: verl's importance weights against the sampler, one per sequence but
-                at each token; None for 1.
-
-        Returns:
-            The loss, and metrics averaged over the sequences that have a response token.
+        The arguments are verl's: log-probabilities in nats and a mask of (batch, tokens); the
+        signal, from the algorithm's estimator, as `advantages`; the importance weights against the
+        sampler, one per sequence, at each token; and verl's ActorConfig, with the counts of the
+        whole step in `global_batch_info`.
 
         Raises:
             ProxstepError: If the configuration is not the algorithm's, or advantages or weights
@@ -147,7 +145,7 @@ def policy_loss(algorithm: Algorithm) -> Callable[..., tuple[Tensor, dict[str, f
         options = check_config(config.policy_loss, algorithm).section().options()
         _check_actor(config, options)
         response_BT = response_mask.bool()
-        signal_B = gradient_by_sequence(advantages, response_BT, _varies(algorithm))
+        signal_B = gradient_by_sequence(advantages, response_BT, varies)
         weight_B = None
         if rollout_is_weights is not None:
             weight_B = gradient_by_sequence(rollout_is_weights, response_BT, _WEIGHTS_VARY)
@@ -160,32 +158,17 @@ def policy_loss(algorithm: Algorithm) -> Callable[..., tuple[Tensor, dict[str, f
             **algorithm.loss_options(options),
             aggregation=_aggregation(loss_agg_mode, info, weight_B),
         )
-        if algorithm.name == "opo":  # its preparation's metrics, which verl's driver does not take
-            counted_B = _counted(response_BT)
-            target_B = regression_target(signal_B[counted_B], mu=options["mu"])
-            shares = target_shares(target_B)
-        else:
-            shares = {}
+        counted_B = response_BT.any(dim=1)
+        if not counted_B.any():  # every micro-batch of every rank must have the same metrics
+            counted_B[:1] = True
+        means = {name: value_B[counted_B].mean().item() for name, value_B in measured.items()}
+        if algorithm.name == "opo":  # what else its preparation measures stays on verl's driver
+            means |= target_shares(regression_target(signal_B[counted_B], mu=options["mu"]))
         divergence = masked_mean((old_log_prob - log_prob).detach(), response_BT)
-        means = _means(measured, response_BT) | shares
         metrics = {f"actor/objective_{name}": mean for name, mean in means.items()}
         return value * (info["dp_size"] or 1), {"actor/ppo_kl": divergence.item(), **metrics}
 
     return loss
-
-
-_WEIGHTS_VARY = (
-    "algorithm.rollout_correction.rollout_is is by token, and the loss weighs sequences: set "
-    "algorithm.rollout_correction.rollout_is=sequence"
-)
-
-
-def _varies(algorithm: Algorithm) -> str:
-    mode = loss_mode(algorithm)
-    return (
-        f"advantages differ within a response, and {mode} has one for a sequence: set "
-        f"algorithm.adv_estimator={mode}"
-    )
 
 
 def _aggregation(mode: str, info: Mapping[str, int | None], weight_B: Tensor | None) -> Aggregation:
@@ -219,21 +202,3 @@ def _check_actor(config: ActorConfig, options: Mapping[str, Any]) -> None:
             raise ProxstepError(
                 f"{ACTOR}{field.name} is of verl's own losses: set {PLACE}{field.name} instead"
             )
-
-
-def _counted(response_BT: Bool[Tensor, "batch tokens"]) -> Tensor:
-    """Return which sequences have a response token; the first one where none has.
-
-    Every micro-batch of every rank must have the same metrics.
-    """
-    counted_B = response_BT.any(dim=1)
-    if not counted_B.any():
-        counted_B[:1] = True
-    return counted_B
-
-
-def _means(metrics: Mapping[str, Tensor], response_BT: Tensor) -> dict[str, float]:
-    """Return the metrics' means over the sequences that have a response token."""
-    counted_B = _counted(response_BT)
-    return {name: value_B[counted_B].double().mean().item() for name, value_B in metrics.items()}
-

@@ -39,12 +39,7 @@ def config_name(algorithm: Algorithm) -> str:
 
 
 def find_obstacle(algorithm: Algorithm, options: Options) -> Obstacle | None:
-    """Return why verl cannot compute an algorithm with these keys; None where it can.
-
-    Args:
-        algorithm: The algorithm.
-        options: The values of all its keys.
-    """
+    """Return why verl cannot compute an algorithm with these values of all its keys, if so."""
     if algorithm.reads_old_policy(options):
         reason = (
             "the preparation reads the old policy's log-probabilities, which verl hands to no "
@@ -60,12 +55,9 @@ def find_obstacle(algorithm: Algorithm, options: Options) -> Obstacle | None:
 
 
 def find_loss(algorithm: Algorithm, options: Options, signal: Signal) -> Obstacle | None:
-    """Return what a preparation says of a rollout that would not reach verl's loss; else None.
+    """Return what of a signal would not reach verl's loss, if anything.
 
-    Args:
-        algorithm: The algorithm.
-        options: The values of all its keys.
-        signal: What its preparation made of a rollout without importance weights.
+    The signal is the preparation's, of a rollout without importance weights.
     """
     if signal.importance_B is not None:
         reason = "the preparation weighs the sequences, and verl's losses get no such weights"
