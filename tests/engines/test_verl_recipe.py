@@ -287,16 +287,19 @@ def test_the_machine_decides_the_ranks() -> None:
         options({"rollout": {"num_prompts": 3, "num_generations": 5}}, EIGHT)
 
 
-@pytest.mark.parametrize("start", ["train", "command"])
 def test_a_machine_without_a_gpu_is_refused(
-    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It prints the script for another one, and says which."""
     monkeypatch.setattr(launch, "check_verl", lambda: None)
     monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
     recipe = resolve({"algorithm": "grpo", "output_dir": str(tmp_path / "run")}, {}, "test")
-    with pytest.raises(ProxstepError, match=r"^--engine verl needs a GPU .*--engine local"):
-        launch.train(recipe, Silent()) if start == "train" else launch.command(recipe)
+    with pytest.raises(ProxstepError, match=r"^--engine verl needs a GPU.*--engine local"):
+        launch.train(recipe, Silent())
     assert not (tmp_path / "run").exists()
+    script = launch.command(recipe)
+    assert "# The run, on one machine with 1 GPU(s)" in script
+    assert "trainer.n_gpus_per_node=1 " in script
 
 
 @pytest.mark.parametrize("name", ["OpoPolicyLossConfig", "IsopoActorConfig", "register"])
@@ -452,7 +455,7 @@ def test_the_printed_script_is_a_script(tmp_path: Path, monkeypatch: pytest.Monk
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     fake.chmod(0o755)
-    monkeypatch.setattr(launch, "find_machine", lambda: TWO)
+    monkeypatch.setattr(launch, "gpus", lambda count: TWO)
     path.write_text(launch.command(recipe))
     said = subprocess.run(
         ["sh", path],

@@ -45,11 +45,13 @@ _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
 def command(recipe: Recipe) -> str:
     """Return a shell script that does the same run without `proxstep train`.
 
+    It is for as many GPUs as this machine has, or for one where it has none.
+
     Raises:
         ProxstepError: If the recipe asks for what verl cannot do.
     """
     prepared, _ = plan(recipe)
-    machine = find_machine()
+    machine = find_machine() if torch.cuda.is_available() else gpus(1)
     folder = shlex.quote(recipe.output_dir)
     arguments = [_quoted(text) for text in overrides(recipe, prepared, machine)]
     lines = [
@@ -61,7 +63,8 @@ def command(recipe: Recipe) -> str:
         dump_recipe(recipe).rstrip("\n"),
         "END_OF_RECIPE",
         f"python -m proxstep.engines.verl {folder}/recipe.yaml",
-        "# The run. On several nodes: start Ray on all of them, and set trainer.nnodes.",
+        f"# The run, on one machine with {machine.num_ranks} GPU(s). On several: start Ray on all of",
+        "# them, and set trainer.nnodes.",
         *(f"export {name}={shlex.quote(value)}" for name, value in _ENVIRONMENT.items()),
         "python -m verl.trainer.main_ppo \\",
         " \\\n".join(f"  {text}" for text in arguments),
