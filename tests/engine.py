@@ -66,7 +66,7 @@ def collected(trainer: Trainer, first_batch: int = 0) -> tuple[Batch | None, dic
     torch.manual_seed(0)
     return collect(
         trainer.recipe,
-        trainer.algorithm,
+        trainer.objective,
         trainer.model,
         trainer.tokenizer,
         trainer.train_prompts,

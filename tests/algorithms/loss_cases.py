@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from proxstep.algorithms import LOSSES, Aggregation
+from proxstep.algorithms import ALGORITHMS, Aggregation
 
 SEEDS = (0, 1, 2)
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -47,7 +46,8 @@ def make_case(
     mask[1] = torch.arange(tokens) == 3
     if with_empty:
         mask[4] = False
-    return Case(log_probs.to(dtype), (log_probs - noise).to(dtype), advantages.to(dtype), mask)
+    old_log_probs = (log_probs - noise).clamp(max=-0.01)
+    return Case(log_probs.to(dtype), old_log_probs.to(dtype), advantages.to(dtype), mask)
 
 
 def loop_aggregate(value: list[list[float]], mask: Tensor, mode: str, max_length: int) -> float:
@@ -85,7 +85,7 @@ def numerical_gradient(function: Callable[[Tensor], float], at: Tensor, step: fl
 
 def loss_and_gradient(name: str, case: Case, **hyper) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     leaf = case.log_probs.clone().requires_grad_()
-    loss, metrics = LOSSES[name].loss(leaf, *case.tensors[1:], **hyper)
+    loss, metrics = ALGORITHMS[name].loss(leaf, *case.tensors[1:], **hyper)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient, metrics
 
@@ -100,10 +100,6 @@ def counted(mode: str, mask: Tensor, max_length: int = 9) -> Aggregation:
     )
 
 
-def aggregations_of(name: str) -> tuple[str, ...]:
-    return ("seq-mean-token-mean",) if name == "opo" else MODES
-
-
 def assert_close(actual: Tensor | float, expected: Tensor | float, tolerance: float = 1e-12):
     actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
@@ -111,7 +107,3 @@ def assert_close(actual: Tensor | float, expected: Tensor | float, tolerance: fl
 
 def clip(value: float, low: float, high: float) -> float:
     return min(max(value, low), high)
-
-
-def ratio(log_prob: float, old_log_prob: float) -> float:
-    return math.exp(log_prob - old_log_prob)

@@ -11,7 +11,6 @@ from proxstep.algorithms.advantages import (
     batch_normalized,
     group_centered,
     group_zscore,
-    leave_one_out,
 )
 from proxstep.errors import ProxstepError
 
@@ -19,16 +18,23 @@ EPS = 1e-6
 GROUPS = torch.tensor([41, -3, 41, 7, -3, 41, 7, -3, -3])  # sizes 3, 4, 2 in no order
 
 
-def random_rewards(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+NONNEGATIVE = ("maxrl",)
+"""Kinds that refuse a reward below 0."""
+
+
+def random_rewards(seed: int, dtype: torch.dtype = torch.float64, name: str = "") -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (5 * torch.randn(len(GROUPS), generator=generator, dtype=torch.float64)).to(dtype)
+    reward = (5 * torch.randn(len(GROUPS), generator=generator, dtype=torch.float64)).to(dtype)
+    return reward.abs() if name in NONNEGATIVE else reward
 
 
 def loop(name: str, reward: list[float], group: list[int]) -> list[float]:
-    """The four formulas, one sequence at a time."""
+    """The formulas, one sequence at a time."""
     advantages = []
+    of_group = {g: [r for r, h in zip(reward, group, strict=True) if h == g] for g in group}
+    centered = [r - statistics.mean(of_group[g]) for r, g in zip(reward, group, strict=True)]
     for b, own in enumerate(reward):
-        members = [r for r, g in zip(reward, group, strict=True) if g == group[b]]
+        members = of_group[group[b]]
         others = [r for c, r in enumerate(reward) if group[c] == group[b] and c != b]
         if name == "group-zscore":
             advantage = (own - statistics.mean(members)) / (statistics.stdev(members) + EPS)
@@ -36,30 +42,46 @@ def loop(name: str, reward: list[float], group: list[int]) -> list[float]:
             advantage = own - statistics.mean(members)
         elif name == "leave-one-out":
             advantage = own - statistics.mean(others)
-        else:
+        elif name == "batch-normalized":
             advantage = (own - statistics.mean(reward)) / (statistics.stdev(reward) + EPS)
+        elif name == "group-centered-batch-scaled":
+            advantage = centered[b] / (statistics.stdev(centered) + EPS)
+        else:
+            mean = statistics.mean(members)
+            advantage = (own - mean) / mean if mean > 0 else 0.0
         advantages.append(advantage)
     return advantages
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+LOOPS = (
+    "group-zscore",
+    "group-centered",
+    "leave-one-out",
+    "batch-normalized",
+    "group-centered-batch-scaled",
+    "maxrl",
+)
+
+
+@pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_equals_the_loop(name, seed):
-    reward = random_rewards(seed)
+    reward = random_rewards(seed, name=name)
     advantage, _ = ADVANTAGES[name](reward, GROUPS)
     expected = loop(name, reward.tolist(), GROUPS.tolist())
     torch.testing.assert_close(advantage, torch.tensor(expected, dtype=torch.float64))
 
 
 @settings(deadline=None, max_examples=100)
-@given(data=st.data(), name=st.sampled_from(sorted(ADVANTAGES)))
+@given(data=st.data(), name=st.sampled_from(LOOPS))
 def test_equals_the_loop_on_any_groups(data, name):
     sizes = data.draw(st.lists(st.integers(2, 5), min_size=1, max_size=4))
     count = len(sizes)
     labels = data.draw(st.lists(st.integers(-99, 99), min_size=count, max_size=count, unique=True))
     group = [g for g, size in zip(labels, sizes, strict=True) for _ in range(size)]
     group = data.draw(st.permutations(group))
-    values = st.floats(-100, 100).map(lambda value: round(value, 3))
+    lowest = 0 if name in NONNEGATIVE else -100
+    values = st.floats(lowest, 100).map(lambda value: round(value, 3))
     reward = data.draw(st.lists(values, min_size=len(group), max_size=len(group)))
     advantage, metrics = ADVANTAGES[name](
         torch.tensor(reward, dtype=torch.float64), torch.tensor(group)
@@ -80,6 +102,7 @@ def test_equals_the_loop_on_any_groups(data, name):
 @pytest.mark.parametrize("value", [0.1, -1 / 3, 1e6 + 0.1, 0.0])
 @pytest.mark.parametrize("size", [2, 3, 7, 49])
 def test_equal_rewards_give_exact_zeros(name, dtype, value, size):
+    value = abs(value) if name in NONNEGATIVE else value
     reward = torch.full((2 * size,), value, dtype=dtype)
     advantage, metrics = ADVANTAGES[name](reward, torch.arange(2 * size) % 2)
     assert (advantage == 0).all()
@@ -87,7 +110,7 @@ def test_equal_rewards_give_exact_zeros(name, dtype, value, size):
     assert metrics == {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "num_groups": 2.0}
 
 
-@pytest.mark.parametrize("name", ["group-zscore", "group-centered", "leave-one-out"])
+@pytest.mark.parametrize("name", [name for name in ADVANTAGES if name != "batch-normalized"])
 def test_only_the_group_without_spread_is_zero(name):
     reward, group = torch.tensor([0.1, 0.0, 0.1, 1.0, 0.1]), torch.tensor([5, 2, 5, 2, 5])
     advantage, metrics = ADVANTAGES[name](reward, group)
@@ -98,7 +121,7 @@ def test_only_the_group_without_spread_is_zero(name):
 @pytest.mark.parametrize("name", ADVANTAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keeps_the_dtype_and_permutes_with_the_batch(name, dtype):
-    reward = random_rewards(3, dtype)
+    reward = random_rewards(3, dtype, name)
     advantage, metrics = ADVANTAGES[name](reward, GROUPS)
     order = torch.tensor([4, 0, 8, 2, 6, 1, 3, 7, 5])
     permuted, permuted_metrics = ADVANTAGES[name](reward[order], GROUPS[order])
@@ -130,10 +153,12 @@ def test_a_constant_added_to_the_rewards_does_not_matter():
     assert torch.equal(plain, shifted)
 
 
-@pytest.mark.parametrize("function", [group_zscore, leave_one_out])
-def test_a_group_of_one_is_refused(function):
+@pytest.mark.parametrize(
+    "name", ["group-zscore", "leave-one-out", "group-centered-batch-scaled", "maxrl"]
+)
+def test_a_group_of_one_is_refused(name):
     with pytest.raises(ProxstepError, match=r"1 of 2 groups have only one.*num_generations"):
-        function(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]))
+        ADVANTAGES[name](torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]))
 
 
 def test_a_group_of_one_has_centered_advantage_zero_and_counts_as_flat():

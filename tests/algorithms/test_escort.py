@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.algorithms.loss_cases import SEEDS, assert_close
 
-from proxstep.algorithms import drive, escort_weights
+from proxstep.algorithms import centered_weights, escort_weights
 from proxstep.errors import ProxstepError
 
 GROUPS = torch.tensor([5, -2, 5, 9, -2, 5, 9, -2, -2])  # sizes 3, 4, 2 in no order
@@ -35,28 +35,24 @@ def test_equals_the_formula(seed, alpha, normalize):
     tau = 0.5 + random_advantages(seed + 10).abs()
     sequence_log_probs = -5 * random_advantages(seed + 20).abs()
     lengths = torch.arange(1, len(GROUPS) + 1)
+    nothing = torch.zeros(len(GROUPS), dtype=torch.float64)
     group = GROUPS if normalize == "group" else torch.zeros_like(GROUPS)
-    corrections = {
-        "absorbed": torch.zeros(len(GROUPS), dtype=torch.float64),
-        "length": sequence_log_probs / lengths,
-        "sequence": sequence_log_probs,
-    }
-    for name, correction in corrections.items():
+    for correction in (None, sequence_log_probs / lengths, sequence_log_probs):
         weight_B, _ = escort_weights(
             advantages,
             GROUPS,
             alpha=alpha,
             tau=tau,
-            anchor_sequence_log_probs=sequence_log_probs,
-            lengths=lengths,
-            anchor_correction=name,
+            correction=correction,
             normalize=normalize,
         )
-        exponent = (1 - alpha) * (advantages / tau - correction)
+        exponent = (1 - alpha) * (
+            advantages / tau - (nothing if correction is None else correction)
+        )
         assert_close(weight_B, loop(exponent, group))
 
 
-def test_the_default_is_alpha_0_4_absorbed_per_group():
+def test_the_default_is_alpha_0_4_uncorrected_per_group():
     advantages = random_advantages(0)
     weight_B, _ = escort_weights(advantages, GROUPS)
     assert_close(weight_B, loop(0.6 * advantages, GROUPS))
@@ -132,7 +128,7 @@ def test_equal_advantages_give_exactly_no_drive(dtype, value, size, kind, normal
     advantages = torch.full((2 * size,), value, dtype=dtype)
     weight_B, _ = escort_weights(advantages, group_ids, normalize=normalize)
     assert (weight_B == 1).all()
-    drive_B = drive(weight_B, group_ids, kind=kind, normalize=normalize)
+    drive_B = centered_weights(weight_B, group_ids, kind=kind, normalize=normalize)
     assert drive_B.dtype == dtype
     assert (drive_B == 0).all()
 
@@ -140,15 +136,17 @@ def test_equal_advantages_give_exactly_no_drive(dtype, value, size, kind, normal
 @pytest.mark.parametrize("seed", SEEDS)
 def test_drives_equal_the_formula(seed):
     weight_B, _ = escort_weights(random_advantages(seed), GROUPS)
-    assert torch.equal(drive(weight_B, GROUPS), weight_B - 1)
-    assert torch.equal(drive(weight_B, GROUPS, kind="none"), weight_B)
-    zscore_B = drive(weight_B, GROUPS, kind="zscore")
+    assert torch.equal(centered_weights(weight_B, GROUPS), weight_B - 1)
+    assert torch.equal(centered_weights(weight_B, GROUPS, kind="none"), weight_B)
+    zscore_B = centered_weights(weight_B, GROUPS, kind="zscore")
     for label in GROUPS.unique():
         member = weight_B[label == GROUPS]
         expected = (member - member.mean()) / member.std(correction=1)
         assert_close(zscore_B[label == GROUPS], expected, tolerance=1e-4)
-        assert drive(weight_B, GROUPS)[label == GROUPS].sum().item() == pytest.approx(0, abs=1e-12)
-    whole_B = drive(weight_B, GROUPS, kind="zscore", normalize="batch")
+        assert centered_weights(weight_B, GROUPS)[label == GROUPS].sum().item() == pytest.approx(
+            0, abs=1e-12
+        )
+    whole_B = centered_weights(weight_B, GROUPS, kind="zscore", normalize="batch")
     expected = (weight_B - weight_B.mean()) / weight_B.std(correction=1)
     assert_close(whole_B, expected, tolerance=1e-4)
 
@@ -177,8 +175,7 @@ def test_equation_seven_read_literally_gives_one_sequence_the_group():
     weight_B, metrics = escort_weights(
         advantages,
         torch.zeros(4, dtype=torch.int64),
-        anchor_sequence_log_probs=sequence_log_probs,
-        anchor_correction="sequence",
+        correction=sequence_log_probs,
     )
     assert weight_B.argmax() == 1  # the least likely, although its advantage is the worst
     assert metrics["effective_sample_size"] < 1.01
@@ -190,8 +187,7 @@ def test_weights_carry_no_gradient():
     weight_B, _ = escort_weights(
         advantages,
         GROUPS,
-        anchor_sequence_log_probs=sequence_log_probs,
-        anchor_correction="sequence",
+        correction=sequence_log_probs,
     )
     assert not weight_B.requires_grad
 
@@ -205,20 +201,8 @@ def test_weights_carry_no_gradient():
         ({"tau": 0.0}, "tau is 0"),
         ({"tau": torch.tensor([1.0, -1.0])}, "tau is -1"),
         ({"tau": torch.tensor([1.0, float("nan")])}, r"tau\[1\] is nan"),
-        ({"anchor_correction": "lenght"}, "did you mean 'length'"),
         ({"normalize": "groups"}, "did you mean 'group'"),
-        ({"anchor_correction": "sequence"}, "needs anchor_sequence_log_probs"),
-        (
-            {"anchor_correction": "length", "anchor_sequence_log_probs": torch.zeros(2)},
-            "needs lengths",
-        ),
-        (
-            {
-                "anchor_correction": "sequence",
-                "anchor_sequence_log_probs": torch.tensor([0.0, -float("inf")]),
-            },
-            r"anchor_sequence_log_probs\[1\] is -inf",
-        ),
+        ({"correction": torch.tensor([0.0, -float("inf")])}, r"correction\[1\] is -inf"),
     ],
 )
 def test_wrong_choices_are_refused(hyper, message):
@@ -234,20 +218,9 @@ def test_wrong_inputs_are_refused():
         with pytest.raises(ProxstepError, match="one entry per sequence"):
             unchecked(torch.zeros(size), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ProxstepError, match="did you mean 'zscore'"):
-        drive(torch.ones(2), torch.tensor([0, 0]), kind="z-score")
+        centered_weights(torch.ones(2), torch.tensor([0, 0]), kind="z-score")
     with pytest.raises(ProxstepError, match="num_generations"):
-        drive(torch.ones(2), torch.tensor([0, 1]), kind="zscore")
-
-
-def test_an_empty_completion_has_correction_zero_per_token():
-    weight_B, _ = escort_weights(
-        torch.zeros(2),
-        torch.tensor([0, 0]),
-        anchor_sequence_log_probs=torch.tensor([0.0, 0.0]),
-        lengths=torch.tensor([0, 4]),
-        anchor_correction="length",
-    )
-    assert weight_B.tolist() == [1.0, 1.0]
+        centered_weights(torch.ones(2), torch.tensor([0, 1]), kind="zscore")
 
 
 @pytest.mark.parametrize("alpha", [0.4, 1.0])

@@ -9,24 +9,22 @@ import torch
 from tests.algorithms.loss_cases import (
     MODES,
     SEEDS,
-    aggregations_of,
     assert_close,
     counted,
     loop_aggregate,
-    loss_and_gradient,
     make_case,
 )
 
 from proxstep.algorithms import (
-    LOSSES,
+    ALGORITHMS,
     Aggregation,
-    aggregate,
-    drive,
+    centered_weights,
     escort_weights,
     importance_weights,
     opo,
     sequence_coefficients,
 )
+from proxstep.algorithms.aggregate import aggregate
 from proxstep.errors import ProxstepError
 
 
@@ -106,39 +104,16 @@ def test_weights_of_another_batch_are_refused(mode):
         aggregate(case.log_probs, case.response_mask, aggregation)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_objective_is_weighted_by_sequence(name):
-    case = make_case(1)
-    weight_B = case.advantages.exp()
-    for mode in aggregations_of(name):
-        plain = counted(mode, case.response_mask)
-        weighted = Aggregation(
-            mode, plain.num_sequences, plain.num_tokens, plain.max_length, weight_B
-        )
-        _, expected, _ = loss_and_gradient(name, case, aggregation=plain)
-        _, gradient, _ = loss_and_gradient(name, case, aggregation=weighted)
-        assert_close(gradient, weight_B[:, None] * expected)
-        parts = [
-            loss_and_gradient(
-                name,
-                case.select(part),
-                aggregation=Aggregation(
-                    mode, plain.num_sequences, plain.num_tokens, 9, weight_B[part]
-                ),
-            )[1]
-            for part in ([0, 2, 4], [1, 3, 5])
-        ]
-        assert_close(torch.cat(parts), gradient[[0, 2, 4, 1, 3, 5]])
-
-
-@pytest.mark.parametrize("name", [n for n, o in LOSSES.items() if o.level == "sequence"])
+@pytest.mark.parametrize("name", [n for n, o in ALGORITHMS.items() if o.level == "sequence"])
 def test_the_coefficients_handed_to_isopo_carry_the_weights(name):
     case = make_case(2)
     weight_B = case.advantages.exp()
     counts = counted("seq-mean-token-mean", case.response_mask)
     weighted = Aggregation(counts.mode, counts.num_sequences, sequence_weights=weight_B)
-    plain_B, _, _ = sequence_coefficients(LOSSES[name], *case.tensors, aggregation=counts)
-    coefficient_B, _, _ = sequence_coefficients(LOSSES[name], *case.tensors, aggregation=weighted)
+    plain_B, _, _ = sequence_coefficients(ALGORITHMS[name], *case.tensors, aggregation=counts)
+    coefficient_B, _, _ = sequence_coefficients(
+        ALGORITHMS[name], *case.tensors, aggregation=weighted
+    )
     assert_close(coefficient_B, weight_B * plain_B)
 
 
@@ -184,12 +159,14 @@ class Tree:
         weight_B, _ = escort_weights(
             self.advantages[row],
             group,
-            anchor_sequence_log_probs=anchor.sum(1),
-            lengths=mask.sum(1),
-            anchor_correction=choices["anchor_correction"],
+            correction={
+                "absorbed": None,
+                "length": anchor.mean(1),
+                "sequence": anchor.sum(1),
+            }[choices["correction"]],
             importance=importance,
         )
-        drive_B = drive(weight_B, group, kind=choices["kind"], importance=importance)
+        drive_B = centered_weights(weight_B, group, kind=choices["kind"], importance=importance)
         log_probs = self.token_log_probs(self.theta.log_softmax(0))[row]
         aggregation = Aggregation("seq-mean-token-mean", sequence_weights=importance)
         return opo(
@@ -200,12 +177,10 @@ class Tree:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("surrogate", ["log", "ratio"])
 @pytest.mark.parametrize("kind", ["center", "zscore", "none"])
-@pytest.mark.parametrize("anchor_correction", ["absorbed", "length", "sequence"])
-def test_another_sampler_gives_the_anchors_loss_and_gradient(
-    seed, surrogate, kind, anchor_correction
-):
+@pytest.mark.parametrize("correction", ["absorbed", "length", "sequence"])
+def test_another_sampler_gives_the_anchors_loss_and_gradient(seed, surrogate, kind, correction):
     tree = Tree(seed)
-    choices = {"surrogate": surrogate, "kind": kind, "anchor_correction": anchor_correction}
+    choices = {"surrogate": surrogate, "kind": kind, "correction": correction}
     of_anchor, corrected, uncorrected = (
         tree.loss(counts, corrected=is_corrected, **choices)
         for counts, is_corrected in (
@@ -231,7 +206,9 @@ def test_the_weighted_mean_of_the_escort_weights_is_one(normalize):
     weight_B, metrics = escort_weights(
         advantages, group, normalize=normalize, importance=importance
     )
-    zscore_B = drive(weight_B, group, kind="zscore", normalize=normalize, importance=importance)
+    zscore_B = centered_weights(
+        weight_B, group, kind="zscore", normalize=normalize, importance=importance
+    )
     sizes = []
     for member in [group == 0, group == 1] if normalize == "group" else [group >= 0]:
         w, omega, z = importance[member], weight_B[member], zscore_B[member]
@@ -252,11 +229,11 @@ def test_equal_advantages_give_exactly_no_drive_under_any_sampler(dtype, kind):
     advantages = torch.full((14,), 1 / 3, dtype=dtype)
     weight_B, _ = escort_weights(advantages, group, importance=importance)
     assert (weight_B == 1).all()
-    assert (drive(weight_B, group, kind=kind, importance=importance) == 0).all()
+    assert (centered_weights(weight_B, group, kind=kind, importance=importance) == 0).all()
 
 
 @pytest.mark.parametrize("importance", [[1.0, 0.0], [1.0, -1.0], [1.0, float("inf")]])
 def test_an_importance_weight_that_is_not_positive_is_refused(importance):
-    for function in (escort_weights, drive):
+    for function in (escort_weights, centered_weights):
         with pytest.raises(ProxstepError, match="importance"):
             function(torch.ones(2), torch.tensor([0, 0]), importance=torch.tensor(importance))

@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine import Silent, tiny_recipe
+from tests.engine import Silent, collected, made_trainer, spread_reward, tiny_recipe
 
-from proxstep.algorithms import adaptive_tau, auto_mu, drive, escort_weights, regression_target
-from proxstep.algorithms.preparation import Anchor, Signal
-from proxstep.config.explain import OBJECTIVES
+from proxstep.algorithms import (
+    ALGORITHMS,
+    OldPolicy,
+    Signal,
+    centered_weights,
+    escort_weights,
+)
+from proxstep.algorithms.safeguards import auto_mu, regression_target
+from proxstep.algorithms.temperature import adaptive_tau
 from proxstep.config.loading import resolve
 from proxstep.errors import ProxstepError
 from proxstep.training import lifecycle
@@ -23,7 +29,7 @@ GROUP = torch.tensor([3, 0, 3, 0, 3, 0, 3, 0])
 VOCABULARY = 50
 
 
-def algorithm(name: str = "opo", rollout: dict[str, Any] | None = None, **own: Any) -> Objective:
+def objective(name: str = "opo", rollout: dict[str, Any] | None = None, **own: Any) -> Objective:
     data = {"algorithm": name, "objective": own, "rollout": rollout or {}}
     return Objective(resolve(data, {}, "test"))
 
@@ -32,35 +38,34 @@ def advantages(seed: int = 0) -> torch.Tensor:
     return 2 * torch.randn(8, generator=torch.Generator().manual_seed(seed))
 
 
-def anchor(seed: int = 0) -> Anchor:
+def old_policy(seed: int = 0) -> OldPolicy:
     generator = torch.Generator().manual_seed(seed)
     log_prob_BT = -2 * torch.rand(8, 5, generator=generator)
     response_BT = torch.rand(8, 5, generator=generator) < 0.7
     response_BT[:, 1] = True
     response_BT[6] = False  # no token at all
     sampler_BT = log_prob_BT + 0.3 * torch.randn(8, 5, generator=generator)
-    return Anchor(log_prob_BT, response_BT, VOCABULARY, sampler_BT)
+    return OldPolicy(log_prob_BT, response_BT, VOCABULARY, sampler_BT)
 
 
 def signal_of(own: dict[str, Any], seed: int = 0, **rollout: Any) -> Signal:
-    return algorithm(rollout=rollout, **own).signal(advantages(seed), GROUP, anchor(seed))
+    return objective(rollout=rollout, **own).signal(advantages(seed), GROUP, old_policy(seed))
 
 
 # The signal
 
 
-def test_other_objectives_take_the_advantages_as_they_are() -> None:
-    for name in OBJECTIVES:
-        if name != "opo":
-            signal = algorithm(name).signal(advantages(), GROUP, None)
-            assert torch.equal(signal.value_B, advantages())
-            assert signal.importance_B is None
-            assert signal.hyper == signal.metrics == {}
+def test_without_a_preparation_the_advantages_are_taken_as_they_are() -> None:
+    for name in [name for name, found in ALGORITHMS.items() if found.prepare is None]:
+        signal = objective(name).signal(advantages(), GROUP, None)
+        assert torch.equal(signal.value_B, advantages())
+        assert signal.importance_B is None
+        assert signal.hyper == signal.metrics == {}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_adaptive_temperature_is_each_sequences_own(seed: int) -> None:
-    given, expected = anchor(seed), []
+    given, expected = old_policy(seed), []
     for b in range(8):
         mask, advantage = given.response_BT[b], advantages(seed)[b].item()
         surprise = -given.log_prob_BT[b][mask].mean().item() if mask.any() else 0.0
@@ -72,7 +77,7 @@ def test_the_adaptive_temperature_is_each_sequences_own(seed: int) -> None:
     own |= {"tau_min": 0.5, "tau_max": 1.4, "adaptive_tau": True}
     signal = signal_of(own, seed)
     weight_B, _ = escort_weights(advantages(seed), GROUP, tau=torch.tensor(expected))
-    assert torch.allclose(signal.value_B, drive(weight_B, GROUP), atol=1e-5)
+    assert torch.allclose(signal.value_B, centered_weights(weight_B, GROUP), atol=1e-5)
     assert signal.metrics["tau"] == pytest.approx(sum(expected) / 8, rel=1e-5)
     assert len(set(expected)) > 3
 
@@ -82,7 +87,9 @@ def test_the_defaults_of_the_adaptive_temperature_are_the_functions() -> None:
         -torch.tensor(
             [
                 row[mask].mean().item() if mask.any() else 0.0
-                for row, mask in zip(anchor().log_prob_BT, anchor().response_BT, strict=True)
+                for row, mask in zip(
+                    old_policy().log_prob_BT, old_policy().response_BT, strict=True
+                )
             ]
         )
         / math.log(VOCABULARY)
@@ -90,7 +97,7 @@ def test_the_defaults_of_the_adaptive_temperature_are_the_functions() -> None:
     tau_B = adaptive_tau(1.0, entropy_B, 1 - entropy_B, advantages().clamp(-1, 1))
     weight_B, _ = escort_weights(advantages(), GROUP, tau=tau_B)
     value_B = signal_of({"adaptive_tau": True}).value_B
-    assert torch.allclose(value_B, drive(weight_B, GROUP), atol=1e-5)
+    assert torch.allclose(value_B, centered_weights(weight_B, GROUP), atol=1e-5)
 
 
 @pytest.mark.parametrize("drive_kind", ["center", "zscore", "none"])
@@ -145,7 +152,7 @@ def test_every_option_of_the_signal_is_read(key: str) -> None:
 
 def test_the_weights_of_another_sampler_reach_signal_and_metrics() -> None:
     plain, corrected = signal_of({}), signal_of({}, importance_cap=1.2)
-    given = anchor()
+    given = old_policy()
     assert given.sampler_log_prob_BT is not None
     ratio = (given.log_prob_BT - given.sampler_log_prob_BT) * given.response_BT
     expected = ratio.sum(1).exp().clamp(max=1.2)
@@ -158,7 +165,7 @@ def test_the_weights_of_another_sampler_reach_signal_and_metrics() -> None:
         member = label == GROUP
         mean = (expected * weight_B)[member].sum() / expected[member].sum()
         assert mean.item() == pytest.approx(1, abs=1e-5)
-    other = algorithm("grpo", {"importance_cap": 1.2}).signal(advantages(), GROUP, given)
+    other = objective("grpo", {"importance_cap": 1.2}).signal(advantages(), GROUP, given)
     assert torch.equal(other.value_B, advantages())
     assert other.importance_B is not None
     assert torch.allclose(other.importance_B, expected, atol=1e-5)
@@ -169,15 +176,15 @@ def test_weights_and_drive_are_normalized_in_the_same_place(normalize: str) -> N
     signal = signal_of({"drive": "zscore", "normalize": normalize}, importance_cap=1.2)
     options = {"normalize": normalize, "importance": signal.importance_B}
     weight_B, _ = escort_weights(advantages(), GROUP, **options)
-    assert torch.equal(signal.value_B, drive(weight_B, GROUP, kind="zscore", **options))
+    assert torch.equal(signal.value_B, centered_weights(weight_B, GROUP, kind="zscore", **options))
 
 
-def test_what_needs_the_anchor_says_so() -> None:
-    assert not algorithm().needs_anchor
-    assert not algorithm("grpo").needs_anchor
-    assert algorithm(anchor_correction="length").needs_anchor
-    assert algorithm(adaptive_tau=True).needs_anchor
-    assert algorithm("reinforce", {"importance_cap": 2.0}).needs_anchor
+def test_what_reads_the_old_policy_says_so() -> None:
+    assert not objective().reads_old_policy
+    assert not objective("grpo").reads_old_policy
+    assert objective(anchor_correction="length").reads_old_policy
+    assert objective(adaptive_tau=True).reads_old_policy
+    assert objective("reinforce", {"importance_cap": 2.0}).reads_old_policy
 
 
 @pytest.mark.parametrize(
@@ -193,28 +200,28 @@ def test_what_needs_the_anchor_says_so() -> None:
         ({"mu": 0.0}, "objective.mu: input should be greater than 0"),
         ({"mu": "large"}, "objective.mu: "),
         ({"normalize": "prompt"}, "objective.normalize: input should be 'group' or 'batch'"),
-        ({"form": "square"}, "objective.form: input should be 'work' or 'regression'"),
+        ({"anchor_correction": "sequence"}, "objective.anchor_correction: input should be"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(own: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ProxstepError) as caught:
-        algorithm(**own)
+        objective(**own)
     assert complaint in str(caught.value)
 
 
 def test_a_cap_must_be_above_zero() -> None:
     with pytest.raises(ProxstepError, match=r"rollout\.importance_cap: input should be greater"):
-        algorithm("grpo", {"importance_cap": 0.0})
+        objective("grpo", {"importance_cap": 0.0})
 
 
 def test_opo_over_the_batch_needs_no_groups() -> None:
     own = {"advantage": "batch-normalized", "normalize": "batch"}
-    made = algorithm(rollout={"num_generations": 1}, **own)
+    made = objective(rollout={"num_generations": 1}, **own)
     value_B = made.signal(advantages(), torch.arange(8), None).value_B
     assert value_B.mean().item() == pytest.approx(0, abs=1e-6)
     assert value_B.abs().min() > 0
     with pytest.raises(ProxstepError, match=r"use at least 2, or objective\.normalize batch"):
-        algorithm(rollout={"num_generations": 1}, advantage="batch-normalized")
+        objective(rollout={"num_generations": 1}, advantage="batch-normalized")
 
 
 @pytest.mark.parametrize("name", ["dr-grpo", "rloo"])
@@ -230,30 +237,9 @@ def test_special_cases_have_their_papers_defaults(name: str) -> None:
 # The local engine
 
 
-def spread_reward(folder: Path) -> dict[str, Any]:
-    """A reward that tells nearly all completions apart, so that every step has a gradient."""
-    file = folder / "spread.py"
-    file.write_text(
-        "def spread(prompts, completions, **columns):\n"
-        "    return [float(sum(map(ord, c)) % 17) for c in completions]\n"
-    )
-    return {"rewards": [f"{file}:spread"]}
-
-
-class Noted(Silent):
-    """Somebody keeps the notes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def run(folder: Path, name: str, **changes: Any) -> tuple[list[dict[str, Any]], list[str]]:
     folder.mkdir(parents=True, exist_ok=True)
-    watcher = Noted()
+    watcher = Silent()
     recipe = tiny_recipe(folder / "run", name, task=spread_reward(folder), **changes)
     assert lifecycle.train(recipe, watcher) == "finished"
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
@@ -280,7 +266,7 @@ def watch_backward(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         )
         return backward(self, *inputs, **options)
 
-    monkeypatch.setattr(Algorithm, "backward", watched)
+    monkeypatch.setattr(Objective, "backward", watched)
     return calls
 
 
@@ -320,7 +306,7 @@ def test_opo_measures_what_its_bounds_are_about(tmp_path: Path) -> None:
         tmp_path,
         "opo",
         steps=2,
-        objective={"adaptive_tau": True, "mu": 0.5, "form": "regression", "target_min": -0.9},
+        objective={"adaptive_tau": True, "mu": 0.5, "target_min": -0.9},
         update={"num_minibatches": 2, "num_iterations": 2},
     )
     assert not notes
@@ -337,39 +323,14 @@ def test_opo_measures_what_its_bounds_are_about(tmp_path: Path) -> None:
         assert 0 <= line["objective/frac_over_positivity_bound"] <= 1
         assert 1 <= line["objective/effective_sample_size_min"] <= 4
         assert line["objective/abs_delta"] > 0
-        assert line["loss"] >= 0
     assert "objective/tv_bound" not in lines[0]
 
 
-def test_one_completion_with_all_the_weight_is_told_once(tmp_path: Path) -> None:
-    sharp = {"tau": 0.01, "alpha": 0.0}
-    for correction, told in (("sequence", 1), ("absorbed", 0)):
-        own = {"anchor_correction": correction, **sharp}
-        lines, notes = run(tmp_path / correction, "opo", objective=own)
-        sizes = [line["objective/effective_sample_size_min"] for line in lines[1:]]
-        assert sum(size < 2 for size in sizes) > 1
-        assert len(notes) == told
-    lines, notes = run(tmp_path / "wide", "opo", objective={"anchor_correction": "length"})
-    assert not notes
-
-
-def test_the_warning_names_the_key_and_the_remedy() -> None:
-    measured = {"objective/effective_sample_size_min": 1.5}
-    text = algorithm(anchor_correction="sequence").warning(measured)
-    assert text is not None
-    assert text.startswith("objective.anchor_correction sequence: ")
-    assert "effective_sample_size_min is 1.50" in text
-    assert "Use absorbed or length" in text
-    measured = {"objective/effective_sample_size_min": 2.0}
-    assert algorithm(anchor_correction="sequence").warning(measured) is None
-    assert algorithm(anchor_correction="sequence").warning({}) is None
-
-
 def test_a_loss_that_importance_weights_shrink_is_named() -> None:
-    text = algorithm().warning({"objective/importance_mean": 0.05})
+    text = objective().warning({"objective/importance_mean": 0.05})
     assert text is not None
     assert text.startswith("rollout.importance_cap: the mean importance weight is 0.05")
-    assert algorithm().warning({"objective/importance_mean": 0.1}) is None
+    assert objective().warning({"objective/importance_mean": 0.1}) is None
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "dr-grpo", "opo", "isopo+opo"])
@@ -404,3 +365,64 @@ def test_a_sampler_that_is_the_anchor_needs_no_correction(tmp_path: Path) -> Non
     assert corrected[1]["objective/importance_mean"] == pytest.approx(1, abs=1e-4)
     assert corrected[1]["objective/importance_truncated"] == 0
     assert corrected[1]["grad_norm"] == pytest.approx(plain[1]["grad_norm"], rel=1e-3)
+
+
+# Ratios to the sampler
+
+
+@pytest.mark.parametrize("name", ["dppo-tv", "dppo-kl"])
+@pytest.mark.parametrize("num_minibatches", [1, 2])
+def test_dppo_takes_its_ratios_to_the_sampler(
+    tmp_path: Path, name: str, num_minibatches: int
+) -> None:
+    """Below top_p 1 the sampler is not the policy; the trust region is around the sampler."""
+    task, update = spread_reward(tmp_path), {"num_minibatches": num_minibatches}
+    made = made_trainer(tmp_path / "run", name, task=task, update=update, rollout={"top_p": 0.7})
+    batch, _ = collected(made)
+    assert batch is not None
+    assert batch.old_log_prob_BT is not None
+    completions = batch.completions
+    assert batch.old_log_prob_BT is completions.sampler_log_prob_BT
+    with torch.no_grad():
+        policy_BT = made._score(completions).log_prob_BT
+    kept_BT = completions.response_BT[:, 1:]
+    excess = (batch.old_log_prob_BT - policy_BT)[kept_BT]
+    assert excess.min() > -1e-4  # what the cut keeps gets the rest's probability
+    assert 0.05 < excess.mean() <= -math.log(0.7) + 1e-4
+    _, metrics = made.objective.algorithm.loss(
+        policy_BT, batch.old_log_prob_BT, batch.signal_B, kept_BT
+    )
+    assert (metrics["ratio"] < 1).all()
+
+
+@pytest.mark.parametrize("name", ["dppo-tv", "dppo-kl"])
+def test_a_sampler_that_is_the_policy_makes_no_difference(tmp_path: Path, name: str) -> None:
+    """At top_p 1 the two agree up to rounding, and nothing is masked in the first update."""
+    task = spread_reward(tmp_path)
+    made = made_trainer(tmp_path / "run", name, task=task)
+    batch, _ = collected(made)
+    assert batch is not None
+    assert batch.old_log_prob_BT is not None
+    with torch.no_grad():
+        policy_BT = made._score(batch.completions).log_prob_BT
+    kept_BT = batch.completions.response_BT[:, 1:]
+    torch.testing.assert_close(
+        policy_BT[kept_BT], batch.old_log_prob_BT[kept_BT], rtol=0, atol=1e-4
+    )
+    _, metrics = made.objective.algorithm.loss(
+        policy_BT, batch.old_log_prob_BT, batch.signal_B, kept_BT
+    )
+    assert (metrics["clip_ratio"] == 0).all()
+
+
+def test_other_algorithms_take_theirs_to_the_old_policy(tmp_path: Path) -> None:
+    made = made_trainer(tmp_path, "grpo", rollout={"top_p": 0.7}, update={"num_minibatches": 2})
+    batch, _ = collected(made)
+    assert batch is not None
+    assert batch.completions.sampler_log_prob_BT is None
+    assert batch.old_log_prob_BT is not None
+
+
+def test_a_second_correction_for_the_sampler_is_refused() -> None:
+    with pytest.raises(ProxstepError, match=r"rollout\.importance_cap corrects for the sampler"):
+        objective("dppo-tv", {"importance_cap": 2.0})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.algorithms.loss_cases import SEEDS, assert_close, make_case
 
-from proxstep.algorithms import adaptive_tau, entropy_proxy
+from proxstep.algorithms.temperature import adaptive_tau, entropy_proxy
 from proxstep.errors import ProxstepError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from proxstep.algorithms import LOSSES
+from proxstep.algorithms import ALGORITHMS
 from proxstep.lab import saturation, toy_report
 from proxstep.lab.saturation import (
     Curve,
@@ -24,7 +24,7 @@ from proxstep.lab.saturation import (
 )
 
 LOGITS = [-3.0, -0.7, 0.0, 0.1, 0.35, 1.3, 4.0, 8.0]
-MU = LOSSES["opo"].hyper_parameters["mu"]
+MU = ALGORITHMS["opo"].defaults["mu"]
 
 
 def sigmoid(z):
@@ -65,7 +65,7 @@ def test_dpo_saturates_at_the_rate_beta(beta):
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
 def test_a_clip_cuts_the_gradient_off_exactly_at_its_window(name):
-    edge = math.log((1 + LOSSES[name].hyper_parameters["clip_ratio_high"]) / 2)
+    edge = math.log((1 + ALGORITHMS[name].defaults["clip_ratio_high"]) / 2)
     z_edge = edge - math.log1p(-math.exp(edge))
     inside = objective_magnitude(name, z_edge - 1e-6)
     p = sigmoid(z_edge)

@@ -150,9 +150,9 @@ def geodesic(seed: int) -> None:
     "With the anchor frozen, omega is proportional to e^((1 - alpha) A) pi_k^-(1 - alpha).",
     SWAPPED_ESCORT,
     WEIGHT,
-    remark="Read literally it is `anchor_correction: sequence`, whose spread over long sequences "
-    "is tens of nats, so that one sequence takes all the weight. The default is appendix A.3's "
-    "form.",
+    remark="Read literally it is `escort_weights` with the correction log pi_k, whose spread over "
+    "long sequences is tens of nats, so that one sequence takes all the weight. The default is "
+    "appendix A.3's form.",
 )
 def on_policy_weight(seed: int) -> None:
     case = Case(seed)
@@ -162,8 +162,7 @@ def on_policy_weight(seed: int) -> None:
         advantage_V[index_B],
         torch.zeros_like(index_B),
         alpha=alpha,
-        anchor_sequence_log_probs=anchor_V.log()[index_B],
-        anchor_correction="sequence",
+        correction=anchor_V.log()[index_B],
     )
     weight_V = escort.escort_weight(anchor_V, escort.oracle(advantage_V), alpha)
     close(sampled_B, weight_V[index_B])
@@ -186,7 +185,7 @@ def batch_normalization(seed: int) -> None:
     anchor_V, index_B = counted(seed)
     weight_V = escort.escort_weight(anchor_V, case.target_V, case.alpha)
     close(weight_V[index_B].mean(), 1.0)
-    score_B = losses.drive(weight_V[index_B], torch.zeros_like(index_B), kind="zscore")
+    score_B = losses.centered_weights(weight_V[index_B], torch.zeros_like(index_B), kind="zscore")
     close(score_B.mean(), 0.0)
     optimum_B = categorical.centered(weight_V, anchor_V)[index_B]
     close(score_B / score_B.norm(), optimum_B / optimum_B.norm(), rtol=1e-8)

@@ -35,7 +35,7 @@ def positivity(seed: int) -> None:
     printed = simplex.printed_smallest_mu(weight_V).item()
     close(printed, 0.5)
     close(opo.closed_form(weight_V, third_V, printed)[0], -2.0)
-    assert losses.positivity(weight_V, mu=printed)["frac_negative_target"] > 0
+    assert losses.safeguards.positivity(weight_V, mu=printed)["frac_negative_target"] > 0
 
 
 @states(

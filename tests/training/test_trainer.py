@@ -18,6 +18,7 @@ from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import latest_checkpoint, load_state
 from proxstep.runs.schema import FIELDS, unknown_fields
 from proxstep.training import lifecycle
+from proxstep.training.objective import Objective
 from proxstep.training.trainer import Trainer
 
 
@@ -218,9 +219,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    backward = Algorithm.backward
+    backward = Objective.backward
 
-    def poisoned(self: Algorithm, log_prob_BT: torch.Tensor, *rest: Any, **options: Any) -> Any:
+    def poisoned(self: Objective, log_prob_BT: torch.Tensor, *rest: Any, **options: Any) -> Any:
         return backward(self, log_prob_BT * float("inf"), *rest, **options)
 
     folder = tmp_path / "run"
@@ -230,7 +231,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     (folder / "recipe.yaml").write_text(
         (folder / "recipe.yaml").read_text().replace("steps: 1", "steps: 3")
     )
-    monkeypatch.setattr(Algorithm, "backward", poisoned)
+    monkeypatch.setattr(Objective, "backward", poisoned)
     with pytest.raises(ProxstepError, match=r"step 2, update 2: the gradient's norm is nan"):
         lifecycle.resume(folder, Silent())
     after = weights(folder)

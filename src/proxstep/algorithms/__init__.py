@@ -18,14 +18,20 @@ from proxstep.algorithms.aggregate import (
 from proxstep.algorithms.base import ALGORITHMS, Algorithm, Key, find_algorithm, register
 from proxstep.algorithms.cispo import CISPO, cispo
 from proxstep.algorithms.composition import sequence_coefficients
+from proxstep.algorithms.dppo import DPPO_KL, DPPO_TV, dppo
 from proxstep.algorithms.dro import DRO, dro
 from proxstep.algorithms.escort import centered_weights, escort_weights
-from proxstep.algorithms.grpo import DAPO, DR_GRPO, GRPO, dapo, grpo
+from proxstep.algorithms.gmpo import GMPO, gmpo
+from proxstep.algorithms.gopo import GOPO, gopo
+from proxstep.algorithms.grpo import DAPO, DR_GRPO, GRPO, grpo
 from proxstep.algorithms.gspo import GSPO, gspo
 from proxstep.algorithms.importance import importance_weights
+from proxstep.algorithms.maxrl import MAXRL
 from proxstep.algorithms.opo import OPO, opo
 from proxstep.algorithms.preparation import OldPolicy, Signal, SignalInputs
 from proxstep.algorithms.reinforce import REINFORCE, RLOO, reinforce
+from proxstep.algorithms.reinforce_pp import REINFORCE_PLUS_PLUS, REINFORCE_PLUS_PLUS_BASELINE
+from proxstep.algorithms.sapo import SAPO, sapo
 
 for _algorithm in (
     REINFORCE,
@@ -37,6 +43,14 @@ for _algorithm in (
     OPO,
     DR_GRPO,
     RLOO,
+    DPPO_TV,
+    DPPO_KL,
+    SAPO,
+    GMPO,
+    REINFORCE_PLUS_PLUS,
+    REINFORCE_PLUS_PLUS_BASELINE,
+    MAXRL,
+    GOPO,
 ):
     register(_algorithm)
 
@@ -55,15 +69,18 @@ __all__ = [
     "SignalInputs",
     "centered_weights",
     "cispo",
-    "dapo",
+    "dppo",
     "dro",
     "escort_weights",
     "find_algorithm",
+    "gmpo",
+    "gopo",
     "grpo",
     "gspo",
     "importance_weights",
     "opo",
     "register",
     "reinforce",
+    "sapo",
     "sequence_coefficients",
 ]

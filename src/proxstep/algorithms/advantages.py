@@ -5,7 +5,8 @@ order.
 
 Every function subtracts the group's smallest reward before it averages. That changes nothing on
 paper; in floating point it makes a group of equal rewards exactly zero, and the result independent
-of a constant added to the rewards.
+of a constant added to the rewards. An algorithm's own kind stands in its file, with the same
+decorator.
 """
 
 from __future__ import annotations
@@ -17,6 +18,28 @@ import torch
 
 from proxstep.errors import ProxstepError
 from proxstep.typing import Float, Int, Tensor
+
+AdvantageFunction = Callable[..., tuple[Tensor, dict[str, float]]]
+"""(reward_B, group_B) -> (advantage_B, metrics)."""
+
+ADVANTAGES: dict[str, AdvantageFunction] = {}
+"""Every kind of advantage by name; `advantage` fills it."""
+
+
+def advantage(name: str) -> Callable[[AdvantageFunction], AdvantageFunction]:
+    """Return a decorator that adds a function to `ADVANTAGES`.
+
+    Raises:
+        ProxstepError: The name is taken.
+    """
+    if name in ADVANTAGES:
+        raise ProxstepError(f"advantage {name}: the name is taken")
+
+    def register(function: AdvantageFunction) -> AdvantageFunction:
+        ADVANTAGES[name] = function
+        return function
+
+    return register
 
 
 @dataclass(frozen=True)
@@ -81,6 +104,7 @@ def check_finite(name: str, value_B: Float[Tensor, " batch"]) -> None:
         )
 
 
+@advantage("group-zscore")
 def group_zscore(
     reward_B: Float[Tensor, " batch"], group_B: Int[Tensor, " batch"], *, eps: float = 1e-6
 ) -> tuple[Float[Tensor, " batch"], dict[str, float]]:
@@ -110,11 +134,12 @@ def group_zscore(
     >>> advantage_B.tolist()[2:], metrics["frac_reward_zero_std"]
     ([0.0, 0.0], 0.5)
     """
-    groups = _checked_groups(reward_B, group_B)
-    _check_pairs("group-zscore", groups)
-    return _zscore(reward_B, groups, eps), _spread_metrics(reward_B, groups)
+    groups = checked_groups(reward_B, group_B)
+    check_pairs("group-zscore", groups)
+    return _zscore(reward_B, groups, eps), spread_metrics(reward_B, groups)
 
 
+@advantage("group-centered")
 def group_centered(
     reward_B: Float[Tensor, " batch"], group_B: Int[Tensor, " batch"]
 ) -> tuple[Float[Tensor, " batch"], dict[str, float]]:
@@ -135,10 +160,11 @@ def group_centered(
 
     Source: arXiv 2503.20783 (Dr. GRPO), section 3.2.
     """
-    groups = _checked_groups(reward_B, group_B)
-    return groups.centered(reward_B), _spread_metrics(reward_B, groups)
+    groups = checked_groups(reward_B, group_B)
+    return groups.centered(reward_B), spread_metrics(reward_B, groups)
 
 
+@advantage("leave-one-out")
 def leave_one_out(
     reward_B: Float[Tensor, " batch"], group_B: Int[Tensor, " batch"]
 ) -> tuple[Float[Tensor, " batch"], dict[str, float]]:
@@ -159,13 +185,14 @@ def leave_one_out(
 
     Source: arXiv 2402.14740 (RLOO).
     """
-    groups = _checked_groups(reward_B, group_B)
-    _check_pairs("leave-one-out", groups)
+    groups = checked_groups(reward_B, group_B)
+    check_pairs("leave-one-out", groups)
     size_B = groups.size_P.to(reward_B)[groups.index_B]
     advantage_B = groups.centered(reward_B) * size_B / (size_B - 1)
-    return advantage_B, _spread_metrics(reward_B, groups)
+    return advantage_B, spread_metrics(reward_B, groups)
 
 
+@advantage("batch-normalized")
 def batch_normalized(
     reward_B: Float[Tensor, " batch"], group_B: Int[Tensor, " batch"], *, eps: float = 1e-6
 ) -> tuple[Float[Tensor, " batch"], dict[str, float]]:
@@ -187,22 +214,14 @@ def batch_normalized(
 
     Source: arXiv 2501.03262 (REINFORCE++), the global advantage normalization.
     """
-    groups = _checked_groups(reward_B, group_B)
+    groups = checked_groups(reward_B, group_B)
     if len(reward_B) < 2:
         raise ProxstepError(
             "batch-normalized advantages need at least two sequences in the batch, got 1: "
             "raise num_generations or the number of prompts."
         )
     advantage_B = _zscore(reward_B, Groups.whole_batch(group_B), eps)
-    return advantage_B, _spread_metrics(reward_B, groups)
-
-
-ADVANTAGES: dict[str, Callable[..., tuple[Tensor, dict[str, float]]]] = {
-    "group-zscore": group_zscore,
-    "group-centered": group_centered,
-    "leave-one-out": leave_one_out,
-    "batch-normalized": batch_normalized,
-}
+    return advantage_B, spread_metrics(reward_B, groups)
 
 
 def _zscore(
@@ -211,7 +230,8 @@ def _zscore(
     return groups.centered(value_B) / (groups.std(value_B) + eps)[groups.index_B]
 
 
-def _spread_metrics(reward_B: Float[Tensor, " batch"], groups: Groups) -> dict[str, float]:
+def spread_metrics(reward_B: Float[Tensor, " batch"], groups: Groups) -> dict[str, float]:
+    """Return how far the rewards of a group are apart: the metrics of every kind of advantage."""
     is_flat_P = groups.max(reward_B) == groups.min(reward_B)
     return {
         "frac_reward_zero_std": is_flat_P.double().mean().item(),
@@ -220,7 +240,8 @@ def _spread_metrics(reward_B: Float[Tensor, " batch"], groups: Groups) -> dict[s
     }
 
 
-def _checked_groups(reward_B: Tensor, group_B: Tensor) -> Groups:
+def checked_groups(reward_B: Tensor, group_B: Tensor) -> Groups:
+    """Return the groups, or raise ProxstepError for rewards that have no advantages."""
     if reward_B.ndim != 1 or reward_B.shape != group_B.shape:
         raise ProxstepError(
             "reward_B and group_B must be vectors of one entry per sequence, got shapes "
@@ -234,7 +255,8 @@ def _checked_groups(reward_B: Tensor, group_B: Tensor) -> Groups:
     return Groups.from_ids(group_B)
 
 
-def _check_pairs(name: str, groups: Groups) -> None:
+def check_pairs(name: str, groups: Groups) -> None:
+    """Raise ProxstepError where a group has one sequence, which has nothing to be compared with."""
     num_single = int((groups.size_P == 1).sum())
     if num_single:
         raise ProxstepError(

@@ -66,6 +66,9 @@ class Algorithm:
             takes the advantages.
         advantage: The default of `objective.advantage`.
         on_policy: What is idle in it at one update per rollout, where every ratio is 1.
+        ratio_to_sampler: Whether the loss's old_log_probs are those with which the tokens were
+            drawn, after temperature, top-k and top-p, instead of the old policy's own. The two are
+            one where neither cut acts and one engine does both.
         reads_old_policy: Whether `prepare` needs the old policy's log-probabilities.
         compares: Where the keys compare a prompt's completions, which the advantage may do besides,
             the setting that does not; else "".
@@ -83,6 +86,7 @@ class Algorithm:
     prepare: Callable[..., Signal] | None = None
     advantage: str = "group-zscore"
     on_policy: str = ""
+    ratio_to_sampler: bool = False
     reads_old_policy: Callable[[Options], bool] = lambda options: False
     compares: Callable[[Options], str] = lambda options: ""
     checks: tuple[Callable[[Options], None], ...] = ()

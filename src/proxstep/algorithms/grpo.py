@@ -89,51 +89,6 @@ def grpo(
     return aggregate(loss_BT, response_mask, aggregation), metrics
 
 
-def dapo(
-    log_probs: Float[Tensor, "batch tokens"],
-    old_log_probs: Float[Tensor, "batch tokens"],
-    advantages: Float[Tensor, " batch"],
-    response_mask: Bool[Tensor, "batch tokens"],
-    *,
-    clip_ratio_low: float = 0.2,
-    clip_ratio_high: float = 0.28,
-    aggregation: Aggregation = TOKEN_MEAN,
-) -> LossAndMetrics:
-    """Return DAPO's objective: `grpo` with a higher upper clip, averaged over tokens.
-
-    L = sum_bt -min(rho_bt A_b, clip(rho_bt, 1 - low, 1 + high) A_b) / num_tokens
-
-    Args:
-        log_probs: The policy's log-probabilities of the sampled tokens, in nats.
-        old_log_probs: Those of the policy at the start of the update, in nats; without gradient.
-        advantages: One advantage per sequence.
-        response_mask: True at the response's tokens.
-        clip_ratio_low: Width of the clip below 1.
-        clip_ratio_high: Width of the clip above 1.
-        aggregation: The mode and the counts of the whole optimizer step.
-
-    Returns:
-        The loss and the metrics of `grpo`.
-
-    Raises:
-        ProxstepError: The tensors do not fit together or a clip width is negative.
-
-    Source: arXiv 2503.14476, sections 3.1 (clip-higher) and 3.3 (token-level loss); widths from
-    section 4.1.
-    Differs: dynamic sampling and overlong reward shaping act on the batch, not on the loss, and are
-    the trainer's.
-    """
-    return grpo(
-        log_probs,
-        old_log_probs,
-        advantages,
-        response_mask,
-        clip_ratio_low=clip_ratio_low,
-        clip_ratio_high=clip_ratio_high,
-        aggregation=aggregation,
-    )
-
-
 CLIP_KEYS = {
     "clip_ratio_low": Key("Ratios are clipped at 1 - this.", ge=0),
     "clip_ratio_high": Key("Ratios are clipped at 1 + this.", ge=0),
@@ -149,7 +104,10 @@ GRPO = Algorithm(
 )
 DAPO = Algorithm(
     "dapo",
-    dapo,
+    # Source: arXiv 2503.14476, sections 3.1 (clip-higher) and 3.3 (token-level loss); widths from
+    # section 4.1. Differs: dynamic sampling and overlong reward shaping act on the batch, not on
+    # the loss, and are the trainer's.
+    partial(grpo, clip_ratio_high=0.28, aggregation=TOKEN_MEAN),
     level="token",
     about="GRPO with a higher upper bound and a token mean (arXiv 2503.14476).",
     keys=CLIP_KEYS,

@@ -92,6 +92,11 @@ class Recipe(Section):
         wanted = self.evaluation.kl_policy_initial or self.regularizer.kl_coef > 0
         return wanted and self.model.lora is None
 
+    @property
+    def keeps_sampler(self) -> bool:
+        """Whether the log-probabilities with which tokens are drawn are needed."""
+        return self.rollout.importance_cap is not None or self.objective.algorithm.ratio_to_sampler
+
     @model_validator(mode="after")
     def _check_sampling(self) -> Recipe:
         rollout, update = self.rollout, self.update
@@ -118,8 +123,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_objective(self) -> Recipe:
-        for check in self.objective.algorithm.checks:
+        algorithm = self.objective.algorithm
+        for check in algorithm.checks:
             check(self.objective.options())
+        if algorithm.ratio_to_sampler and self.rollout.importance_cap is not None:
+            raise ValueError(
+                f"rollout.importance_cap corrects for the sampler, which the ratios of "
+                f"{algorithm.name} do already: leave it out"
+            )
         return self
 
     @model_validator(mode="after")

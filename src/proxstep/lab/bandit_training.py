@@ -15,7 +15,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from proxstep.algorithms import LOSSES, drive, escort_weights, sequence_coefficients
+from proxstep.algorithms import (
+    ALGORITHMS,
+    centered_weights,
+    escort_weights,
+    sequence_coefficients,
+)
 from proxstep.algorithms.advantages import group_zscore
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.isopo.weights import (
@@ -48,7 +53,7 @@ class Method:
     """How an update's direction is found.
 
     Attributes:
-        objective: A name of `proxstep.algorithms.LOSSES`; None for the exact natural gradient.
+        objective: A name of `proxstep.algorithms.ALGORITHMS`; None for the exact natural gradient.
         preset: A name of `proxstep.isopo.weights.PRESETS`; None for the objective's own gradient.
     """
 
@@ -124,7 +129,8 @@ def draw(
     group_B = torch.zeros_like(outcome_B)
     advantage_B, _ = group_zscore(reward_V[outcome_B], group_B)
     weight_B, _ = escort_weights(advantage_B, group_B)
-    return Rollout(outcome_B, log_prob_V[outcome_B][:, None], advantage_B, drive(weight_B, group_B))
+    drive_B = centered_weights(weight_B, group_B)
+    return Rollout(outcome_B, log_prob_V[outcome_B][:, None], advantage_B, drive_B)
 
 
 def direction(
@@ -157,7 +163,7 @@ def direction(
         rollout.drive_B if method.objective == "opo" else rollout.advantage_B,
         torch.ones_like(rollout.old_log_prob_BT, dtype=torch.bool),
     )
-    objective = LOSSES[method.objective]
+    objective = ALGORITHMS[method.objective]
     if method.preset is None:
         loss, _ = objective.loss(*inputs)
         (grad_D,) = torch.autograd.grad(loss, theta_D)

@@ -19,7 +19,12 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import logsigmoid
 
-from proxstep.algorithms import LOSSES, drive, escort_weights, sequence_coefficients
+from proxstep.algorithms import (
+    ALGORITHMS,
+    centered_weights,
+    escort_weights,
+    sequence_coefficients,
+)
 from proxstep.isopo.weights import PRESETS, IsometricRule, isometric_moments, isometric_weights
 from proxstep.typing import Float, Tensor
 
@@ -99,7 +104,7 @@ def objective_magnitude(
     """Return the gradient magnitude of one of the library's objectives on the sampled outcome.
 
     Args:
-        objective: A name of `proxstep.algorithms.LOSSES`.
+        objective: A name of `proxstep.algorithms.ALGORITHMS`.
         z: The logit, in nats.
         advantage: The objective's third argument: the advantage, for OPO the drive.
         coordinate: "z" for |dL/dz|; "v" for |dL/dv|, the gradient in ratio space, in which the
@@ -116,7 +121,7 @@ def objective_magnitude(
         deviation = torch.tensor(z, dtype=torch.float64).sigmoid() / ANCHOR_PROB - 1
         leaf = deviation.requires_grad_()
         log_prob = leaf.log1p() + math.log(ANCHOR_PROB)
-    loss, _ = LOSSES[objective].loss(*_one_token(log_prob, advantage), **hyper)
+    loss, _ = ALGORITHMS[objective].loss(*_one_token(log_prob, advantage), **hyper)
     (grad,) = torch.autograd.grad(loss, leaf)
     return grad.abs().item()
 
@@ -137,7 +142,7 @@ def pair_magnitude(surrogate: str, z: float) -> float:
     """
     leaf = torch.tensor(z, dtype=torch.float64, requires_grad=True)
     inputs = _one_token(logsigmoid(torch.stack([leaf, -leaf])), *pair_drives())
-    loss, _ = LOSSES["opo"].loss(*inputs, surrogate=surrogate)
+    loss, _ = ALGORITHMS["opo"].loss(*inputs, surrogate=surrogate)
     (grad,) = torch.autograd.grad(loss, leaf)
     return grad.abs().item()
 
@@ -162,7 +167,7 @@ def isopo_magnitude(preset: str, z: float) -> float:
     norm_sq_B = score.square()[None]
     fisher_sq_B = logit.sigmoid() * score * norm_sq_B
     inputs = _one_token(logsigmoid(logit), ADVANTAGE)
-    coefficient_B, _, _ = sequence_coefficients(LOSSES["reinforce"], *inputs)
+    coefficient_B, _, _ = sequence_coefficients(ALGORITHMS["reinforce"], *inputs)
     moments = isometric_moments(fisher_sq_B, norm_sq_B)
     weight_B = isometric_weights(coefficient_B, moments, rule, {})
     return (weight_B * score).abs().item()
@@ -176,7 +181,7 @@ def pair_drives() -> tuple[float, float]:
     advantage_B = torch.tensor([ADVANTAGE, -ADVANTAGE], dtype=torch.float64)
     group_B = torch.zeros(2, dtype=torch.long)
     weight_B, _ = escort_weights(advantage_B, group_B)
-    favored, disfavored = drive(weight_B, group_B).tolist()
+    favored, disfavored = centered_weights(weight_B, group_B).tolist()
     return favored, disfavored
 
 
@@ -269,7 +274,7 @@ def _one_token(log_prob: Tensor, *advantages: float) -> tuple[Tensor, Tensor, Te
 
 
 def _default(objective: str, key: str) -> Any:
-    return LOSSES[objective].hyper_parameters[key]
+    return ALGORITHMS[objective].defaults[key]
 
 
 def _clip_settings(objective: str) -> str:

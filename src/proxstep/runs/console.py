@@ -37,7 +37,8 @@ def advice(recipe: Recipe) -> list[str]:
             f"one update per rollout: every ratio is 1, so {recipe.objective.name} {idle} "
             "(raise update.num_minibatches or update.num_iterations)"
         )
-    if regularizer.in_reward and recipe.objective.advantage in ("group-zscore", "batch-normalized"):
+    scaled = ("group-zscore", "batch-normalized", "group-centered-batch-scaled")
+    if regularizer.in_reward and recipe.objective.advantage in scaled:
         lines.append(
             f"regularizer.kl_in reward under {recipe.objective.advantage}: where the rewards are "
             "equal the penalty alone is scaled up to a full advantage, whatever its kl_coef (use "

@@ -34,8 +34,9 @@ class Batch:
         signal_B: What the objective takes as its advantages.
         group_B: Each completion's prompt, counted from 0.
         index_B: Each completion's number among all of the step.
-        old_log_prob_BT: Log-probabilities under the policy that sampled, or None where the
-            update's single pass computes the same.
+        old_log_prob_BT: Log-probabilities under the old policy, or with which the tokens were drawn
+            where the algorithm's ratios are to the sampler; None where the update's single pass
+            computes the same.
         importance_B: Weight of each completion's loss, or None for 1.
         hyper: Hyper-parameters of the loss that follow from the rollout, the same in all its parts.
     """
@@ -184,7 +185,8 @@ def _batch(
     advantage_B = advantage_B.float()
     update = recipe.update
     old_log_prob_BT = old_policy = None
-    if update.num_updates > 1 or objective.reads_old_policy:
+    to_sampler = objective.algorithm.ratio_to_sampler
+    if objective.reads_old_policy or (update.num_updates > 1 and not to_sampler):
         with clock.phase("log_probs"):
             old_log_prob_BT = (
                 _log_probs(recipe, model, completions) if log_prob_BT is None else log_prob_BT
@@ -195,6 +197,8 @@ def _batch(
             vocabulary_size(model),
             completions.sampler_log_prob_BT,
         )
+    if to_sampler:
+        old_log_prob_BT = completions.sampler_log_prob_BT
     signal = objective.signal(advantage_B, group_B, old_policy)
     measured = {name: spread[name] for name in ("frac_reward_zero_std", "reward_std")}
     measured["advantage_range"] = (advantage_B.max() - advantage_B.min()).item()

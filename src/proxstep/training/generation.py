@@ -167,7 +167,7 @@ def _generation_batch(
             temperature=section.temperature,
             top_p=section.top_p,
             top_k=section.top_k,
-            with_log_probs=section.importance_cap is not None,
+            with_log_probs=recipe.keeps_sampler,
         )
     with clock.phase("reward"):
         table = prompts.grade(repeated, completions.texts(tokenizer))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from proxstep.algorithms import regression_target
 from proxstep.algorithms.checks import check_positive
+from proxstep.algorithms.safeguards import regression_target
 from proxstep.typing import Float, Tensor
 from tests.theory.maths.categorical import centered, check_positive_policy, inner, policy_of
 
