@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 from tests.engine import Silent
 
-from proxstep.algorithms import ALGORITHMS, Algorithm
+from proxstep.algorithms import ADVANTAGES, ALGORITHMS, Algorithm
 from proxstep.config.explain import describe_keys
 from proxstep.config.loading import load_recipe, resolve
 from proxstep.engines.verl import launch, table
@@ -110,7 +110,8 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=lambda found: found.name)
 def test_every_algorithm_goes_to_verl_or_is_refused(algorithm: Algorithm) -> None:
     """Under its own name, with its keys where they are not at their defaults."""
-    changes = {"algorithm": algorithm.name, "objective": {"advantage": "batch-normalized"}}
+    advantage = next(name for name in ADVANTAGES if name != algorithm.advantage)
+    changes = {"algorithm": algorithm.name, "objective": {"advantage": advantage}}
     if find_obstacle(algorithm, algorithm.defaults) is not None:
         with pytest.raises(ProxstepError, match="is not for --engine verl: "):
             options(changes)
@@ -120,7 +121,7 @@ def test_every_algorithm_goes_to_verl_or_is_refused(algorithm: Algorithm) -> Non
     assert found[f"{table.ACTOR}.policy_loss.loss_mode"] == mode
     kind = f"proxstep.engines.verl.{config_name(algorithm)}"
     assert found[f"{table.ACTOR}.policy_loss._target_"] == kind
-    assert found[f"+{table.ACTOR}.policy_loss.advantage"] == "batch-normalized"
+    assert found[f"+{table.ACTOR}.policy_loss.advantage"] == advantage
     assert found[f"{table.ACTOR}.loss_agg_mode"] == algorithm.default_loss_agg_mode
     assert found[f"{table.MODEL}.external_lib"] == "proxstep.engines.verl"
     names = [config_name(other) for other in ALGORITHMS.values()]
@@ -251,6 +252,7 @@ def test_keys_of_the_actor(changes: dict[str, Any], expected: dict[str, str]) ->
     ("changes", "expected"),
     [
         ({"algorithm": "opo"}, {"algorithm.adv_estimator": "chi2_opo"}),
+        ({"algorithm": "dppo-tv"}, {"algorithm.rollout_correction.bypass_mode": "true"}),
         ({"algorithm": "isopo"}, {f"{table.MODEL}.external_lib": "proxstep.engines.verl"}),
         (
             {"rollout": {"importance_cap": 2.0}},

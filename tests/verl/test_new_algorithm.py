@@ -12,10 +12,11 @@ import pytest
 import torch
 from tests.engine import tiny_recipe
 from tests.verl.verl_case import Case, actor_config, local_gradients, saved_model, step_on_rank
-from tests.verl.verl_data import estimated, rollout
+from tests.verl.verl_data import algorithm_section, estimated, rollout
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
     POLICY_LOSS_REGISTRY,
+    get_adv_estimator_fn,
     get_policy_loss_fn,
 )
 
@@ -151,6 +152,20 @@ def test_what_only_a_rollout_shows_is_refused_at_its_first_step(
     declare(prepare=sets_power_later, loss=partial(loss, power=4.0))
     with pytest.raises(ProxstepError, match=r"policy_loss\.loss_mode: .*\(power\)"):
         estimated(rollout(0), "bent-up", {})
+
+
+def test_ratios_to_the_sampler_need_its_log_probabilities(
+    declare: Callable[..., Algorithm],
+) -> None:
+    """verl computes the old policy's anew unless it is told to keep those of the rollout."""
+    declare(ratio_to_sampler=True)
+    section = algorithm_section("bent-up")
+    tensors = {"token_level_rewards": torch.rand(2, 3), "response_mask": torch.ones(2, 3)}
+    estimate = get_adv_estimator_fn("proxstep_bent-up")
+    estimate(**tensors, config=section, index=["a", "a"])
+    section.rollout_correction.bypass_mode = False
+    with pytest.raises(ProxstepError, match=r"set algorithm\.rollout_correction\.bypass_mode=True"):
+        estimate(**tensors, config=section, index=["a", "a"])
 
 
 def test_a_key_of_verls_own_is_refused(declare: Callable[..., Algorithm]) -> None:

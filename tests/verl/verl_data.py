@@ -173,7 +173,11 @@ def algorithm_section(name: str = "opo", **keys: Any) -> Any:
     """verl's algorithm section, as its driver has it, beside a policy loss with these keys."""
     target = f"proxstep.engines.verl.{config_name(ALGORITHMS[name])}"
     keys = {"_target_": target, **keys}
-    whole = {"algorithm": {}, "actor_rollout_ref": {"actor": {"policy_loss": keys}}}
+    correction = {"bypass_mode": ALGORITHMS[name].ratio_to_sampler}
+    whole = {
+        "algorithm": {"rollout_correction": correction},
+        "actor_rollout_ref": {"actor": {"policy_loss": keys}},
+    }
     return OmegaConf.create(whole).algorithm
 
 

@@ -18,7 +18,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from proxstep.algorithms import ADVANTAGES, Algorithm, SignalInputs
 from proxstep.algorithms.advantages import Groups
 from proxstep.engines.verl.policy_loss import PLACE, AlgorithmLossConfig, check_config
-from proxstep.engines.verl.seams import find_loss, loss_mode
+from proxstep.engines.verl.seams import BYPASS, find_loss, loss_mode
 from proxstep.errors import ProxstepError
 from proxstep.typing import Tensor
 
@@ -64,6 +64,11 @@ def estimator(algorithm: Algorithm) -> Callable[..., tuple[Tensor, Tensor]]:
                 "prompt"
             )
         section = _loss_config(config, algorithm).section()
+        if algorithm.ratio_to_sampler and not config.rollout_correction.bypass_mode:
+            raise ProxstepError(
+                f"{loss_mode(algorithm)} takes its ratios to the policy that sampled, and verl's "
+                f"old log-probabilities are not that one's: set {BYPASS}=True"
+            )
         reward_B, response_BT = token_level_rewards.sum(dim=1), response_mask.bool()
         group_B = numbered(index).to(reward_B.device)
         kept_B = _compared(group_B, response_BT.any(dim=1))

@@ -13,6 +13,7 @@ from proxstep.config.sections import Section
 from proxstep.engines.keys import leaves, refuse
 from proxstep.engines.verl.hydra import override
 from proxstep.engines.verl.seams import (
+    BYPASS,
     LIBRARY,
     config_name,
     find_obstacle,
@@ -130,6 +131,9 @@ def _objective(recipe: Recipe) -> dict[str, Any]:
     }
     if section.loss_agg_mode == "seq-mean-token-sum-norm":
         found[f"{ACTOR}.loss_scale_factor"] = recipe.rollout.max_completion_length
+    if section.algorithm.ratio_to_sampler:
+        found[BYPASS] = True  # verl's old log-probabilities are then its rollout's
+        found[f"{ROLLOUT}.calculate_log_probs"] = True
     chosen = _chosen(section, "name", "loss_agg_mode")
     return found | {f"+{ACTOR}.policy_loss.{key}": value for key, value in chosen.items()}
 

@@ -17,6 +17,9 @@ from proxstep.algorithms.base import Options
 LIBRARY = "proxstep.engines.verl"
 """What `actor_rollout_ref.model.external_lib` is to name."""
 
+BYPASS = "algorithm.rollout_correction.bypass_mode"
+"""With it verl's old log-probabilities are those with which the rollout drew its tokens."""
+
 
 class Obstacle(NamedTuple):
     """Why verl cannot compute an algorithm: the key at fault, or None for all of it."""
