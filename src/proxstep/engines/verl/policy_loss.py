@@ -29,7 +29,7 @@ _WEIGHTS_VARY = (
     "algorithm.rollout_correction.rollout_is=sequence"
 )
 
-BATCH_INFO: dict[str, int | None] = {
+BATCH_INFO: dict[str, Any] = {
     "dp_size": 1,
     "batch_num_tokens": None,
     "global_batch_size": None,
@@ -166,12 +166,12 @@ def policy_loss(algorithm: Algorithm) -> Callable[..., tuple[Tensor, dict[str, f
             means |= target_shares(regression_target(signal_B[counted_B], mu=options["mu"]))
         divergence = masked_mean((old_log_prob - log_prob).detach(), response_BT)
         metrics = {f"actor/objective_{name}": mean for name, mean in means.items()}
-        return value * (info["dp_size"] or 1), {"actor/ppo_kl": divergence.item(), **metrics}
+        return value * info["dp_size"], {"actor/ppo_kl": divergence.item(), **metrics}
 
     return loss
 
 
-def _aggregation(mode: str, info: Mapping[str, int | None], weight_B: Tensor | None) -> Aggregation:
+def _aggregation(mode: str, info: Mapping[str, Any], weight_B: Tensor | None) -> Aggregation:
     """Return one of verl's aggregations; the factor dp_size is left out.
 
     Raises:
