@@ -5,7 +5,7 @@
     .venv-verl/bin/python benchmarks/engines_verl.py --json figures.json
 
 One process, which is one data-parallel rank, and one thread; verl's defaults otherwise (packed
-sequences, activation checkpointing), on the CPU platform of `proxstep.engines.verl_cpu`. A row's
+sequences, activation checkpointing), on the CPU platform of `tests.verl.cpu`. A row's
 steps alternate with the plain policy gradient's (gpg) on the same mini-batch; a ratio is a step's
 processor time over the mean of the plain steps just before and just after it.
 """

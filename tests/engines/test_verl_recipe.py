@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyarrow import parquet
+from tests.engine import Silent
 
+from proxstep.algorithms import ADVANTAGES, ALGORITHMS, Algorithm
 from proxstep.config.explain import describe_keys
 from proxstep.config.loading import load_recipe, resolve
-from proxstep.engines.verl_recipe import table
-from proxstep.engines.verl_recipe.data import messages, plan, prepare
-from proxstep.engines.verl_recipe.launch import _reason, command
-from proxstep.engines.verl_recipe.metrics import FIELDS, record
-from proxstep.engines.verl_recipe.overrides import Machine, Prepared, overrides
-from proxstep.engines.verl_recipe.rewards import compute_score
+from proxstep.engines.verl import launch, table
+from proxstep.engines.verl.compute_score import compute_score
+from proxstep.engines.verl.launch import _reason
+from proxstep.engines.verl.overrides import Machine, Prepared, gpus, overrides
+from proxstep.engines.verl.prompt_files import messages, plan, prepare
+from proxstep.engines.verl.run_metrics import FIELDS, record
+from proxstep.engines.verl.seams import config_name, find_obstacle, loss_mode
 from proxstep.errors import ProxstepError
 from proxstep.runs.schema import unknown_fields
 from proxstep.training.prompts import batch_rows
 
 PREPARED = Prepared("model", Path("/t.parquet"), Path("/v.parquet"), ("exact_match",), (1.0,), None)
-CPU, GPUS = Machine(2, accelerator=False), Machine(8, accelerator=True)
+TWO, EIGHT = gpus(2), gpus(8)
 
 
-def options(changes: dict[str, Any] | None = None, machine: Machine = CPU) -> dict[str, str]:
+def options(changes: dict[str, Any] | None = None, machine: Machine = TWO) -> dict[str, str]:
     recipe = resolve({"algorithm": "grpo"}, changes or {}, "test")
     return dict(pair.split("=", 1) for pair in overrides(recipe, PREPARED, machine))
 
@@ -47,7 +52,7 @@ def test_what_the_recipes_say_of_verl_can_be_done(words: list[str]) -> None:
     assert options.pop("--engine") == "verl"
     changes = [(key.removeprefix("--"), value) for key, value in options.items()]
     recipe = load_recipe(RECIPES / Path(words[2]).name, changes)
-    assert overrides(recipe, PREPARED, GPUS)
+    assert overrides(recipe, PREPARED, EIGHT)
 
 
 def test_the_recipes_of_both_papers_and_of_the_demo_speak_of_verl() -> None:
@@ -55,19 +60,40 @@ def test_the_recipes_of_both_papers_and_of_the_demo_speak_of_verl() -> None:
     assert said == {"arithmetic-isopo.yaml", "gsm8k-isopo.yaml", "math-opo.yaml"}
 
 
+COMPUTED = {
+    *("seed", "algorithm", "device", "output_dir", "model.dtype", "model.autocast", "model.lora"),
+    *("model.lora.rank", "model.lora.alpha", "model.lora.target_modules"),
+    *("regularizer.kl_coef", "regularizer.kl_estimator", "regularizer.kl_in"),
+    *("rollout.top_k", "rollout.overlong_buffer", "rollout.overlong_penalty"),
+    *("rollout.importance_cap", "update.num_minibatches", "update.microbatch_size"),
+    *("optimizer.name", "optimizer.betas", "optimizer.eps", "optimizer.momentum"),
+    *("optimizer.max_grad_norm", "optimizer.warmup_updates"),
+    *("logging.tracker", "logging.num_samples", "logging.checkpoint_every"),
+}
+"""Recipe keys that `overrides` turns into other values."""
+
+PREPARED_IN_FILES = {
+    *("model.name", "model.warmup_score", "task.name", "task.difficulty", "task.level"),
+    *("task.train", "task.validation", "task.prompt_column", "task.answer_column", "task.config"),
+    *("task.train_split", "task.validation_split", "task.num_train", "task.num_validation"),
+    *("task.prompt_format", "task.rewards", "task.reward_weights"),
+}
+"""Those that decide what verl's data files, model folder and reward function hold."""
+
+UNMEASURED = {
+    *("evaluation.batch_size", "evaluation.num_probe_prompts", "evaluation.kl_policy_initial"),
+}
+"""Those of measurements that the local engine makes and verl has no place for."""
+
+
 def test_every_key_of_a_recipe_has_its_place() -> None:
     keys = {key.split(" ")[0] for key, *_ in describe_keys()}
+    own = {key for key in keys if key.startswith(("objective.", "geometry."))}
     refused = {key for key, *_ in table.REFUSED}
-    placed = [
-        set(table.RENAMED),
-        table.COMPUTED,
-        table.PREPARED,
-        table.UNMEASURED,
-        table.of_opo(),
-        table.of_geometry(),
-    ]
+    own -= {*refused, *table.RENAMED}  # the rest keeps its name, in a class made of the declaration
+    placed = [set(table.RENAMED), COMPUTED, PREPARED_IN_FILES, UNMEASURED, own]
     assert keys <= set().union(refused, *placed)
-    assert set().union(refused, *placed) - {"objective.name"} <= keys
+    assert set().union(refused, *placed) <= keys
     for number, left in enumerate(placed):  # in one place each
         for right in placed[number + 1 :]:
             assert not left & right
@@ -81,19 +107,55 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
     }
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=lambda found: found.name)
+def test_every_algorithm_goes_to_verl_or_is_refused(algorithm: Algorithm) -> None:
+    """Under its own name, with its keys where they are not at their defaults."""
+    advantage = next(name for name in ADVANTAGES if name != algorithm.advantage)
+    changes = {"algorithm": algorithm.name, "objective": {"advantage": advantage}}
+    if find_obstacle(algorithm, algorithm.defaults) is not None:
+        with pytest.raises(ProxstepError, match="is not for --engine verl: "):
+            options(changes)
+        return
+    found, mode = options(changes), loss_mode(algorithm)
+    assert found["algorithm.adv_estimator"] == mode
+    assert found[f"{table.ACTOR}.policy_loss.loss_mode"] == mode
+    kind = f"proxstep.engines.verl.{config_name(algorithm)}"
+    assert found[f"{table.ACTOR}.policy_loss._target_"] == kind
+    assert found[f"+{table.ACTOR}.policy_loss.advantage"] == advantage
+    assert found[f"{table.ACTOR}.loss_agg_mode"] == algorithm.default_loss_agg_mode
+    assert found[f"{table.MODEL}.external_lib"] == "proxstep.engines.verl"
+    names = [config_name(other) for other in ALGORITHMS.values()]
+    assert names.count(config_name(algorithm)) == 1
+
+
+def test_an_algorithm_that_reads_the_old_policy_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that this test alone declares; without that, verl computes it."""
+    scratch = replace(ALGORITHMS["reinforce"], name="scratch")
+    monkeypatch.setitem(ALGORITHMS, "scratch", scratch)
+    assert options({"algorithm": "scratch"})["algorithm.adv_estimator"] == "proxstep_scratch"
+    reading = replace(scratch, reads_old_policy=lambda options: True)
+    monkeypatch.setitem(ALGORITHMS, "scratch", reading)
+    message = "^algorithm isopo\\+scratch is not for --engine verl: .*old policy.*local engine"
+    with pytest.raises(ProxstepError, match=message):
+        options({"algorithm": "isopo+scratch"})
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
         ({"device": "cuda:1"}, "device"),
+        ({"device": "cpu"}, "device"),
         ({"model": {"head": "chunked"}}, "model.head"),
         ({"model": {"lora": {"dropout": 0.1}}}, "model.lora.dropout"),
-        ({"objective": {"advantage": "batch-normalized"}}, "objective.advantage"),
         ({"algorithm": "opo", "objective": {"mu": "auto"}}, "objective.mu"),
         ({"algorithm": "opo", "objective": {"adaptive_tau": True}}, "objective.adaptive_tau"),
         (
             {"algorithm": "isopo+opo", "objective": {"anchor_correction": "length"}},
             "objective.anchor_correction",
         ),
+        ({"algorithm": "opo", "rollout": {"importance_cap": 2.0}}, "rollout.importance_cap"),
         ({"algorithm": "isopo", "geometry": {"diagnose_every": 1}}, "geometry.diagnose_every"),
         ({"regularizer": {"kl_coef": 0.1}}, "regularizer.kl_estimator"),
         ({"rollout": {"dynamic_sampling_max_batches": 2}}, "rollout.dynamic_sampling_max_batches"),
@@ -107,9 +169,7 @@ def test_what_verl_cannot_do_is_refused_by_name(changes: dict[str, Any], key: st
         options(changes)
 
 
-@pytest.mark.parametrize(
-    "key", [key for key in table.RENAMED if key.partition(".")[0] != "objective"]
-)
+@pytest.mark.parametrize("key", set(table.RENAMED) - {"objective.loss_agg_mode"})
 def test_renamed_keys_carry_their_value(key: str) -> None:
     section, _, field = key.rpartition(".")
     value: Any = {"logging.project": "mine", "rollout.top_p": 0.5}.get(key, 4)
@@ -124,11 +184,10 @@ def test_renamed_keys_carry_their_value(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"algorithm": "reinforce"}, {"policy_loss.loss_mode": "gpg"}),
-        ({"algorithm": "dapo"}, {"clip_ratio_high": "0.28", "loss_agg_mode": "token-mean"}),
-        ({"algorithm": "gspo"}, {"policy_loss.loss_mode": "gspo"}),
-        ({"algorithm": "cispo"}, {"policy_loss.loss_mode": "cispo"}),
-        ({"algorithm": "dro", "objective": {"beta": 0.5}}, {"policy_loss.dro_beta": "0.5"}),
+        ({"algorithm": "dapo"}, {"loss_agg_mode": "token-mean"}),
+        ({"objective": {"clip_ratio_high": 0.3}}, {"policy_loss.clip_ratio_high": "0.3"}),
+        ({"algorithm": "dro", "objective": {"beta": 0.5}}, {"policy_loss.beta": "0.5"}),
+        ({"objective": {"loss_agg_mode": "token-mean"}}, {"loss_agg_mode": "token-mean"}),
         (
             {"algorithm": "dr-grpo", "rollout": {"max_completion_length": 7}},
             {"loss_scale_factor": "7", "loss_agg_mode": "seq-mean-token-sum-norm"},
@@ -193,12 +252,8 @@ def test_keys_of_the_actor(changes: dict[str, Any], expected: dict[str, str]) ->
     ("changes", "expected"),
     [
         ({"algorithm": "opo"}, {"algorithm.adv_estimator": "chi2_opo"}),
+        ({"algorithm": "dppo-tv"}, {"algorithm.rollout_correction.bypass_mode": "true"}),
         ({"algorithm": "isopo"}, {f"{table.MODEL}.external_lib": "proxstep.engines.verl"}),
-        ({"objective": {"advantage": "leave-one-out"}}, {"algorithm.adv_estimator": "rloo"}),
-        (
-            {"objective": {"advantage": "group-centered"}},
-            {"algorithm.norm_adv_by_std_in_grpo": "false"},
-        ),
         (
             {"rollout": {"importance_cap": 2.0}},
             {
@@ -225,14 +280,42 @@ def test_keys_outside_the_actor(changes: dict[str, Any], expected: dict[str, str
     assert {key: found[key] for key in expected} == expected
 
 
-def test_the_machine_decides_the_rollout_engine_and_the_ranks() -> None:
-    there, here = options(machine=GPUS), options(machine=CPU)
-    assert there[f"{table.ROLLOUT}.name"] == "vllm"
-    assert there["trainer.n_gpus_per_node"] == "8"
-    assert there[f"{table.ACTOR}.ppo_micro_batch_size_per_gpu"] == "16"
-    assert here["trainer.device"] == "cpu"
+def test_the_machine_decides_the_ranks() -> None:
+    found = options(machine=EIGHT)
+    assert found[f"{table.ROLLOUT}.name"] == "vllm"
+    assert found["trainer.n_gpus_per_node"] == "8"
+    assert found[f"{table.ACTOR}.ppo_micro_batch_size_per_gpu"] == "16"
     with pytest.raises(ProxstepError, match=r"^update.num_minibatches 1 .* 8 ranks"):
-        options({"rollout": {"num_prompts": 3, "num_generations": 5}}, GPUS)
+        options({"rollout": {"num_prompts": 3, "num_generations": 5}}, EIGHT)
+
+
+def test_a_machine_without_a_gpu_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It prints the script for another one, and says which."""
+    monkeypatch.setattr(launch, "check_verl", lambda: None)
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+    recipe = resolve({"algorithm": "grpo", "output_dir": str(tmp_path / "run")}, {}, "test")
+    with pytest.raises(ProxstepError, match=r"^--engine verl needs a GPU.*--engine local"):
+        launch.train(recipe, Silent())
+    assert not (tmp_path / "run").exists()
+    script = launch.command(recipe)
+    assert "# The run, on one machine with 1 GPU(s)" in script
+    assert "trainer.n_gpus_per_node=1 " in script
+
+
+@pytest.mark.parametrize("name", ["OpoPolicyLossConfig", "IsopoActorConfig", "register"])
+def test_the_room_is_open_without_verl(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What needs verl says how to install it."""
+    import proxstep.engines.verl as engine
+
+    def version(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("proxstep.engines.versions.version", version)
+    with pytest.raises(ProxstepError, match=r'^verl is not installed: pip install "proxstep\[verl'):
+        getattr(engine, name)()
+    assert not hasattr(engine, "OpoConfig")
 
 
 def test_data_is_in_the_local_engines_order(tmp_path: Path, monkeypatch: Any) -> None:
@@ -277,7 +360,7 @@ def _saved_model(folder: Path) -> Path:
 def test_a_tokenizer_that_adds_tokens_to_plain_prompts_is_refused(tmp_path: Path) -> None:
     from tests.engines.trl_case import tiny
 
-    from proxstep.engines.verl_recipe.data import PLAIN_TEMPLATE, _check_tokens
+    from proxstep.engines.verl.prompt_files import PLAIN_TEMPLATE, _check_tokens
     from proxstep.tasks import Example
 
     tokenizer, _ = tiny()
@@ -365,7 +448,7 @@ def test_a_mean_of_means_is_no_entropy_per_token() -> None:
     assert "entropy" not in record(recipe, 1, {"actor/entropy": 0.5, "response_length/mean": 2.0})
 
 
-def test_the_printed_script_is_a_script(tmp_path: Path) -> None:
+def test_the_printed_script_is_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 
     folder = tmp_path / "it's mine"
@@ -374,7 +457,8 @@ def test_the_printed_script_is_a_script(tmp_path: Path) -> None:
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     fake.chmod(0o755)
-    path.write_text(command(recipe))
+    monkeypatch.setattr(launch, "gpus", lambda count: TWO)
+    path.write_text(launch.command(recipe))
     said = subprocess.run(
         ["sh", path],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
@@ -382,8 +466,8 @@ def test_the_printed_script_is_a_script(tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert said[:3] == ["-m", "proxstep.engines.verl_recipe", f"{folder}/recipe.yaml"]
+    assert said[:3] == ["-m", "proxstep.engines.verl", f"{folder}/recipe.yaml"]
     prepared, _ = plan(recipe)
-    arguments = overrides(recipe, prepared, CPU)
+    arguments = overrides(recipe, prepared, TWO)
     assert said[3:] == ["-m", "verl.trainer.main_ppo", *arguments]
     assert load_recipe(folder / "recipe.yaml") == recipe

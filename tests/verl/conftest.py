@@ -9,7 +9,7 @@ import warnings
 if importlib.util.find_spec("verl") is None:
     collect_ignore_glob = ["*.py"]
 else:
-    os.environ["VERL_USE_EXTERNAL_MODULES"] = "proxstep.engines.verl_cpu"
+    os.environ["VERL_USE_EXTERNAL_MODULES"] = "tests.verl.cpu"
     with warnings.catch_warnings():  # verl warns of the engines that are not installed
         warnings.simplefilter("ignore")
         import verl.workers.engine  # noqa: F401

@@ -31,9 +31,8 @@ def _run(function: Callable[..., Any], rank: int, port: int, args: tuple[Any, ..
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     warnings.simplefilter("ignore")  # verl's
+    import tests.verl.cpu  # noqa: F401  before anything of verl
     import torch
-
-    import proxstep.engines.verl_cpu  # noqa: F401  before anything of verl
 
     torch.set_num_threads(1)
     return function(rank, *args)

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tests.verl.cpu_settings import cpu_environment, cpu_overrides
 
-from proxstep.engines.verl_cpu_overrides import cpu_environment, cpu_overrides
 from proxstep.tasks import arithmetic_task
 from proxstep.training.demo_model import build_embedded_model
 

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.verl.verl_data import opo_config, quiet
+from tests.verl.verl_data import algorithm_section, quiet
 from torch import Tensor
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-from proxstep.algorithms.advantages import ADVANTAGES
-from proxstep.algorithms.preparation import opo_signal
+from proxstep.algorithms import ADVANTAGES, OPO, SignalInputs
 from proxstep.engines.verl import OpoPolicyLossConfig
 from proxstep.errors import ProxstepError
 
@@ -39,7 +38,7 @@ def estimated(
     return estimate(
         token_level_rewards=reward_BT,
         response_mask=mask_BT,
-        config=opo_config(**keys),
+        config=algorithm_section(**keys),
         index=uids,
     )
 
@@ -67,7 +66,7 @@ def test_each_prompt_alone(keys: dict[str, Any], seed: int) -> None:
         own = torch.tensor(uids == uid)
         group_B = torch.zeros(int(own.sum()), dtype=torch.long)
         advantage_B, _ = ADVANTAGES[section.advantage](reward_BT[own].sum(dim=1), group_B)
-        drive_B = opo_signal(section, advantage_B, group_B, None, None).value_B
+        drive_B = OPO.signal(SignalInputs(advantage_B, group_B), section.options()).value_B
         torch.testing.assert_close(found_BT[own][:, 0], drive_B, rtol=1e-12, atol=1e-12)
 
 
@@ -114,7 +113,7 @@ def test_through_verls_driver() -> None:
     data = DataProto.from_dict(
         {"token_level_rewards": reward_BT, "response_mask": mask_BT}, {"uid": uids}
     )
-    done = compute_advantage(data, "chi2_opo", num_repeat=3, config=opo_config(alpha=0.2))
+    done = compute_advantage(data, "chi2_opo", num_repeat=3, config=algorithm_section(alpha=0.2))
     expected_BT, _ = estimated(reward_BT, mask_BT, uids, alpha=0.2)
     assert torch.equal(done.batch["advantages"], expected_BT)
 
@@ -124,10 +123,10 @@ def test_without_prompts_or_keys() -> None:
     estimate = get_adv_estimator_fn("chi2_opo")
     tensors = {"token_level_rewards": reward_BT, "response_mask": mask_BT}
     with pytest.raises(ProxstepError, match="needs the batch's uid"):
-        estimate(**tensors, config=opo_config())
+        estimate(**tensors, config=algorithm_section())
     with pytest.raises(ProxstepError, match="hand it verl's whole configuration"):
         estimate(**tensors, config=None, index=uids)
-    plain = opo_config(_target_="verl.workers.config.PolicyLossConfig")
+    plain = algorithm_section(_target_="verl.workers.config.PolicyLossConfig")
     with pytest.raises(ProxstepError, match=r"policy_loss\._target_"):
         estimate(**tensors, config=plain, index=uids)
     with pytest.raises(ProxstepError, match="groups have only one"):

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.verl.cpu.generation import Request, Sampling, _Drawer, complete
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from proxstep.engines.verl_cpu.generation import Request, Sampling, _Drawer, complete
 from proxstep.errors import ProxstepError
 
 pytestmark = pytest.mark.verl

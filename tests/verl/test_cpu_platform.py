@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.verl import cpu_ranks
+from tests.verl.cpu import device, patches
 from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_manager import PlatformRegistry
@@ -21,12 +22,11 @@ from verl.utils.tokenizer.continuous_token import (
     QwenContinuousTokenBuilder,
 )
 
-from proxstep.engines.verl_cpu import device, patches
 from proxstep.training.demo_model import build_embedded_model
 
 pytestmark = [pytest.mark.verl, pytest.mark.filterwarnings("default")]
 
-MODULE = "proxstep.engines.verl_cpu"
+MODULE = "tests.verl.cpu"
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tests.verl.cpu import rollout, server
+from tests.verl.cpu.rollout import CpuReplica, CpuRollout
+from tests.verl.cpu.server import CpuServer
 from verl.workers.config import RolloutConfig
 from verl.workers.rollout.base import get_rollout_class
 from verl.workers.rollout.replica import get_rollout_replica_class
 
-from proxstep.engines.verl_cpu import rollout, server
-from proxstep.engines.verl_cpu.rollout import CpuReplica, CpuRollout
-from proxstep.engines.verl_cpu.server import CpuServer
 from proxstep.errors import ProxstepError
 from proxstep.training.demo_model import build_embedded_model
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed import Ranks
+from tests.verl.cpu_settings import cpu_environment
 from tests.verl.verl_case import Case, made_engine, saved_model, step_on_rank, trained, whole
 from tests.verl.verl_data import Rollout, quiet, rollout, verl_batch
 from torch import Tensor
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead
 
-from proxstep.engines.verl.checkpoint import STATE_FILE
-from proxstep.engines.verl.engine import IsopoEngine
+from proxstep.engines.verl.engine import STATE_FILE, IsopoEngine
 from proxstep.errors import ProxstepError
 from proxstep.isopo.hooks import SITE
 
@@ -268,10 +268,10 @@ def test_it_loads_before_verl_is_whole(tmp_path: Path) -> None:
         "import verl, sys; from verl.trainer.ppo.core_algos import get_policy_loss_fn as get;"
         "print(get('chi2_opo').__module__)"
     )
-    modules = "proxstep.engines.verl_cpu,proxstep.engines.verl"
+    modules = "tests.verl.cpu,proxstep.engines.verl"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "VERL_USE_EXTERNAL_MODULES": modules},
+        env={**os.environ, **cpu_environment(), "VERL_USE_EXTERNAL_MODULES": modules},
         capture_output=True,
         text=True,
         timeout=120,

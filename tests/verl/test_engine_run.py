@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.verl.cpu_run import Run, prepared
 
-from proxstep.engines.verl.checkpoint import STATE_FILE
+from proxstep.engines.verl.engine import STATE_FILE
 
 pytestmark = [pytest.mark.verl, pytest.mark.slow]
 

@@ -13,6 +13,7 @@ from tests.distributed import Ranks
 from tests.engine import tiny_recipe
 from tests.verl.verl_case import (
     Case,
+    actor_config,
     local_gradients,
     made_engine,
     numbered,
@@ -24,7 +25,7 @@ from tests.verl.verl_data import (
     Rollout,
     aligned,
     completions,
-    opo_advantages,
+    estimated,
     padded_batch,
     rollout,
 )
@@ -32,6 +33,9 @@ from torch import Tensor, nn
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
+from proxstep.algorithms import ALGORITHMS, Algorithm
+from proxstep.engines.verl.seams import find_obstacle, loss_mode
+from proxstep.errors import ProxstepError
 from proxstep.training.objective import Objective
 from proxstep.training.scores import score
 
@@ -166,7 +170,7 @@ OPO_CASES: dict[str, dict[str, Any]] = {
     "zscore": {"drive": "zscore", "advantage": "group-centered", "tau": 0.7},
     "batch": {"normalize": "batch", "alpha": 0.1},
     "ratio": {"surrogate": "ratio", "mu": 2.5},
-    "length": {"length_normalize": True, "form": "regression"},
+    "length": {"length_normalize": True},
     "clipped": {"target_min": -0.2, "alpha": 0.0},
 }
 
@@ -186,8 +190,38 @@ def test_opo(tmp_path: Path, ranks: Ranks, keys: str, name: str) -> None:
     algorithm = Objective(recipe)
     groups = numbered(data.uids)
     expected = algorithm.signal(algorithm.advantages(data.rewards, groups)[0], groups, None)
-    found = opo_advantages(data, policy_loss)
+    found = estimated(data, "opo", policy_loss)
     assert (found - expected.value_B).abs().max() <= 1e-6
+    assert compare(case, data, found, recipe, ranks) <= 1e-5
+
+
+def verls(algorithm: Algorithm) -> bool:
+    return find_obstacle(algorithm, algorithm.defaults) is None
+
+
+@pytest.mark.parametrize("name", ["plain", "isopo"])
+@pytest.mark.parametrize("objective", [a.name for a in ALGORITHMS.values() if verls(a)])
+def test_every_algorithm(tmp_path: Path, ranks: Ranks, objective: str, name: str) -> None:
+    """At its defaults, estimator and loss; off-policy by as much as some clips allow."""
+    algorithm = ALGORITHMS[objective]
+    if name == "isopo" and algorithm.level == "token":
+        with pytest.raises(ProxstepError, match="ISOPO needs one coefficient per sequence"):
+            actor_config(Case("", policy_loss={"loss_mode": loss_mode(algorithm)}))
+        return
+    data = rollout(14, (5, 2, 5))
+    policy_loss = {"loss_mode": loss_mode(algorithm)}
+    case, _ = made_case(tmp_path, name, "packed, checkpointed, tied", policy_loss=policy_loss)
+    saved_model(tmp_path / "model")
+    near = [value + 0.15 * torch.randn_like(value) for value in log_probs(case, data)]
+    data = replace(data, old_log_probs=near)
+    case.loss_agg_mode = algorithm.default_loss_agg_mode
+    if case.loss_agg_mode == "seq-mean-token-sum-norm":
+        case.actor["loss_scale_factor"] = 6
+    recipe = recipe_of(tmp_path, name, objective, rollout={"max_completion_length": 6})
+    groups, local = numbered(data.uids), Objective(recipe)
+    signal = local.signal(local.advantages(data.rewards, groups)[0], groups, None)
+    found = estimated(data, objective, policy_loss)
+    assert (found - signal.value_B).abs().max() <= 1e-6
     assert compare(case, data, found, recipe, ranks) <= 1e-5
 
 

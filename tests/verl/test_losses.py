@@ -12,8 +12,9 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from proxstep.engines.verl import OpoPolicyLossConfig
-from proxstep.engines.verl.registration import register
+from proxstep.algorithms import ALGORITHMS
+from proxstep.engines.verl import OpoPolicyLossConfig, register
+from proxstep.engines.verl.seams import loss_mode
 from proxstep.errors import ProxstepError
 
 pytestmark = pytest.mark.verl
@@ -29,7 +30,6 @@ KEYS: list[dict[str, Any]] = [
     {},
     {"surrogate": "ratio", "mu": 3.0},
     {"length_normalize": True, "mu": 0.5},
-    {"form": "regression", "mu": 2.0},
 ]
 
 
@@ -75,8 +75,6 @@ def slow_loss(
         u = math.exp(delta) - 1 if keys.get("surrogate") == "ratio" else delta
         drive = float(tensors["advantages"][row, places[0]])
         value = -drive * u + mu / 2 * u**2
-        if keys.get("form") == "regression":
-            value = mu / 2 * (u - drive / mu) ** 2
         times = 1 if mode == "seq-mean-token-mean" else len(places)
         total += weights[row] * times * value
         num_tokens, num_rows = num_tokens + len(places), num_rows + 1
@@ -108,6 +106,41 @@ def test_loss(mode: str, keys: dict[str, Any], seed: int) -> None:
             weights = [1.0] * 7 if weights_B is None else weights_B.tolist()
             expected = slow_loss(tensors, mode, keys, info, weights)
             assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+VERLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpg": ("reinforce", {}),
+    "vanilla": ("grpo", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.3}),
+    "gspo": ("gspo", {"clip_ratio_low": 0.1, "clip_ratio_high": 0.2}),
+    "cispo": ("cispo", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.3}),
+    "dro": ("dro", {"beta": 0.7}),
+}
+"""verl's own losses, and which of ours has the same gradient."""
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("theirs", list(VERLS))
+def test_verls_own_losses_have_the_same_gradient(theirs: str, mode: str) -> None:
+    ours, keys = VERLS[theirs]
+    tensors, weight_B = inputs(6), 0.5 + torch.rand(7, dtype=torch.float64)
+    leaf_BT = tensors["log_prob"].requires_grad_()
+    counts = {"dp_size": 2, "batch_num_tokens": 90, "global_batch_size": 16, "loss_scale_factor": 9}
+    clips = {name: value for name, value in keys.items() if name.startswith("clip")}
+    of_loss = {"dro_beta": keys["beta"]} if theirs == "dro" else {}
+    found = []
+    for name, of_actor, policy_loss in (
+        (theirs, {**clips, "clip_ratio_c": 1e9}, of_loss),
+        (loss_mode(ALGORITHMS[ours]), {}, keys),
+    ):
+        case = Case("", None, {"loss_mode": name, **policy_loss}, mode, actor=of_actor)
+        config = actor_config(case)
+        config.global_batch_info.update(counts)
+        weights_BT = weight_B[:, None] * tensors["response_mask"]
+        options = {"loss_agg_mode": mode, "config": config, "rollout_is_weights": weights_BT}
+        value, _ = get_policy_loss_fn(name)(**tensors, **options)
+        found.append(torch.autograd.grad(value, leaf_BT)[0])
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -174,8 +207,14 @@ def test_another_configuration_class_is_refused() -> None:
         ({"loss_mode": "vanilla"}, "policy_loss.loss_mode=chi2_opo"),
         ({"mu": "auto"}, "policy_loss.mu is auto"),
         ({"mu": 0.0}, "policy_loss.mu"),
-        ({"adaptive_tau": True}, "policy_loss.adaptive_tau needs the anchor"),
-        ({"anchor_correction": "length"}, "policy_loss.anchor_correction needs the anchor"),
+        ({"adaptive_tau": True}, "policy_loss.adaptive_tau is True: the preparation reads"),
+        ({"anchor_correction": "length"}, "anchor_correction is length: .* use absorbed"),
+        (
+            {"adaptive_tau": True, "anchor_correction": "length"},
+            "policy_loss.adaptive_tau is True: the preparation reads",
+        ),
+        ({"tau_min": 0.4}, "policy_loss.tau_min"),
+        ({"target_min": -0.5, "drive": "none"}, "policy_loss.target_min bounds"),
         ({"alpha": 1.5}, "policy_loss.alpha is 1.5"),
         ({"drive": "centre"}, "policy_loss.drive is 'centre'"),
     ],

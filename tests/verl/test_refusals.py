@@ -17,8 +17,10 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import FSDPEngineConfig, MtpConfig
 
 import verl
+from proxstep.algorithms import ALGORITHMS
 from proxstep.engines.verl import IsopoActorConfig, IsopoEngineConfig, OpoPolicyLossConfig
-from proxstep.engines.verl.refusals import SEQUENCE_LOSSES
+from proxstep.engines.verl.refusals import sequence_losses
+from proxstep.engines.verl.seams import loss_mode
 from proxstep.engines.versions import check_verl
 from proxstep.errors import ProxstepError
 
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.verl
 TOKEN_LOSSES = (
     *("vanilla", "dppo_tv", "dppo_kl", "sapo", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"),
     *("unheard_of", "chi2_no_policy_term"),
+    *(loss_mode(found) for found in ALGORITHMS.values() if found.level == "token"),
 )
 
 
@@ -42,14 +45,17 @@ def refused(case: Case, message: str) -> None:
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_token_level_losses(name: str) -> None:
     case = Case("", policy_loss={"loss_mode": name})
-    refused(case, rf"policy_loss.loss_mode is '{name}'; .* use gpg, gspo, chi2_opo")
+    refused(
+        case,
+        rf"policy_loss.loss_mode is '{name}'; .* use gpg, gspo, bypass_mode, proxstep_reinforce",
+    )
 
 
 def test_all_of_verls_losses_are_known() -> None:
     """A loss that a new release adds is one or the other."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
-    assert set(POLICY_LOSS_REGISTRY) == {*SEQUENCE_LOSSES, *TOKEN_LOSSES} - {"unheard_of"}
+    assert set(POLICY_LOSS_REGISTRY) == {*sequence_losses(), *TOKEN_LOSSES} - {"unheard_of"}
 
 
 def test_clipping_in_bypass_mode() -> None:

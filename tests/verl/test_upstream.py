@@ -28,7 +28,7 @@ def test_verls_own_tests_pass(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     environment["VERL_USE_EXTERNAL_MODULES"] = "proxstep.engines.verl"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    command += ["-p", "proxstep.engines.verl", "--rootdir", str(site), "-c", os.devnull]
+    command += ["-p", "verl", "--rootdir", str(site), "-c", os.devnull]
     done = subprocess.run(
         command + [str(site / name) for name in files],
         env=environment,

@@ -31,9 +31,12 @@ with warnings.catch_warnings():
     from verl.workers.utils.losses import ppo_loss
 
 
+from proxstep.algorithms import ALGORITHMS
 from proxstep.config.recipe import Recipe
-from proxstep.engines.verl import IsopoActorConfig, OpoPolicyLossConfig
+from proxstep.engines.verl import IsopoActorConfig
 from proxstep.engines.verl.estimator import numbered
+from proxstep.engines.verl.policy_loss import config_class
+from proxstep.engines.verl.seams import loss_mode
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.scores import score
 
@@ -82,8 +85,9 @@ def actor_config(case: Case) -> FSDPActorConfig:
     """verl's actor configuration, as hydra makes it."""
     isopo = case.geometry is not None
     policy_loss = dict(case.policy_loss)
-    opo = policy_loss["loss_mode"] == "chi2_opo"
-    kind = OpoPolicyLossConfig if opo else PolicyLossConfig
+    ours = {loss_mode(algorithm): algorithm for algorithm in ALGORITHMS.values()}
+    mode = policy_loss["loss_mode"]
+    kind = config_class(ours[mode]) if mode in ours else PolicyLossConfig
     options: dict[str, Any] = {
         "strategy": "isopo" if isopo else "fsdp2",
         "rollout_n": 1,

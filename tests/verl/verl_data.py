@@ -14,17 +14,20 @@ from torch import Tensor
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import_module("proxstep.engines.verl_cpu")  # before verl chooses its platform
+    import_module("tests.verl.cpu")  # before verl chooses its platform
     from omegaconf import OmegaConf
     from tensordict import NonTensorData, NonTensorStack, TensorDict
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
     from verl.utils import tensordict_utils as tu
 
-import_module("proxstep.engines.verl")
-
-from proxstep.training.rollout import Completions  # noqa: E402
+from proxstep.algorithms import ALGORITHMS
+from proxstep.engines.verl import register
+from proxstep.engines.verl.seams import config_name, loss_mode
+from proxstep.training.rollout import Completions
 
 VOCAB = 19
+
+register()
 
 
 @contextmanager
@@ -166,21 +169,28 @@ def aligned(data: Rollout, values: list[Tensor]) -> Tensor:
     return result_BT[:, 1:]
 
 
-def opo_config(**keys: Any) -> Any:
+def algorithm_section(name: str = "opo", **keys: Any) -> Any:
     """verl's algorithm section, as its driver has it, beside a policy loss with these keys."""
-    keys = {"_target_": "proxstep.engines.verl.OpoPolicyLossConfig", **keys}
-    whole = {"algorithm": {}, "actor_rollout_ref": {"actor": {"policy_loss": keys}}}
+    target = f"proxstep.engines.verl.{config_name(ALGORITHMS[name])}"
+    keys = {"_target_": target, **keys}
+    correction = {"bypass_mode": ALGORITHMS[name].ratio_to_sampler}
+    whole = {
+        "algorithm": {"rollout_correction": correction},
+        "actor_rollout_ref": {"actor": {"policy_loss": keys}},
+    }
     return OmegaConf.create(whole).algorithm
 
 
-def opo_advantages(data: Rollout, keys: dict[str, Any]) -> Tensor:
-    """What verl's driver computes of a rollout's rewards: one drive for each response."""
+def estimated(data: Rollout, name: str, keys: dict[str, Any]) -> Tensor:
+    """What verl's driver computes of a rollout's rewards: the signal of each response."""
     mask_BT = nested(data.masks).to_padded_tensor(0)
     reward_BT = torch.zeros(mask_BT.shape)
     reward_BT[:, 0] = data.rewards
-    estimate = get_adv_estimator_fn("chi2_opo")
-    uids = np.array(data.uids, dtype=object)
-    drive_BT, _ = estimate(
-        token_level_rewards=reward_BT, response_mask=mask_BT, config=opo_config(**keys), index=uids
+    estimate = get_adv_estimator_fn(loss_mode(ALGORITHMS[name]))
+    signal_BT, _ = estimate(
+        token_level_rewards=reward_BT,
+        response_mask=mask_BT,
+        config=algorithm_section(name, **keys),
+        index=np.array(data.uids, dtype=object),
     )
-    return drive_BT[:, 0]
+    return signal_BT[:, 0]

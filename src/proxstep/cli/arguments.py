@@ -12,7 +12,7 @@ from proxstep.errors import ProxstepError
 ENGINES = {
     "local": "proxstep.training.lifecycle",
     "trl": "proxstep.engines.trl.launch",
-    "verl": "proxstep.engines.verl_recipe.launch",
+    "verl": "proxstep.engines.verl.launch",
 }
 """Modules with `train` and `resume`, by the engine's name; but for local also with `command`. The
 others need the package of their name.

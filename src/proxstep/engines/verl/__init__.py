@@ -1,17 +1,55 @@
-"""OPO and ISOPO in verl: `actor_rollout_ref.model.external_lib=proxstep.engines.verl` loads them.
+"""verl: our losses and ISOPO inside its runs, and runs of it by a recipe.
 
-verl imports its external library in every process of a run, the driver's included. OPO is a policy
-loss and an advantage estimator, ISOPO an FSDP2 engine; docs/verl.md says how to choose them.
+`actor_rollout_ref.model.external_lib=proxstep.engines.verl` has verl import this package in every
+process of a run, the driver's included, and the import registers every algorithm as a policy loss
+and an advantage estimator, and ISOPO as an FSDP2 engine; docs/verl.md says how to choose them.
+
+Where verl is not imported, so in a process that only launches it, nothing is registered and verl
+need not be installed.
 """
 
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from proxstep.algorithms import ALGORITHMS
+from proxstep.engines.verl.seams import config_name
 from proxstep.engines.versions import check_verl
 
-check_verl()
+if TYPE_CHECKING:
+    from proxstep.engines.verl.actor_config import IsopoActorConfig, IsopoEngineConfig
 
-from proxstep.engines.verl.configs import IsopoActorConfig, IsopoEngineConfig  # noqa: E402
-from proxstep.engines.verl.policy_loss import OpoPolicyLossConfig  # noqa: E402
-from proxstep.engines.verl.registration import register  # noqa: E402
+__all__ = ["IsopoActorConfig", "IsopoEngineConfig", "register"]
 
-register()
 
-__all__ = ["IsopoActorConfig", "IsopoEngineConfig", "OpoPolicyLossConfig"]
+def register() -> None:
+    """Make our names known to verl; again, for an algorithm that was declared since.
+
+    Raises:
+        ProxstepError: If verl is missing or untested, or one of the names is another library's.
+    """
+    check_verl()
+    from proxstep.engines.verl.registration import register_all
+
+    register_all()
+
+
+def __getattr__(name: str) -> Any:
+    """Return a configuration class: ISOPO's, or an algorithm's, such as OpoPolicyLossConfig."""
+    if name in ("IsopoActorConfig", "IsopoEngineConfig"):
+        register()
+        from proxstep.engines.verl import actor_config
+
+        return getattr(actor_config, name)
+    for algorithm in ALGORITHMS.values():
+        if name == config_name(algorithm):
+            register()
+            from proxstep.engines.verl.policy_loss import config_class
+
+            return config_class(algorithm)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if "verl" in sys.modules:
+    register()

@@ -18,7 +18,7 @@ import torch
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from proxstep.algorithms import gradient_by_sequence
+from proxstep.algorithms.composition import gradient_by_sequence
 from proxstep.errors import ProxstepError
 from proxstep.typing import Bool, Float, Tensor
 
@@ -28,9 +28,9 @@ NO_POLICY_TERM = "chi2_no_policy_term"
 _VARIES = (
     "the policy loss's gradient differs between the tokens of a response, so that ISOPO has no one "
     "coefficient for it: use an estimator with one advantage per response (algorithm.adv_estimator="
-    "grpo, rloo, ... or chi2_opo), importance weights by sequence "
-    "(algorithm.rollout_correction.rollout_is=sequence), and "
-    "actor_rollout_ref.actor.policy_loss.loss_mode=gpg, gspo or chi2_opo"
+    "grpo, rloo, ... or the policy loss's own), importance weights by sequence "
+    "(algorithm.rollout_correction.rollout_is=sequence), and a policy loss of sequences "
+    "(actor_rollout_ref.actor.policy_loss.loss_mode=gpg, gspo, chi2_opo, ...)"
 )
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]
@@ -101,12 +101,7 @@ def sequence_coefficients(
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], dict[str, Any]]:
     """Return the weight with which the policy term pushes each sequence's log-probability up.
 
-    Args:
-        policy: The policy term.
-        model_output: What verl's engine made of the model's output.
-        data: The micro-batch.
-        response_BR: Where its response tokens count.
-        dp_group: Handed to the loss.
+    The arguments are those of verl's losses, and where the response tokens count.
 
     Returns:
         coefficient_b = -dL / d log pi(y_b), with all of verl's scaling in it; the term's value and

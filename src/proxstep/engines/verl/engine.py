@@ -5,8 +5,11 @@ Legend for shape suffixes: B sequences, R response tokens, N tokens without padd
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +17,14 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch import nn
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.fs import copy_to_local, is_non_local
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead
 from verl.workers.utils.padding import no_padding_2_padding
 
-from proxstep.engines.verl import layout
-from proxstep.engines.verl.checkpoint import load_state, save_state
+from proxstep.engines.verl import token_grid
+from proxstep.engines.verl.actor_config import BACKEND, IsopoEngineConfig, read_geometry
 from proxstep.engines.verl.coefficients import Terms, sequence_coefficients, taken_apart
-from proxstep.engines.verl.configs import BACKEND, IsopoEngineConfig, read_geometry
 from proxstep.engines.verl.estimator import numbered
 from proxstep.engines.verl.refusals import refuse_model
 from proxstep.errors import ProxstepError
@@ -29,6 +32,11 @@ from proxstep.isopo import Isopo, NaturalRule
 from proxstep.isopo.microbatch import Microbatch
 from proxstep.training.objective import install_geometry
 from proxstep.typing import Bool, Tensor
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "proxstep.pt"
+"""Of ISOPO, in the actor's folder of verl's checkpoints."""
 
 KEY, GROUP = "chi2_key", "chi2_group"
 """What a mini-batch carries beside verl's own tensors; verl splits it with them."""
@@ -114,7 +122,7 @@ class IsopoEngine(FSDPEngineWithLMHead):
             return super().forward_step(micro_batch, loss_function, forward_only)
         terms: Terms = loss_function
         micro_batch = micro_batch.to(get_device_id())
-        response_BR = layout.response_mask_of(micro_batch)
+        response_BR = token_grid.response_mask_of(micro_batch)
         counted_B = response_BR.any(dim=1)
         self._check_counted(counted_B)
         other: dict[str, Any] = {"loss": 0.0, "metrics": {}}
@@ -167,18 +175,18 @@ class IsopoEngine(FSDPEngineWithLMHead):
         """Open the microbatch of the sequences that have a response token."""
         assert self.isopo is not None
         length_B = micro_batch["input_ids"].offsets().diff()
-        id_N = layout.sequence_ids(length_B, counted_B)
-        completion_N = layout.completion_tokens(micro_batch, response_BR, len(id_N))
+        id_N = token_grid.sequence_ids(length_B, counted_B)
+        completion_N = token_grid.completion_tokens(micro_batch, response_BR, len(id_N))
         if tu.get_non_tensor_data(micro_batch, "use_remove_padding", True):
             pad_size = self._get_packed_pad_size(len(id_N))
             ids, completion = (
-                layout.packed(id_N, -1, pad_size),
-                layout.packed(completion_N, False, pad_size),
+                token_grid.packed(id_N, -1, pad_size),
+                token_grid.packed(completion_N, False, pad_size),
             )
         else:
             ids, completion = (
-                layout.padded(id_N, -1, length_B),
-                layout.padded(completion_N, False, length_B),
+                token_grid.padded(id_N, -1, length_B),
+                token_grid.padded(completion_N, False, length_B),
             )
         return self._open.enter_context(
             self.isopo.microbatch(
@@ -223,18 +231,33 @@ class IsopoEngine(FSDPEngineWithLMHead):
 
     # -- checkpoints -------------------------------------------------------------------------------
 
-    def save_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> None:
-        """Save ISOPO's state beside the optimizer's."""
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """Save ISOPO's state beside the optimizer's, in one file: all ranks have the same."""
         super().save_checkpoint(local_path, *args, **kwargs)
         if self.isopo is None or local_path is None:
             return
-        if self.checkpoint_manager.should_save_optimizer:
-            save_state(self.isopo, local_path, self.rank)
+        if self.checkpoint_manager.should_save_optimizer and self.rank == 0:
+            torch.save(self.isopo.state_dict(), Path(local_path) / STATE_FILE)
 
-    def load_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> None:
-        """Continue from a checkpoint's state of ISOPO."""
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """Continue from a checkpoint's state of ISOPO; without one, with new trailing means."""
         super().load_checkpoint(local_path, *args, **kwargs)
         if self.isopo is None or local_path is None:
             return
-        if self.checkpoint_manager.should_load_optimizer:
-            load_state(self.isopo, local_path, self.rank)
+        if not self.checkpoint_manager.should_load_optimizer:
+            return
+        found = [_read_state(local_path) if self.rank == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            logger.warning(
+                "ISOPO: %s is not in %s; its trailing means start again", STATE_FILE, local_path
+            )
+            return
+        state = torch.load(io.BytesIO(found[0]), map_location=get_device_name(), weights_only=True)
+        self.isopo.load_state_dict(state)
+
+
+def _read_state(folder: str) -> bytes | None:
+    place = f"{folder}/{STATE_FILE}"
+    path = Path(copy_to_local(place) if is_non_local(folder) else place)
+    return path.read_bytes() if path.exists() else None

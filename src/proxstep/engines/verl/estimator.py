@@ -1,20 +1,24 @@
-"""OPO's drive as an advantage estimator of verl: on the driver, where a prompt's responses meet.
+"""An algorithm's preparation as an advantage estimator of verl.
+
+It runs on the driver, where a prompt's responses meet.
 
 Legend for shape suffixes: B sequences, T response tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 
-from proxstep.algorithms.advantages import ADVANTAGES, Groups
-from proxstep.algorithms.preparation import opo_signal
-from proxstep.engines.verl.policy_loss import NAME, PLACE, OpoPolicyLossConfig, check_config
+from proxstep.algorithms import ADVANTAGES, Algorithm, SignalInputs
+from proxstep.algorithms.advantages import Groups
+from proxstep.engines.verl.policy_loss import PLACE, AlgorithmLossConfig, check_config
+from proxstep.engines.verl.seams import BYPASS, find_loss, loss_mode
 from proxstep.errors import ProxstepError
 from proxstep.typing import Tensor
 
@@ -22,48 +26,65 @@ _SIBLING = "..actor_rollout_ref.actor.policy_loss"
 """Where the loss's keys are from `algorithm`, which is all that verl hands over."""
 
 
-def opo_drive(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    config: Any = None,
-    index: Sequence[Any] | None = None,
-    **others: Any,
-) -> tuple[Tensor, Tensor]:
-    """Return OPO's drive at each response token, in the place of advantages, and of returns.
+@cache
+def estimator(algorithm: Algorithm) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the estimator of what an algorithm's loss takes for its advantages."""
 
-    A prompt's rewards become advantages, escort weights and the drive, as in the local engine. A
-    prompt none of whose responses has a token (verl's padding) and a response that is alone with
-    its prompt have drive 0 and are left out of every statistic.
+    def estimate(
+        token_level_rewards: Tensor,
+        response_mask: Tensor,
+        config: Any = None,
+        index: Sequence[Any] | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the algorithm's signal at each response token: as advantages, and as returns.
 
-    Args:
-        token_level_rewards: In reward units, (batch, tokens); a response's reward is their sum.
-        response_mask: 1 at the response's tokens.
-        config: verl's `algorithm` section, beside which the policy loss's keys stand.
-        index: The prompt of each response.
-        others: What verl hands to other estimators.
+        A rollout's rewards become advantages and the signal as in the local engine. A prompt none
+        of whose responses has a token (verl's padding) and a response that is alone with its prompt
+        have signal 0 and are left out of every statistic.
 
-    Returns:
-        The drive twice: verl's returns have a meaning only for a critic.
+        Args:
+            token_level_rewards: In reward units, (batch, tokens); a response's reward is their sum.
+            response_mask: 1 at the response's tokens.
+            config: verl's `algorithm` section, beside which the policy loss's keys stand.
+            index: The prompt of each response.
+            others: What verl hands to other estimators.
 
-    Raises:
-        ProxstepError: If the policy loss is not ours, prompts are not known, or every response is
-            alone with its prompt.
+        Returns:
+            The signal twice: verl's returns have a meaning only for a critic.
 
-    Source: arXiv 2601.12415, equations 5 to 7; see `proxstep.algorithms.preparation.opo_signal`.
-    """
-    del others
-    if index is None:
-        raise ProxstepError(f"algorithm.adv_estimator={NAME} needs the batch's uid, one per prompt")
-    section = _loss_config(config).section()
-    reward_B, response_BT = token_level_rewards.sum(dim=1), response_mask.bool()
-    group_B = numbered(index).to(reward_B.device)
-    kept_B = _compared(group_B, response_BT.any(dim=1))
-    drive_B = torch.zeros_like(reward_B)
-    with torch.no_grad():
-        advantage_B, _ = ADVANTAGES[section.advantage](reward_B[kept_B], group_B[kept_B])
-        drive_B[kept_B] = opo_signal(section, advantage_B, group_B[kept_B], None, None).value_B
-    drive_BT = drive_B[:, None] * response_BT
-    return drive_BT, drive_BT
+        Raises:
+            ProxstepError: If the policy loss is not the algorithm's, prompts are not known, or the
+                signal is not all that the loss would need.
+        """
+        del others
+        if index is None:
+            raise ProxstepError(
+                f"algorithm.adv_estimator={loss_mode(algorithm)} needs the batch's uid, one per "
+                "prompt"
+            )
+        section = _loss_config(config, algorithm).section()
+        if algorithm.ratio_to_sampler and not config.rollout_correction.bypass_mode:
+            raise ProxstepError(
+                f"{loss_mode(algorithm)} takes its ratios to the policy that sampled, and verl's "
+                f"old log-probabilities are not that one's: set {BYPASS}=True"
+            )
+        reward_B, response_BT = token_level_rewards.sum(dim=1), response_mask.bool()
+        group_B = numbered(index).to(reward_B.device)
+        kept_B = _compared(group_B, response_BT.any(dim=1))
+        signal_B = torch.zeros_like(reward_B)
+        with torch.no_grad():
+            advantage_B, _ = ADVANTAGES[section.advantage](reward_B[kept_B], group_B[kept_B])
+            inputs = SignalInputs(advantage_B, group_B[kept_B])
+            signal = algorithm.signal(inputs, section.options())
+        lost = find_loss(algorithm, section.options(), signal)
+        if lost is not None:
+            raise ProxstepError(f"{PLACE}{lost.key or 'loss_mode'}: {lost.reason}")
+        signal_B[kept_B] = signal.value_B.to(signal_B)
+        signal_BT = signal_B[:, None] * response_BT
+        return signal_BT, signal_BT
+
+    return estimate
 
 
 def numbered(labels: Sequence[Any]) -> Tensor:
@@ -80,18 +101,18 @@ def _compared(group_B: Tensor, counted_B: Tensor) -> Tensor:
     return kept_B if kept_B.any() else torch.ones_like(kept_B)
 
 
-def _loss_config(algorithm: Any) -> OpoPolicyLossConfig:
+def _loss_config(section: Any, algorithm: Algorithm) -> AlgorithmLossConfig:
     """Return the policy loss's configuration, which verl hands to the loss alone.
 
     Raises:
-        ProxstepError: If it is not OPO's, or out of reach.
+        ProxstepError: If it is not the algorithm's, or out of reach.
     """
     found = None
-    if isinstance(algorithm, DictConfig):
-        found = OmegaConf.select(algorithm, _SIBLING)
+    if isinstance(section, DictConfig):
+        found = OmegaConf.select(section, _SIBLING)
     if found is None:
         raise ProxstepError(
-            f"algorithm.adv_estimator={NAME} reads {PLACE.rstrip('.')} beside the algorithm "
-            "section, which is not there: hand it verl's whole configuration"
+            f"algorithm.adv_estimator={loss_mode(algorithm)} reads {PLACE.rstrip('.')} beside the "
+            "algorithm section, which is not there: hand it verl's whole configuration"
         )
-    return check_config(omega_conf_to_dataclass(found))
+    return check_config(omega_conf_to_dataclass(found), algorithm)

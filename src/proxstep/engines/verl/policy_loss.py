@@ -1,177 +1,204 @@
-"""OPO as a policy loss of verl, with a configuration class of its own.
+"""An algorithm's loss as a policy loss of verl, and its keys as a configuration class of verl.
 
 Legend for shape suffixes: B sequences, T response tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, ClassVar
 
-import torch
-from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils.torch_functional import masked_mean
-from verl.workers.config import PolicyLossConfig
+from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from proxstep.algorithms import opo_by_sequence, regression_target, target_shares
-from proxstep.config.objectives import OpoSection
-from proxstep.engines.fields import OpoKeys, field_of
+from proxstep.algorithms import Aggregation, Algorithm
+from proxstep.algorithms.composition import gradient_by_sequence
+from proxstep.algorithms.safeguards import regression_target, target_shares
+from proxstep.config.objectives import ObjectiveSection, section_of
+from proxstep.engines.fields import read_section, section_options
+from proxstep.engines.verl.seams import LIBRARY, config_name, find_obstacle, loss_mode
 from proxstep.errors import ProxstepError
 from proxstep.typing import Tensor
 
-NAME = "chi2_opo"
-"""Our loss and our advantage estimator; verl's own estimator `opo` is another paper's."""
+ACTOR = "actor_rollout_ref.actor."
+PLACE = f"{ACTOR}policy_loss."
+_WEIGHTS_VARY = (
+    "algorithm.rollout_correction.rollout_is is by token, and the loss weighs sequences: set "
+    "algorithm.rollout_correction.rollout_is=sequence"
+)
 
-PLACE = "actor_rollout_ref.actor.policy_loss."
+BATCH_INFO: dict[str, Any] = {
+    "dp_size": 1,
+    "batch_num_tokens": None,
+    "global_batch_size": None,
+    "loss_scale_factor": None,
+}
+"""The counts of an optimizer step that verl hands to its losses, and what they are without one."""
 
 
-@dataclass
-class OpoPolicyLossConfig(OpoKeys, PolicyLossConfig):
-    """PolicyLossConfig with OPO's keys, those of a recipe (docs/algorithms.md).
+@dataclasses.dataclass
+class AlgorithmLossConfig(PolicyLossConfig):
+    """PolicyLossConfig with an algorithm's keys, those of a recipe (docs/algorithms.md).
 
-    The driver computes the drive of them and the workers the penalty: each key stands here alone.
+    The driver computes the signal of them and the workers the loss: each key stands here alone.
+    `config_class` makes the classes of the algorithms.
     """
 
-    loss_mode: str = NAME
-    advantage: str = field_of(OpoSection, "advantage")
+    algorithm: ClassVar[Algorithm]
 
     def __post_init__(self) -> None:
-        if self.loss_mode != NAME:
+        mode = loss_mode(self.algorithm)
+        if self.loss_mode != mode:
             raise ProxstepError(
-                f"{PLACE}loss_mode is {self.loss_mode!r}, but OpoPolicyLossConfig's is {NAME!r}: "
-                f"set {PLACE}loss_mode={NAME}"
+                f"{PLACE}loss_mode is {self.loss_mode!r}, but {type(self).__name__}'s is {mode!r}: "
+                f"set {PLACE}loss_mode={mode}"
             )
-        section = self.section()
-        if section.mu == "auto":
-            raise ProxstepError(
-                f"{PLACE}mu is auto, the largest drive of the rollout, of which verl's losses see "
-                "a micro-batch: give a number"
-            )
-        if section.anchor_correction != "absorbed" or section.adaptive_tau:
-            name = "adaptive_tau" if section.adaptive_tau else "anchor_correction"
-            raise ProxstepError(
-                f"{PLACE}{name} needs the anchor's log-probabilities, which verl does not hand to "
-                "an advantage estimator: leave it out"
-            )
+        options = self.section().options()
+        for check in self.algorithm.checks:
+            try:
+                check(options)
+            except ValueError as error:
+                raise ProxstepError(str(error).replace("objective.", PLACE)) from None
+        found = find_obstacle(self.algorithm, options)
+        if found is not None and found.key is not None:
+            raise ProxstepError(f"{PLACE}{found.key} is {options[found.key]}: {found.reason}")
+        if found is not None:
+            raise ProxstepError(f"{PLACE}loss_mode={mode} is not for verl: {found.reason}")
 
-    def section(self) -> OpoSection:
+    def section(self) -> ObjectiveSection:
         """Return the keys as a recipe has them.
 
         Raises:
             ProxstepError: If one of them does not fit, by name.
         """
-        return self.opo_section(PLACE)
+        keys = {name: getattr(self, name) for name in ("advantage", *self.algorithm.keys)}
+        keys["name"] = self.algorithm.name
+        return read_section(section_of(self.algorithm), keys, PLACE)
 
 
-def check_config(policy_loss: Any) -> OpoPolicyLossConfig:
-    """Return a policy loss's configuration as OPO's.
+@cache
+def config_class(algorithm: Algorithm) -> type[AlgorithmLossConfig]:
+    """Return the configuration class of an algorithm, made from its declaration.
+
+    Raises:
+        ProxstepError: If one of its keys is already a field of verl's, whose value it would get.
+    """
+    taken = {field.name for field in dataclasses.fields(PolicyLossConfig)} & set(algorithm.keys)
+    if taken:
+        raise ProxstepError(
+            f"algorithm {algorithm.name}: {min(taken)} is a field of verl's PolicyLossConfig with "
+            "a meaning of its own: rename the key"
+        )
+    fields = [
+        ("loss_mode", str, dataclasses.field(default=loss_mode(algorithm))),
+        *section_options(section_of(algorithm), "name", "loss_agg_mode"),
+    ]
+    namespace = {"algorithm": algorithm, "__doc__": algorithm.about, "__module__": LIBRARY}
+    return dataclasses.make_dataclass(
+        config_name(algorithm), fields, bases=(AlgorithmLossConfig,), namespace=namespace
+    )
+
+
+def check_config(policy_loss: Any, algorithm: Algorithm) -> AlgorithmLossConfig:
+    """Return a policy loss's configuration as the algorithm's.
 
     Raises:
         ProxstepError: If it is another class.
     """
-    if not isinstance(policy_loss, OpoPolicyLossConfig):
-        target = "proxstep.engines.verl.OpoPolicyLossConfig"
+    if not isinstance(policy_loss, config_class(algorithm)):
+        target = f"{LIBRARY}.{config_name(algorithm)}"
         raise ProxstepError(
-            f"{PLACE}_target_ is not {target}, which has {NAME}'s keys: set {PLACE}_target_="
-            f"{target}"
+            f"{PLACE}_target_ is not {target}, which has {loss_mode(algorithm)}'s keys: set "
+            f"{PLACE}_target_={target}"
         )
     return policy_loss
 
 
-def opo_policy_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str,
-    config: Any,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
-    """Return OPO's objective, aggregated by verl.
+@cache
+def policy_loss(algorithm: Algorithm) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    """Return an algorithm's loss as verl calls it."""
+    mode = loss_mode(algorithm)
+    varies = f"advantages differ within a response: set algorithm.adv_estimator={mode}"
 
-    L = aggregate(w_b (-drive_b u_b + (mu / 2) u_b^2)), the sequence's value at each of its tokens,
-    so that seq-mean-token-mean is the paper's mean over sequences and token-mean weights a sequence
-    by its length.
+    def loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str,
+        config: ActorConfig,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss, aggregated as verl's losses are, and metrics averaged over sequences.
 
-    Args:
-        old_log_prob: The anchor's log-probabilities in nats, (batch, tokens).
-        log_prob: The policy's.
-        advantages: The drive, from the estimator, at each token.
-        response_mask: 1 at the response's tokens.
-        loss_agg_mode: One of verl's modes.
-        config: verl's ActorConfig, with the counts of the whole step in `global_batch_info`.
-        rollout_is_weights: verl's importance weights against the sampler, one per sequence but at
-            each token; None for 1.
+        The arguments are verl's: log-probabilities in nats and a mask of (batch, tokens); the
+        signal, from the algorithm's estimator, as `advantages`; the importance weights against the
+        sampler, one per sequence, at each token; and verl's ActorConfig, with the counts of the
+        whole step in `global_batch_info`.
 
-    Returns:
-        The loss, and metrics averaged over the sequences that have a response token.
-
-    Raises:
-        ProxstepError: If the configuration is not OPO's, or advantages or weights differ within a
-            sequence.
-
-    Source: arXiv 2601.12415, equations 10 and 19; see `proxstep.algorithms.opo`.
-    """
-    section = check_config(config.policy_loss).section()
-    response_BT = response_mask.bool()
-    drive_B = _at_every_token(
-        advantages,
-        response_BT,
-        f"advantages differ within a response: set algorithm.adv_estimator={NAME}",
-    )
-    loss_B, metrics = opo_by_sequence(
-        log_prob,
-        old_log_prob,
-        drive_B,
-        response_BT,
-        mu=float(section.mu),
-        surrogate=section.surrogate,
-        form=section.form,
-        length_normalize=section.length_normalize,
-    )
-    if rollout_is_weights is not None:
-        weight_B = _at_every_token(
-            rollout_is_weights,
+        Raises:
+            ProxstepError: If the configuration is not the algorithm's, or advantages or weights
+                differ within a sequence.
+        """
+        options = check_config(config.policy_loss, algorithm).section().options()
+        _check_actor(config, options)
+        response_BT = response_mask.bool()
+        signal_B = gradient_by_sequence(advantages, response_BT, varies)
+        weight_B = None
+        if rollout_is_weights is not None:
+            weight_B = gradient_by_sequence(rollout_is_weights, response_BT, _WEIGHTS_VARY)
+        info = BATCH_INFO | config.global_batch_info
+        value, measured = algorithm.loss(
+            log_prob,
+            old_log_prob,
+            signal_B,
             response_BT,
-            "algorithm.rollout_correction.rollout_is is by token, and OPO has one value for a "
-            "sequence: set algorithm.rollout_correction.rollout_is=sequence",
+            **algorithm.loss_options(options),
+            aggregation=_aggregation(loss_agg_mode, info, weight_B),
         )
-        loss_B = weight_B * loss_B
-    loss_BT = loss_B[:, None].expand(response_BT.shape)
-    loss = agg_loss(
-        loss_mat=loss_BT,
-        loss_mask=response_BT,
-        loss_agg_mode=loss_agg_mode,
-        **config.global_batch_info,
-    )
-    divergence = masked_mean((old_log_prob - log_prob).detach(), response_BT)
-    measured = _means(metrics, drive_B, response_BT, float(section.mu))
-    return loss, {"actor/ppo_kl": divergence.item(), **measured}
+        counted_B = response_BT.any(dim=1)
+        if not counted_B.any():  # every micro-batch of every rank must have the same metrics
+            counted_B[:1] = True
+        means = {name: value_B[counted_B].mean().item() for name, value_B in measured.items()}
+        if algorithm.name == "opo":  # what else its preparation measures stays on verl's driver
+            means |= target_shares(regression_target(signal_B[counted_B], mu=options["mu"]))
+        divergence = masked_mean((old_log_prob - log_prob).detach(), response_BT)
+        metrics = {f"actor/objective_{name}": mean for name, mean in means.items()}
+        return value * info["dp_size"], {"actor/ppo_kl": divergence.item(), **metrics}
+
+    return loss
 
 
-def _means(
-    metrics: Mapping[str, Tensor], drive_B: Tensor, response_BT: Tensor, mu: float
-) -> dict[str, float]:
-    """Return the metrics' means over the sequences that have a response token."""
-    counted_B = response_BT.any(dim=1)
-    if not counted_B.any():  # every micro-batch of every rank must have the same metrics
-        counted_B[:1] = True
-    measured = {
-        name: value_B[counted_B].double().mean().item() for name, value_B in metrics.items()
-    }
-    measured |= target_shares(regression_target(drive_B[counted_B], mu=mu))
-    return {f"actor/objective_{name}": value for name, value in measured.items()}
-
-
-def _at_every_token(value_BT: Tensor, response_BT: Tensor, otherwise: str) -> Tensor:
-    """Return what stands at all response tokens of a sequence, 0 where it has none.
+def _aggregation(mode: str, info: Mapping[str, Any], weight_B: Tensor | None) -> Aggregation:
+    """Return one of verl's aggregations; the factor dp_size is left out.
 
     Raises:
-        ProxstepError: If it differs between them.
+        ProxstepError: If there are several ranks and the step's counts are not known.
     """
-    first_B1 = response_BT.to(torch.uint8).argmax(dim=1, keepdim=True)
-    value_B = value_BT.masked_fill(~response_BT, 0.0).gather(1, first_B1).squeeze(1)
-    if ((value_BT != value_B[:, None]) & response_BT).any():
-        raise ProxstepError(otherwise)
-    return value_B
+    if mode == "token-sum":
+        return Aggregation("token-mean", num_tokens=1, sequence_weights=weight_B)
+    name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+    if info["dp_size"] != 1 and info[name] is None:
+        raise ProxstepError(f"verl's loss on several ranks needs {name} in global_batch_info")
+    return Aggregation(
+        mode,
+        num_sequences=info["global_batch_size"],
+        num_tokens=info["batch_num_tokens"],
+        max_length=info["loss_scale_factor"],
+        sequence_weights=weight_B,
+    )
+
+
+def _check_actor(config: ActorConfig, options: Mapping[str, Any]) -> None:
+    """Refuse a key that was given to the actor, where verl's own losses have it.
+
+    Raises:
+        ProxstepError: Naming the key, and where it belongs.
+    """
+    for field in dataclasses.fields(ActorConfig):
+        if field.name in options and getattr(config, field.name) != field.default:
+            raise ProxstepError(
+                f"{ACTOR}{field.name} is of verl's own losses: set {PLACE}{field.name} instead"
+            )

@@ -2,106 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from verl.utils.torch_dtypes import PrecisionType
 
+from proxstep.algorithms import ALGORITHMS
 from proxstep.config.sections import GeometrySection
 from proxstep.engines.fields import Refusal, refuse_with_isopo
+from proxstep.engines.verl.seams import loss_mode
 from proxstep.errors import ProxstepError
 from proxstep.isopo import NaturalRule, Rule
 
-SEQUENCE_LOSSES = ("gpg", "gspo", "chi2_opo", "bypass_mode")
-"""Policy losses whose gradient is one number for a response, under each of verl's aggregations.
+VERLS_SEQUENCE_LOSSES = ("gpg", "gspo", "bypass_mode")
+"""Those of verl's policy losses whose gradient is one number for a response.
 
-gpg is REINFORCE; bypass_mode is, with loss_type=reinforce.
+They are so under each of verl's aggregations. gpg is REINFORCE; bypass_mode is, with
+loss_type=reinforce.
 """
 
 _ACTOR, _MODEL, _ENGINE = (
-    "actor_rollout_ref.actor.",
-    "actor_rollout_ref.model.",
-    "actor_rollout_ref.actor.fsdp_config.",
+    f"actor_rollout_ref.{part}" for part in ("actor.", "model.", "actor.fsdp_config.")
 )
+_HEAD = "the fused output layer bypasses the layer whose gradient ISOPO transforms; set "
+_WHOLE = "ISOPO needs whole sequences; set it to 1"
+_HALF = "float16 needs a gradient scaler, whose factor would enter ISOPO's norms; use bf16 or fp32"
 
-ACTOR: tuple[Refusal, ...] = (
-    (
-        "use_fused_kernels",
-        lambda actor: actor.use_fused_kernels,
-        "the fused output layer bypasses the layer whose gradient ISOPO transforms; set "
-        "actor_rollout_ref.model.use_fused_kernels=False",
-    ),
-    (
-        "ulysses_sequence_parallel_size",
-        lambda actor: actor.ulysses_sequence_parallel_size > 1,
-        "ISOPO needs whole sequences; set it to 1",
-    ),
-    (
-        "use_prefix_grouper",
-        lambda actor: actor.use_prefix_grouper,
-        "it shares a prompt's positions between sequences; set it to False",
-    ),
-    (
-        "calculate_sum_pi_squared",
-        lambda actor: actor.calculate_sum_pi_squared,
-        "it is for estimators with an advantage for every token; set it to False",
-    ),
+
+def _on(option: str, reason: str) -> Refusal:
+    """Return the refusal of an option that is switched on, or above 1."""
+
+    def applies(config: Mapping[str, Any]) -> bool:
+        value: Any = config
+        for part in option.split("."):
+            value = value[part]
+        return value > 1 if type(value) is int else bool(value)
+
+    return option, applies, reason
+
+
+def _half(option: str, of_config: Callable[[Any], Any]) -> Refusal:
+    return option, lambda config: PrecisionType.is_fp16(of_config(config)), _HALF
+
+
+ACTOR = (
+    _on("use_fused_kernels", f"{_HEAD}{_MODEL}use_fused_kernels=False"),
+    _on("ulysses_sequence_parallel_size", _WHOLE),
+    _on("use_prefix_grouper", "it shares a prompt's positions between sequences; set it to False"),
+    _on("calculate_sum_pi_squared", "it is for advantages of every token; set it to False"),
 )
-
-ENGINE: tuple[Refusal, ...] = (
-    (
-        "ulysses_sequence_parallel_size",
-        lambda engine: engine.ulysses_sequence_parallel_size > 1,
-        "ISOPO needs whole sequences; set it to 1",
-    ),
-    (
-        "mixed_precision",
-        lambda engine: _computes_in_half(engine),
-        "float16 needs a gradient scaler, whose factor would enter ISOPO's norms; use bf16 or fp32",
-    ),
-    (
-        "model_dtype",
-        lambda engine: PrecisionType.is_fp16(engine.model_dtype),
-        "float16 needs a gradient scaler, whose factor would enter ISOPO's norms; use bf16 or fp32",
-    ),
-    (
-        "qat.enable",
-        lambda engine: getattr(engine.qat, "enable", False),
-        "it replaces the linear layers that ISOPO transforms; set it to False",
-    ),
+ENGINE = (
+    _on("ulysses_sequence_parallel_size", _WHOLE),
+    _half("mixed_precision", lambda engine: dict(engine.mixed_precision or {}).get("param_dtype")),
+    _half("model_dtype", lambda engine: engine.model_dtype),
+    _on("qat.enable", "it replaces the linear layers that ISOPO transforms; set it to False"),
 )
-
-MODEL: tuple[Refusal, ...] = (
-    (
-        "use_fused_kernels",
-        lambda model: model.use_fused_kernels,
-        "the fused output layer bypasses the one whose gradient ISOPO transforms; set it to False",
-    ),
-    (
-        "use_liger",
-        lambda model: model.use_liger,
-        "its kernels replace layers whose gradients ISOPO transforms; set it to False",
-    ),
-    (
-        "tiled_mlp.enabled",
-        lambda model: model.tiled_mlp.get("enabled", False),
-        "it runs the linear layers on pieces of a sequence; set it to False",
-    ),
-    (
-        "enable_activation_offload",
-        lambda model: model.enable_activation_offload,
-        "ISOPO was not tested with it; use enable_gradient_checkpointing",
-    ),
-    (
-        "mtp.enable",
-        lambda model: model.mtp.enable,
-        "its layers are trained by a loss of their own; set it to False",
-    ),
+MODEL = (
+    _on("use_fused_kernels", f"{_HEAD}it to False"),
+    _on("use_liger", "its kernels replace layers that ISOPO transforms; set it to False"),
+    _on("tiled_mlp.enabled", "it runs the linear layers on parts of a sequence; set it to False"),
+    _on("enable_activation_offload", "it was not tested; use enable_gradient_checkpointing"),
+    _on("mtp.enable", "its layers are trained by a loss of their own; set it to False"),
 )
 
 
-def _computes_in_half(engine: Any) -> bool:
-    precision = engine.mixed_precision or {}
-    return PrecisionType.is_fp16(precision.get("param_dtype"))
+def sequence_losses() -> list[str]:
+    """Return the policy losses that have one coefficient per sequence."""
+    own = (loss_mode(found) for found in ALGORITHMS.values() if found.level == "sequence")
+    return [*VERLS_SEQUENCE_LOSSES, *own]
 
 
 def refuse_actor(actor: Any, section: GeometrySection, rule: Rule) -> None:
@@ -119,22 +87,22 @@ def refuse_actor(actor: Any, section: GeometrySection, rule: Rule) -> None:
     refuse_with_isopo(actor.fsdp_config, ENGINE, _ENGINE)
     if actor.use_dynamic_bsz and isinstance(rule, NaturalRule):
         raise ProxstepError(
-            "actor_rollout_ref.actor.use_dynamic_bsz and ISOPO's natural rule do not go together: "
-            "the rule mixes a micro-batch's sequences, which would be as many as their lengths "
-            f"allow; set it to False, or geometry.rule to another one than {section.rule}"
+            f"{_ACTOR}use_dynamic_bsz and ISOPO's natural rule do not go together: the rule mixes "
+            "a micro-batch's sequences, which would be as many as their lengths allow; set it to "
+            f"False, or geometry.rule to another one than {section.rule}"
         )
-    mode = actor.policy_loss.loss_mode
-    if mode not in SEQUENCE_LOSSES:
+    loss = actor.policy_loss
+    if loss.loss_mode not in sequence_losses():
         raise ProxstepError(
-            f"actor_rollout_ref.actor.policy_loss.loss_mode is {mode!r}; ISOPO needs one "
-            "coefficient per sequence, which a token-level objective does not have: use "
-            f"{', '.join(SEQUENCE_LOSSES)} (gpg is REINFORCE)"
+            f"{_ACTOR}policy_loss.loss_mode is {loss.loss_mode!r}; ISOPO needs one coefficient per "
+            "sequence, which a token-level objective does not have: use "
+            f"{', '.join(sequence_losses())} (gpg is REINFORCE)"
         )
-    kind = actor.policy_loss.rollout_correction.get("loss_type", "ppo_clip")
-    if mode == "bypass_mode" and kind != "reinforce":
+    kind = loss.rollout_correction["loss_type"]
+    if loss.loss_mode == "bypass_mode" and kind != "reinforce":
         raise ProxstepError(
-            f"actor_rollout_ref.actor.policy_loss.rollout_correction.loss_type is {kind!r}, a "
-            "token-level objective, and ISOPO needs one coefficient per sequence: use reinforce"
+            f"{_ACTOR}policy_loss.rollout_correction.loss_type is {kind!r}, a token-level "
+            "objective, and ISOPO needs one coefficient per sequence: use reinforce"
         )
 
 

@@ -1,4 +1,4 @@
-"""What verl finds by name, put into its registries once and over nobody else's."""
+"""What verl finds by name; a name that another library has taken is an error."""
 
 from __future__ import annotations
 
@@ -13,40 +13,45 @@ from verl.trainer.ppo.core_algos import (
 )
 from verl.workers.engine import EngineRegistry
 
+from proxstep.algorithms import ALGORITHMS
 from proxstep.engines.verl.coefficients import NO_POLICY_TERM, no_policy_term
 from proxstep.engines.verl.engine import BACKEND, IsopoEngine
-from proxstep.engines.verl.estimator import opo_drive
-from proxstep.engines.verl.policy_loss import NAME, opo_policy_loss
+from proxstep.engines.verl.estimator import estimator
+from proxstep.engines.verl.policy_loss import policy_loss
+from proxstep.engines.verl.seams import loss_mode
 from proxstep.errors import ProxstepError
 
 MODEL_TYPE = "language_model"
 
 
-def register() -> None:
-    """Register our loss, advantage estimator and engine.
+def register_all() -> None:
+    """Register every algorithm's loss and advantage estimator, and ISOPO's engine.
+
+    A second call registers the algorithms that were declared since the first.
 
     Raises:
         ProxstepError: If one of the names is another library's.
     """
-    _check_free("policy loss", NAME, POLICY_LOSS_REGISTRY, opo_policy_loss)
-    _check_free("policy loss", NO_POLICY_TERM, POLICY_LOSS_REGISTRY, no_policy_term)
-    _check_free("advantage estimator", NAME, ADV_ESTIMATOR_REGISTRY, opo_drive)
-    register_policy_loss(NAME)(opo_policy_loss)  # type: ignore[arg-type]
-    register_policy_loss(NO_POLICY_TERM)(no_policy_term)  # type: ignore[arg-type]
-    register_adv_est(NAME)(opo_drive)
+    losses: dict[str, Any] = {NO_POLICY_TERM: no_policy_term}
+    for algorithm in ALGORITHMS.values():
+        mode = loss_mode(algorithm)
+        losses[mode] = policy_loss(algorithm)
+        _check_free("advantage estimator", mode, ADV_ESTIMATOR_REGISTRY, estimator(algorithm))
+        register_adv_est(mode)(estimator(algorithm))
+    for mode, loss in losses.items():
+        _check_free("policy loss", mode, POLICY_LOSS_REGISTRY, loss)
+        register_policy_loss(mode)(loss)
     engines = EngineRegistry._engines.get(MODEL_TYPE, {}).get(BACKEND, {})
     for device in ("cuda", "npu"):
-        _check_free("engine", BACKEND, engines, IsopoEngine, device)
+        _check_free(f"engine {BACKEND!r} on", device, engines, IsopoEngine)
     if not engines:
         EngineRegistry.register(MODEL_TYPE, BACKEND, ["cuda", "npu"])(IsopoEngine)
 
 
-def _check_free(
-    kind: str, name: str, registry: Mapping[Any, Any], ours: Any, key: str | None = None
-) -> None:
+def _check_free(kind: str, name: str, registry: Mapping[Any, Any], ours: Any) -> None:
     """Refuse a name that stands for something else."""
-    found = registry.get(key or name, ours)
-    if found is not ours:
+    if name in registry and registry[name] is not ours:
+        found = registry[name]
         raise ProxstepError(
             f"verl's {kind} {name!r} is {found.__module__}.{found.__qualname__} already: load "
             "proxstep.engines.verl alone, or rename the other one"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from proxstep.config.recipe import Recipe
-from proxstep.engines.verl_recipe.overrides import Prepared
+from proxstep.engines.verl.overrides import Prepared
 from proxstep.errors import ProxstepError
 from proxstep.tasks import Example, Task
 from proxstep.training.lifecycle import load_task
@@ -46,11 +46,7 @@ def plan(recipe: Recipe) -> tuple[Prepared, Task]:
 
 
 def prepare(recipe: Recipe, note: Callable[[str], None]) -> Prepared:
-    """Write a recipe's prompts, and the embedded model, for verl.
-
-    Args:
-        recipe: The recipe.
-        note: Called with how far the warm-up of the embedded model is.
+    """Plan and write.
 
     Raises:
         ProxstepError: If the data, a reward or a prompt is wrong.
@@ -61,16 +57,10 @@ def prepare(recipe: Recipe, note: Callable[[str], None]) -> Prepared:
 
 
 def write(recipe: Recipe, prepared: Prepared, task: Task, note: Callable[[str], None]) -> None:
-    """Write what `plan` found where it says.
+    """Write a recipe's prompts, and the embedded model, where `plan` says.
 
     The training file holds every step's prompts in the local engine's order, so that verl, without
-    shuffling, sees the same ones at each step.
-
-    Args:
-        recipe: The recipe.
-        prepared: Where.
-        task: What.
-        note: Called with how far the warm-up of the embedded model is.
+    shuffling, sees the same ones at each step. `note` is told of the embedded model's warm-up.
 
     Raises:
         ProxstepError: If a reward or a prompt is wrong.

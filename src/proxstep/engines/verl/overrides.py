@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from proxstep.algorithms import LOSSES
-from proxstep.config.objectives import OpoSection
 from proxstep.config.recipe import Recipe
 from proxstep.config.sections import Section
-from proxstep.engines.keys import refuse
-from proxstep.engines.verl_cpu_overrides import cpu_overrides
-from proxstep.engines.verl_recipe.hydra import override
-from proxstep.engines.verl_recipe.table import (
+from proxstep.engines.keys import leaves, refuse
+from proxstep.engines.verl.hydra import override
+from proxstep.engines.verl.seams import (
+    BYPASS,
+    LIBRARY,
+    config_name,
+    find_obstacle,
+    loss_mode,
+    reads_importance,
+)
+from proxstep.engines.verl.table import (
     ACTOR,
-    ADVANTAGES,
     KL_ESTIMATORS,
-    LOSS_MODES,
     MODEL,
     OPTIMIZER,
     OPTIMIZERS,
@@ -28,9 +31,6 @@ from proxstep.engines.verl_recipe.table import (
     ROLLOUT,
 )
 from proxstep.errors import ProxstepError
-
-_NO_LIMIT = 1e9
-"""verl's dual clip has no off: a bound this large never binds."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,22 @@ class Machine:
 
     Attributes:
         num_ranks: Data-parallel ranks, all on this machine.
-        accelerator: Whether they have accelerators; else verl needs the CPU platform.
+        settings: The overrides that depend on the machine, by key; a recipe's go before them.
     """
 
     num_ranks: int
-    accelerator: bool
+    settings: Mapping[str, str]
+
+
+def gpus(count: int) -> Machine:
+    """Return a machine with GPUs, where vLLM generates."""
+    values = {
+        "trainer.nnodes": 1,
+        "trainer.n_gpus_per_node": count,
+        f"{ROLLOUT}.name": "vllm",
+        f"{ROLLOUT}.tensor_model_parallel_size": 1,
+    }
+    return Machine(count, {key: override(key, value) for key, value in values.items()})
 
 
 def overrides(recipe: Recipe, prepared: Prepared, machine: Machine) -> list[str]:
@@ -75,32 +86,22 @@ def overrides(recipe: Recipe, prepared: Prepared, machine: Machine) -> list[str]
         ProxstepError: If the recipe asks for what verl cannot do.
     """
     refuse("verl", recipe, REFUSED)
-    parts = (
-        _renamed(recipe),
-        _data(recipe, prepared),
-        _objective(recipe),
-        _geometry(recipe),
-        _regularizer(recipe),
-        _rollout(recipe),
-        _update(recipe, machine),
-        _optimizer(recipe),
-        _run(recipe),
-        _model(recipe, prepared),
-    )
-    merged: dict[str, Any] = reduce(lambda left, right: left | right, parts)
-    ours = {key: override(key, value) for key, value in merged.items()}
-    return list((_machine(machine) | ours).values())
-
-
-def _renamed(recipe: Recipe) -> dict[str, Any]:
-    """Return the keys that verl has under another name; an objective without one leaves it out."""
-    found = {}
-    for key, name in RENAMED.items():
-        section, _, field = key.rpartition(".")
-        holder = getattr(recipe, section) if section else recipe
-        if hasattr(holder, field):
-            found[name] = getattr(holder, field)
-    return found
+    _refuse_objective(recipe)
+    values = leaves(recipe)
+    ours: dict[str, Any] = {
+        **{name: values[key] for key, name in RENAMED.items()},
+        **_data(recipe, prepared),
+        **_objective(recipe),
+        **_geometry(recipe),
+        **_regularizer(recipe),
+        **_rollout(recipe),
+        **_update(recipe, machine),
+        **_optimizer(recipe),
+        **_run(recipe),
+        **_model(recipe, prepared),
+    }
+    arguments = {key: override(key, value) for key, value in ours.items()}
+    return list({**machine.settings, **arguments}.values())
 
 
 def _data(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def _data(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "data.shuffle": False,  # the rows are in the order of the local engine's batches
         "data.seed": recipe.seed,
         "data.truncation": "error",
-        "reward.custom_reward_function.path": "pkg://proxstep.engines.verl_recipe.rewards",
+        "reward.custom_reward_function.path": f"pkg://{LIBRARY}.compute_score",
         "reward.custom_reward_function.name": "compute_score",
         "+reward.custom_reward_function.reward_kwargs": {
             "rewards": list(prepared.rewards),
@@ -120,29 +121,36 @@ def _data(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
 
 
 def _objective(recipe: Recipe) -> dict[str, Any]:
+    """Return the algorithm's estimator and loss, with its keys."""
     section = recipe.objective
-    if isinstance(section, OpoSection):
-        return _opo(section)
+    mode = loss_mode(section.algorithm)
     found: dict[str, Any] = {
-        **{f"algorithm.{key}": value for key, value in ADVANTAGES[section.advantage].items()},
-        f"{ACTOR}.policy_loss.loss_mode": LOSS_MODES[section.name],
+        "algorithm.adv_estimator": mode,
+        f"{ACTOR}.policy_loss._target_": f"{LIBRARY}.{config_name(section.algorithm)}",
+        f"{ACTOR}.policy_loss.loss_mode": mode,
     }
-    if LOSS_MODES[section.name] == "vanilla":
-        found[f"{ACTOR}.clip_ratio_c"] = _NO_LIMIT
-    if getattr(section, "loss_agg_mode", None) == "seq-mean-token-sum-norm":
+    if section.loss_agg_mode == "seq-mean-token-sum-norm":
         found[f"{ACTOR}.loss_scale_factor"] = recipe.rollout.max_completion_length
-    return found
+    if section.algorithm.ratio_to_sampler:
+        found[BYPASS] = True  # verl's old log-probabilities are then its rollout's
+        found[f"{ROLLOUT}.calculate_log_probs"] = True
+    chosen = _chosen(section, "name", "loss_agg_mode")
+    return found | {f"+{ACTOR}.policy_loss.{key}": value for key, value in chosen.items()}
 
 
-def _opo(section: OpoSection) -> dict[str, Any]:
-    """Return OPO's estimator, loss and options; it is a mean over sequences."""
-    return {
-        "algorithm.adv_estimator": LOSS_MODES["opo"],
-        f"{ACTOR}.policy_loss._target_": "proxstep.engines.verl.OpoPolicyLossConfig",
-        f"{ACTOR}.policy_loss.loss_mode": LOSS_MODES["opo"],
-        f"{ACTOR}.loss_agg_mode": LOSSES["opo"].default_loss_agg_mode,
-        **{f"+{ACTOR}.policy_loss.{key}": value for key, value in _chosen(section).items()},
-    }
+def _refuse_objective(recipe: Recipe) -> None:
+    """Refuse an algorithm that verl cannot compute, by the key at fault."""
+    algorithm, options = recipe.objective.algorithm, recipe.objective.options()
+    found = find_obstacle(algorithm, options)
+    if found is not None:
+        key = "algorithm" if found.key is None else f"objective.{found.key}"
+        refuse("verl", recipe, [(key, lambda recipe: True, found.reason)])
+    if recipe.rollout.importance_cap is not None and reads_importance(algorithm, options):
+        reason = (
+            f"{algorithm.name} prepares its signal with the importance weights, which verl hands "
+            "to no advantage estimator: leave it null"
+        )
+        refuse("verl", recipe, [("rollout.importance_cap", lambda recipe: True, reason)])
 
 
 def _geometry(recipe: Recipe) -> dict[str, Any]:
@@ -151,14 +159,14 @@ def _geometry(recipe: Recipe) -> dict[str, Any]:
         return {f"{ACTOR}.strategy": "fsdp2"}
     return {
         f"{ACTOR}.strategy": "isopo",
-        f"{ACTOR}._target_": "proxstep.engines.verl.IsopoActorConfig",
+        f"{ACTOR}._target_": f"{LIBRARY}.IsopoActorConfig",
         f"+{ACTOR}.geometry": _chosen(section),
     }
 
 
-def _chosen(section: Section) -> dict[str, Any]:
-    """Return the keys of a section that are not at their defaults; verl's classes have the same."""
-    return section.model_dump(exclude_defaults=True, exclude={"name"})
+def _chosen(section: Section, *without: str) -> dict[str, Any]:
+    """Return the keys of a section that are not at their defaults; our classes have the same."""
+    return section.model_dump(exclude_defaults=True, exclude=set(without))
 
 
 def _regularizer(recipe: Recipe) -> dict[str, Any]:
@@ -230,21 +238,17 @@ def _update(recipe: Recipe, machine: Machine) -> dict[str, Any]:
 def _optimizer(recipe: Recipe) -> dict[str, Any]:
     section = recipe.optimizer
     options = section.options()
+    warmup = math.ceil(section.warmup_updates / recipe.update.num_updates)  # verl counts rollouts
     found: dict[str, Any] = {
         f"{OPTIMIZER}.optimizer": OPTIMIZERS[section.name],
         f"{OPTIMIZER}.clip_grad": section.max_grad_norm or math.inf,
-        f"{OPTIMIZER}.lr_warmup_steps": _warmup_rollouts(recipe),
+        f"{OPTIMIZER}.lr_warmup_steps": warmup or -1,
     }
     if "betas" in options:
         found[f"{OPTIMIZER}.betas"] = options.pop("betas")
     if options:
         found[f"+{OPTIMIZER}.override_optimizer_config"] = options
     return found
-
-
-def _warmup_rollouts(recipe: Recipe) -> int:
-    """Return the warm-up in rollouts, in which verl counts; -1 for none."""
-    return math.ceil(recipe.optimizer.warmup_updates / recipe.update.num_updates) or -1
 
 
 def _run(recipe: Recipe) -> dict[str, Any]:
@@ -275,12 +279,11 @@ def _model(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     precision = {"param_dtype": computes, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     found: dict[str, Any] = {
         f"{MODEL}.path": prepared.model,
+        f"{MODEL}.external_lib": LIBRARY,
         f"{ACTOR}.fsdp_config.model_dtype": weights,
         f"+{ACTOR}.fsdp_config.mixed_precision": precision,
         f"{ROLLOUT}.dtype": "bfloat16" if computes == "bf16" else "float32",
     }
-    if recipe.geometry.rule != "none" or recipe.objective.name == "opo":
-        found[f"{MODEL}.external_lib"] = "proxstep.engines.verl"
     if prepared.chat_template is not None:
         found[f"{MODEL}.custom_chat_template"] = prepared.chat_template
     if lora is not None:
@@ -288,16 +291,3 @@ def _model(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         found[f"{MODEL}.lora_alpha"] = lora.alpha
         found[f"{MODEL}.target_modules"] = lora.target_modules
     return found
-
-
-def _machine(machine: Machine) -> dict[str, str]:
-    """Return what depends on the machine, by key."""
-    if not machine.accelerator:
-        return {text.partition("=")[0]: text for text in cpu_overrides(machine.num_ranks)}
-    values = {
-        "trainer.nnodes": 1,
-        "trainer.n_gpus_per_node": machine.num_ranks,
-        f"{ROLLOUT}.name": "vllm",
-        f"{ROLLOUT}.tensor_model_parallel_size": 1,
-    }
-    return {key: override(key, value) for key, value in values.items()}

@@ -5,18 +5,18 @@ data-parallel ranks, FSDP2 over gloo, generation, weight sync, checkpoints. It i
 in earnest: generation is plain transformers `generate`, and every rank shares the machine's cores.
 
 Importing the module is using it. Every process of a run must do so before verl asks for its
-platform, which the environment variable `VERL_USE_EXTERNAL_MODULES=proxstep.engines.verl_cpu`
+platform, which the environment variable `VERL_USE_EXTERNAL_MODULES=tests.verl.cpu`
 takes care of.
 """
 
 
 def _load() -> None:
-    from proxstep.engines.verl_cpu import patches, platform
+    from tests.verl.cpu import patches, platform
 
     patches.apply()
     platform.use()
 
-    from proxstep.engines.verl_cpu import rollout  # what it imports asks for the platform
+    from tests.verl.cpu import rollout  # what it imports asks for the platform
 
     rollout.register()
 

@@ -6,11 +6,11 @@ from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
+from tests.verl.cpu import device
 from verl.plugin.platform import platform_manager
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry, set_platform
 
-from proxstep.engines.verl_cpu import device
 from proxstep.errors import ProxstepError
 
 
@@ -108,6 +108,6 @@ def use() -> None:
     elif not isinstance(current, CpuPlatform):
         raise ProxstepError(
             f"verl's platform in this process is {current.device_name} already: set "
-            "VERL_USE_EXTERNAL_MODULES=proxstep.engines.verl_cpu for every process, so that "
-            "proxstep.engines.verl_cpu is loaded before it is chosen"
+            "VERL_USE_EXTERNAL_MODULES=tests.verl.cpu for every process, so that "
+            "tests.verl.cpu is loaded before it is chosen"
         )

@@ -23,11 +23,10 @@ import torch
 
 from proxstep.config.loading import dump_recipe
 from proxstep.config.recipe import Recipe
-from proxstep.engines.verl_cpu_overrides import cpu_environment
-from proxstep.engines.verl_recipe.data import plan, prepare, write
-from proxstep.engines.verl_recipe.hydra import override
-from proxstep.engines.verl_recipe.metrics import record, samples
-from proxstep.engines.verl_recipe.overrides import Machine, Prepared, overrides
+from proxstep.engines.verl.hydra import override
+from proxstep.engines.verl.overrides import Machine, Prepared, gpus, overrides
+from proxstep.engines.verl.prompt_files import plan, prepare, write
+from proxstep.engines.verl.run_metrics import record, samples
 from proxstep.engines.versions import check_verl
 from proxstep.errors import ProxstepError
 from proxstep.runs.clock import StopRequest, stop_on_signal
@@ -37,20 +36,22 @@ from proxstep.training.lifecycle import check, load_run_recipe
 from proxstep.training.models import pick_device
 from proxstep.training.trainer import Progress
 
-_CPU_RANKS = 2
 _SECONDS_TO_STOP = 20
 _SECONDS_BETWEEN_LOOKS = 0.5
 _PR_SET_PDEATHSIG = 1
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def command(recipe: Recipe) -> str:
     """Return a shell script that does the same run without `proxstep train`.
 
+    It is for as many GPUs as this machine has, or for one where it has none.
+
     Raises:
         ProxstepError: If the recipe asks for what verl cannot do.
     """
     prepared, _ = plan(recipe)
-    machine = _machine(recipe)
+    machine = find_machine() if torch.cuda.is_available() else gpus(1)
     folder = shlex.quote(recipe.output_dir)
     arguments = [_quoted(text) for text in overrides(recipe, prepared, machine)]
     lines = [
@@ -61,9 +62,10 @@ def command(recipe: Recipe) -> str:
         f"cat > {folder}/recipe.yaml <<'END_OF_RECIPE'",
         dump_recipe(recipe).rstrip("\n"),
         "END_OF_RECIPE",
-        f"python -m proxstep.engines.verl_recipe {folder}/recipe.yaml",
-        "# The run. On several nodes: start Ray on all of them, and set trainer.nnodes.",
-        *(f"export {name}={shlex.quote(value)}" for name, value in _environment(machine).items()),
+        f"python -m proxstep.engines.verl {folder}/recipe.yaml",
+        f"# The run, on one machine with {machine.num_ranks} GPU(s).",
+        "# On several: start Ray on all of them, and set trainer.nnodes.",
+        *(f"export {name}={shlex.quote(value)}" for name, value in _ENVIRONMENT.items()),
         "python -m verl.trainer.main_ppo \\",
         " \\\n".join(f"  {text}" for text in arguments),
     ]
@@ -83,7 +85,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
     folder = RunFolder(recipe.output_dir)
     folder.check_usable(overwrite=overwrite)
     check(recipe)
-    machine = _machine(recipe)
+    machine = find_machine()
     prepared, task = plan(recipe)
     overrides(recipe, prepared, machine)  # refuses what verl cannot do
     if overwrite:
@@ -111,9 +113,10 @@ def resume(path: str | Path, progress: Progress) -> str:
         )
     if step >= recipe.steps:
         raise ProxstepError(f"{path}: the run is finished, at step {step} of {recipe.steps}")
+    machine = find_machine()
     folder.drop_later_steps(step)
     prepared = prepare(recipe, progress.note)
-    return _run(recipe, folder, prepared, _machine(recipe), progress, first_step=step)
+    return _run(recipe, folder, prepared, machine, progress, first_step=step)
 
 
 def _run(
@@ -130,7 +133,7 @@ def _run(
     measured.unlink(missing_ok=True)
     arguments = overrides(recipe, prepared, machine)
     arguments.append(override("trainer.val_before_train", first_step == 0))
-    environment = os.environ | _environment(machine) | {"VERL_FILE_LOGGER_PATH": str(measured)}
+    environment = os.environ | _ENVIRONMENT | {"VERL_FILE_LOGGER_PATH": str(measured)}
     folder.update_info(status="running")
     progress.note("verl starts; its output goes to " + str(log))
     before = folder.info().get("elapsed_seconds", 0.0)
@@ -233,15 +236,18 @@ def _last_checkpoint(folder: RunFolder) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-def _machine(recipe: Recipe) -> Machine:
-    if recipe.device != "cpu" and torch.cuda.is_available():
-        return Machine(num_ranks=torch.cuda.device_count(), accelerator=True)
-    return Machine(num_ranks=_CPU_RANKS, accelerator=False)
+def find_machine() -> Machine:
+    """Return what this machine is to verl.
 
-
-def _environment(machine: Machine) -> dict[str, str]:
-    """Return the environment variables of verl's process."""
-    return {"RAY_USAGE_STATS_ENABLED": "0"} if machine.accelerator else cpu_environment()
+    Raises:
+        ProxstepError: If it has no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ProxstepError(
+            "--engine verl needs a GPU, and CUDA shows none on this machine: use --engine local or "
+            "trl here"
+        )
+    return gpus(torch.cuda.device_count())
 
 
 def _quoted(text: str) -> str:

@@ -1,11 +1,11 @@
-"""Write a recipe's data for verl: `python -m proxstep.engines.verl_recipe recipe.yaml`."""
+"""Write a recipe's data for verl: `python -m proxstep.engines.verl recipe.yaml`."""
 
 from __future__ import annotations
 
 import sys
 
 from proxstep.config.loading import load_recipe
-from proxstep.engines.verl_recipe.data import prepare
+from proxstep.engines.verl.prompt_files import prepare
 from proxstep.errors import ProxstepError
 
 
@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     """Write the files and return the exit status."""
     try:
         if len(arguments) != 1:
-            raise ProxstepError("give one recipe: python -m proxstep.engines.verl_recipe FILE")
+            raise ProxstepError("give one recipe: python -m proxstep.engines.verl FILE")
         prepared = prepare(load_recipe(arguments[0]), lambda text: None)
     except ProxstepError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -7,12 +7,12 @@ from collections.abc import Generator
 from typing import Any
 
 import ray
+from tests.verl.cpu import patches
+from tests.verl.cpu.server import CpuServer
 from torch import Tensor
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from proxstep.engines.verl_cpu import patches
-from proxstep.engines.verl_cpu.server import CpuServer
 from proxstep.errors import ProxstepError
 
 

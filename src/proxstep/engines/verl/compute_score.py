@@ -21,14 +21,8 @@ def compute_score(
 ) -> dict[str, float]:
     """Return a completion's reward and its parts, in reward units.
 
-    Args:
-        data_source: The task's name.
-        solution_str: The completion.
-        ground_truth: The reference answer.
-        extra_info: What `data` wrote: under "example" the prompt and the other columns, as JSON.
-        rewards: Specifications of the reward functions.
-        weights: One for each.
-        more: What verl hands to every reward function and these do not use.
+    The names are verl's, and `extra_info` is what `prompt_files` wrote: under "example" the prompt
+    and the other columns, as JSON. `rewards` are specifications, with a weight for each.
 
     Returns:
         "score", the weighted sum, 0 where no function gives a finite number (verl has no place for

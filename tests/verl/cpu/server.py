@@ -7,13 +7,13 @@ import hashlib
 from collections import Counter
 from typing import Any
 
+from tests.verl.cpu.generation import Completion, Request, Sampling, complete
 from torch import Tensor
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.replica import TokenOutput
 
-from proxstep.engines.verl_cpu.generation import Completion, Request, Sampling, complete
 from proxstep.errors import ProxstepError
 from proxstep.training.rollout import end_tokens
 

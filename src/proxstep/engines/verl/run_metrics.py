@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from proxstep.algorithms import LOSSES
 from proxstep.config.recipe import Recipe
 
 FIELDS = {
@@ -62,8 +61,7 @@ def _entropy(recipe: Recipe, measured: Mapping[str, Any]) -> float | None:
     None where it was not measured, or is a mean over sequences of their means.
     """
     entropy, length = measured.get("actor/entropy"), measured.get("response_length/mean")
-    name = recipe.objective.name
-    mode = getattr(recipe.objective, "loss_agg_mode", LOSSES[name].default_loss_agg_mode)
+    mode = recipe.objective.loss_agg_mode
     if entropy is None or length is None or mode == "seq-mean-token-mean":
         return None
     if mode == "token-mean":

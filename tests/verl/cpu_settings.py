@@ -1,16 +1,24 @@
 """What verl must be told on a machine without an accelerator: settings and environment.
 
-Apart from `proxstep.engines.verl_cpu`, whose import needs verl and changes it: a launcher needs
-neither.
+Apart from `tests.verl.cpu`, whose import needs verl and changes it.
 """
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+from proxstep.engines.verl.overrides import Machine
+
+_ROOT = str(Path(__file__).parents[2])
+
 
 def cpu_environment() -> dict[str, str]:
     """Return the environment variables for `python -m verl.trainer.main_ppo`."""
+    paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]  # verl has a `tests`, too
     return {
-        "VERL_USE_EXTERNAL_MODULES": "proxstep.engines.verl_cpu",  # in every process
+        "VERL_USE_EXTERNAL_MODULES": "tests.verl.cpu",  # in every process
+        "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",  # the ranks share the cores
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_TMPDIR": "/tmp",  # Ray's sockets lie below it, and a long TMPDIR breaks their names
@@ -57,3 +65,8 @@ def cpu_overrides(num_ranks: int = 2) -> list[str]:
         f"actor_rollout_ref.rollout.tensor_model_parallel_size={num_ranks}",
         "actor_rollout_ref.rollout.agent.num_workers=1",
     ]
+
+
+def cpu_machine() -> Machine:
+    """Return this machine as a recipe's run of verl is to take it."""
+    return Machine(2, {text.partition("=")[0]: text for text in cpu_overrides(2)})

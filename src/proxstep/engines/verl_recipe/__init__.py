@@ -1,1 +1,0 @@
-"""A recipe as a run of verl: its data, its hydra overrides, its process and its metrics."""
