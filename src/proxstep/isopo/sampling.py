@@ -35,9 +35,11 @@ class Samples:
 
     Attributes:
         index_K: The microbatch's own positions that were drawn.
+        exchanged: Whether `of` gives others than the microbatch's own.
         over_ranks: Sums over the ranks that share the sample; None where none is shared.
     """
 
+    exchanged = False
     over_ranks: OverRanks = None
 
     def __init__(self, index_K: Int[Tensor, " samples"]) -> None:
@@ -54,6 +56,8 @@ class GatheredSamples(Samples):
 
     Every rank must run the same number of microbatches: each layer's backward is a collective.
     """
+
+    exchanged = True
 
     def __init__(
         self, priority_T: Float[Tensor, " positions"], count: int | None, group: Group
@@ -79,6 +83,8 @@ class GatheredSamples(Samples):
 
 class CarriedSamples(Samples):
     """Positions of the previous optimizer step, kept over from it; the first step uses its own."""
+
+    exchanged = True
 
     def __init__(self, store: SampleStore, priority_T: Float[Tensor, " positions"]) -> None:
         super().__init__(smallest(priority_T, store.count))

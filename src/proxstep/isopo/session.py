@@ -27,7 +27,7 @@ from proxstep.isopo.coverage import (
 )
 from proxstep.isopo.diagnostics.records import LayerRecord, step_means
 from proxstep.isopo.diagnostics.step import StepDiagnostics, diagnose
-from proxstep.isopo.gradients import make_layout
+from proxstep.isopo.gradients import Memory, make_layout
 from proxstep.isopo.hooks import unpatch
 from proxstep.isopo.microbatch import (
     Denominator,
@@ -39,7 +39,7 @@ from proxstep.isopo.microbatch import (
     Settings,
     check_coefficients,
 )
-from proxstep.isopo.plan import MEMORY_BUDGET, Memory
+from proxstep.isopo.plan import MEMORY_BUDGET
 from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import PRESETS, NaturalRule, Rule
 from proxstep.isopo.sampling import Drawing, OverlapPositions, OverlapSource
