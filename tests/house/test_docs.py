@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from experiments.objectives import markdown_of
-from tests.isopo.test_install import IDS, log_probs
+from tests.isopo.test_install import IDS, TOKENS, log_probs
 from tests.models import tiny_qwen3
 
 from proxstep.cli import arguments as cli
@@ -34,13 +34,15 @@ def test_python_examples_run(page: Path) -> None:
             "model": model,
             "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
             "sequence_ids": IDS,
+            "tokens": TOKENS,
+            "torch": torch,
             "advantages": advantages,
             "coefficients": advantages / 2,
             "log_probs": log_probs(model),
             "completion_log_probs": log_probs,
         }
         exec("from proxstep import Isopo\n" + code, names)
-        grads = [p.grad for p in model.parameters()]
+        grads = [p.grad for p in names["model"].parameters()]
         moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert moved or all(g is not None for g in grads)
 

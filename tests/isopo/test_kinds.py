@@ -80,10 +80,7 @@ class Odd(nn.Module):
         x = self.table(input_ids)
         if self.conv is not None:
             x = x + self.conv(F.pad(x.mT, (1, 0))).mT
-        if self.checkpoints:
-            x = checkpoint(self.middle, x, use_reentrant=False)
-        else:
-            x = self.middle(x)
+        x = checkpoint(self.middle, x, use_reentrant=False) if self.checkpoints else self.middle(x)
         return SimpleNamespace(logits=self.head(x))
 
     def middle(self, x: Tensor) -> Tensor:

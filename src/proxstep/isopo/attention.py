@@ -51,11 +51,11 @@ def _forward(
             "features), called with the same tensor as query, key and value and without "
             'add_zero_attn; freeze it, or set other_parameters="reinforce"'
         )
-    x_BTF = query if self.batch_first else query.transpose(0, 1)
+    x_TBF = query.transpose(0, 1) if self.batch_first else query  # as the module multiplies it
     keys = (site.key("in_proj_weight"), site.key("in_proj_bias"))
     weights = (self.in_proj_weight, self.in_proj_bias)
-    packed = routed_linear(x_BTF, *weights, owner, keys, columns_first=True)
-    heads = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    packed = routed_linear(x_TBF, *weights, owner, keys, columns_first=True)
+    heads = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 1, 3, 0, 4)
     mask = _mask(attn_mask, key_padding_mask, heads)
     dropout = self.dropout if self.training else 0.0
     weight_BHTT = None
@@ -66,10 +66,13 @@ def _forward(
         mixed_BHTD = nn.functional.scaled_dot_product_attention(
             heads[0], heads[1], heads[2], None if causal else mask, dropout, causal
         )
-    y_BTF = self.out_proj(mixed_BHTD.transpose(1, 2).flatten(2))
+    mixed_TBF = mixed_BHTD.permute(2, 0, 1, 3).contiguous().flatten(2)
+    weights = (self.out_proj.weight, self.out_proj.bias)
+    keys = (site.key("out_proj.weight"), site.key("out_proj.bias"))
+    y_TBF = routed_linear(mixed_TBF, *weights, owner, keys, columns_first=True)
     if weight_BHTT is not None and average_attn_weights:
         weight_BHTT = weight_BHTT.mean(dim=1)
-    return y_BTF if self.batch_first else y_BTF.transpose(0, 1), weight_BHTT
+    return y_TBF.transpose(0, 1) if self.batch_first else y_TBF, weight_BHTT
 
 
 def _attend(heads: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:

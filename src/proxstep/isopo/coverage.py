@@ -75,8 +75,8 @@ def _missing(model: nn.Module, modules: Modules | None) -> dict[str, nn.Paramete
                 key = f"{name}.{parameter_name}" if name else parameter_name
                 missing[f"{key} ({type(module).__name__})"] = parameter
         bias = getattr(getattr(module, "base_layer", None), "bias", None)
-        under_dora = getattr(module, "lora_magnitude_vector", None) and bias is not None
-        if under_dora and bias.requires_grad:
+        under_dora = bool(getattr(module, "lora_magnitude_vector", None))
+        if under_dora and bias is not None and bias.requires_grad:
             # DoRA subtracts it from the layer's output again, past the layer's forward.
             missing[f"{name}.base_layer.bias (a bias under DoRA)"] = None
     return missing

@@ -37,9 +37,7 @@ class _Linear(torch.autograd.Function):
         columns_first: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.ticket, ctx.owner, ctx.keys = ticket, owner, keys
-        if columns_first:
-            return nn.functional.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
+        ctx.ticket, ctx.owner, ctx.keys, ctx.columns_first = ticket, owner, keys, columns_first
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -49,6 +47,8 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
+        if ctx.columns_first:
+            grad, x = grad.transpose(0, 1), x.transpose(0, 1)
         if ctx.needs_input_grad[1]:
             shape = list(weight.shape)
             place = (ctx.ticket, ctx.owner, weight_key)
@@ -94,7 +94,7 @@ def routed_linear(
         bias: (out,), or None.
         owner: Whose microbatch it is.
         keys: Names of the weight and of the bias.
-        columns_first: Multiply x transposed, which can round otherwise, where the module does.
+        columns_first: Whether x is (columns, rows, features).
     """
     if torch.is_autocast_enabled(x.device.type):
         # Cast outside the function: the casts' own backward returns the gradients to the

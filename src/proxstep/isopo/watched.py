@@ -46,7 +46,9 @@ _POINTWISE = {
 
 def _calls_linear(module: nn.Module) -> bool:
     """Whether its class has code that calls F.linear on the weight of some module."""
-    functions = [inspect.unwrap(f) for f in vars(type(module)).values() if callable(f)]
+    classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.")]
+    members = [member for cls in classes for member in vars(cls).values()]
+    functions = [inspect.unwrap(member) for member in members if callable(member)]
     names = [frozenset(f.__code__.co_names) for f in functions if hasattr(f, "__code__")]
     return any({"linear", "weight"} <= one and one & {"F", "functional"} for one in names)
 
