@@ -17,6 +17,7 @@ from proxstep.algorithms.preparation import Anchor
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer
 from proxstep.engines.trl.base import GROUP, KEY
+from proxstep.isopo import Isopo
 from proxstep.training.objective import Algorithm, make_isopo
 from proxstep.training.rollout import Completions
 from proxstep.training.scores import score
@@ -44,6 +45,7 @@ def local_gradients(
     count = sum(int(done.response_BT.any(dim=1).sum()) for done in scored[first:])
     tokens = sum(int(done.response_BT.sum()) for done in scored[first:])
     parts = list(zip(microbatches, scored, signals, old, strict=True))
+    _measure_past(isopo, model, microbatches[first:], scored[first:])
     for batch, done, signal_B, old_BT in parts[first:]:
         kept = done.response_BT.any(dim=1)  # the local engine leaves masked completions out
         if not kept.any():
@@ -78,6 +80,31 @@ def local_gradients(
                 log_prob_BT = score(model, done, 1.0).log_prob_BT
                 (beta * _divergence(log_prob_BT, batch, response_BT) / tokens).backward()
     return gradients_of(model)
+
+
+def _measure_past(
+    isopo: Isopo | None,
+    model: nn.Module,
+    microbatches: list[dict[str, Tensor]],
+    scored: list[Completions],
+) -> None:
+    """What the very first update builds on, measured over the whole step."""
+    while isopo is not None and isopo.needs_past:
+        with isopo.measuring():
+            for batch, done in zip(microbatches, scored, strict=True):
+                kept = done.response_BT.any(dim=1)
+                if not kept.any():
+                    continue
+                done = done.rows(kept)
+                with isopo.microbatch(
+                    done.sequence_ids(),
+                    torch.zeros(len(done)),
+                    done.response_BT,
+                    groups=batch[GROUP][kept],
+                    sequence_keys=batch[KEY][kept],
+                ) as microbatch:
+                    log_prob_BT = score(model, done, 1.0).log_prob_BT
+                    microbatch.objective(log_prob_BT, done.response_BT[:, 1:]).backward()
 
 
 def _divergence(log_prob_BT: Tensor, batch: dict[str, Tensor], response_BT: Tensor) -> Tensor:
@@ -359,3 +386,26 @@ def test_the_second_update_of_a_rollout(
     recipe = tiny_recipe(tmp_path / "local", algorithm, **changes)
     expected = local_gradients(between, recipe, watch.microbatches, 2, states[0])
     assert difference(watch.gradients[1], expected) <= 1e-5
+
+
+def test_isopos_first_gradients_do_not_depend_on_the_batch_size_per_device(tmp_path: Path) -> None:
+    """At a learning rate of 0, in two steps of 8 sequences each."""
+    found = []
+    for size in (8, 4, 1):
+        tokenizer, model = tiny()
+        options = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": 8 // size,
+            "overlap_source": "previous_step",
+            "learning_rate": 0.0,
+            "max_steps": 2,
+        }
+        trainer, watch = made(
+            IsopoTrainer, tmp_path / str(size), model.double(), tokenizer, **options
+        )
+        trainer.train()
+        found.append(watch.gradients)
+    for gradients in found[1:]:
+        for step, expected in zip(gradients, found[0], strict=True):
+            for name, right in expected.items():
+                assert (step[name] - right).norm() <= 1e-6 * right.norm() + 1e-12, name
