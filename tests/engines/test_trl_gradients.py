@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine import tiny_recipe
-from tests.engines.trl_case import Watch, copied, gradients_of, made, tiny, trained
+from tests.engines.trl_case import Watch, copied, gradients_of, made, quiet, tiny, trained
 from torch import Tensor, nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -403,7 +403,8 @@ def test_isopos_first_gradients_do_not_depend_on_the_batch_size_per_device(tmp_p
         trainer, watch = made(
             IsopoTrainer, tmp_path / str(size), model.double(), tokenizer, **options
         )
-        trainer.train()
+        with quiet():
+            trainer.train()
         found.append(watch.gradients)
     for gradients in found[1:]:
         for step, expected in zip(gradients, found[0], strict=True):

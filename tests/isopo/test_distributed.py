@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed import Ranks
+from tests.isopo.rules import paper
 from tests.isopo.spreads import WRAPPERS, Outcome, Run, Spread, build, microbatch, train
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -69,9 +70,9 @@ def check_same(outcomes: list[Outcome], expected: Outcome, tolerance: float = 1e
 
 
 RULES = [
-    ("isopo", "gpt2"),
-    ("isopo-figure4", "qwen3-untied"),
-    ("isopo-natural", "qwen3-tied"),
+    (paper("isopo"), "gpt2"),
+    (paper("isopo-figure4"), "qwen3-untied"),
+    (paper("isopo-natural"), "qwen3-tied"),
     (DAMPED, "qwen3-tied"),
 ]
 CASES = [
@@ -138,7 +139,7 @@ def test_single_precision(ranks: Ranks, wrapper: str) -> None:
 
 def test_parameters_sharded_in_single_and_used_in_half_precision(ranks: Ranks) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    run = Run((EVEN,), "isopo", wrapper=FSDP, options=EVERY_POSITION, dtype=torch.float32)
+    run = Run((EVEN,), paper("isopo"), wrapper=FSDP, options=EVERY_POSITION, dtype=torch.float32)
     outcomes = ranks.run(train, run.but(wrapping={"mp_policy": policy}))
     check_same(outcomes, one_process(run.alone().but(dtype=torch.bfloat16)), 0.01)
 
@@ -147,7 +148,7 @@ def test_parameters_sharded_in_single_and_used_in_half_precision(ranks: Ranks) -
 
 
 def test_with_its_own_positions_a_microbatch_depends_on_the_spread() -> None:
-    run = Run((EVEN,), "isopo", options={"num_overlap_positions": 9})
+    run = Run((EVEN,), paper("isopo"), options={"num_overlap_positions": 9})
     gradient, other = (one_process(r).gradients[0] for r in (run.alone(), run.whole()))
     assert not torch.allclose(gradient["model.norm.weight"], other["model.norm.weight"], rtol=0.01)
 
@@ -158,11 +159,16 @@ RANKS = {"overlap_source": "ranks"}
 @pytest.mark.parametrize(
     ("rule", "options", "filled", "wrapper"),
     [
-        ("isopo", {"num_overlap_positions": 9}, False, DDP),
-        ("isopo", {"num_overlap_positions": 2}, True, FSDP),
-        ("isopo", {"num_overlap_positions": 5, "overlap_positions": "completion"}, True, DDP),
-        ("isopo-npg", {"num_overlap_positions": None}, False, DDP),
-        ("isopo-figure4", {"num_overlap_positions": 9}, False, FSDP),
+        (paper("isopo"), {"num_overlap_positions": 9}, False, DDP),
+        (paper("isopo"), {"num_overlap_positions": 2}, True, FSDP),
+        (
+            paper("isopo"),
+            {"num_overlap_positions": 5, "overlap_positions": "completion"},
+            True,
+            DDP,
+        ),
+        (paper("isopo-npg"), {"num_overlap_positions": None}, False, DDP),
+        (paper("isopo-figure4"), {"num_overlap_positions": 9}, False, FSDP),
         (DAMPED, {"num_overlap_positions": 9}, False, DDP),
         (DAMPED, {"num_overlap_positions": None}, False, FSDP),
         (DAMPED, {"num_overlap_positions": 9, "fisher_denominator": "trailing"}, False, DDP),
@@ -181,7 +187,7 @@ def test_samples_of_all_ranks_make_the_spread_over_ranks_irrelevant(
 
 @pytest.mark.parametrize(
     ("rule", "num_positions", "wrapper"),
-    [("isopo", 9, DDP), ("isopo-figure4", 2, FSDP), (DAMPED, 100, FSDP)],
+    [(paper("isopo"), 9, DDP), (paper("isopo-figure4"), 2, FSDP), (DAMPED, 100, FSDP)],
 )
 def test_samples_of_the_previous_step_make_the_spread_irrelevant(
     ranks: Ranks, rule: str | Rule, num_positions: int, wrapper: str
