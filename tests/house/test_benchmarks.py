@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from benchmarks.workload import (
     twin_of,
     untied,
 )
-from proxstep import Isopo
+from proxstep import PRESETS, Isopo
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def isopo_gradients(model: nn.Module, batch: Batch, rule: str) -> dict[str, Tensor]:
     """From all positions."""
-    isopo = Isopo(model, rule, num_overlap_positions=None)
+    isopo = Isopo(model, replace(PRESETS[rule], scale="paper"), num_overlap_positions=None)
     model.zero_grad()
     with isopo.microbatch(batch.sequence_BT, batch.coefficient_B):
         completion_log_probs(model, batch.token_BT, batch.num_prompt).sum().backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tests.isopo.grids import Position
@@ -68,20 +68,28 @@ def _by_sequences(per_sequence: list[Gradients], coefficients: list[float]) -> G
     return total
 
 
+def paper(name: str) -> Rule:
+    """A preset in the paper's units."""
+    return replace(PRESETS[name], scale="paper")
+
+
 RULES: dict[str, Case] = {
+    "isopo-preserved": Case("isopo", Formula((-1, 0, 0), preserved=True)),
+    "isopo-natural-preserved": Case("isopo-natural", Formula(None, damping=1.0, preserved=True)),
     "reinforce": Case("reinforce", Formula((0, 0, 0))),
-    "isopo": Case("isopo", Formula((-1, 0, 0))),
-    "isopo-npg": Case("isopo-npg", Formula((0, 0, -2))),
-    "isopo-figure4": Case("isopo-figure4", Formula((0, -1, -2))),
-    "isopo-euclidean": Case("isopo-euclidean", Formula((0, -1, 0))),
-    "isopo-natural": Case("isopo-natural", Formula(None, damping=1.0)),
-    "all-positions": Case("isopo", Formula((-1, 0, 0)), {"num_overlap_positions": None}),
-    "sequences": Case("isopo", None, {"fisher": "sequences"}),
+    "isopo": Case(paper("isopo"), Formula((-1, 0, 0))),
+    "isopo-npg": Case(paper("isopo-npg"), Formula((0, 0, -2))),
+    "isopo-figure4": Case(paper("isopo-figure4"), Formula((0, -1, -2))),
+    "isopo-euclidean": Case(paper("isopo-euclidean"), Formula((0, -1, 0))),
+    "isopo-natural": Case(paper("isopo-natural"), Formula(None, damping=1.0)),
+    "all-positions": Case(paper("isopo"), Formula((-1, 0, 0)), {"num_overlap_positions": None}),
+    "sequences": Case(paper("isopo"), None, {"fisher": "sequences"}),
     "all-powers-damped": Case(
-        IsometricRule(-0.5, -1.5, 0.7, damping=2.0), Formula((-0.5, -1.5, 0.7), damping=2.0)
+        IsometricRule(-0.5, -1.5, 0.7, damping=2.0, scale="paper"),
+        Formula((-0.5, -1.5, 0.7), damping=2.0),
     ),
     "relative": Case(
-        IsometricRule(-1.0, damping=0.5, damping_form="relative"),
+        IsometricRule(-1.0, damping=0.5, damping_form="relative", scale="paper"),
         Formula((-1, 0, 0), damping=0.5, relative=True),
     ),
     "preserved": Case(
@@ -89,7 +97,8 @@ RULES: dict[str, Case] = {
         Formula((-1, 0, -2), damping=0.1, preserved=True),
     ),
     "natural-relative": Case(
-        NaturalRule(0.3, damping_form="relative"), Formula(None, damping=0.3, relative=True)
+        NaturalRule(0.3, damping_form="relative", scale="paper"),
+        Formula(None, damping=0.3, relative=True),
     ),
     "natural-preserved": Case(
         NaturalRule(3.0, scale="preserved"), Formula(None, damping=3.0, preserved=True)

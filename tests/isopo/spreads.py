@@ -21,8 +21,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from proxstep.isopo import Isopo, Rule
+from proxstep.isopo import IsometricRule, Isopo, Rule
 
+PAPER = IsometricRule(-1.0, scale="paper")
 NUM_SEQUENCES = 7
 """Of each optimizer step; some 50 positions."""
 Spread = tuple[tuple[tuple[int, ...], ...], ...]
@@ -59,7 +60,7 @@ class Run:
     """
 
     spreads: tuple[Spread, ...]
-    rule: str | Rule = "isopo"
+    rule: str | Rule = PAPER
     family: str = "qwen3-tied"
     wrapper: str = ""
     wrapping: Mapping[str, Any] = field(default_factory=dict)

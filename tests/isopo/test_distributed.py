@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed import Ranks
+from tests.isopo.rules import paper
 from tests.isopo.spreads import WRAPPERS, Outcome, Run, Spread, build, microbatch, train
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import IsometricRule, Rule
+from proxstep.isopo.gathering import Rows
 from proxstep.isopo.sampling import SampleStore
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.isopo.vector import VectorGradients
@@ -68,9 +70,9 @@ def check_same(outcomes: list[Outcome], expected: Outcome, tolerance: float = 1e
 
 
 RULES = [
-    ("isopo", "gpt2"),
-    ("isopo-figure4", "qwen3-untied"),
-    ("isopo-natural", "qwen3-tied"),
+    (paper("isopo"), "gpt2"),
+    (paper("isopo-figure4"), "qwen3-untied"),
+    (paper("isopo-natural"), "qwen3-tied"),
     (DAMPED, "qwen3-tied"),
 ]
 CASES = [
@@ -137,7 +139,7 @@ def test_single_precision(ranks: Ranks, wrapper: str) -> None:
 
 def test_parameters_sharded_in_single_and_used_in_half_precision(ranks: Ranks) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    run = Run((EVEN,), "isopo", wrapper=FSDP, options=EVERY_POSITION, dtype=torch.float32)
+    run = Run((EVEN,), paper("isopo"), wrapper=FSDP, options=EVERY_POSITION, dtype=torch.float32)
     outcomes = ranks.run(train, run.but(wrapping={"mp_policy": policy}))
     check_same(outcomes, one_process(run.alone().but(dtype=torch.bfloat16)), 0.01)
 
@@ -146,7 +148,7 @@ def test_parameters_sharded_in_single_and_used_in_half_precision(ranks: Ranks) -
 
 
 def test_with_its_own_positions_a_microbatch_depends_on_the_spread() -> None:
-    run = Run((EVEN,), "isopo", options={"num_overlap_positions": 9})
+    run = Run((EVEN,), paper("isopo"), options={"num_overlap_positions": 9})
     gradient, other = (one_process(r).gradients[0] for r in (run.alone(), run.whole()))
     assert not torch.allclose(gradient["model.norm.weight"], other["model.norm.weight"], rtol=0.01)
 
@@ -157,11 +159,16 @@ RANKS = {"overlap_source": "ranks"}
 @pytest.mark.parametrize(
     ("rule", "options", "filled", "wrapper"),
     [
-        ("isopo", {"num_overlap_positions": 9}, False, DDP),
-        ("isopo", {"num_overlap_positions": 2}, True, FSDP),
-        ("isopo", {"num_overlap_positions": 5, "overlap_positions": "completion"}, True, DDP),
-        ("isopo-npg", {"num_overlap_positions": None}, False, DDP),
-        ("isopo-figure4", {"num_overlap_positions": 9}, False, FSDP),
+        (paper("isopo"), {"num_overlap_positions": 9}, False, DDP),
+        (paper("isopo"), {"num_overlap_positions": 2}, True, FSDP),
+        (
+            paper("isopo"),
+            {"num_overlap_positions": 5, "overlap_positions": "completion"},
+            True,
+            DDP,
+        ),
+        (paper("isopo-npg"), {"num_overlap_positions": None}, False, DDP),
+        (paper("isopo-figure4"), {"num_overlap_positions": 9}, False, FSDP),
         (DAMPED, {"num_overlap_positions": 9}, False, DDP),
         (DAMPED, {"num_overlap_positions": None}, False, FSDP),
         (DAMPED, {"num_overlap_positions": 9, "fisher_denominator": "trailing"}, False, DDP),
@@ -180,7 +187,7 @@ def test_samples_of_all_ranks_make_the_spread_over_ranks_irrelevant(
 
 @pytest.mark.parametrize(
     ("rule", "num_positions", "wrapper"),
-    [("isopo", 9, DDP), ("isopo-figure4", 2, FSDP), (DAMPED, 100, FSDP)],
+    [(paper("isopo"), 9, DDP), (paper("isopo-figure4"), 2, FSDP), (DAMPED, 100, FSDP)],
 )
 def test_samples_of_the_previous_step_make_the_spread_irrelevant(
     ranks: Ranks, rule: str | Rule, num_positions: int, wrapper: str
@@ -215,7 +222,8 @@ def test_no_more_rows_are_kept_than_asked_for_and_nothing_that_they_are_part_of(
     store = SampleStore(3)
     for start in range(0, 40, 10):
         priority = torch.arange(start, start + 10, dtype=torch.float64)
-        store.add("weight", priority.flip(0), VectorGradients(torch.rand(10, 2)))
+        rows = Rows(priority.flip(0), torch.arange(10), torch.arange(10))
+        store.add("weight", rows, VectorGradients(torch.rand(10, 2)))
     store.fold(None)
     kept = store.state_dict()["weight"]["grad_TD"]
     assert kept.shape == (3, 2)
@@ -297,11 +305,12 @@ def freezing(run: Run) -> str:
 def samples_of_different_parameters() -> str:
     store = SampleStore(3)
     key = f"layer.{dist.get_rank()}"
-    store.add(key, torch.rand(4, dtype=torch.float64), VectorGradients(torch.rand(4, 2)))
+    rows = Rows(torch.rand(4, dtype=torch.float64), torch.arange(4), torch.arange(4))
+    store.add(key, rows, VectorGradients(torch.rand(4, 2)))
     return refusal(lambda: store.fold(None))
 
 
-@pytest.mark.parametrize("source", ["ranks", "previous_step"])
+@pytest.mark.parametrize("source", ["ranks"])
 def test_missing_keys_are_refused(ranks: Ranks, source: str) -> None:
     for message in ranks.run(without_keys, source):
         assert f'overlap_source="{source}" needs sequence_keys' in message

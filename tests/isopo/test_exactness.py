@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.families import FAMILIES, build
 from tests.isopo.grids import Layout, make_grid, run
+from tests.isopo.rules import paper
 from tests.oracle import (
     Formula,
     isopo_gradient,
@@ -17,7 +18,7 @@ from tests.oracle import (
 )
 from torch import Tensor, nn
 
-from proxstep.isopo import PRESETS, IsometricRule, Isopo, NaturalRule
+from proxstep.isopo import PRESETS, Isopo, NaturalRule
 
 LAYOUTS: list[Layout] = ["right", "left", "packed", "packed-rows"]
 
@@ -64,7 +65,7 @@ def test_estimates_of_zero_are_filled(family: str) -> None:
     mean of the others, and in the second step that of the first one.
     """
     model, reference, trailing, num_filled = build(family, 2), build(family, 2), None, 0.0
-    isopo = Isopo(model, "isopo", num_overlap_positions=2, seed=2)
+    isopo = Isopo(model, paper("isopo"), num_overlap_positions=2, seed=2)
     coefficients = [0.7, -1.3, 0.4, 2.1]
     for step in range(2):
         sequences = random_sequences(20 + step)
@@ -84,7 +85,9 @@ def test_positions_of_the_completion_alone(layout: Layout) -> None:
     """Those that predict one of its tokens, the prompt's last position among them."""
     model, reference = build("llama", 6), build("llama", 6)
     sequences, coefficients = random_sequences(6), [0.7, -1.3, 0.4, 2.1]
-    isopo = Isopo(model, "isopo-npg", num_overlap_positions=7, overlap_positions="completion")
+    isopo = Isopo(
+        model, paper("isopo-npg"), num_overlap_positions=7, overlap_positions="completion"
+    )
     sampled = run(model, isopo, make_grid(sequences, layout), coefficients)
     assert len(set(sampled)) == 7
     predicts = [range(s.num_prompt - 1, len(s.tokens) - 1) for s in sequences]
@@ -99,7 +102,7 @@ def test_the_natural_rule_tends_to_reinforce() -> None:
     plain = isopo_gradients("qwen3-tied", 8, "reinforce", coefficients)
     errors = []
     for damping in (1e2, 1e4, 1e6):
-        rule = NaturalRule(damping, damping_form="relative")
+        rule = NaturalRule(damping, damping_form="relative", scale="paper")
         found = isopo_gradients("qwen3-tied", 8, rule, coefficients)
         errors.append(max(float((found[n] - plain[n]).norm() / plain[n].norm()) for n in plain))
     assert errors[0] > errors[1] > errors[2]
@@ -128,11 +131,13 @@ def test_microbatches_of_one_sequence_add_up_without_geometry_alone() -> None:
 
     plain = isopo_gradients("qwen3-tied", 12, "reinforce", coefficients)
     assert_same(one_by_one("reinforce"), plain, 1e-10)
-    euclidean = isopo_gradients("qwen3-tied", 12, "isopo-euclidean", coefficients)
-    assert_same(one_by_one("isopo-euclidean"), euclidean, 1e-10)  # depends on its sequence alone
+    euclidean = isopo_gradients("qwen3-tied", 12, paper("isopo-euclidean"), coefficients)
+    assert_same(
+        one_by_one(paper("isopo-euclidean")), euclidean, 1e-10
+    )  # depends on its sequence alone
     together = isopo_gradients(
-        "qwen3-tied", 12, IsometricRule(), coefficients, num_overlap_positions=None
+        "qwen3-tied", 12, paper("isopo"), coefficients, num_overlap_positions=None
     )
-    alone = one_by_one(IsometricRule())
+    alone = one_by_one(paper("isopo"))
     for name, gradient in together.items():
         assert (alone[name] - gradient).norm() > 1e-2 * gradient.norm(), name

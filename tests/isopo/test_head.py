@@ -14,7 +14,7 @@ from proxstep.training.output_layer import forward_with_head, output_head
 COEFFICIENTS = torch.tensor([0.7, -1.3, 0.4, 2.1], dtype=torch.float64)
 RULES = {name: rule for name, rule in PRESETS.items() if name != "isopo-natural"} | {
     "damped": IsometricRule(-0.5, -1.5, 0.7, damping=2.0, scale="preserved"),
-    "relative": IsometricRule(-1.0, damping=0.5, damping_form="relative"),
+    "relative": IsometricRule(-1.0, damping=0.5, damping_form="relative", scale="paper"),
 }
 
 

@@ -137,7 +137,7 @@ def two_groups(interact: str, microbatches: list[list[int]]) -> dict[str, Tensor
     """
     torch.manual_seed(0)
     model = tiny_qwen3()
-    isopo = Isopo(model, NaturalRule(0.5, interact=interact))  # type: ignore[arg-type]
+    isopo = Isopo(model, NaturalRule(0.5, interact=interact, scale="paper"))  # type: ignore[arg-type]
     token = torch.randint(19, (4, 6), generator=torch.Generator().manual_seed(1))
     coefficient = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
     group = torch.tensor([0, 0, 1, 1])

@@ -28,7 +28,7 @@ def test_p_of_minus_one_bounds_every_sequences_fisher_length(seed: int) -> None:
     """Section 2.0.1: |weight_b| F_b <= |coefficient_b|, whatever the gradient's scale."""
     _, coefficient, fisher_sq = random_problem(seed)
     for damping in (0.0, 0.5, 10.0):
-        rule = IsometricRule(-1.0, damping=damping)
+        rule = IsometricRule(-1.0, damping=damping, scale="paper")
         weight = rule.weigh(Statistics(coefficient, fisher_sq), {})[0]
         assert (weight.abs() * fisher_sq.sqrt() <= coefficient.abs() * (1 + 1e-12)).all()
 
@@ -43,7 +43,7 @@ def test_r_of_minus_two_is_the_closest_multiple_to_the_natural_gradient(seed: in
     v = torch.randn(5, generator=generator, dtype=torch.float64)
     ones = torch.ones(1, dtype=torch.float64)
     found = Statistics(ones, (v @ fisher @ v)[None], (v @ v)[None])
-    scale = float(IsometricRule(0.0, 0.0, -2.0).weigh(found, {})[0])
+    scale = float(IsometricRule(0.0, 0.0, -2.0, scale="paper").weigh(found, {})[0])
     natural = torch.linalg.solve(fisher, v)
 
     def distance(multiple: float) -> float:
@@ -70,7 +70,7 @@ def test_preserved_scale_keeps_an_average_sequence(seed: int) -> None:
 def test_the_natural_rule_solves_its_equation(seed: int) -> None:
     jacobian, coefficient, _ = random_problem(seed)
     kernel = jacobian @ jacobian.mT
-    rule = NaturalRule(0.7)
+    rule = NaturalRule(0.7, scale="paper")
     weight = rule.weigh(Statistics(coefficient, ntk_BB=kernel), {})[0]
     c = 0.7 * kernel.diagonal().mean()
     left = kernel @ weight + c * weight
@@ -85,7 +85,7 @@ def test_the_natural_rule_maximizes_gain_under_its_penalty(seed: int) -> None:
     kernel = jacobian @ jacobian.mT
     c = kernel.diagonal().mean()
     found = Statistics(coefficient, ntk_BB=kernel)
-    best = jacobian.mT @ NaturalRule(1.0).weigh(found, {})[0]
+    best = jacobian.mT @ NaturalRule(1.0, scale="paper").weigh(found, {})[0]
 
     def value(u: torch.Tensor) -> torch.Tensor:
         change = jacobian @ u
@@ -100,7 +100,7 @@ def test_the_natural_rule_maximizes_gain_under_its_penalty(seed: int) -> None:
 @pytest.mark.parametrize("form", ["additive", "relative"])
 def test_a_layer_without_gradient_gives_zeros_not_nan(form: str) -> None:
     coefficient, zeros = torch.ones(3), torch.zeros(3, 3)
-    rule = NaturalRule(1.0, damping_form=form)  # type: ignore[arg-type]
+    rule = NaturalRule(1.0, damping_form=form, scale="paper")  # type: ignore[arg-type]
     weight, _, _ = rule.weigh(Statistics(coefficient, ntk_BB=zeros), {})
     assert torch.equal(weight, torch.zeros(3, dtype=torch.float64))
     found = Statistics(coefficient, torch.zeros(3), torch.zeros(3))

@@ -69,7 +69,7 @@ def bounded_share(seed: int) -> None:
         clipped_B = (fisher_sq_B / reg).sqrt().clamp(max=1)
         assert (length_B <= clipped_B).all()
         assert (length_B >= clipped_B / 2**0.5 - 1e-12).all()
-        rule = IsometricRule(-1.0, damping=1.0)
+        rule = IsometricRule(-1.0, damping=1.0, scale="paper")
         past = {"fisher_sq": torch.tensor(reg - GUARD, dtype=torch.float64)}
         weight_B = rule.weigh(Statistics(advantage_B, fisher_sq_B), past)[0]
         close(weight_B, advantage_B * scale_B)
@@ -103,7 +103,7 @@ def figure_2(seed: int) -> None:
     scale_B = (norm_B**2 + reg) ** -0.5
     close(isopo.isometric_scale(norm_B**2, reg), scale_B)
     past = {"fisher_sq": torch.tensor(reg - GUARD, dtype=torch.float64)}
-    rule = IsometricRule(-1.0, damping=1.0)
+    rule = IsometricRule(-1.0, damping=1.0, scale="paper")
     weight_B = rule.weigh(Statistics(advantage_B, norm_B**2), past)[0]
     close(weight_B, advantage_B * scale_B)
 
@@ -163,10 +163,10 @@ def relative_update(seed: int) -> None:
     fisher_sq_B = ((score_BP @ fisher_PP) * score_BP).sum(1)
     found = Statistics(advantage_B, fisher_sq_B, norm_sq_B)
     mean = (fisher_sq_B / norm_sq_B).mean()
-    damped = IsometricRule(0.0, 0.0, -2.0, damping=0.5)
+    damped = IsometricRule(0.0, 0.0, -2.0, damping=0.5, scale="paper")
     weight_B = damped.weigh(found, {})[0]
     close(weight_B, advantage_B / (fisher_sq_B / norm_sq_B + 0.5 * mean + GUARD))
-    plain_B = PRESETS["isopo-npg"].weigh(found, {})[0]
+    plain_B = IsometricRule(0.0, 0.0, -2.0, scale="paper").weigh(found, {})[0]
     pairs = zip(score_BP, advantage_B, strict=True)
     closest = [isopo.closest_scale(v, a * v, model.fisher_PP) for v, a in pairs]
     close(plain_B, torch.stack(closest), rtol=1e-3)
@@ -195,11 +195,11 @@ def figure_3(seed: int) -> None:
 
     norm_B, length_B = fisher_sq_B.sqrt(), norm_sq_B.sqrt()
     for p, q, r in ((-1, 0, 0), (0, 0, -2), (0, -1, -2), (-0.5, 1, 2)):
-        rule = IsometricRule(float(p), float(q), float(r), damping=damping)
+        rule = IsometricRule(float(p), float(q), float(r), damping=damping, scale="paper")
         expected_B = reg2(norm_B) ** p * reg2(length_B) ** q * reg2(norm_B / length_B) ** r
         close(rule.weigh(found, {})[0], advantage_B * expected_B)
     close(PRESETS["reinforce"].weigh(found, {})[0], advantage_B)
-    powers = (IsometricRule(0.0, 0.0, -2.0), IsometricRule(-2.0, 2.0, 0.0))
+    powers = [IsometricRule(*pqr, scale="paper") for pqr in ((0.0, 0.0, -2.0), (-2.0, 2.0, 0.0))]
     same = [rule.weigh(found, {})[0] for rule in powers]
     close(*same, rtol=1e-3)
 
@@ -217,7 +217,8 @@ def figure_5(seed: int) -> None:
     _, fisher_sq_B, norm_sq_B, advantage_B = sample(seed)
     found = Statistics(torch.ones_like(advantage_B), fisher_sq_B, norm_sq_B)
     lengths = {
-        q: IsometricRule(0.0, q, 0.0).weigh(found, {})[0] * norm_sq_B.sqrt() for q in (-1.0, 1.0)
+        q: IsometricRule(0.0, q, 0.0, scale="paper").weigh(found, {})[0] * norm_sq_B.sqrt()
+        for q in (-1.0, 1.0)
     }
     close(lengths[-1.0], torch.ones_like(norm_sq_B), rtol=1e-3)
     close(lengths[1.0], norm_sq_B, rtol=1e-3)
@@ -275,7 +276,7 @@ def figure_6(seed: int) -> None:
     kernel_BB = score_BP @ score_BP.mT
     past = {"eigenvalue": torch.tensor(0.9, dtype=torch.float64)}
     found = Statistics(advantage_B, ntk_BB=kernel_BB)
-    weight_B, _, _ = NaturalRule(ntk_damping=0.5).weigh(found, past)
+    weight_B, _, _ = NaturalRule(ntk_damping=0.5, scale="paper").weigh(found, past)
     update_P = isopo.minsr(score_BP, advantage_B, 0.45)
     close(score_BP.mT @ weight_B, update_P)
     identity = torch.eye(6, dtype=torch.float64)
@@ -293,9 +294,9 @@ def figure_6(seed: int) -> None:
 def figure_7(seed: int) -> None:
     score_BP, _, norm_sq_B, advantage_B = sample(seed)
     kernel_BB = score_BP @ score_BP.mT
-    _, moments, _ = NaturalRule().weigh(Statistics(advantage_B, ntk_BB=kernel_BB), {})
+    _, moments, _ = NaturalRule(scale="paper").weigh(Statistics(advantage_B, ntk_BB=kernel_BB), {})
     close(moments["eigenvalue"].mean(), torch.linalg.eigvalsh(kernel_BB).mean())
     close(moments["eigenvalue"].mean(), norm_sq_B.mean())
     flat_BB = 3 * torch.eye(6, dtype=torch.float64)
-    weight_B, _, _ = NaturalRule().weigh(Statistics(advantage_B, ntk_BB=flat_BB), {})
+    weight_B, _, _ = NaturalRule(scale="paper").weigh(Statistics(advantage_B, ntk_BB=flat_BB), {})
     close(weight_B, advantage_B / 6)

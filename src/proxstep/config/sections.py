@@ -159,7 +159,7 @@ class GeometrySection(Section):
         default=None, description="As printed in the paper, or as in its author's code."
     )
     scale: Literal["paper", "preserved"] = Field(
-        default="preserved",
+        default=IsometricRule.scale,
         description='"preserved" keeps an average sequence at its REINFORCE weight, so that '
         'learning rate and clipping carry over; "paper" does not.',
     )

@@ -82,6 +82,7 @@ class Microbatch:
         memory: The workspace.
         log: This microbatch's measurements are added to it.
         diagnose: Whether to measure and keep all statistics, the unneeded ones too.
+        measuring: Whether all gradients are to be zeros.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class Microbatch:
         log: Log,
         *,
         diagnose: bool = False,
+        measuring: bool = False,
     ) -> None:
         self.layout, self.sequences, self.samples = layout, sequences, samples
-        self.settings, self.diagnose = settings, diagnose
+        self.settings, self.diagnose, self._measuring = settings, diagnose, measuring
         self.needs = settings.needs
         if diagnose:
             self.needs = Needs(fisher=settings.fisher == "positions", norm=True, ntk=True)
@@ -181,20 +183,24 @@ class Microbatch:
         needs = self.needs if given_B is None else replace(self.needs, fisher=False)
         excluded = self.settings.only_linear and not gradients.is_matrix
         if excluded or (needs == Needs() and given_B is None):
-            return gradients.contract(self.layout.spread(-sequences.coefficient_B))
+            weight_B = -sequences.coefficient_B * (not self._measuring)
+            return gradients.contract(self.layout.spread(weight_B))
         by_sequences = self.settings.fisher == "sequences"
         wanted = {"fisher_sq", *self._averages} if needs.fisher else self._averages
         separable = not (rule.interacting or by_sequences) and wanted <= past.keys()
-        sample, sample_sq, moments = None, torch.zeros(()), {}
+        sample, sample_sq_B, own_KB, moments = None, None, None, {}
         if needs.fisher:
-            sample, sample_sq, moments = self._sample(key, gradients, past)
+            sample, sample_sq_B, own_KB, moments = self._sample(key, gradients, past)
         dtype = torch.promote_types(sequences.coefficient_B.dtype, torch.float32)
         total, records = None, []
         for part in gradients.parts(self.layout, needs, sample, self._memory, separable=separable):
             fisher_B, filled_B = None if given_B is None else given_B[part.sequences], None
-            if part.cross_KB is not None:
+            if part.cross_KB is not None and sample_sq_B is not None:
+                cross_KB = part.cross_KB
+                if own_KB is not None:
+                    cross_KB = cross_KB.masked_fill(own_KB[:, part.sequences], 0.0)
                 fisher_B, filled_B = fisher_squares(
-                    part.cross_KB, sample_sq, past, self.samples.over_ranks
+                    cross_KB, sample_sq_B[part.sequences], past, self.samples.over_ranks
                 )
             ntk_BB = part.ntk_BB
             if by_sequences and given_B is None and ntk_BB is not None:
@@ -204,7 +210,10 @@ class Microbatch:
             coefficient_B = sequences.coefficient_B[part.sequences]
             found = Statistics(coefficient_B, fisher_B, part.norm_sq_B, ntk_BB)
             weight_B, more, report = rule.weigh(found, past, self.samples.over_ranks)
-            total = part.add(-weight_B.to(dtype), total)  # negated: `.grad` is to minimize
+            if self._measuring and filled_B is not None:
+                more = {name: value_B[~filled_B] for name, value_B in more.items()}
+            used_B = torch.zeros_like(weight_B) if self._measuring else -weight_B  # to minimize
+            total = part.add(used_B.to(dtype), total)
             records.append(
                 LayerRecord(
                     coefficient_B,
@@ -225,16 +234,22 @@ class Microbatch:
 
     def _sample(
         self, key: str, gradients: PositionGradients, past: Means
-    ) -> tuple[PositionGradients, Tensor, dict[str, Tensor]]:
-        """Return the sample, sum_k |G_k|^2 of it, and its mean for the trailing means."""
-        sample = gradients.at(self.samples.index_K)
+    ) -> tuple[PositionGradients, Tensor, Tensor | None, dict[str, Tensor]]:
+        """Return the sample, each sequence's sum_k |G_k|^2, what that leaves out, and its mean."""
+        sample, own_KB = gradients.at(self.samples.index_K), None
         if self.samples.exchanged:
-            sample = self.samples.of(key, sample)
+            sample, own_KB = self.samples.of(key, sample)
         square_K = sample.squares()
         mean = square_K.sum() / max(len(square_K), 1)
+        used = past.get("sample_sq", mean)
         trailing = self.settings.fisher_denominator == "trailing"
-        used = past.get("sample_sq", mean) if trailing else mean
-        return sample, used * len(square_K), {"sample_sq": mean[None]}
+        if own_KB is None:
+            total = (used if trailing else mean) * len(square_K)
+            total_B = total.expand(len(self.sequences.coefficient_B))
+        else:
+            others_BK = (~own_KB).mT.to(square_K.dtype)
+            total_B = used * others_BK.sum(dim=1) if trailing else others_BK @ square_K
+        return sample, total_B, own_KB, {"sample_sq": mean[None]}
 
 
 class PlainSum:

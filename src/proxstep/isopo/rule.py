@@ -79,7 +79,7 @@ class IsometricRule:
     relative_fisher_power: float = 0.0
     damping: float = 0.0
     damping_form: Literal["additive", "relative"] = "additive"
-    scale: Literal["paper", "preserved"] = "paper"
+    scale: Literal["paper", "preserved"] = "preserved"
     interacting = False
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ class NaturalRule:
 
     ntk_damping: float = 1.0
     damping_form: Literal["additive", "relative"] = "additive"
-    scale: Literal["paper", "preserved"] = "paper"
+    scale: Literal["paper", "preserved"] = "preserved"
     interact: Literal["microbatch", "group"] = "microbatch"
     interacting, needs, averages = True, Needs(ntk=True), ("eigenvalue",)
 

@@ -10,6 +10,7 @@ Legend for shape suffixes: B sequences (one, or the pair of outcomes), T tokens 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def isopo_magnitude(preset: str, z: float) -> float:
 
     |weight * G| is without damping, but with the rule's numerical guard.
     """
-    rule = PRESETS[preset]
+    rule = dataclasses.replace(PRESETS[preset], scale="paper")
     assert isinstance(rule, IsometricRule)
     logit = torch.tensor(z, dtype=torch.float64)
     score = (-logit).sigmoid()

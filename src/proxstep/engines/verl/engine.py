@@ -9,6 +9,7 @@ import io
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ class IsopoEngine(FSDPEngineWithLMHead):
             data[GROUP] = numbered(list(tu.get(data, "uid")))
         terms = taken_apart(loss_function)
         try:
+            while self.isopo.needs_past:  # before the very first update
+                with self.isopo.measuring():
+                    policy_alone = replace(terms, has_others=False)
+                    super().forward_backward_batch(data, policy_alone, forward_only=False)
+                    self._open.close()
             return super().forward_backward_batch(data, terms, forward_only=False)
         finally:
             self._open.close()
