@@ -17,6 +17,7 @@ from proxstep.algorithms import OldPolicy, SignalInputs
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer
 from proxstep.engines.trl.policy import GROUP, KEY
+from proxstep.isopo import Isopo
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.rollout import Completions
 from proxstep.training.scores import score
@@ -44,6 +45,7 @@ def local_gradients(
     count = sum(int(done.response_BT.any(dim=1).sum()) for done in scored[first:])
     tokens = sum(int(done.response_BT.sum()) for done in scored[first:])
     parts = list(zip(microbatches, scored, signals, weights, old, strict=True))
+    _measure_past(isopo, model, microbatches[first:], scored[first:])
     for batch, done, signal_B, weight_B, old_BT in parts[first:]:
         kept = done.response_BT.any(dim=1)  # the local engine leaves masked completions out
         if not kept.any():
@@ -76,6 +78,31 @@ def local_gradients(
                 log_prob_BT = score(model, done, 1.0).log_prob_BT
                 (beta * _divergence(log_prob_BT, batch, response_BT) / tokens).backward()
     return gradients_of(model)
+
+
+def _measure_past(
+    isopo: Isopo | None,
+    model: nn.Module,
+    microbatches: list[dict[str, Tensor]],
+    scored: list[Completions],
+) -> None:
+    """What the very first update builds on, measured over the whole step."""
+    while isopo is not None and isopo.needs_past:
+        with isopo.measuring():
+            for batch, done in zip(microbatches, scored, strict=True):
+                kept = done.response_BT.any(dim=1)
+                if not kept.any():
+                    continue
+                done = done.rows(kept)
+                with isopo.microbatch(
+                    done.sequence_ids(),
+                    torch.zeros(len(done)),
+                    done.response_BT,
+                    groups=batch[GROUP][kept],
+                    sequence_keys=batch[KEY][kept],
+                ) as microbatch:
+                    log_prob_BT = score(model, done, 1.0).log_prob_BT
+                    microbatch.objective(log_prob_BT, done.response_BT[:, 1:]).backward()
 
 
 def _divergence(log_prob_BT: Tensor, batch: dict[str, Tensor], response_BT: Tensor) -> Tensor:

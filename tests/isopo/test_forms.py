@@ -13,14 +13,13 @@ from tests.isopo.test_install import COEFFICIENTS, IDS, gradients, log_probs
 from tests.models import tiny_qwen3
 from torch import Tensor
 
-from proxstep import PRESETS, Isopo
+from proxstep import PRESETS, IsometricRule, Isopo
 from proxstep.isopo import linear
 from proxstep.isopo.embedding import LookupGradients
-from proxstep.isopo.gradients import Layout, make_layout
+from proxstep.isopo.gradients import Layout, Memory, make_layout
 from proxstep.isopo.linear import OuterGradients
-from proxstep.isopo.microbatch import Microbatch, Settings
-from proxstep.isopo.plan import Memory, Needs, Part, Plan, Shape, choose, held
-from proxstep.isopo.sampling import Samples
+from proxstep.isopo.microbatch import Settings
+from proxstep.isopo.plan import Needs, Part, Plan, Shape, choose, held
 from proxstep.isopo.vector import VectorGradients
 
 IDS_OF = {
@@ -264,8 +263,8 @@ def test_reinforce_measures_nothing(monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(Microbatch, "weighted", refuse)
-    monkeypatch.setattr(Samples, "of", refuse)
+    monkeypatch.setattr(IsometricRule, "weigh", refuse)
+    monkeypatch.setattr(OuterGradients, "at", refuse)
     with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
         microbatch.objective(log_probs(model)).backward()
     assert isopo.step() == {}

@@ -10,6 +10,8 @@ from tests.threads import Threads
 from torch import Tensor
 
 from proxstep.isopo.embedding import LookupGradients
+from proxstep.isopo.gathering import Rows
+from proxstep.isopo.gathering import smallest as smallest_of
 from proxstep.isopo.gradients import PositionGradients
 from proxstep.isopo.linear import OuterGradients
 from proxstep.isopo.sampling import GatheredSamples, SampleStore
@@ -78,7 +80,7 @@ def test_the_ranks_sample_has_a_row_for_each_position_and_no_other(
         priority_T, kinds = parts[rank]
         samples = GatheredSamples(priority_T, limit, None)
         return {
-            kind: samples.of(kind, gradients.at(samples.index_K))
+            kind: samples.of(kind, gradients.at(samples.index_K))[0]
             for kind, gradients in kinds.items()
         }
 
@@ -100,10 +102,12 @@ def test_what_is_carried_over_are_the_rows_of_the_smallest_priorities(
 
     def on_rank(rank: int) -> dict[str, PositionGradients]:
         store, (priority_T, kinds) = SampleStore(count), parts[rank]
+        index_K = smallest_of(priority_T, count)
+        rows = Rows(priority_T[index_K], index_K, index_K)
         for kind, gradients in kinds.items():
-            store.add(kind, priority_T, gradients)
+            store.add(kind, rows, gradients.at(index_K))
         store.fold(None)
-        return store.current
+        return {kind: sample for kind, (_, sample) in store.current.items()}
 
     order = torch.cat([priority_T for priority_T, _ in parts]).argsort()[: len(chosen)]
     for found in Threads(len(parts)).run(on_rank):

@@ -1,5 +1,7 @@
 """What every kind of layer says of its parameters: position-wise gradients, and their statistics.
 
+And what it is told: the layout of the positions, and the workspace that layers share.
+
 A parameter's gradient is a sum over token positions, G = sum_t G_t. Each kind of layer has a class
 that holds the G_t of one parameter in one backward pass, in the smallest form that it knows.
 
@@ -8,6 +10,7 @@ Legend for shape suffixes: T positions, B sequences, K sampled positions, D feat
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -16,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.plan import Memory, Needs, Part
+from proxstep.isopo.plan import MEMORY_BUDGET, Needs, Part
 from proxstep.typing import Float, Int, Tensor
 
 
@@ -174,6 +177,51 @@ class SequenceGradients(ABC):
     @abstractmethod
     def contract(self, weight_B: Float[Tensor, " batch"]) -> Tensor:
         """Return sum_b weight_b G_b, in the parameter's shape."""
+
+
+class Memory:
+    """A reused buffer and a cache of one entry per purpose, both empty again after `release`.
+
+    A fresh buffer for every layer would cost more time in page faults than in arithmetic. Layers
+    that see the same input (queries, keys and values; gate and up) follow each other in backward,
+    so one entry is enough to share its Gram.
+
+    Args:
+        budget: Bytes that the statistics of one layer may take at a time.
+    """
+
+    def __init__(self, budget: int = MEMORY_BUDGET) -> None:
+        self.budget = budget
+        self._buffer: Tensor | None = None
+        self._shared: dict[str, tuple[tuple[object, ...], object, Any]] = {}
+
+    def buffer(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialized tensor that is valid until the next call."""
+        size = math.prod(shape)
+        old = self._buffer
+        fits = old is not None and old.dtype == dtype and old.device == like.device
+        if old is None or not fits or old.numel() < size:
+            self._buffer = old = None
+            self._buffer = old = torch.empty(size, dtype=dtype, device=like.device)
+        return old[:size].view(shape)
+
+    def shared(self, purpose: str, of: Tensor, layout: object, compute: Callable[[], Any]) -> Any:
+        """Return `compute()`, or what it returned last for the same purpose, tensor and layout.
+
+        The tensor is kept as long as its entry, so that no other one can have its address; and the
+        layout, which stands for its microbatch: another one samples other positions.
+        """
+        key = (of.data_ptr(), of.shape, of.stride(), of._version, id(layout))
+        entry = self._shared.get(purpose)
+        if entry is None or entry[0] != key:
+            self._shared.pop(purpose, None)
+            entry = self._shared[purpose] = (key, (of, layout), compute())
+        return entry[2]
+
+    def release(self) -> None:
+        """Forget both."""
+        self._buffer = None
+        self._shared.clear()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.isopo.gradients import Layout, PositionGradients, wide, wide_dtype
+from proxstep.isopo.gradients import Layout, Memory, PositionGradients
 from proxstep.isopo.hooks import Owner, covers, is_class, owner_of, parameter_gradient
-from proxstep.isopo.plan import Memory, Needs, Part, Shape, choose
+from proxstep.isopo.plan import Needs, Part, Shape, choose
 from proxstep.typing import Bool, Float, Int, Tensor
 
 
@@ -108,13 +108,14 @@ class OuterGradients(PositionGradients):
         return type(self)(self.grad_TO[index], self.input_TI[index])
 
     @property
-    def _gram_itemsize(self) -> int:
-        """Bytes of a number in a Gram."""
-        return wide_dtype(self.grad_TO.dtype).itemsize
+    def _wide(self) -> torch.dtype:
+        """What sums and Grams are kept in: float32 or better."""
+        return torch.promote_types(self.grad_TO.dtype, torch.float32)
 
     def squares(self) -> Float[Tensor, " positions"]:
         """Return |G_t|^2."""
-        return wide(self.grad_TO).square().sum(1) * wide(self.input_TI).square().sum(1)
+        grad_TO, input_TI = self.grad_TO.to(self._wide), self.input_TI.to(self._wide)
+        return grad_TO.square().sum(1) * input_TI.square().sum(1)
 
     def nonzero(self) -> Bool[Tensor, " positions"]:
         """Return where g_t is not zero: a head sees no gradient at the prompt."""
@@ -162,16 +163,17 @@ class OuterGradients(PositionGradients):
         self, sample: OuterGradients, layout: Layout, memory: Memory
     ) -> Float[Tensor, "samples batch"]:
         """Return <G_k, G_b> in ghost form, so many samples at a time that memory suffices."""
-        row_bytes = self._gram_itemsize * max(layout.num_positions, 1)
+        row_bytes = self._wide.itemsize * max(len(self.grad_TO), 1)
         chunk = max(1, memory.budget // (2 * row_bytes))
         if len(sample.grad_TO) <= chunk:
+            grad_KT = product(sample.grad_TO, self.grad_TO.mT)
             gram_KT = memory.shared(
                 "cross",
                 self.input_TI,
                 layout,
                 lambda: product(sample.input_TI, self.input_TI.mT),
             )
-            return layout.sum_by_sequence(product(sample.grad_TO, self.grad_TO.mT) * gram_KT)
+            return layout.sum_by_sequence(grad_KT * gram_KT)
         parts = []
         for grad_KO, input_KI in zip(
             sample.grad_TO.split(chunk), sample.input_TI.split(chunk), strict=True
@@ -190,7 +192,7 @@ class OuterGradients(PositionGradients):
 
         grams: Iterable[Tensor] = map(input_gram, layout.bounds)
         numbers = sum((end - start) ** 2 for start, end in layout.bounds)
-        if self._gram_itemsize * numbers <= memory.budget:
+        if self._wide.itemsize * numbers <= memory.budget:
             grams = memory.shared(
                 "norm", self.input_TI, layout, lambda: [input_gram(part) for part in layout.bounds]
             )
@@ -218,7 +220,7 @@ class OuterGradients(PositionGradients):
         """Return G_b of some sequences, in the workspace, restricted to some output features."""
         width = len(range(*features.indices(self.grad_TO.shape[1])))
         shape = (len(bounds), width, self.input_TI.shape[1])
-        buffer = memory.buffer(shape, self.grad_TO, wide_dtype(self.grad_TO.dtype))
+        buffer = memory.buffer(shape, self.grad_TO, self._wide)
         for out, (start, end) in zip(buffer, bounds, strict=True):
             product(self.grad_TO[start:end, features].mT, self.input_TI[start:end], out=out)
         return buffer

@@ -6,7 +6,7 @@ Legend for shape suffixes: B sequences of the microbatch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,10 +14,16 @@ import torch
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.records import LayerRecord, joined
-from proxstep.isopo.gradients import Layout, PositionGradients
+from proxstep.isopo.gradients import Layout, Memory, PositionGradients
 from proxstep.isopo.hooks import OWNERS, UNBOUND
-from proxstep.isopo.plan import Memory, Needs, Part, Statistics
-from proxstep.isopo.rule import Means, NaturalRule, Rule, fisher_squares
+from proxstep.isopo.plan import Needs, Statistics
+from proxstep.isopo.rule import (
+    Means,
+    NaturalRule,
+    Rule,
+    fisher_squares,
+    kernel_fisher_squares,
+)
 from proxstep.isopo.sampling import Samples
 from proxstep.typing import Bool, Float, Int, Tensor
 
@@ -75,6 +81,7 @@ class Microbatch:
         memory: The workspace.
         log: This microbatch's measurements are added to it.
         diagnose: Whether to measure and keep all statistics, the unneeded ones too.
+        measuring: Whether all gradients are to be zeros.
     """
 
     def __init__(
@@ -88,13 +95,15 @@ class Microbatch:
         log: Log,
         *,
         diagnose: bool = False,
+        measuring: bool = False,
     ) -> None:
         self.layout, self.sequences, self.samples = layout, sequences, samples
-        self.settings, self.diagnose = settings, diagnose
+        self.settings, self.diagnose, self._measuring = settings, diagnose, measuring
         self.needs = settings.needs
         if diagnose:
             self.needs = Needs(fisher=settings.fisher == "positions", norm=True, ntk=True)
         self.reduced: set[str] = set()
+        self._averages = set(settings.rule.averages)
         self._past, self._memory, self._log = past, memory, log
         self._related_BB = None
         if isinstance(settings.rule, NaturalRule) and settings.rule.interact == "group":
@@ -158,99 +167,84 @@ class Microbatch:
         Raises:
             ProxstepError: If the parameter's use was reduced before in this microbatch.
         """
-        self.claim(key)
-        needs, given = self.needs, key in self.sequences.fisher_sq
-        excluded = self.settings.only_linear and not gradients.is_matrix
-        if excluded or (needs == Needs() and not given):
-            return gradients.contract(self.layout.spread(-self.sequences.coefficient_B))
-        sample = None
-        if needs.fisher and not given:
-            sample = self.samples.of(key, gradients.at(self.samples.index_K))
-        measured = gradients.parts(
-            self.layout,
-            replace(needs, fisher=sample is not None),
-            sample,
-            self._memory,
-            separable=self.separable(key),
-        )
-        return self.weighted(key, measured, sample)
-
-    def claim(self, key: str) -> None:
-        """Note that a parameter's use is reduced now.
-
-        Raises:
-            ProxstepError: If it was before.
-        """
         if key in self.reduced:
             raise ProxstepError(
                 f"{key} was back-propagated twice in one microbatch: a sequence's gradient must "
                 "arrive whole; use one forward and one backward per isopo.microbatch(...)"
             )
         self.reduced.add(key)
-
-    def separable(self, key: str) -> bool:
-        """Whether a sequence's weight follows from its own statistics and the past's alone."""
-        rule, past = self.settings.rule, self._past.get(key, {})
-        if rule.interacting or self.settings.fisher == "sequences":
-            return False
-        needed = set(rule.averages)
-        if self.needs.fisher and key not in self.sequences.fisher_sq:
-            needed.add("fisher_sq")
-        return needed <= past.keys()
-
-    def weighted(
-        self, key: str, measured: Iterable[Part], sample: PositionGradients | None
-    ) -> Tensor:
-        """Return -sum_b weight_b G_b of a layer's parts; negated because `.grad` is to minimize."""
-        past, sequences = self._past.get(key, {}), self.sequences
+        rule, sequences, past = self.settings.rule, self.sequences, self._past.get(key, {})
+        given_B = sequences.fisher_sq.get(key)
+        needs = self.needs if given_B is None else replace(self.needs, fisher=False)
+        excluded = self.settings.only_linear and not gradients.is_matrix
+        if excluded or (needs == Needs() and given_B is None):
+            weight_B = -sequences.coefficient_B * (not self._measuring)
+            return gradients.contract(self.layout.spread(weight_B))
+        by_sequences = self.settings.fisher == "sequences"
+        wanted = {"fisher_sq", *self._averages} if needs.fisher else self._averages
+        separable = not (rule.interacting or by_sequences) and wanted <= past.keys()
+        sample, sample_sq_B, own_KB, moments = None, None, None, {}
+        if needs.fisher:
+            sample, sample_sq_B, own_KB, moments = self._sample(key, gradients, past)
         dtype = torch.promote_types(sequences.coefficient_B.dtype, torch.float32)
-        sample_sq, moments = self._sample_square(sample, past)
         total, records = None, []
-        for part in measured:
-            fisher_B = filled_B = None
-            if key in sequences.fisher_sq:
-                fisher_B = sequences.fisher_sq[key][part.sequences]
-            elif part.cross_KB is not None:
+        for part in gradients.parts(self.layout, needs, sample, self._memory, separable=separable):
+            fisher_B, filled_B = None if given_B is None else given_B[part.sequences], None
+            if part.cross_KB is not None and sample_sq_B is not None:
+                cross_KB = part.cross_KB
+                if own_KB is not None:
+                    cross_KB = cross_KB.masked_fill(own_KB[:, part.sequences], 0.0)
                 fisher_B, filled_B = fisher_squares(
-                    part.cross_KB, sample_sq, past, self.samples.over_ranks
+                    cross_KB, sample_sq_B[part.sequences], past, self.samples.over_ranks
                 )
-            elif self.settings.fisher == "sequences" and part.ntk_BB is not None:
-                fisher_B = part.ntk_BB.square().mean(dim=1)  # equation 2
             ntk_BB = part.ntk_BB
+            if by_sequences and given_B is None and ntk_BB is not None:
+                fisher_B = kernel_fisher_squares(ntk_BB)
             if ntk_BB is not None and self._related_BB is not None:
                 ntk_BB = ntk_BB * self._related_BB
             coefficient_B = sequences.coefficient_B[part.sequences]
             found = Statistics(coefficient_B, fisher_B, part.norm_sq_B, ntk_BB)
-            weight_B, more, report = self.settings.rule.weigh(found, past, self.samples.over_ranks)
-            total = part.add(-weight_B.to(dtype), total)
-            record = LayerRecord(
-                coefficient_B,
-                weight_B,
-                fisher_B,
-                filled_B,
-                part.norm_sq_B,
-                part.ntk_BB if self.diagnose else None,
-                None if sequences.group_B is None else sequences.group_B[part.sequences],
-                more,
-                report,
+            weight_B, more, report = rule.weigh(found, past, self.samples.over_ranks)
+            if self._measuring and filled_B is not None:
+                more = {name: value_B[~filled_B] for name, value_B in more.items()}
+            used_B = torch.zeros_like(weight_B) if self._measuring else -weight_B  # to minimize
+            total = part.add(used_B.to(dtype), total)
+            records.append(
+                LayerRecord(
+                    coefficient_B,
+                    weight_B,
+                    fisher_B,
+                    filled_B,
+                    part.norm_sq_B,
+                    part.ntk_BB if self.diagnose else None,
+                    None if sequences.group_B is None else sequences.group_B[part.sequences],
+                    {**moments, **more},
+                    report,
+                )
             )
-            records.append(record)
+            moments = {}
         assert total is not None
-        record = joined(records)
-        self._log.append((key, replace(record, moments={**moments, **record.moments})))
+        self._log.append((key, records[0] if len(records) == 1 else joined(records)))
         return total
 
-    def _sample_square(
-        self, sample: PositionGradients | None, past: Means
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return sum_k |G_k|^2, the estimate's denominator, and its mean for the trailing means."""
-        if sample is None:
-            return torch.zeros(()), {}
+    def _sample(
+        self, key: str, gradients: PositionGradients, past: Means
+    ) -> tuple[PositionGradients, Tensor, Tensor | None, dict[str, Tensor]]:
+        """Return the sample, each sequence's sum_k |G_k|^2, what that leaves out, and its mean."""
+        sample, own_KB = gradients.at(self.samples.index_K), None
+        if self.samples.exchanged:
+            sample, own_KB = self.samples.of(key, sample)
         square_K = sample.squares()
         mean = square_K.sum() / max(len(square_K), 1)
+        used = past.get("sample_sq", mean)
         trailing = self.settings.fisher_denominator == "trailing"
-        used = past.get("sample_sq", mean) if trailing else mean
-        return used * len(square_K), {"sample_sq": mean[None]}
+        if own_KB is None:
+            total = (used if trailing else mean) * len(square_K)
+            total_B = total.expand(len(self.sequences.coefficient_B))
+        else:
+            others_BK = (~own_KB).mT.to(square_K.dtype)
+            total_B = used * others_BK.sum(dim=1) if trailing else others_BK @ square_K
+        return sample, total_B, own_KB, {"sample_sq": mean[None]}
 
 
 class PlainSum:

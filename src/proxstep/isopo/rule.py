@@ -1,9 +1,8 @@
 """ISOPO's two rules: the weight of each sequence's gradient in one layer.
 
 A rule `needs` some statistics of the sequences' gradients G_b, and `weigh` makes weights of them;
-the layer's gradient is then sum_b weight_b G_b. Both rules are linear in the coefficients, so a
-normalization (by the number of sequences, of ranks) belongs into the coefficients, and never into
-the loss, whose scale would leak into the lengths.
+the layer's gradient is then sum_b weight_b G_b. Both rules are linear in the coefficients: that is
+where a normalization belongs, and never in the loss, whose scale would leak into the lengths.
 
 Legend for shape suffixes: B sequences of the microbatch, K sampled positions.
 """
@@ -37,9 +36,9 @@ def fisher_squares(
 
     Source: arXiv 2512.23353, equations 3 to 6.
 
-    Differs: a sequence that is orthogonal to every sampled position has the estimate 0 although
-        its gradient is not 0 (an embedding whose sampled tokens it does not contain), and figure 3
-        would scale it by 1e4. It gets the trailing mean, or without a past the others' mean.
+    Differs: a sequence that is orthogonal to all samples has the estimate 0 although its gradient
+        is not 0 (an embedding without its tokens), and figure 3 would scale it by 1e4. It gets the
+        trailing mean, or without a past the others' mean.
     """
     square_B = cross_KB.square().sum(dim=0) / sample_sq.clamp(min=torch.finfo(torch.float32).tiny)
     if "fisher_sq" in past:
@@ -47,6 +46,11 @@ def fisher_squares(
     else:
         mean = _mean(square_B, square_B.count_nonzero(), over_ranks)
     return torch.where(square_B == 0, mean, square_B), square_B == 0
+
+
+def kernel_fisher_squares(ntk_BB: Float[Tensor, "batch batch"]) -> Float[Tensor, " batch"]:
+    """Return F_b^2 = mean_c K_bc^2 (equation 2): the Fisher matrix of the sequences themselves."""
+    return ntk_BB.square().mean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ class IsometricRule:
     def powers(self) -> dict[str, float]:
         """The powers that are not 0, by the name of the squared length that they belong to."""
         powers = (self.fisher_power, self.norm_power, self.relative_fisher_power)
-        named = zip(("fisher_sq", "norm_sq", "relative_fisher_sq"), powers, strict=True)
-        return {name: power for name, power in named if power != 0}
+        names = ("fisher_sq", "norm_sq", "relative_fisher_sq")
+        return {name: p for name, p in zip(names, powers, strict=True) if p != 0}
 
     @property
     def averages(self) -> tuple[str, ...]:
@@ -133,8 +137,7 @@ class NaturalRule:
     """The interacting rule: sequences are mixed through the layer's neural tangent kernel.
 
     weight = (K + c I)^-1 coefficient with K_bc = <G_b, G_c> and c = ntk_damping * E[mean eigenvalue
-    of K]. The result depends on which sequences share a microbatch; with interact="group" only on
-    which share a group, as long as a group's sequences share a microbatch.
+    of K].
 
     Attributes:
         ntk_damping: c in units of the trailing mean eigenvalue; positive. Figure 7 has 1.0.
@@ -143,7 +146,7 @@ class NaturalRule:
         scale: "paper" as it is. "preserved" multiplies the additive form by c + E[mean eigenvalue],
             so that a direction of average eigenvalue keeps its REINFORCE weight.
         interact: "microbatch" mixes all sequences that share one, as in the paper. "group" mixes
-            those of a prompt, and leaves K's other entries out.
+            those of a prompt: as long as they share a microbatch, its others do not matter.
 
     Source: arXiv 2512.23353, section 3, figures 6 and 7.
     """
@@ -156,8 +159,8 @@ class NaturalRule:
 
     def __post_init__(self) -> None:
         if not self.ntk_damping > 0:
-            what = f"ntk_damping must be positive, got {self.ntk_damping}"
-            raise ProxstepError(f"{what}: the kernel alone can be singular")
+            what = f"must be positive, got {self.ntk_damping}: the kernel alone can be singular"
+            raise ProxstepError(f"ntk_damping {what}")
         if self.damping_form == "relative" and self.scale == "preserved":
             what = 'damping_form "relative" has no units to preserve'
             raise ProxstepError(f'{what}: use scale="paper"')
@@ -176,10 +179,8 @@ class NaturalRule:
         eigenvalue_B, eigenvector_BB = torch.linalg.eigh(ntk_BB)
         shifted_B = eigenvalue_B.clamp(min=0) + damping
         safe_B = torch.where(shifted_B > 0, shifted_B, torch.ones_like(shifted_B))
-        if self.damping_form == "relative":
-            numerator = damping
-        else:
-            numerator = mean + damping if self.scale == "preserved" else torch.ones_like(mean)
+        numerator = mean + damping if self.scale == "preserved" else torch.ones_like(mean)
+        numerator = damping if self.damping_form == "relative" else numerator
         filter_B = torch.where(shifted_B > 0, numerator / safe_B, 0.0)
         weight_B = eigenvector_BB @ (filter_B * (eigenvector_BB.mT @ found.coefficient_B.to(wide)))
         off_diagonal = 1 - diagonal_B.sum() / torch.where(total > 0, total, 1.0)

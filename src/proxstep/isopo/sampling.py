@@ -19,15 +19,14 @@ import torch
 import torch.distributed as dist
 
 from proxstep.errors import ProxstepError
+from proxstep.isopo import gathering
+from proxstep.isopo.gathering import Group, Kept, Rows, smallest
 from proxstep.isopo.gradients import KINDS, Layout, PositionGradients
 from proxstep.isopo.rule import OverRanks
 from proxstep.typing import Bool, Float, Int, Tensor
 
 OverlapPositions = Literal["all", "completion"]
 OverlapSource = Literal["microbatch", "ranks", "previous_step"]
-Group = dist.ProcessGroup | None
-Kept = dict[str, tuple[Tensor, PositionGradients]]
-"""Priorities and gradients of some positions, by parameter."""
 
 
 class Samples:
@@ -35,18 +34,23 @@ class Samples:
 
     Attributes:
         index_K: The microbatch's own positions that were drawn.
+        exchanged: Whether `of` gives others than the microbatch's own.
         over_ranks: Sums over the ranks that share the sample; None where none is shared.
     """
 
+    exchanged = False
     over_ranks: OverRanks = None
 
     def __init__(self, index_K: Int[Tensor, " samples"]) -> None:
         self.index_K = index_K
 
-    def of(self, key: str, own: PositionGradients) -> PositionGradients:
-        """Return a parameter's sample, given the gradients at the microbatch's own positions."""
+    def of(self, key: str, own: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
+        """Return a parameter's sample, given the gradients at the microbatch's own positions.
+
+        The second is where a sampled position (row) must not measure a sequence (column).
+        """
         del key
-        return own
+        return own, None
 
 
 class GatheredSamples(Samples):
@@ -55,21 +59,25 @@ class GatheredSamples(Samples):
     Every rank must run the same number of microbatches: each layer's backward is a collective.
     """
 
+    exchanged = True
+
     def __init__(
         self, priority_T: Float[Tensor, " positions"], count: int | None, group: Group
     ) -> None:
         self._group = group
         self.over_ranks = self._sum
         own_K = smallest(priority_T, count)
-        limit = torch.inf if count is None else _kth_smallest(priority_T[own_K], count, group)
+        limit = (
+            torch.inf if count is None else gathering.kth_smallest(priority_T[own_K], count, group)
+        )
         self.index_K = own_K[priority_T[own_K] <= limit]
         counts = torch.tensor([len(self.index_K)], device=priority_T.device)
-        self._counts = torch.cat(_all_gather(counts, group)).tolist()
+        self._counts = torch.cat(gathering.all_gather(counts, group)).tolist()
 
-    def of(self, key: str, own: PositionGradients) -> PositionGradients:
+    def of(self, key: str, own: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
         """Return the ranks' gradients, those of the first rank first."""
         del key
-        return _gather(own, self._counts, self._group)
+        return gathering.gather(own, self._counts, self._group), None
 
     def _sum(self, value: Tensor) -> Tensor:
         total = value.clone()
@@ -78,17 +86,38 @@ class GatheredSamples(Samples):
 
 
 class CarriedSamples(Samples):
-    """Positions of the previous optimizer step, kept over from it; the first step uses its own."""
+    """Positions of the previous optimizer step, kept over from it; without any, its own.
 
-    def __init__(self, store: SampleStore, priority_T: Float[Tensor, " positions"]) -> None:
-        super().__init__(smallest(priority_T, store.count))
-        self._store, self._priority_K = store, priority_T[self.index_K]
+    A sequence is not measured by its own positions, which lie in its direction more than others do,
+    where the sample holds some: in the first step, of which the sample was drawn beforehand, and
+    where the same sequences make several steps. In the first step its prompt's do not count either,
+    since in later ones they will not be there.
+    """
 
-    def of(self, key: str, own: PositionGradients) -> PositionGradients:
+    exchanged = True
+
+    def __init__(self, store: SampleStore, own: Rows, whose: Rows, *, first: bool) -> None:
+        super().__init__(smallest(own.priority_K, store.count))
+        self._store, self._own = store, own.at(self.index_K)
+        self._whose, self._first = whose, first
+        self._excluded: tuple[Rows, Tensor] | None = None
+
+    def of(self, key: str, own: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
         """Return what was kept of the previous step, and keep this microbatch's for the next."""
-        self._store.add(key, self._priority_K, own)
+        self._store.add(key, self._own, own)
+        if key not in self._store.current:
+            return own, None
+        rows, sample = self._store.current[key]
         device = own.first.device  # a checkpoint's may be another
-        return self._store.current.get(key, own).map(lambda value: value.to(device))
+        if self._excluded is None or self._excluded[0] is not rows:
+            self._excluded = (rows, self._own_rows(rows, device))
+        return sample.map(lambda value: value.to(device)), self._excluded[1]
+
+    def _own_rows(self, rows: Rows, device: torch.device) -> Bool[Tensor, "samples batch"]:
+        own_KB = rows.key_K.to(device)[:, None] == self._whose.key_K.to(device)
+        if self._first:
+            own_KB |= rows.group_K.to(device)[:, None] == self._whose.group_K.to(device)
+        return own_KB & ~own_KB.all(dim=0)  # where there are no others, its own have to do
 
 
 class SampleStore:
@@ -100,17 +129,23 @@ class SampleStore:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.current: dict[str, PositionGradients] = {}
+        self.current: Kept = {}
         self._pending: Kept = {}
+        self._merged: tuple[Rows, Rows, Tensor, Rows] | None = None
 
-    def add(self, key: str, priority_K: Tensor, gradients: PositionGradients) -> None:
+    def add(self, key: str, rows: Rows, gradients: PositionGradients) -> None:
         """Keep the K smallest priorities of those kept before and these."""
+        if len(rows.priority_K) > self.count:
+            index_K = smallest(rows.priority_K, self.count)
+            rows, gradients = rows.at(index_K), gradients.at(index_K)
         if key in self._pending:
-            old_priority_K, old = self._pending[key]
-            priority_K = torch.cat([old_priority_K, priority_K])
-            gradients = _both(old, gradients)
-        index_K = smallest(priority_K, self.count)
-        self._pending[key] = (priority_K[index_K], gradients.at(index_K))
+            old, kept = self._pending[key]
+            if self._merged is None or self._merged[0] is not old or self._merged[1] is not rows:
+                both = Rows(*(torch.cat(pair) for pair in zip(old, rows, strict=True)))
+                index_K = both.priority_K.argsort(stable=True)[: self.count]
+                self._merged = (old, rows, index_K, both.at(index_K))  # other parameters' as well
+            rows, gradients = self._merged[3], _both(kept, gradients).at(self._merged[2])
+        self._pending[key] = (rows, gradients)
 
     def fold(self, group: Group) -> None:
         """End the optimizer step: what was kept is the sample from now on.
@@ -120,24 +155,23 @@ class SampleStore:
         """
         kept = self._pending
         if dist.is_initialized():
-            kept = _merge(kept, self.count, group)
-        self.current |= {key: gradients for key, (_, gradients) in kept.items()}
-        self._pending = {}
+            kept = gathering.merge(kept, self.count, group)
+        self.current |= kept
+        self._pending, self._merged = {}, None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs: the tensors of each parameter's sample."""
+        """Return what a checkpoint needs: each parameter's sample, as tensors and numbers."""
         return {
-            key: {"kind": type(sample).__name__, **vars(sample)}
-            for key, sample in self.current.items()
+            key: {"kind": type(sample).__name__, "rows": tuple(rows), **vars(sample)}
+            for key, (rows, sample) in self.current.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the sample by that of `state_dict`, and forget what is pending."""
-        self._pending = {}
-        self.current = {
-            key: KINDS[of["kind"]](**{name: of[name] for name in of if name != "kind"})
-            for key, of in state.items()
-        }
+        self._pending, self._merged, self.current = {}, None, {}
+        for key, of in state.items():
+            fields = {name: value for name, value in of.items() if name not in ("kind", "rows")}
+            self.current[key] = (Rows(*of["rows"]), KINDS[of["kind"]](**fields))
 
 
 class Drawing:
@@ -160,6 +194,7 @@ class Drawing:
         self._count, self._positions, self._source = count, positions, source
         self._seed, self._group = seed, group
         self._seen: set[int] = set()
+        self._count_of_step = 0
         self._store: SampleStore | None = None
         if source == "previous_step":
             if count is None:
@@ -174,7 +209,8 @@ class Drawing:
         layout: Layout,
         completion_mask: Bool[Tensor, "rows columns"] | None,
         sequence_keys: Int[Tensor, " batch"] | None,
-        place: tuple[int, int],
+        groups: Int[Tensor, " batch"] | None,
+        step: int,
     ) -> Samples:
         """Return a microbatch's sample.
 
@@ -182,7 +218,8 @@ class Drawing:
             layout: Its positions.
             completion_mask: True at completion positions.
             sequence_keys: A number for each sequence that no other one of the step has.
-            place: The optimizer step and the microbatch in it.
+            groups: Each sequence's prompt.
+            step: Number of the optimizer step.
 
         Raises:
             ProxstepError: If an argument is missing or wrong, or a sequence was seen before.
@@ -196,19 +233,32 @@ class Drawing:
                 )
             eligible_T = _predicting(completion_mask).reshape(-1)
             eligible_T = eligible_T if layout.order_T is None else eligible_T[layout.order_T]
-        seeds = self._seeds(sequence_keys, layout.num_sequences, place)
+        keys = self._keys(sequence_keys, layout.num_sequences, step)
+        seeds = [_mix(self._seed, step, key) for key in keys]
         priority_T = sample_priorities(layout, seeds, eligible_T)
         if self._store is not None:
-            return CarriedSamples(self._store, priority_T)
+            key_B = torch.tensor(keys, device=priority_T.device)
+            group_B = key_B if groups is None else groups.to(key_B)
+            padding = key_B.new_full((1,), -1)
+            whose_T = [torch.cat([of_B, padding])[layout.sequence_T] for of_B in (key_B, group_B)]
+            whose = Rows(priority_T[:0], key_B, group_B)
+            own = Rows(priority_T, *whose_T)
+            return CarriedSamples(self._store, own, whose, first=step == 0)
         if self._source == "ranks" and dist.is_initialized():
             return GatheredSamples(priority_T, self._count, self._group)
         return Samples(smallest(priority_T, self._count))
+
+    @property
+    def carries(self) -> bool:
+        """Whether samples are carried over from one step to the next."""
+        return self._store is not None
 
     def end_step(self) -> None:
         """End the optimizer step: its sample is carried over, its sequences are forgotten."""
         if self._store is not None:
             self._store.fold(self._group)
         self._seen.clear()
+        self._count_of_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is carried over; empty where nothing is."""
@@ -220,20 +270,21 @@ class Drawing:
         if self._store is not None:
             self._store.load_state_dict(state)
 
-    def _seeds(self, sequence_keys: Tensor | None, count: int, place: tuple[int, int]) -> list[int]:
-        """Return a seed for each sequence; equal keys in equal steps give equal ones."""
-        step, microbatch = place
+    def _keys(self, sequence_keys: Tensor | None, count: int, step: int) -> list[int]:
+        """Return a number for each sequence; by default they are counted, on each rank."""
         if sequence_keys is None:
-            if self._source != "microbatch":
+            if self._source == "ranks":
                 raise ProxstepError(
-                    f'overlap_source="{self._source}" needs sequence_keys: a number for each '
-                    "sequence that no other one of the optimizer step has, on any rank"
+                    'overlap_source="ranks" needs sequence_keys: a number for each sequence that '
+                    "no other one of the optimizer step has, on any rank"
                 )
             rank = dist.get_rank(self._group) if dist.is_initialized() else 0
-            return [_mix(self._seed, step, rank, microbatch, b) for b in range(count)]
+            first = ((step % 2**20) << 42) + (rank << 26) + self._count_of_step
+            self._count_of_step += count
+            return list(range(first, first + count))
         keys = everyone = sequence_keys.tolist()
         if self._source == "ranks" and dist.is_initialized():
-            everyone = keys_on_all_ranks(keys, self._group)
+            everyone = gathering.keys_on_all_ranks(keys, self._group)
         twice = [key for key, times in Counter(everyone).items() if key in self._seen or times > 1]
         if len(keys) != count or twice:
             raise ProxstepError(
@@ -242,7 +293,7 @@ class Drawing:
                 + ": a sequence must be whole in one microbatch"
             )
         self._seen.update(everyone)
-        return [_mix(self._seed, step, key) for key in keys]
+        return keys
 
 
 def sample_priorities(
@@ -270,12 +321,6 @@ def sample_priorities(
     return priority_T if eligible_T is None else priority_T.masked_fill(~eligible_T, torch.inf)
 
 
-def smallest(priority_T: Float[Tensor, " positions"], count: int | None) -> Int[Tensor, " samples"]:
-    """Return the positions of the `count` smallest finite numbers, or of all of them."""
-    order_T = priority_T.argsort(stable=True)[: int(priority_T.isfinite().sum())]
-    return order_T if count is None else order_T[:count]
-
-
 def _predicting(completion_mask: Tensor) -> Tensor:
     """Return the positions whose next one belongs to a completion: the prompt's last is one."""
     following = torch.zeros_like(completion_mask)
@@ -287,92 +332,6 @@ def _mix(*numbers: int) -> int:
     """Return a seed that depends on all the numbers."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def keys_on_all_ranks(keys: list[int], group: Group) -> list[int]:
-    """Return the keys of all ranks' sequences; every rank must call it."""
-    everyone: list[list[int]] = [[]] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, keys, group=group)
-    return [key for rank in everyone for key in rank]
-
-
-def _merge(kept: Kept, count: int, group: Group) -> Kept:
-    """Return the samples of the smallest priorities among all ranks', the same on each of them."""
-    own = {key: len(priority_K) for key, (priority_K, _) in kept.items()}
-    everyone: list[dict[str, int]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, own, group=group)
-    rows = {key: max(rank.get(key, -1) for rank in everyone) for rank in everyone for key in rank}
-    merged = {}
-    for key, longest in sorted(rows.items()):
-        if not all(key in rank for rank in everyone):
-            raise ProxstepError(
-                f'{key} received a gradient on some ranks alone: overlap_source="previous_step" '
-                "needs every parameter's on every rank"
-            )
-        merged[key] = _merge_one(*kept[key], longest, count, group)
-    if merged:
-        _check_distinct(next(iter(merged.values()))[0])
-    return merged
-
-
-def _merge_one(
-    priority_K: Tensor, gradients: PositionGradients, longest: int, count: int, group: Group
-) -> tuple[Tensor, PositionGradients]:
-    """Merge the samples of one parameter, of which every rank has its smallest priorities first.
-
-    Gradients are gathered only of the rows that are in the result.
-    """
-    parts = _all_gather(_pad(priority_K, longest, torch.inf), group)
-    every = torch.cat(parts)
-    chosen_K = every[smallest(every, count)]
-    limit = chosen_K[-1] if len(chosen_K) else -torch.inf
-    counts = (torch.stack(parts) <= limit).sum(dim=1).tolist()
-    own = gradients.at(torch.arange(counts[dist.get_rank(group)], device=priority_K.device))
-    index_K = smallest(_join(parts, counts), count)
-    return chosen_K, _gather(own, counts, group).at(index_K)
-
-
-def _check_distinct(priority_K: Tensor) -> None:
-    """Refuse equal priorities, which come from equal keys alone."""
-    if len(priority_K.unique()) < len(priority_K):
-        raise ProxstepError(
-            "two ranks have a sequence with the same one of sequence_keys in this optimizer step: "
-            "give every sequence a number of its own, on any rank"
-        )
-
-
-def _kth_smallest(own_K: Tensor, count: int, group: Group) -> float:
-    """Return the count-th smallest priority of all ranks, or infinity where there are fewer."""
-    everyone = torch.cat(_all_gather(_pad(own_K, count, torch.inf), group))
-    return everyone.sort().values[count - 1].item()
-
-
-def _gather(gradients: PositionGradients, counts: list[int], group: Group) -> PositionGradients:
-    """Concatenate the ranks' gradients, of which each has so many rows.
-
-    A collective takes equal parts: they are filled up on the way.
-    """
-
-    def gathered(value: Tensor) -> Tensor:
-        return _join(_all_gather(_pad(value, max(counts), 0), group), counts)
-
-    return gradients.map(gathered)
-
-
-def _join(parts: list[Tensor], counts: list[int]) -> Tensor:
-    """Concatenate so many rows of each part."""
-    return torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)])
-
-
-def _pad(value: Tensor, rows: int, fill: float) -> Tensor:
-    missing = value.new_full((rows - len(value), *value.shape[1:]), fill)
-    return torch.cat([value, missing]).contiguous()
-
-
-def _all_gather(value: Tensor, group: Group) -> list[Tensor]:
-    parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, value.contiguous(), group=group)
-    return parts
 
 
 def _both(first: Any, second: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -25,7 +26,7 @@ from proxstep.isopo.coverage import (
 )
 from proxstep.isopo.diagnostics.records import LayerRecord, step_means
 from proxstep.isopo.diagnostics.step import StepDiagnostics, diagnose
-from proxstep.isopo.gradients import make_layout
+from proxstep.isopo.gradients import Memory, make_layout
 from proxstep.isopo.hooks import unpatch
 from proxstep.isopo.microbatch import (
     Denominator,
@@ -38,7 +39,7 @@ from proxstep.isopo.microbatch import (
     Settings,
     check_coefficients,
 )
-from proxstep.isopo.plan import MEMORY_BUDGET, Memory
+from proxstep.isopo.plan import MEMORY_BUDGET
 from proxstep.isopo.rule import PRESETS, NaturalRule, Rule
 from proxstep.isopo.sampling import Drawing, OverlapPositions, OverlapSource
 from proxstep.isopo.trailing import TrailingMeans
@@ -136,6 +137,7 @@ class Isopo:
         self._log: Log = []
         self._diagnosing = False
         self._step, self._microbatch = 0, 0
+        self._measuring, self._passes = False, 0
         self._versions: dict[int, int] = {}
         self._frozen = freeze_others(model) if other_parameters == "freeze" else []
         self._modules = install(model, self._router)
@@ -190,8 +192,7 @@ class Isopo:
         layout = make_layout(sequence_ids, len(coefficients))
         sequences = Sequences(coefficients.detach(), groups, dict(fisher_squares or {}))
         self._check_sequences(sequences)
-        place = (self._step, self._microbatch)
-        samples = self._drawing.draw(layout, completion_mask, sequence_keys, place)
+        samples = self._drawing.draw(layout, completion_mask, sequence_keys, groups, self._step)
         microbatch = Microbatch(
             layout,
             sequences,
@@ -201,6 +202,7 @@ class Isopo:
             self._memory,
             self._log,
             diagnose=self.diagnose,
+            measuring=self._measuring,
         )
         self._diagnosing |= self.diagnose
         before = gradient_stamps(self._modules)
@@ -214,6 +216,47 @@ class Isopo:
             self._memory.release()
         if microbatch.reduced:
             check_bypassed(self._modules, microbatch.reduced, before)
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether a measuring pass should come first: see `measuring`."""
+        sampled = self._settings.needs.fisher
+        passes = 2 if sampled and self._drawing.carries else 0
+        denominators = sampled and self._settings.fisher_denominator == "trailing"
+        passes = passes or int(bool(self.rule.averages or denominators))
+        return self._step == 0 and self._passes < passes
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure what the very first update builds on, and leave its gradients zero.
+
+            while isopo.needs_past:
+                with isopo.measuring():
+                    ...  # forward and backward of all microbatches of the first optimizer step
+
+        Trailing means, and the positions of a previous step, have no past in the first step: by
+        itself each microbatch would make its own, and the gradient would depend on how the step was
+        cut. One pass or two are needed, or none; torch's random numbers go on as if there had been
+        none. Leave losses inside `off()` out: their gradients would be added.
+        """
+        if self._router.active is not None or self._log:
+            raise ProxstepError("measuring() comes before the first microbatch of a step")
+        collecting = self._drawing.carries and not self._passes
+        devices = {p.device for _, p in uses(self._modules) if p.device.type == "cuda"}
+        self._measuring = True
+        try:
+            with torch.random.fork_rng(sorted(device.index for device in devices)):
+                yield
+        finally:
+            self._measuring = False
+        self._passes += 1
+        measured = [] if collecting and self._settings.needs.fisher else self._log
+        for key, record in measured:
+            self.trailing.add(key, record.moments)
+        self._log, self._diagnosing, self._microbatch = [], False, 0
+        self.trailing.fold(self.process_group)
+        self._drawing.end_step()
+        self._router.forget()
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -68,6 +68,32 @@ class IsopoTrainer(PolicyTrainer):
             self._open = None
         return backpropagated if self._value is None else self._value
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Give ISOPO a past before the first update, which needs the step's microbatches."""
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._open is not None:
+            while self.isopo.needs_past:
+                self._measure()
+        return inputs
+
+    def _measure(self) -> None:
+        """Run the first optimizer step's microbatches for ISOPO's statistics alone.
+
+        Where a step accumulates over several generations, only the first of them is there.
+        """
+        logged = {name: list(values) for name, values in self._metrics["train"].items()}
+        model = self.model_wrapped
+        with self.isopo.measuring(), self.accelerator.no_sync(model):
+            for inputs in self._buffered_inputs[: self.current_gradient_accumulation_steps]:
+                counted_B = response_mask(inputs).any(dim=1)
+                if counted_B.any():
+                    with ExitStack() as opened:
+                        with self.compute_loss_context_manager():
+                            objective, _ = self._objective(opened, model, inputs, counted_B)
+                        self.accelerator.backward(objective)
+        self._metrics["train"].clear()
+        self._metrics["train"].update(logged)
+
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         """Return what training back-propagates: in it, the sum of log-probabilities.
 
@@ -87,7 +113,15 @@ class IsopoTrainer(PolicyTrainer):
                 other_loss = self._score(model, inputs).other_loss
                 self.accelerator.backward(other_loss)
             other_value = other_loss.detach()
-        microbatch = self._open.enter_context(
+        objective, value = self._objective(self._open, model, inputs, counted_B)
+        self._value = value + other_value
+        return objective
+
+    def _objective(
+        self, opened: ExitStack, model: Any, inputs: Any, counted_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Open a microbatch; return its sum of log-probabilities, and the loss's value."""
+        microbatch = opened.enter_context(
             self.isopo.microbatch(
                 _sequence_ids(inputs, counted_B),
                 torch.zeros(int(counted_B.sum()), device=counted_B.device),
@@ -99,8 +133,7 @@ class IsopoTrainer(PolicyTrainer):
         scored = self._score(model, inputs)
         coefficient_B, value = self._coefficients(scored, inputs)
         microbatch.set_coefficients(coefficient_B[counted_B])
-        self._value = value + other_value
-        return microbatch.objective(scored.log_prob_BT, scored.response_BT)
+        return microbatch.objective(scored.log_prob_BT, scored.response_BT), value
 
     def _keys(self, inputs: Any) -> Tensor:
         """Return a number for each sequence that no other one of the optimizer step has.

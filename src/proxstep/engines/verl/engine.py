@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ class IsopoEngine(FSDPEngineWithLMHead):
             data[GROUP] = numbered(list(tu.get(data, "uid")))
         terms = taken_apart(loss_function)
         try:
+            while self.isopo.needs_past:  # before the very first update
+                with self.isopo.measuring():
+                    policy_alone = replace(terms, has_others=False)
+                    super().forward_backward_batch(data, policy_alone, forward_only=False)
+                    self._open.close()
             return super().forward_backward_batch(data, terms, forward_only=False)
         finally:
             self._open.close()

@@ -48,7 +48,7 @@ def joined(parts: Sequence[LayerRecord]) -> LayerRecord:
     def join(values: list[Any]) -> Any:
         first = values[0]
         if isinstance(first, Mapping):
-            return {key: join([value[key] for value in values]) for key in first}
+            return {key: join([value[key] for value in values if key in value]) for key in first}
         return torch.cat(values) if isinstance(first, Tensor) else first
 
     if len(parts) == 1:
