@@ -28,6 +28,7 @@ from tests.verl.verl_data import (
     estimated,
     padded_batch,
     rollout,
+    verl_batch,
 )
 from torch import Tensor, nn
 from verl.trainer.config import RolloutCorrectionConfig
@@ -326,6 +327,37 @@ def test_other_terms_keep_their_plain_gradient(
     options = {"calculate_entropy": entropy > 0}
     error = compare(case, data, torch.randn(8), recipe, ranks, extra=extra, options=options)
     assert error <= 1e-5
+
+
+# -- how a mini-batch is cut -----------------------------------------------------------------------
+
+
+def gradients_of_steps(
+    folder: Path, geometry: dict[str, Any], size: int
+) -> list[dict[str, Tensor]]:
+    """Two optimizer steps' gradients at a learning rate of 0, in micro-batches of a size."""
+    saved_model(folder / "model")
+    case = Case(str(folder / "model"), geometry, micro_batch=size, optimizer={"lr": 0.0})
+    engine, loss_function = made_engine(case)
+    found = []
+    for seed in (15, 16):
+        data = rollout(seed)
+        batch = verl_batch(data, torch.randn(8), **options_of(case, data))
+        found.append(trained(engine, loss_function, batch)[1])
+    return found
+
+
+@pytest.mark.parametrize("scale", ["preserved", "paper"])
+def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path: Path, scale: str) -> None:
+    """From the very first step on: what it builds on is measured before it."""
+    geometry = {"rule": "isopo", "overlap_source": "previous_step", "num_overlap_positions": 20}
+    geometry["scale"] = scale
+    whole = gradients_of_steps(tmp_path, geometry, 8)
+    for size in (4, 2, 1):
+        for found, expected in zip(
+            gradients_of_steps(tmp_path, geometry, size), whole, strict=True
+        ):
+            assert difference(found, expected) <= 1e-5
 
 
 # -- what else a batch may be ----------------------------------------------------------------------
