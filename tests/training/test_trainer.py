@@ -263,6 +263,18 @@ def test_lora_trains_adapters_alone_and_resumes(tmp_path: Path, algorithm: str) 
     assert records(folder)[-1]["kl_policy_initial"] > 0
 
 
+def test_adapters_follow_from_the_seed(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        torch.seed()
+        recipe = tiny_recipe(tmp_path / name, steps=1, model={"lora": {"rank": 2}})
+        lifecycle.train(recipe, Silent())
+    first, second = (
+        load_file(latest_checkpoint(tmp_path / name) / "adapter_model.safetensors")
+        for name in ("first", "second")
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_optimizers_and_schedule(tmp_path: Path) -> None:
     optimizer = {"name": "sgd", "learning_rate": 0.5, "momentum": 0.9, "warmup_updates": 3}
     lifecycle.train(tiny_recipe(tmp_path / "run", steps=3, optimizer=optimizer), Silent())

@@ -62,6 +62,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
     source = model_source(recipe, progress.note)
     tokenizer, prompts = _tokenized(recipe, source)
     device = pick_device(recipe.device)
+    torch.manual_seed(recipe.seed)  # adapters are drawn at random
     model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
     trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
     folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
