@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -254,11 +254,14 @@ def _weights(
     fisher_DD: Tensor,
     trailing: TrailingMeans,
 ) -> Tensor:
-    """Return the rule's weights, with the whole of theta as its one layer and the exact F."""
+    """Return the rule's weights, with the whole of theta as its one layer and the exact F.
+
+    The scale is the paper's: updates are scaled by what they spend.
+    """
     fisher_sq_B = ((score_BD @ fisher_DD) * score_BD).sum(dim=1)
     ntk_BB = score_BD @ score_BD.mT
     found = Statistics(coefficient_B, fisher_sq_B, score_BD.square().sum(dim=1), ntk_BB)
-    weight_B, moments, _ = rule.weigh(found, trailing.of("theta"))
+    weight_B, moments, _ = replace(rule, scale="paper").weigh(found, trailing.of("theta"))
     trailing.add("theta", moments)
     return weight_B
 
