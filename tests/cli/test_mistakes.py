@@ -73,7 +73,7 @@ class TestMistakesOnTheCommandLine:
             ),
             (
                 ["train", "tiny.yaml", "--objective.mu=1"],
-                "unknown key objective.mu (known here: ad",
+                "unknown key objective.mu (known here: ",
             ),
             (["train", "tiny.yaml", "--engine", "nccl"], "'nccl'"),
             (["train", "tiny.yaml", "--resume"], "--resume: expected one"),

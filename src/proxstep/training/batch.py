@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,14 +86,10 @@ class Batch:
         """Return the same without the columns that are padding in every row."""
         columns = self.completions.used_columns()
         old = self.old_log_prob_BT
-        return Batch(
-            self.completions.columns(columns),
-            self.signal_B,
-            self.group_B,
-            self.index_B,
-            None if old is None else old[:, columns.start : columns.stop - 1],
-            self.importance_B,
-            self.hyper,
+        return replace(
+            self,
+            completions=self.completions.columns(columns),
+            old_log_prob_BT=None if old is None else old[:, columns.start : columns.stop - 1],
         )
 
 
@@ -222,9 +218,9 @@ def _batch(
     to_sampler = objective.algorithm.ratio_to_sampler
     if objective.reads_old_policy or (update.num_updates > 1 and not to_sampler):
         with clock.phase("log_probs"):
-            old_log_prob_BT = (
-                _log_probs(recipe, model, completions) if log_prob_BT is None else log_prob_BT
-            )
+            if log_prob_BT is None:
+                log_prob_BT = _log_probs(recipe, model, completions)
+        old_log_prob_BT = log_prob_BT
         old_policy = OldPolicy(
             old_log_prob_BT,
             completions.response_BT[:, 1:],

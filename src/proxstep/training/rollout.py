@@ -55,12 +55,12 @@ class Completions:
         """Return the chosen columns of every row."""
         start, stop, _ = columns.indices(self.token_BT.shape[1])
         sampler = self.sampler_log_prob_BT
-        return Completions(
-            self.token_BT[:, columns],
-            self.attention_BT[:, columns],
-            self.response_BT[:, columns],
-            self.truncated_B,
-            None if sampler is None else sampler[:, start : stop - 1],
+        return replace(
+            self,
+            token_BT=self.token_BT[:, columns],
+            attention_BT=self.attention_BT[:, columns],
+            response_BT=self.response_BT[:, columns],
+            sampler_log_prob_BT=None if sampler is None else sampler[:, start : stop - 1],
         )
 
     def used_columns(self) -> slice:
