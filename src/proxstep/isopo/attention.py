@@ -55,7 +55,7 @@ def _forward(
     keys = (site.key("in_proj_weight"), site.key("in_proj_bias"))
     weights = (self.in_proj_weight, self.in_proj_bias)
     packed = routed_linear(x_TBF, *weights, owner, keys, columns_first=True)
-    heads = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 1, 3, 0, 4)
+    heads = packed.reshape(*x_TBF.shape[:2], 3, self.num_heads, -1).permute(2, 1, 3, 0, 4)
     mask = _mask(attn_mask, key_padding_mask, heads)
     dropout = self.dropout if self.training else 0.0
     weight_BHTT = None

@@ -27,18 +27,32 @@ from proxstep.isopo.linear import routed_linear
 from proxstep.isopo.vector import repeated, routed_layer_norm
 from proxstep.typing import Tensor
 
-_VIEWS = {
-    *("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone"),
-    *("view", "view_as", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "transpose"),
-    *("swapaxes", "permute", "movedim", "t", "T", "mT", "narrow", "__getitem__"),
-}
+
+def _forms_of(names: str) -> frozenset[Any]:
+    """Return functions by name: torch's, methods, reflected, in place, and attributes."""
+    found = []
+    for name in names.split():
+        forms = (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__")
+        for form in forms:
+            for place in (torch, nn.functional, Tensor):
+                function = getattr(place, form, None)
+                if callable(function):
+                    found.append(function)
+                elif hasattr(function, "__get__"):
+                    found.append(function.__get__)  # an attribute, as a mode is handed it
+    return frozenset(found)
+
+
+_VIEWS = _forms_of(
+    "to float double half bfloat16 type type_as contiguous clone view view_as reshape unsqueeze "
+    "squeeze flatten unflatten transpose swapaxes permute movedim t T mT narrow getitem"
+)
 """Operations whose result has the same numbers: a gradient by it is one by the parameter."""
-_POINTWISE = {
-    *("add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "neg"),
-    *("negative", "abs", "square", "sqrt", "rsqrt", "exp", "log", "sigmoid", "tanh", "relu"),
-    *("gelu", "silu", "softplus", "pow", "reciprocal", "clamp", "addcmul", "maximum", "minimum"),
-    *("where", "lerp", "erf", "sin", "cos"),
-}
+_POINTWISE = _forms_of(
+    "add sub subtract mul multiply div divide truediv true_divide neg negative abs square sqrt "
+    "rsqrt exp log sigmoid tanh relu gelu silu softplus pow reciprocal clamp addcmul maximum "
+    "minimum where lerp erf sin cos"
+) | {torch.rsub}
 
 
 # -- which modules ---------------------------------------------------------------------------------
@@ -58,19 +72,23 @@ def _has_own_forward(module: nn.Module) -> bool:
     forward = type(module).forward
     if forward is nn.Module.forward or forward.__module__.startswith("torch."):
         return False
-    return any(True for _ in module.parameters(recurse=False))
+    return _has_parameters(module)
 
 
 def _borrows(module: nn.Module) -> bool:
     """Whether a module may use another one's weight through F.linear."""
-    return not any(True for _ in module.parameters(recurse=False)) and _calls_linear(module)
+    return not _has_parameters(module) and _calls_linear(module)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 @covers(lambda m: _has_own_forward(m) and _calls_linear(m), matrices=("weight",), last=True)
 @covers(_has_own_forward, last=True)
 @covers(_borrows, borrows=True, last=True)
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    found = owner_of(self, borrows=_borrows(self))
+    found = owner_of(self, borrows=not _has_parameters(self))
     if found is None:
         return type(self).forward(self, *args, **kwargs)
     with _Watch(self, (*args, *kwargs.values()), *found):
@@ -97,7 +115,7 @@ class _Watch(TorchFunctionMode):
         self._uses: dict[str, int] = {}
         self._spread: dict[tuple[int, tuple[int, ...]], Tensor] = {}
         self._names: dict[int, tuple[Tensor, str, Tensor]] = {}
-        self._borrowed = not any(True for _ in module.parameters(recurse=False))
+        self._borrowed = not _has_parameters(module)
         place = f"@{site.name or type(module).__name__}" if self._borrowed else ""
         for name, parameter in module.named_parameters(recurse=self._borrowed):
             if parameter.requires_grad and not owner.spares(parameter):
@@ -120,18 +138,17 @@ class _Watch(TorchFunctionMode):
         routed = _ROUTES.get(func)
         if routed is not None:
             return routed(self, *args, **kwargs)
-        name = _name_of(func)
-        if name == "__getitem__" and any(True for _ in _tensors(args[1:], {})):
+        if func is Tensor.__getitem__ and any(True for _ in _tensors(args[1:], {})):
             return self._rows(*args)
-        if name in _VIEWS and self._is_ours(args[0]):
+        if func in _VIEWS and self._is_ours(args[0]):
             return self._view(args[0], func(*args, **kwargs))
-        if name in _POINTWISE and not self._borrowed:
+        if func in _POINTWISE and not self._borrowed:
             return self._pointwise(func, args, kwargs)
         result = func(*args, **kwargs)
         if self._borrowed or not any(x.requires_grad for x in _tensors((result,), {})):
             return result
         for value in filter(self._is_ours, [*_tensors(args, kwargs)]):
-            self._spare(value, name)
+            self._spare(value, _name_of(func))
         return result  # not called again, which a checkpointed forward would notice
 
     def key(self, value: Tensor | None) -> str:
@@ -207,8 +224,11 @@ class _Watch(TorchFunctionMode):
 
     def _pointwise(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run an elementwise operation with the parameters repeated over the positions."""
-        others = [x for x in _tensors(args, kwargs) if not self._is_ours(x) and x.dim() > 1]
-        like = max(others, key=Tensor.dim, default=self._input)
+        like = None
+        for x in _tensors(args, kwargs):
+            if x.dim() > 1 and not self._is_ours(x) and (like is None or x.dim() > like.dim()):
+                like = x
+        like = self._input if like is None else like
 
         def spread(value: Any) -> Any:
             return self._over(value, like) if isinstance(value, Tensor) else value
@@ -295,17 +315,8 @@ def _position_axes(x: Tensor, grid: tuple[int, int] | None) -> tuple[int, ...] |
 
 
 def _name_of(func: Any) -> str:
-    """Return an operation's name without what tells in-place, reflected and method forms apart."""
     name = getattr(func, "__name__", str(func))
-    if name == "__get__":
-        return getattr(func.__self__, "__name__", name)
-    if name in _VIEWS:
-        return name
-    bare = name.strip("_")
-    for prefix in ("r", "i"):
-        if name.startswith(f"__{prefix}") and bare[1:] in (*_POINTWISE, "truediv"):
-            bare = bare[1:]
-    return "div" if bare == "truediv" else bare
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
 
 
 def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
