@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from proxstep.logprobs.logits import token_log_probs
+from proxstep.logprobs.tokens import token_log_probs
 from proxstep.typing import Float, Int, Tensor
 
 

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from proxstep.errors import ProxstepError
-from proxstep.logprobs.logits import token_log_probs
+from proxstep.logprobs.tokens import token_log_probs
 from proxstep.typing import Bool, Float, Int, Tensor
 
 Logits = Callable[[nn.Module], Tensor]

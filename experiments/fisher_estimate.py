@@ -46,7 +46,7 @@ from proxstep.config.loading import load_recipe
 from proxstep.isopo import Isopo
 from proxstep.isopo.gradients import Memory, PositionGradients
 from proxstep.isopo.linear import OuterGradients
-from proxstep.logprobs.logits import entropy, token_log_probs
+from proxstep.logprobs.tokens import entropy, token_log_probs
 from proxstep.runs.folder import describe_machine
 from proxstep.tasks import Example, arithmetic_task
 from proxstep.training.demo_model import solution_loss

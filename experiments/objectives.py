@@ -34,7 +34,7 @@ from proxstep.algorithms import ALGORITHMS, Signal, centered_weights, escort_wei
 from proxstep.algorithms.opo import OPO
 from proxstep.algorithms.preparation import SignalInputs
 from proxstep.config.loading import load_recipe
-from proxstep.logprobs.masked import masked_sum
+from proxstep.logprobs.tokens import masked_sum
 from proxstep.runs.folder import describe_machine
 from proxstep.runs.reading import Run, load_run
 from proxstep.training import lifecycle

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 CHECKED = [
-    "proxstep.logprobs.masked",
+    "proxstep.logprobs.tokens",
     "proxstep.algorithms.advantages",
     "proxstep.algorithms",
     "proxstep.logprobs.chunked",

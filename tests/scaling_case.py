@@ -22,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from proxstep.isopo import Isopo, gathering
 from proxstep.isopo.microbatch import Microbatch
-from proxstep.logprobs.logits import token_log_probs
+from proxstep.logprobs.tokens import token_log_probs
 
 SMALL = Model("small", 16, 2, 4, 2, 8, 24, 40, False, True)
 WORK = Work(3, 12, 7, num_samples=10, device="cpu", attention=1.0, checkpointing=False)

@@ -18,7 +18,7 @@ from proxstep.config.explain import describe_keys
 from proxstep.config.loading import resolve
 from proxstep.config.recipe import algorithm_names
 from proxstep.errors import ProxstepError
-from proxstep.logprobs.masked import masked_sum
+from proxstep.logprobs.tokens import masked_sum
 from proxstep.training import lifecycle
 
 ROOT = Path(__file__).parents[2]

@@ -32,8 +32,7 @@ from proxstep.engines.trl.policy import _COUNTS, GROUP, KEY
 from proxstep.engines.trl.tables import TRL_LOSSES
 from proxstep.engines.trl.translation import translate
 from proxstep.errors import ProxstepError
-from proxstep.logprobs.masked import masked_mean
-from proxstep.logprobs.ratio import token_log_ratio
+from proxstep.logprobs.tokens import masked_mean, token_log_ratio
 
 
 def sometimes(completions: list[str], **columns: Any) -> list[float | None]:

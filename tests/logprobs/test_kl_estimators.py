@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from proxstep.errors import ProxstepError
-from proxstep.logprobs.logits import KlEstimator, kl_estimate
+from proxstep.logprobs.tokens import KlEstimator, kl_estimate
 from proxstep.training.regularizers import kl_reward
 
 VOCAB = 6

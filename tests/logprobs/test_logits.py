@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from proxstep.logprobs.logits import entropy, kl_divergence, token_log_probs
+from proxstep.logprobs.tokens import entropy, kl_divergence, token_log_probs
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.engine import Silent, records, tiny_recipe
 from tests.training.one_batch import one_batch
 
-from proxstep.logprobs.logits import token_log_probs
+from proxstep.logprobs.tokens import token_log_probs
 from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.training import lifecycle
 from proxstep.training.rollout import response_logits

@@ -29,7 +29,7 @@ from transformers import (
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo
-from proxstep.logprobs.logits import entropy, token_log_probs
+from proxstep.logprobs.tokens import entropy, token_log_probs
 from proxstep.training.output_layer import (
     check_chunkable,
     completion_log_probs_chunked,

@@ -10,7 +10,7 @@ import torch
 from tests.engine import collected, made_trainer, with_reward
 from torch import Tensor
 
-from proxstep.logprobs.logits import KlEstimator, token_log_probs
+from proxstep.logprobs.tokens import KlEstimator, token_log_probs
 from proxstep.training.rollout import response_logits
 from proxstep.training.scores import initial_policy
 from proxstep.training.trainer import Trainer

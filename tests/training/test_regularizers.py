@@ -14,7 +14,7 @@ from tests.models import tiny_qwen3
 from torch import Tensor, nn
 
 from proxstep.config.recipe import Recipe
-from proxstep.logprobs.logits import entropy, kl_divergence
+from proxstep.logprobs.tokens import entropy, kl_divergence
 from proxstep.runs.folder import RunFolder
 from proxstep.training import lifecycle
 from proxstep.training.batch import Batch

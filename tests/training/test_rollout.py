@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.logprobs.logits import token_log_probs
+from proxstep.logprobs.tokens import token_log_probs
 from proxstep.training.batch import Batch
 from proxstep.training.demo_model import build_embedded_model
 from proxstep.training.evaluation import Probe, kl_from_initial

@@ -15,9 +15,15 @@ from proxstep.algorithms.aggregate import (
     TOKEN_MEAN,
     Aggregation,
 )
-from proxstep.algorithms.base import ALGORITHMS, Algorithm, Key, find_algorithm, register
+from proxstep.algorithms.base import (
+    ALGORITHMS,
+    Algorithm,
+    Key,
+    find_algorithm,
+    register,
+    sequence_coefficients,
+)
 from proxstep.algorithms.cispo import CISPO, cispo
-from proxstep.algorithms.composition import sequence_coefficients
 from proxstep.algorithms.dppo import DPPO_KL, DPPO_TV, dppo
 from proxstep.algorithms.dro import DRO, dro
 from proxstep.algorithms.escort import centered_weights, escort_weights

@@ -11,12 +11,10 @@ from functools import partial
 
 import torch
 
-from proxstep.algorithms.aggregate import Aggregation, LossAndMetrics, aggregate
+from proxstep.algorithms.aggregate import Aggregation, LossAndMetrics, aggregate, check_inputs
 from proxstep.algorithms.base import Algorithm, Key
-from proxstep.algorithms.checks import check_inputs
 from proxstep.errors import ProxstepError
-from proxstep.logprobs.masked import masked_mean
-from proxstep.logprobs.ratio import bounded, ratio_metrics, token_log_ratio
+from proxstep.logprobs.tokens import bounded, masked_mean, ratio_metrics, token_log_ratio
 from proxstep.typing import Bool, Float, Tensor
 
 Divergence = Callable[[Tensor, Tensor], Tensor]

@@ -5,10 +5,16 @@ Shapes: B sequences, T token positions.
 
 from __future__ import annotations
 
-from proxstep.algorithms.aggregate import TOKEN_MEAN, Aggregation, LossAndMetrics, aggregate
+from proxstep.algorithms.aggregate import (
+    TOKEN_MEAN,
+    Aggregation,
+    LossAndMetrics,
+    aggregate,
+    check_inputs,
+    check_positive,
+)
 from proxstep.algorithms.base import Algorithm, Key
-from proxstep.algorithms.checks import check_inputs, check_positive
-from proxstep.logprobs.ratio import ratio_metrics, token_log_ratio
+from proxstep.logprobs.tokens import ratio_metrics, token_log_ratio
 from proxstep.typing import Bool, Float, Tensor
 
 

@@ -7,7 +7,7 @@ the drive multiplies u in the loss.
 from __future__ import annotations
 
 from proxstep.algorithms.advantages import Groups, check_finite
-from proxstep.algorithms.checks import check_choice, check_positive
+from proxstep.algorithms.aggregate import check_choice, check_positive
 from proxstep.errors import ProxstepError
 from proxstep.typing import Float, Int, Tensor
 

@@ -14,12 +14,18 @@ from proxstep.algorithms.aggregate import (
     Aggregation,
     LossAndMetrics,
     aggregate_sequences,
+    check_inputs,
+    check_positive,
 )
 from proxstep.algorithms.base import Algorithm, Key
-from proxstep.algorithms.checks import check_inputs, check_positive
 from proxstep.algorithms.preparation import Signal, SignalInputs
-from proxstep.logprobs.masked import masked_mean, masked_sum
-from proxstep.logprobs.ratio import LOG_RATIO_BOUND, bounded, token_log_ratio
+from proxstep.logprobs.tokens import (
+    LOG_RATIO_BOUND,
+    bounded,
+    masked_mean,
+    masked_sum,
+    token_log_ratio,
+)
 from proxstep.typing import Bool, Float, Int, Tensor
 
 PAPER_MU = 0.5

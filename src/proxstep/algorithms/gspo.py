@@ -10,12 +10,12 @@ from proxstep.algorithms.aggregate import (
     Aggregation,
     LossAndMetrics,
     aggregate_sequences,
+    check_clip_range,
+    check_inputs,
 )
 from proxstep.algorithms.base import Algorithm
-from proxstep.algorithms.checks import check_clip_range, check_inputs
 from proxstep.algorithms.grpo import CLIP_KEYS, clipped_surrogate
-from proxstep.logprobs.masked import masked_mean
-from proxstep.logprobs.ratio import bounded, ratio_metrics, token_log_ratio
+from proxstep.logprobs.tokens import bounded, masked_mean, ratio_metrics, token_log_ratio
 from proxstep.typing import Bool, Float, Tensor
 
 

@@ -5,9 +5,8 @@ Shapes: B sequences, T token positions.
 
 from __future__ import annotations
 
-from proxstep.algorithms.checks import check_positive
-from proxstep.logprobs.masked import masked_sum
-from proxstep.logprobs.ratio import bounded, token_log_ratio
+from proxstep.algorithms.aggregate import check_positive
+from proxstep.logprobs.tokens import bounded, masked_sum, token_log_ratio
 from proxstep.typing import Bool, Float, Tensor
 
 

@@ -13,9 +13,11 @@ from proxstep.algorithms.aggregate import (
     Aggregation,
     LossAndMetrics,
     aggregate_sequences,
+    check_choice,
+    check_inputs,
+    check_positive,
 )
 from proxstep.algorithms.base import Algorithm, Key
-from proxstep.algorithms.checks import check_choice, check_inputs, check_positive
 from proxstep.algorithms.escort import DRIVES, NORMALIZATIONS, centered_weights, escort_weights
 from proxstep.algorithms.preparation import Signal, SignalInputs, mean_log_probs
 from proxstep.algorithms.safeguards import (
@@ -32,8 +34,13 @@ from proxstep.algorithms.temperature import (
     adaptive_temperature,
     check_temperature,
 )
-from proxstep.logprobs.masked import masked_mean, masked_sum
-from proxstep.logprobs.ratio import LOG_RATIO_BOUND, bounded, token_log_ratio
+from proxstep.logprobs.tokens import (
+    LOG_RATIO_BOUND,
+    bounded,
+    masked_mean,
+    masked_sum,
+    token_log_ratio,
+)
 from proxstep.typing import Bool, Float, Tensor
 
 SURROGATES = ("log", "ratio")

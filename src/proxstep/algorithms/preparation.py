@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from proxstep.algorithms.importance import importance_weights
-from proxstep.logprobs.masked import masked_mean
+from proxstep.logprobs.tokens import masked_mean
 from proxstep.typing import Bool, Float, Int, Tensor
 
 

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from proxstep.algorithms.aggregate import SEQ_MEAN_TOKEN_SUM, Aggregation, LossAndMetrics, aggregate
+from proxstep.algorithms.aggregate import (
+    SEQ_MEAN_TOKEN_SUM,
+    Aggregation,
+    LossAndMetrics,
+    aggregate,
+    check_inputs,
+)
 from proxstep.algorithms.base import Algorithm
-from proxstep.algorithms.checks import check_inputs
-from proxstep.logprobs.ratio import ratio_metrics, token_log_ratio
+from proxstep.logprobs.tokens import ratio_metrics, token_log_ratio
 from proxstep.typing import Bool, Float, Tensor
 
 

@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from proxstep.algorithms.aggregate import check_positive
 from proxstep.algorithms.base import Key
-from proxstep.algorithms.checks import check_positive
 from proxstep.errors import ProxstepError
 from proxstep.typing import Float, Tensor
 

@@ -12,11 +12,11 @@ from proxstep.algorithms.aggregate import (
     Aggregation,
     LossAndMetrics,
     aggregate,
+    check_inputs,
+    check_positive,
 )
 from proxstep.algorithms.base import Algorithm, Key
-from proxstep.algorithms.checks import check_inputs, check_positive
-from proxstep.logprobs.masked import masked_mean
-from proxstep.logprobs.ratio import bounded, ratio_metrics, token_log_ratio
+from proxstep.logprobs.tokens import bounded, masked_mean, ratio_metrics, token_log_ratio
 from proxstep.typing import Bool, Float, Tensor
 
 

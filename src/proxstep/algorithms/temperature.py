@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from proxstep.algorithms.aggregate import check_positive
 from proxstep.algorithms.base import Key
-from proxstep.algorithms.checks import check_positive
 from proxstep.algorithms.preparation import SignalInputs
 from proxstep.errors import ProxstepError
-from proxstep.logprobs.masked import masked_mean
+from proxstep.logprobs.tokens import masked_mean
 from proxstep.typing import Bool, Float, Tensor
 
 

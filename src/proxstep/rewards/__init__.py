@@ -8,11 +8,14 @@ from proxstep.rewards.functions import (
     math_verify,
     numeric_answer,
 )
-from proxstep.rewards.registry import BUILTIN_REWARDS, RewardFunction, load_reward, reward_name
 from proxstep.rewards.scoring import (
+    BUILTIN_REWARDS,
+    RewardFunction,
     RewardTable,
     check_rewards,
+    load_reward,
     overlong_punishment,
+    reward_name,
     score_completions,
 )
 

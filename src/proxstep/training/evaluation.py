@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from proxstep.config.recipe import Recipe
-from proxstep.logprobs.logits import kl_divergence, kl_estimate
+from proxstep.logprobs.tokens import kl_divergence, kl_estimate
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import Completions, evaluating, response_logits, sample
 from proxstep.training.scores import Head, completion_log_probs, initial_policy

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from proxstep.config.recipe import Recipe
-from proxstep.logprobs.logits import KlEstimator, entropy, kl_divergence, kl_estimate
-from proxstep.logprobs.masked import masked_sum
+from proxstep.logprobs.tokens import KlEstimator, entropy, kl_divergence, kl_estimate, masked_sum
 from proxstep.training.rollout import Completions, autocast, response_logits
 from proxstep.training.scores import Scores, completion_log_probs, initial_policy
 from proxstep.typing import Bool, Float, Tensor

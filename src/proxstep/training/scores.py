@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from proxstep.logprobs.logits import entropy, token_log_probs
+from proxstep.logprobs.tokens import entropy, token_log_probs
 from proxstep.training.output_layer import completion_log_probs_chunked
 from proxstep.training.rollout import Completions, evaluating, response_logits
 from proxstep.typing import Float

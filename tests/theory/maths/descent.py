@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from proxstep.algorithms.checks import check_positive
+from proxstep.algorithms.aggregate import check_positive
 from proxstep.typing import Float, Tensor
 from tests.theory.maths.opo import gradient
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from proxstep.algorithms.checks import check_positive
+from proxstep.algorithms.aggregate import check_positive
 from proxstep.algorithms.safeguards import regression_target
 from proxstep.typing import Float, Tensor
 from tests.theory.maths.categorical import centered, check_positive_policy, inner, policy_of

@@ -5,7 +5,7 @@ Shapes: V outcomes. A deviation v belongs to a policy if E_{pi_k}[v] = 0 and v >
 
 from __future__ import annotations
 
-from proxstep.algorithms.checks import check_positive
+from proxstep.algorithms.aggregate import check_positive
 from proxstep.typing import Float, Tensor
 from tests.theory.maths.categorical import check_positive_policy
 

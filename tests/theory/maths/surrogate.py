@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from proxstep.algorithms.checks import check_positive
+from proxstep.algorithms.aggregate import check_positive
 from proxstep.errors import ProxstepError
 from proxstep.typing import Float, Tensor
 from tests.theory.maths.categorical import check_positive_policy, expectation, inner

@@ -6,7 +6,7 @@ simplex (proposition 8.3); with omega it is the problem that proposition A.2 pri
 
 from __future__ import annotations
 
-from proxstep.algorithms.checks import check_positive
+from proxstep.algorithms.aggregate import check_positive
 from proxstep.typing import Float, Tensor
 from tests.theory.maths.categorical import inner
 

@@ -9,7 +9,7 @@ from typing import Any
 from trl.trainer.grpo_config import GRPOConfig
 
 from proxstep.algorithms import ADVANTAGES, ALGORITHMS, LOSS_AGG_MODES
-from proxstep.algorithms.checks import check_choice
+from proxstep.algorithms.aggregate import check_choice
 from proxstep.config.objectives import ObjectiveSection
 from proxstep.config.sections import GeometrySection, default_of
 from proxstep.engines.fields import (

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from proxstep.logprobs.masked import masked_mean, masked_sum
+from proxstep.logprobs.tokens import masked_mean, masked_sum
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What is measured of a policy from its logits: log-probabilities, entropy, divergences.
+"""What a policy gives to tokens, and what becomes of one number per token.
 
 Legend for shape suffixes: B sequences, T token positions, V vocabulary.
 """
@@ -10,8 +10,90 @@ from typing import Literal
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.logprobs.ratio import LOG_RATIO_BOUND
-from proxstep.typing import Float, Int, Tensor
+from proxstep.typing import Bool, Float, Int, Tensor
+
+
+def masked_sum(
+    values: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, " batch"]:
+    """Return each row's sum over the positions where the mask is true.
+
+    Masked-out values may be anything, infinities and NaN included: they reach neither the sum nor
+    its gradient.
+
+    Args:
+        values: One value per token position.
+        mask: True where the position counts.
+
+    Returns:
+        One sum per row; 0 for a row without a true position.
+    """
+    return values.masked_fill(~mask, 0.0).sum(dim=-1)
+
+
+def masked_mean(
+    values: Float[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, " batch"]:
+    """Return each row's mean over the positions where the mask is true.
+
+    Args:
+        values: One value per token position.
+        mask: True where the position counts.
+
+    Returns:
+        One mean per row; 0 for a row without a true position.
+    """
+    return masked_sum(values, mask) / mask.sum(dim=-1).clamp(min=1)
+
+
+# exp(20) = 4.9e8 is far outside every clip range, and its square is finite in float32. verl's, too.
+LOG_RATIO_BOUND = 20.0
+
+
+def token_log_ratio(
+    log_probs: Float[Tensor, "batch tokens"],
+    old_log_probs: Float[Tensor, "batch tokens"],
+    response_mask: Bool[Tensor, "batch tokens"],
+) -> Float[Tensor, "batch tokens"]:
+    """Return log pi - log pi_old at the response's tokens and 0 elsewhere.
+
+    The old log-probabilities carry no gradient, and what stands at masked positions (NaN,
+    infinities) goes no further.
+
+    Args:
+        log_probs: The policy's log-probabilities of the sampled tokens, in nats.
+        old_log_probs: The old policy's, in nats.
+        response_mask: True at the response's tokens.
+
+    Returns:
+        The log-ratio of each token, in nats.
+    """
+    return (log_probs - old_log_probs.detach()).masked_fill(~response_mask, 0.0)
+
+
+def bounded(log_ratio: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    """Return the log-ratio limited to `LOG_RATIO_BOUND` either way; its exponential stays finite.
+
+    Beyond the bound the gradient is 0: without it, an infinite ratio turns the zero gradient of a
+    clipped token into NaN.
+    """
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def ratio_metrics(
+    log_ratio_BT: Float[Tensor, "batch tokens"], response_mask: Bool[Tensor, "batch tokens"]
+) -> dict[str, Float[Tensor, " batch"]]:
+    """Return the metrics that every token-ratio objective reports, one entry per sequence.
+
+    `ratio` is the mean ratio of the tokens; `kl_old_policy` the mean of log pi_old - log pi, an
+    unbiased estimate of KL(old || policy) in nats per token when the old policy sampled the tokens.
+    """
+    log_ratio_BT = log_ratio_BT.detach()
+    return {
+        "ratio": masked_mean(bounded(log_ratio_BT).exp(), response_mask),
+        "kl_old_policy": -masked_mean(log_ratio_BT, response_mask),
+    }
+
 
 KlEstimator = Literal["k1", "k2", "k3"]
 
