@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field, create_model
@@ -19,7 +19,7 @@ class ObjectiveSection(Section):
     advantage: str
     loss_agg_mode: str
 
-    @property
+    @cached_property
     def algorithm(self) -> Algorithm:
         """The declaration."""
         return ALGORITHMS[self.name]

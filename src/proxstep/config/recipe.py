@@ -5,7 +5,7 @@ Every key has a type, a default and a sentence; `proxstep train --help` prints t
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from pydantic import Field, create_model, model_validator
@@ -87,13 +87,13 @@ class Recipe(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
 
-    @property
+    @cached_property
     def keeps_initial(self) -> bool:
         """Whether a copy of the initial weights is needed; adapters can be switched off instead."""
         wanted = self.evaluation.kl_policy_initial or self.regularizer.kl_coef > 0
         return wanted and self.model.lora is None
 
-    @property
+    @cached_property
     def keeps_sampler(self) -> bool:
         """Whether the log-probabilities with which tokens are drawn are needed."""
         return self.rollout.importance_cap is not None or self.objective.algorithm.ratio_to_sampler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field
@@ -41,17 +42,17 @@ class RegularizerSection(Section):
         "(verl's use_kl_in_reward); not with exact, which does not depend on the sampled token.",
     )
 
-    @property
+    @cached_property
     def in_loss(self) -> bool:
         """Whether anything is added to the loss."""
         return self.entropy_coef > 0 or (self.kl_coef > 0 and self.kl_in == "loss")
 
-    @property
+    @cached_property
     def in_reward(self) -> bool:
         """Whether anything is subtracted from the reward."""
         return self.kl_coef > 0 and self.kl_in == "reward"
 
-    @property
+    @cached_property
     def needs_logits(self) -> bool:
         """Whether log-probabilities of the sampled tokens do not suffice."""
         exact_kl = self.kl_coef > 0 and self.kl_estimator == "exact"

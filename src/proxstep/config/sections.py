@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
@@ -201,7 +202,7 @@ class GeometrySection(Section):
         "step costs as much as the natural rule.",
     )
 
-    @property
+    @cached_property
     def needs_kernel(self) -> bool:
         """Whether the inner products of sequences' gradients are formed, as a chunked head cannot.
 
@@ -290,7 +291,7 @@ class UpdateSection(Section):
         description="Sequences per forward and backward; null for the whole minibatch.",
     )
 
-    @property
+    @cached_property
     def num_updates(self) -> int:
         """Optimizer steps that one rollout gives."""
         return self.num_minibatches * self.num_iterations
