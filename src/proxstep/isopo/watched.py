@@ -38,7 +38,7 @@ def _forms_of(names: str) -> frozenset[Any]:
                 function = getattr(place, form, None)
                 if callable(function):
                     found.append(function)
-                elif hasattr(function, "__get__"):
+                elif function is not None and hasattr(function, "__get__"):
                     found.append(function.__get__)  # an attribute, as a mode is handed it
     return frozenset(found)
 
