@@ -129,6 +129,11 @@ class OuterGradients(PositionGradients):
             return (grad_TO * column_T1).mT @ input_TI
         return grad_TO.mT @ (input_TI * column_T1)
 
+    def along(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, " positions"]:
+        """Return <G_t, direction> = g_t . direction a_t."""
+        moved_TO = product(self.input_TI, direction.to(self.input_TI.dtype).mT)
+        return (moved_TO * self.grad_TO.to(moved_TO.dtype)).sum(dim=1)
+
     def parts(
         self,
         layout: Layout,

@@ -40,7 +40,8 @@ from proxstep.isopo.microbatch import (
     check_coefficients,
 )
 from proxstep.isopo.plan import MEMORY_BUDGET
-from proxstep.isopo.rule import PRESETS, NaturalRule, Rule
+from proxstep.isopo.presets import PRESETS, Rule
+from proxstep.isopo.rule import NaturalRule
 from proxstep.isopo.sampling import Drawing, OverlapPositions, OverlapSource
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.typing import Bool, Float, Int, Tensor
@@ -123,6 +124,11 @@ class Isopo:
                 f'overlap_source="{overlap_source}" chooses positions, and fisher="sequences" uses '
                 "none: leave one of them out"
             )
+        if self.rule.needs.along and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ProxstepError(
+                "PROMA projects the gradient that one process accumulates: on several ranks (DDP, "
+                "FSDP) the step's gradient is not at hand before its end; use one process"
+            )
         self.model = model
         self.other_parameters = other_parameters
         self.diagnose, self.process_group = diagnose, process_group
@@ -138,6 +144,7 @@ class Isopo:
         self._diagnosing = False
         self._step, self._microbatch = 0, 0
         self._measuring, self._passes = False, 0
+        self._running: dict[str, Tensor] = {}
         self._versions: dict[int, int] = {}
         self._frozen = freeze_others(model) if other_parameters == "freeze" else []
         self._modules = install(model, self._router)
@@ -203,6 +210,7 @@ class Isopo:
             self._log,
             diagnose=self.diagnose,
             measuring=self._measuring,
+            running=self._running,
         )
         self._diagnosing |= self.diagnose
         before = gradient_stamps(self._modules)
@@ -291,6 +299,7 @@ class Isopo:
             self.diagnostics = diagnose(kept)
             measured |= self.diagnostics.scalars()
         self._log, self._diagnosing = [], False
+        self._running.clear()
         self.trailing.fold(self.process_group)
         self._drawing.end_step()
         self._memory.release()

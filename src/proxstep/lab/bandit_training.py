@@ -18,7 +18,8 @@ import torch
 from proxstep.algorithms import LOSSES, drive, escort_weights, sequence_coefficients
 from proxstep.algorithms.advantages import group_zscore
 from proxstep.isopo.plan import Statistics
-from proxstep.isopo.rule import PRESETS, Rule
+from proxstep.isopo.presets import PRESETS
+from proxstep.isopo.rule import IsometricRule, NaturalRule
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.lab.bandit import Bandit, cosines, scores, step_size
 from proxstep.theory.categorical import centered, chi_square, kl
@@ -153,7 +154,9 @@ def direction(
     coefficient_B, _, _ = sequence_coefficients(objective, *inputs)
     fisher_DD = fisher_matrix(score_VD, log_prob_V.detach().exp())
     score_BD = score_VD[rollout.outcome_B]
-    weight_B = _weights(PRESETS[method.preset], coefficient_B, score_BD, fisher_DD, trailing)
+    rule = PRESETS[method.preset]
+    assert isinstance(rule, IsometricRule | NaturalRule)
+    weight_B = _weights(rule, coefficient_B, score_BD, fisher_DD, trailing)
     return weight_B @ score_BD
 
 
@@ -168,7 +171,7 @@ def true_direction(
 
 
 def _weights(
-    rule: Rule,
+    rule: IsometricRule | NaturalRule,
     coefficient_B: Tensor,
     score_BD: Tensor,
     fisher_DD: Tensor,

@@ -22,7 +22,8 @@ from torch.nn.functional import logsigmoid
 
 from proxstep.algorithms import LOSSES, drive, escort_weights, sequence_coefficients
 from proxstep.isopo.plan import Statistics
-from proxstep.isopo.rule import PRESETS, IsometricRule
+from proxstep.isopo.presets import PRESETS
+from proxstep.isopo.rule import IsometricRule
 from proxstep.typing import Float, Tensor
 
 Coordinate = Literal["z", "v"]
@@ -157,8 +158,9 @@ def isopo_magnitude(preset: str, z: float) -> float:
     Returns:
         |weight * G|, without damping but with the rule's numerical guard.
     """
-    rule = dataclasses.replace(PRESETS[preset], scale="paper")
+    rule = PRESETS[preset]
     assert isinstance(rule, IsometricRule)
+    rule = dataclasses.replace(rule, scale="paper")
     logit = torch.tensor(z, dtype=torch.float64)
     score = (-logit).sigmoid()
     norm_sq_B = score.square()[None]
