@@ -12,7 +12,7 @@ from proxstep.isopo.head import head_log_probs
 from proxstep.training.output_layer import forward_with_head, output_head
 
 COEFFICIENTS = torch.tensor([0.7, -1.3, 0.4, 2.1], dtype=torch.float64)
-RULES = {name: rule for name, rule in PRESETS.items() if name != "isopo-natural"} | {
+RULES = {name: rule for name, rule in PRESETS.items() if name not in ("isopo-natural", "proma")} | {
     "damped": IsometricRule(-0.5, -1.5, 0.7, damping=2.0, scale="preserved"),
     "relative": IsometricRule(-1.0, damping=0.5, damping_form="relative", scale="paper"),
 }

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -132,18 +132,16 @@ class TaskSection(Section):
         return level
 
 
+if TYPE_CHECKING:
+    RuleName = str
+else:
+    RuleName = Literal["none", *PRESETS]
+
+
 class GeometrySection(Section):
     """What happens to the gradient between the objective and the optimizer (arXiv 2512.23353)."""
 
-    rule: Literal[
-        "none",
-        "isopo",
-        "isopo-npg",
-        "isopo-figure4",
-        "isopo-euclidean",
-        "isopo-natural",
-        "reinforce",
-    ] = Field(
+    rule: RuleName = Field(
         default="none",
         description='"none" or a preset of ISOPO; null keys below are the preset\'s.',
     )
@@ -210,7 +208,7 @@ class GeometrySection(Section):
         """
         if self.rule == "none":
             return False
-        return isinstance(PRESETS[self.rule], NaturalRule) or self.fisher == "sequences"
+        return PRESETS[self.rule].needs.ntk or self.fisher == "sequences"
 
     def to_rule(self) -> Rule:
         """Return the preset with this section's values in place of its own."""
@@ -221,9 +219,12 @@ class GeometrySection(Section):
         }
         foreign = sorted(set(given) - names)
         if foreign:
-            kind = "an isometric" if isinstance(preset, IsometricRule) else "the natural"
+            kinds = {IsometricRule: "an isometric", NaturalRule: "the natural"}
+            kind = kinds.get(type(preset), "a projecting")
             raise ValueError(f"geometry.{foreign[0]} is not an option of {self.rule}, {kind} rule")
-        return dataclasses.replace(preset, scale=self.scale, **given)
+        if "scale" in names:
+            given["scale"] = self.scale
+        return dataclasses.replace(preset, **given)
 
 
 _RULE_KEYS = (

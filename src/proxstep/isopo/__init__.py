@@ -1,6 +1,8 @@
 """ISOPO: per layer, each sequence's gradient is re-scaled before the advantages act."""
 
-from proxstep.isopo.rule import PRESETS, IsometricRule, NaturalRule, Rule
+from proxstep.isopo.presets import PRESETS, Rule
+from proxstep.isopo.proma import ProjectingRule
+from proxstep.isopo.rule import IsometricRule, NaturalRule
 from proxstep.isopo.session import Isopo
 
-__all__ = ["PRESETS", "IsometricRule", "Isopo", "NaturalRule", "Rule"]
+__all__ = ["PRESETS", "IsometricRule", "Isopo", "NaturalRule", "ProjectingRule", "Rule"]

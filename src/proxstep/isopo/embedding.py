@@ -110,6 +110,10 @@ class LookupGradients(PositionGradients):
         sequences = (self.num_embeddings, layout.num_sequences)
         return LookupSums(sum_UD[kept], code_U[kept], sequences)
 
+    def along(self, direction: Float[Tensor, "vocab features"]) -> Float[Tensor, " positions"]:
+        """Return <G_t, direction>: with the row of the position's token."""
+        return (wide(self.grad_TD) * wide(direction)[self.token_T]).sum(dim=1)
+
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, "vocab features"]:
         """Return sum_t weight_t G_t."""
         weighted_TD = self.grad_TD * weight_T.to(self.grad_TD.dtype)[:, None]

@@ -126,6 +126,10 @@ class PositionGradients(ABC):
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Tensor:
         """Return sum_t weight_t G_t, in the parameter's shape."""
 
+    def along(self, direction: Tensor) -> Float[Tensor, " positions"]:
+        """Return <G_t, direction>, with a direction in the parameter's shape; for PROMA."""
+        raise ProxstepError(f"PROMA does not cover {type(self).__name__}: freeze its parameters")
+
     def sums(self, layout: Layout) -> SequenceGradients:
         """Return each sequence's gradient; not for a class that measures its own `parts`."""
         raise NotImplementedError(f"{type(self).__name__}.sums")

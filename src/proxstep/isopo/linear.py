@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,13 +132,24 @@ class OuterGradients(PositionGradients):
         """Return where g_t is not zero: a head sees no gradient at the prompt."""
         return torch.linalg.vector_norm(self.grad_TO, dim=1) != 0
 
-    def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, "out in"]:
-        """Return sum_t weight_t G_t: one product, as dear as the ordinary weight gradient."""
+    def contract(
+        self, weight: Float[Tensor, " positions"], layout: Layout | None = None
+    ) -> Float[Tensor, "out in"]:
+        """Return sum_t weight_t G_t: one product, at the cost of the ordinary weight gradient.
+
+        With a layout there is one weight per sequence.
+        """
         grad_TO, input_TI = self.grad_TO, self.input_TI
+        weight_T = weight if layout is None else layout.spread(weight)
         column_T1 = weight_T.to(grad_TO.dtype)[:, None]
         if grad_TO.shape[1] <= input_TI.shape[1]:
             return (grad_TO * column_T1).mT @ input_TI
         return grad_TO.mT @ (input_TI * column_T1)
+
+    def along(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, " positions"]:
+        """Return <G_t, direction> = g_t . direction a_t."""
+        moved_TO = product(self.input_TI, direction.to(self.input_TI.dtype).mT)
+        return (moved_TO * self.grad_TO.to(moved_TO.dtype)).sum(dim=1)
 
     def parts(
         self,
@@ -160,7 +172,7 @@ class OuterGradients(PositionGradients):
             return
 
         def add(weight_B: Tensor, _: Tensor | None) -> Tensor:
-            return outer.contract(layout.spread(weight_B))
+            return outer.contract(weight_B, layout)
 
         if plan.gradients == "blocks":
             found = _in_blocks(outer, layout, needs, sample, memory, plan.size)
@@ -177,12 +189,8 @@ class OuterGradients(PositionGradients):
         chunk = max(1, memory.budget // (2 * row_bytes))
         if len(sample.grad_TO) <= chunk:
             grad_KT = product(sample.grad_TO, self.grad_TO.mT)
-            gram_KT = memory.shared(
-                "cross",
-                self.input_TI,
-                layout,
-                lambda: product(sample.input_TI, self.input_TI.mT),
-            )
+            gram = partial(product, sample.input_TI, self.input_TI.mT)
+            gram_KT = memory.shared("cross", self.input_TI, layout, gram)
             return layout.sum_by_sequence(grad_KT * gram_KT)
         parts = []
         for grad_KO, input_KI in zip(

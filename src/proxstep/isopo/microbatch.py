@@ -17,14 +17,9 @@ from proxstep.isopo.diagnostics.records import LayerRecord, joined
 from proxstep.isopo.gradients import Layout, Memory, PositionGradients
 from proxstep.isopo.hooks import OWNERS, UNBOUND
 from proxstep.isopo.plan import Needs, Statistics
+from proxstep.isopo.presets import Rule
 from proxstep.isopo.rescue import Rescue
-from proxstep.isopo.rule import (
-    Means,
-    NaturalRule,
-    Rule,
-    fisher_squares,
-    kernel_fisher_squares,
-)
+from proxstep.isopo.rule import Means, NaturalRule, fisher_squares, kernel_fisher_squares
 from proxstep.isopo.sampling import Samples
 from proxstep.typing import Bool, Float, Int, Tensor
 
@@ -83,6 +78,7 @@ class Microbatch:
         log: This microbatch's measurements are added to it.
         diagnose: Whether to measure and keep all statistics, the unneeded ones too.
         measuring: Whether all gradients are to be zeros.
+        running: The step's gradients so far, where the rule needs them.
     """
 
     def __init__(
@@ -97,16 +93,19 @@ class Microbatch:
         *,
         diagnose: bool = False,
         measuring: bool = False,
+        running: dict[str, Tensor] | None = None,
     ) -> None:
         self.layout, self.sequences, self.samples = layout, sequences, samples
         self.settings, self.diagnose, self._measuring = settings, diagnose, measuring
         self.needs = settings.needs
         if diagnose:
-            self.needs = Needs(fisher=settings.fisher == "positions", norm=True, ntk=True)
+            positions = settings.fisher == "positions"
+            self.needs = replace(self.needs, fisher=positions, norm=True, ntk=True)
         self.reduced: set[str] = set()
         self._averages = set(settings.rule.averages)
         self.before_backward: Callable[[Tensor, Tensor], None] | None = None
         self._past, self._memory, self._log = past, memory, log
+        self._running = {} if running is None else running
         self._related_BB = None
         if isinstance(settings.rule, NaturalRule) and settings.rule.interact == "group":
             assert sequences.group_B is not None
@@ -192,6 +191,12 @@ class Microbatch:
         if needs.fisher:
             sample, sample_sq_B, own_KB, moments = self._sample(key, gradients, past)
         dtype = torch.promote_types(sequences.coefficient_B.dtype, torch.float32)
+        along_B = None
+        if needs.along and key not in self._running:  # nothing to project
+            needs = replace(needs, ntk=self.diagnose)
+        elif needs.along:  # the negative one is of a gradient to minimize
+            along_T = gradients.along(self._running[key])
+            along_B = -self.layout.sum_by_sequence(along_T[None])[0]
         total, records = None, []
         for part in gradients.parts(self.layout, needs, sample, self._memory, separable=separable):
             fisher_B, filled_B = None if given_B is None else given_B[part.sequences], None
@@ -208,7 +213,7 @@ class Microbatch:
             if ntk_BB is not None and self._related_BB is not None:
                 ntk_BB = ntk_BB * self._related_BB
             coefficient_B = sequences.coefficient_B[part.sequences]
-            found = Statistics(coefficient_B, fisher_B, part.norm_sq_B, ntk_BB)
+            found = Statistics(coefficient_B, fisher_B, part.norm_sq_B, ntk_BB, along_B)
             weight_B, more, report = rule.weigh(found, past, self.samples.over_ranks)
             if self._measuring and filled_B is not None:
                 more = {name: value_B[~filled_B] for name, value_B in more.items()}
@@ -229,6 +234,8 @@ class Microbatch:
             )
             moments = {}
         assert total is not None
+        if needs.along:
+            self._running[key] = total + self._running.get(key, 0.0)
         self._log.append((key, records[0] if len(records) == 1 else joined(records)))
         return total
 

@@ -43,6 +43,8 @@ class Needs:
     fisher: bool = False
     norm: bool = False
     ntk: bool = False
+    along: bool = False
+    """The inner product with the step's gradient so far."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class Statistics:
         fisher_sq_B: F_b^2, the squared length of G_b in the Fisher metric.
         norm_sq_B: |G_b|^2.
         ntk_BB: The layer's kernel, K_bc = <G_b, G_c>.
+        along_B: <G_b, M> with the gradient M that earlier microbatches accumulated, to maximize.
     """
 
     coefficient_B: Float[Tensor, " batch"]
     fisher_sq_B: Float[Tensor, " batch"] | None = None
     norm_sq_B: Float[Tensor, " batch"] | None = None
     ntk_BB: Float[Tensor, "batch batch"] | None = None
+    along_B: Float[Tensor, " batch"] | None = None
 
 
 @dataclass(frozen=True)

@@ -192,16 +192,3 @@ def _mean(square_B: Tensor, count: int | Tensor, over_ranks: OverRanks) -> Tenso
     sums = torch.stack([square_B.sum(), torch.as_tensor(count).to(square_B)])
     total, number = (sums if over_ranks is None else over_ranks(sums)).unbind()
     return total / number.clamp(min=1)
-
-
-Rule = IsometricRule | NaturalRule
-
-PRESETS: dict[str, Rule] = {
-    "reinforce": IsometricRule(0.0, 0.0, 0.0),
-    "isopo": IsometricRule(-1.0, 0.0, 0.0),
-    "isopo-npg": IsometricRule(0.0, 0.0, -2.0),
-    "isopo-figure4": IsometricRule(0.0, -1.0, -2.0),
-    "isopo-euclidean": IsometricRule(0.0, -1.0, 0.0),
-    "isopo-natural": NaturalRule(),
-}
-"""The paper's settings by name; "reinforce" is the identity."""

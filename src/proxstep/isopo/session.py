@@ -41,8 +41,9 @@ from proxstep.isopo.microbatch import (
     check_coefficients,
 )
 from proxstep.isopo.plan import MEMORY_BUDGET
+from proxstep.isopo.presets import PRESETS, Rule
 from proxstep.isopo.rescue import Rescue
-from proxstep.isopo.rule import PRESETS, NaturalRule, Rule
+from proxstep.isopo.rule import NaturalRule
 from proxstep.isopo.sampling import Drawing, OverlapPositions, OverlapSource
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.typing import Bool, Float, Int, Tensor
@@ -125,6 +126,11 @@ class Isopo:
                 f'overlap_source="{overlap_source}" chooses positions, and fisher="sequences" uses '
                 "none: leave one of them out"
             )
+        if self.rule.needs.along and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ProxstepError(
+                "PROMA projects the gradient that one process accumulates: on several ranks (DDP, "
+                "FSDP) the step's gradient is not at hand before its end; use one process"
+            )
         self.model = model
         self.other_parameters = other_parameters
         self.diagnose, self.process_group = diagnose, process_group
@@ -140,6 +146,7 @@ class Isopo:
         self._diagnosing = self._graph_is_checked = False
         self._step, self._microbatch = 0, 0
         self._measuring, self._passes = False, 0
+        self._running: dict[str, Tensor] = {}
         self._versions: dict[int, int] = {}
         self._frozen = freeze_others(model) if other_parameters == "freeze" else []
         if only_linear:
@@ -207,6 +214,7 @@ class Isopo:
             self._log,
             diagnose=self.diagnose,
             measuring=self._measuring,
+            running=self._running,
         )
         microbatch.before_backward = self._before_backward(sequence_ids)
         self._diagnosing |= self.diagnose
@@ -296,6 +304,7 @@ class Isopo:
             self.diagnostics = diagnose(kept)
             measured |= self.diagnostics.scalars()
         self._log, self._diagnosing = [], False
+        self._running.clear()
         self.trailing.fold(self.process_group)
         self._drawing.end_step()
         self._memory.release()

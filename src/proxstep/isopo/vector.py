@@ -180,6 +180,10 @@ class VectorGradients(PositionGradients):
         wide_TD = wide(self.grad_TD)
         return VectorSums(layout.one_hot_TB.to(wide_TD.dtype).mT @ wide_TD)
 
+    def along(self, direction: Float[Tensor, " features"]) -> Float[Tensor, " positions"]:
+        """Return <G_t, direction>."""
+        return wide(self.grad_TD) @ wide(direction)
+
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, " features"]:
         """Return sum_t weight_t G_t."""
         return weight_T.to(wide_dtype(self.grad_TD.dtype)) @ wide(self.grad_TD)

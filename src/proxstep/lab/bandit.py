@@ -28,7 +28,8 @@ from proxstep.algorithms import (
 )
 from proxstep.algorithms.advantages import group_zscore
 from proxstep.isopo.plan import Statistics
-from proxstep.isopo.rule import PRESETS, Rule
+from proxstep.isopo.presets import PRESETS
+from proxstep.isopo.rule import IsometricRule, NaturalRule
 from proxstep.isopo.trailing import TrailingMeans
 from proxstep.lab.categorical import (
     chi_square,
@@ -243,12 +244,14 @@ def direction(
     coefficient_B, _, _ = sequence_coefficients(objective, *inputs)
     fisher_DD = fisher_matrix(score_VD, log_prob_V.detach().exp())
     score_BD = score_VD[rollout.outcome_B]
-    weight_B = _weights(PRESETS[method.preset], coefficient_B, score_BD, fisher_DD, trailing)
+    rule = PRESETS[method.preset]
+    assert isinstance(rule, IsometricRule | NaturalRule)
+    weight_B = _weights(rule, coefficient_B, score_BD, fisher_DD, trailing)
     return weight_B @ score_BD
 
 
 def _weights(
-    rule: Rule,
+    rule: IsometricRule | NaturalRule,
     coefficient_B: Tensor,
     score_BD: Tensor,
     fisher_DD: Tensor,

@@ -27,7 +27,8 @@ from proxstep.algorithms import (
     sequence_coefficients,
 )
 from proxstep.isopo.plan import Statistics
-from proxstep.isopo.rule import PRESETS, IsometricRule
+from proxstep.isopo.presets import PRESETS
+from proxstep.isopo.rule import IsometricRule
 from proxstep.typing import Float, Tensor
 
 Coordinate = Literal["z", "v"]
@@ -137,8 +138,9 @@ def isopo_magnitude(preset: str, z: float) -> float:
 
     |weight * G| is without damping, but with the rule's numerical guard.
     """
-    rule = dataclasses.replace(PRESETS[preset], scale="paper")
+    rule = PRESETS[preset]
     assert isinstance(rule, IsometricRule)
+    rule = dataclasses.replace(rule, scale="paper")
     logit = torch.tensor(z, dtype=torch.float64)
     score = (-logit).sigmoid()
     norm_sq_B = score.square()[None]
