@@ -5,7 +5,7 @@
 The embedded arithmetic model writes three kinds of text, each at temperature 1, so that every
 sequence is on-policy: its answers; and, after a short lesson, long texts that repeat a group of
 digits (after sums) or are random digits (after differences, as a control for the length). For every
-parameter and sequence the script compares the exact F_b^2 (`proxstep.isopo.exact`) with the paper's
+parameter and sequence the script compares the exact F_b^2 (`exact_fisher`) with the paper's
 estimate from position-wise gradients (equations 3 to 6), with the sequence-level empirical Fisher
 (equation 2), and with |G_b|^2, which knows nothing of the Fisher metric and is the one to beat.
 
@@ -23,6 +23,7 @@ import copy
 import datetime
 import json
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -37,11 +38,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.exact_fisher import exact_fisher_terms, sequence_gradients
+
 from proxstep.config.loading import load_recipe
 from proxstep.isopo import Isopo
-from proxstep.isopo.exact import exact_fisher_terms, sequence_gradients
-from proxstep.isopo.layers import OuterGradients, PositionGradients
-from proxstep.isopo.memory import Memory
+from proxstep.isopo.gradients import Memory, PositionGradients
+from proxstep.isopo.linear import OuterGradients
 from proxstep.logprobs.logits import entropy, token_log_probs
 from proxstep.runs.folder import describe_machine
 from proxstep.tasks import Example, arithmetic_task

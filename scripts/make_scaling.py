@@ -36,7 +36,7 @@ from scripts.scaling_network import (  # noqa: E402
     num_gathers,
 )
 
-from proxstep.isopo.forms import FLOPS_PER_BYTE, Needs  # noqa: E402
+from proxstep.isopo.plan import FLOPS_PER_BYTE, Needs  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"
 BASELINES = ROOT / "benchmarks" / "baselines"

@@ -86,7 +86,7 @@ the parameters, F the Fisher matrix and |v|_F the length in its metric.
 - *The estimate.* Eq. 3 estimates v.F v over the trace of F, not v.F v: scale-free, and bounded by
   |v|^2. proxstep follows eq. 3; `scale: preserved` removes the unit that is left.
 - *Position-wise gradients* are uncorrelated only if each position moves its own token alone;
-  `proxstep.isopo.exact` and the [diagnostics](diagnostics.md) measure the difference.
+  `experiments/exact_fisher.py` and the [diagnostics](diagnostics.md) measure the difference.
 - *Figures 2 and 3* do not run as printed; their formulas are what proxstep computes.
 
 """

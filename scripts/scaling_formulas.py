@@ -1,6 +1,6 @@
 """What a training step costs on one GPU, and what ISOPO adds to it: arithmetic and memory.
 
-Both follow the plan that `proxstep.isopo.forms.choose` takes for each layer, so that they are what
+Both follow the plan that `proxstep.isopo.plan.choose` takes for each layer, so that they are what
 the code does; the tests count operations with torch's FlopCounterMode, and live tensors.
 
 B sequences of L positions make the T positions of one microbatch on one GPU; K of them are sampled.
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from proxstep.isopo.forms import MEMORY_BUDGET, Needs, Plan, Shape, choose, held
+from proxstep.isopo.plan import MEMORY_BUDGET, Needs, Plan, Shape, choose, held
 
 WIDE = 4
 """Bytes of a number that sums are kept in: float32."""

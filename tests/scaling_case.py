@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from proxstep.isopo import Isopo, samples
+from proxstep.isopo import Isopo, gathering
 from proxstep.isopo.microbatch import Microbatch
 from proxstep.logprobs.logits import token_log_probs
 
@@ -177,15 +177,15 @@ def _watch(patch: pytest.MonkeyPatch, count: Counter[str]) -> None:
     def sizes(parts: list[Tensor], *_: Any, **__: Any) -> int:
         return sum(part.nbytes for part in parts)
 
-    gather = samples._gather
+    gather = gathering.gather
 
     def gathered(gradients: Any, counts: list[int], group: Any) -> Any:
         sample = gather(gradients, counts, group)
         count["rows"] = max(count["rows"], *counts)
-        count["all rows"] = max(count["all rows"], len(samples._first(sample)))
+        count["all rows"] = max(count["all rows"], sample.num_rows)
         return sample
 
-    patch.setattr(samples, "_gather", gathered)
+    patch.setattr(gathering, "gather", gathered)
     watch("all_gather", sizes)
     watch("all_reduce", lambda value, **_: value.nbytes)
     watch("all_gather_object", lambda out, value, **_: len(pickle.dumps(value)) * len(out))

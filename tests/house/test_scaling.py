@@ -52,8 +52,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxstep.isopo import Isopo
-from proxstep.isopo.forms import Needs
 from proxstep.isopo.head import head_log_probs
+from proxstep.isopo.plan import Needs
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "scaling.md"

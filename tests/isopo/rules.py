@@ -34,7 +34,7 @@ class Case:
     def looks_back(self) -> bool:
         """Whether the second step depends on the first."""
         rule = PRESETS[self.rule] if isinstance(self.rule, str) else self.rule
-        return rule.needs_trailing_means
+        return bool(rule.averages)
 
     @property
     def num_lengths(self) -> float:

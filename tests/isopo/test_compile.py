@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 from tests.families import FAMILIES, build
@@ -17,6 +19,15 @@ pytestmark = pytest.mark.filterwarnings(  # torch's own, of how it traces autogr
     "ignore:.*should not be instantiated:DeprecationWarning",
     "ignore:.*torch.jit.script_method.*:DeprecationWarning",
 )
+
+
+@pytest.fixture(autouse=True)
+def _check_no_shapes() -> Iterator[None]:
+    """The checks of shapes and types, which are the tests' alone, cannot be traced."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
 
 MODELS = {"qwen3": tiny_qwen3, "gpt2": tiny_gpt2}
 

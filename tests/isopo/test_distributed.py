@@ -15,9 +15,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import IsometricRule, Rule
-from proxstep.isopo.layers import VectorGradients
-from proxstep.isopo.samples import SampleStore
+from proxstep.isopo.gathering import Rows
+from proxstep.isopo.sampling import SampleStore
 from proxstep.isopo.trailing import TrailingMeans
+from proxstep.isopo.vector import VectorGradients
 
 ACCUMULATED: Spread = (((0, 1), (4,)), ((2, 3), (5, 6)))
 EVEN: Spread = (((0, 1, 4),), ((2, 3, 5, 6),))
@@ -215,7 +216,8 @@ def test_no_more_rows_are_kept_than_asked_for_and_nothing_that_they_are_part_of(
     store = SampleStore(3)
     for start in range(0, 40, 10):
         priority = torch.arange(start, start + 10, dtype=torch.float64)
-        store.add("weight", priority.flip(0), VectorGradients(torch.rand(10, 2)))
+        rows = Rows(priority.flip(0), torch.arange(10), torch.arange(10))
+        store.add("weight", rows, VectorGradients(torch.rand(10, 2)))
     store.fold(None)
     kept = store.state_dict()["weight"]["grad_TD"]
     assert kept.shape == (3, 2)
@@ -297,11 +299,12 @@ def freezing(run: Run) -> str:
 def samples_of_different_parameters() -> str:
     store = SampleStore(3)
     key = f"layer.{dist.get_rank()}"
-    store.add(key, torch.rand(4, dtype=torch.float64), VectorGradients(torch.rand(4, 2)))
+    rows = Rows(torch.rand(4, dtype=torch.float64), torch.arange(4), torch.arange(4))
+    store.add(key, rows, VectorGradients(torch.rand(4, 2)))
     return refusal(lambda: store.fold(None))
 
 
-@pytest.mark.parametrize("source", ["ranks", "previous_step"])
+@pytest.mark.parametrize("source", ["ranks"])
 def test_missing_keys_are_refused(ranks: Ranks, source: str) -> None:
     for message in ranks.run(without_keys, source):
         assert f'overlap_source="{source}" needs sequence_keys' in message

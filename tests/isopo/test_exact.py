@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from experiments.exact_fisher import exact_fisher_squares, exact_fisher_terms, sequence_gradients
 from tests.models import tiny_gpt2, tiny_qwen3
 from tests.oracle import Sequence, log_prob_of_completion
 from torch import Tensor, nn
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo
-from proxstep.isopo.exact import exact_fisher_squares, exact_fisher_terms, sequence_gradients
 
 VOCAB, END, LONGEST = 4, 0, 3
 PROMPTS = [[3, 1], [2, 2, 1]]

@@ -13,15 +13,14 @@ from tests.isopo.test_install import COEFFICIENTS, IDS, gradients, log_probs
 from tests.models import tiny_qwen3
 from torch import Tensor
 
-from proxstep import PRESETS, Isopo
-from proxstep.isopo import reduction
-from proxstep.isopo.forms import Needs, Plan, Shape, choose, held
-from proxstep.isopo.layers import LookupGradients, OuterGradients, VectorGradients
-from proxstep.isopo.layout import Layout, make_layout
-from proxstep.isopo.memory import Memory
-from proxstep.isopo.reduction import Measured, Request, reduce
-from proxstep.isopo.samples import OwnSamples
-from proxstep.isopo.weighing import Settings, Weighing
+from proxstep import PRESETS, IsometricRule, Isopo
+from proxstep.isopo import linear
+from proxstep.isopo.embedding import LookupGradients
+from proxstep.isopo.gradients import Layout, Memory, make_layout
+from proxstep.isopo.linear import OuterGradients
+from proxstep.isopo.microbatch import Settings
+from proxstep.isopo.plan import Needs, Part, Plan, Shape, choose, held
+from proxstep.isopo.vector import VectorGradients
 
 IDS_OF = {
     "padded": [[-1, 0, 0, 0, 0], [1, 1, 1, -1, -1], [2, 2, 2, 2, 2]],
@@ -85,31 +84,25 @@ def test_every_plan_is_exact(monkeypatch, layout, plan, needs, dtype) -> None:
     outer = OuterGradients(grad_TO, input_TI)
     sample = outer.at(index_K) if needs.fisher else None
     weight_B = torch.tensor([0.5, -2.0, 1.5], dtype=dtype)
-    parts: list[tuple[slice, Measured]] = []
-
-    def weigh(part: slice, measured: Measured) -> Tensor:
-        parts.append((part, measured))
-        return weight_B[part]
-
-    def fisher_of(cross_KB: Tensor) -> Tensor:
-        assert_close(cross_KB, wanted["cross"], tolerance)
-        return cross_KB.square().sum(0)
-
-    monkeypatch.setattr(reduction, "choose", lambda *_, **__: plan)
-    request = Request(needs, sample, fisher_of, weigh, separable=True)
-    total = reduce(outer, made, request, Memory())
+    found: list[Part] = []
+    monkeypatch.setattr(linear, "choose", lambda *_, **__: plan)
+    total = None
+    for part in outer.parts(made, needs, sample, Memory(), separable=True):
+        total = part.add(weight_B[part.sequences], total)
+        found.append(part)
+    assert total is not None
     assert_close(total.flatten(), weight_B.double() @ wanted["sum"], tolerance)
-    for part, measured in parts:
+    for part in found:
         if needs.fisher:
-            assert measured.fisher_sq_B is not None
-            assert_close(measured.fisher_sq_B, wanted["cross"].square().sum(0)[part], tolerance)
+            assert part.cross_KB is not None
+            assert_close(part.cross_KB, wanted["cross"][:, part.sequences], tolerance)
         if needs.norm:
-            assert measured.norm_sq_B is not None
-            assert_close(measured.norm_sq_B, wanted["norm"][part], tolerance)
+            assert part.norm_sq_B is not None
+            assert_close(part.norm_sq_B, wanted["norm"][part.sequences], tolerance)
         if needs.ntk:
-            assert measured.ntk_BB is not None
-            assert_close(measured.ntk_BB, wanted["ntk"], tolerance)
-    seen = [b for part, _ in parts for b in range(3)[part]]
+            assert part.ntk_BB is not None
+            assert_close(part.ntk_BB, wanted["ntk"], tolerance)
+    seen = [b for part in found for b in range(3)[part.sequences]]
     assert seen == [0, 1, 2]
 
 
@@ -270,8 +263,8 @@ def test_reinforce_measures_nothing(monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(Weighing, "__init__", refuse)
-    monkeypatch.setattr(OwnSamples, "of", refuse)
+    monkeypatch.setattr(IsometricRule, "weigh", refuse)
+    monkeypatch.setattr(OuterGradients, "at", refuse)
     with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
         microbatch.objective(log_probs(model)).backward()
     assert isopo.step() == {}

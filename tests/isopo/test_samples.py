@@ -9,13 +9,13 @@ import torch
 from tests.threads import Threads
 from torch import Tensor
 
-from proxstep.isopo.layers import (
-    LookupGradients,
-    OuterGradients,
-    PositionGradients,
-    VectorGradients,
-)
-from proxstep.isopo.samples import GatheredSamples, SampleStore
+from proxstep.isopo.embedding import LookupGradients
+from proxstep.isopo.gathering import Rows
+from proxstep.isopo.gathering import smallest as smallest_of
+from proxstep.isopo.gradients import PositionGradients
+from proxstep.isopo.linear import OuterGradients
+from proxstep.isopo.sampling import GatheredSamples, SampleStore
+from proxstep.isopo.vector import VectorGradients
 
 Part = tuple[Tensor, dict[str, PositionGradients]]
 """A rank's priorities, and gradients of each kind at its positions."""
@@ -79,12 +79,15 @@ def test_the_ranks_sample_has_a_row_for_each_position_and_no_other(
     def on_rank(rank: int) -> dict[str, Any]:
         priority_T, kinds = parts[rank]
         samples = GatheredSamples(priority_T, limit, None)
-        return {kind: samples.of(kind, gradients) for kind, gradients in kinds.items()}
+        return {
+            kind: samples.of(kind, gradients.at(samples.index_K))[0]
+            for kind, gradients in kinds.items()
+        }
 
     for found in Threads(len(parts)).run(on_rank):
-        for kind, (sample, rows) in found.items():
+        for kind, sample in found.items():
             expected = [torch.cat(p) for p in zip(*smallest(parts, kind, limit), strict=True)]
-            assert rows == len(expected[0])
+            assert len(sample.squares()) == len(expected[0])
             for value, right in zip(tensors(sample), expected, strict=True):
                 assert torch.equal(value, right)
 
@@ -99,10 +102,12 @@ def test_what_is_carried_over_are_the_rows_of_the_smallest_priorities(
 
     def on_rank(rank: int) -> dict[str, PositionGradients]:
         store, (priority_T, kinds) = SampleStore(count), parts[rank]
+        index_K = smallest_of(priority_T, count)
+        rows = Rows(priority_T[index_K], index_K, index_K)
         for kind, gradients in kinds.items():
-            store.add(kind, priority_T, gradients)
+            store.add(kind, rows, gradients.at(index_K))
         store.fold(None)
-        return store.current
+        return {kind: sample for kind, (_, sample) in store.current.items()}
 
     order = torch.cat([priority_T for priority_T, _ in parts]).argsort()[: len(chosen)]
     for found in Threads(len(parts)).run(on_rank):

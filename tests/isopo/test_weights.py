@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxstep.isopo import IsometricRule, NaturalRule
-from proxstep.isopo.weights import isometric_moments, isometric_weights, natural_weights
+from proxstep.isopo.plan import Statistics
 
 seeds = st.integers(0, 2**31)
 
@@ -29,7 +29,7 @@ def test_p_of_minus_one_bounds_every_sequences_fisher_length(seed: int) -> None:
     _, coefficient, fisher_sq = random_problem(seed)
     for damping in (0.0, 0.5, 10.0):
         rule = IsometricRule(-1.0, damping=damping)
-        weight = isometric_weights(coefficient, {"fisher_sq": fisher_sq}, rule, {})
+        weight = rule.weigh(Statistics(coefficient, fisher_sq), {})[0]
         assert (weight.abs() * fisher_sq.sqrt() <= coefficient.abs() * (1 + 1e-12)).all()
 
 
@@ -41,9 +41,9 @@ def test_r_of_minus_two_is_the_closest_multiple_to_the_natural_gradient(seed: in
     root = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     fisher = root @ root.mT + 0.1 * torch.eye(5, dtype=torch.float64)
     v = torch.randn(5, generator=generator, dtype=torch.float64)
-    moments = isometric_moments((v @ fisher @ v)[None], (v @ v)[None])
     ones = torch.ones(1, dtype=torch.float64)
-    scale = float(isometric_weights(ones, moments, IsometricRule(0.0, 0.0, -2.0), {}))
+    found = Statistics(ones, (v @ fisher @ v)[None], (v @ v)[None])
+    scale = float(IsometricRule(0.0, 0.0, -2.0).weigh(found, {})[0])
     natural = torch.linalg.solve(fisher, v)
 
     def distance(multiple: float) -> float:
@@ -61,7 +61,7 @@ def test_preserved_scale_keeps_an_average_sequence(seed: int) -> None:
         IsometricRule(-1.0, scale="preserved"),
         IsometricRule(-1.0, damping=2.0, scale="preserved"),
     ):
-        weight = isometric_weights(coefficient, {"fisher_sq": equal}, rule, {})
+        weight = rule.weigh(Statistics(coefficient, equal), {})[0]
         assert torch.allclose(weight, coefficient)
 
 
@@ -71,7 +71,7 @@ def test_the_natural_rule_solves_its_equation(seed: int) -> None:
     jacobian, coefficient, _ = random_problem(seed)
     kernel = jacobian @ jacobian.mT
     rule = NaturalRule(0.7)
-    weight = natural_weights(coefficient, kernel, rule, {})
+    weight = rule.weigh(Statistics(coefficient, ntk_BB=kernel), {})[0]
     c = 0.7 * kernel.diagonal().mean()
     left = kernel @ weight + c * weight
     assert torch.allclose(left, coefficient, rtol=1e-8, atol=1e-10)
@@ -84,7 +84,8 @@ def test_the_natural_rule_maximizes_gain_under_its_penalty(seed: int) -> None:
     jacobian, coefficient, _ = random_problem(seed)
     kernel = jacobian @ jacobian.mT
     c = kernel.diagonal().mean()
-    best = jacobian.mT @ natural_weights(coefficient, kernel, NaturalRule(1.0), {})
+    found = Statistics(coefficient, ntk_BB=kernel)
+    best = jacobian.mT @ NaturalRule(1.0).weigh(found, {})[0]
 
     def value(u: torch.Tensor) -> torch.Tensor:
         change = jacobian @ u
@@ -99,8 +100,9 @@ def test_the_natural_rule_maximizes_gain_under_its_penalty(seed: int) -> None:
 @pytest.mark.parametrize("form", ["additive", "relative"])
 def test_a_layer_without_gradient_gives_zeros_not_nan(form: str) -> None:
     coefficient, zeros = torch.ones(3), torch.zeros(3, 3)
-    weight = natural_weights(coefficient, zeros, NaturalRule(1.0, damping_form=form), {})
-    assert torch.equal(weight, torch.zeros(3))
-    moments = isometric_moments(torch.zeros(3), torch.zeros(3))
-    scale = isometric_weights(coefficient, moments, IsometricRule(-1.0, -1.0, -2.0), {})
+    rule = NaturalRule(1.0, damping_form=form)  # type: ignore[arg-type]
+    weight, _, _ = rule.weigh(Statistics(coefficient, ntk_BB=zeros), {})
+    assert torch.equal(weight, torch.zeros(3, dtype=torch.float64))
+    found = Statistics(coefficient, torch.zeros(3), torch.zeros(3))
+    scale, _, _ = IsometricRule(-1.0, -1.0, -2.0).weigh(found, {})
     assert scale.isfinite().all()

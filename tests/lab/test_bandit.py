@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from proxstep.isopo.rule import GUARD
 from proxstep.isopo.trailing import TrailingMeans
-from proxstep.isopo.weights import GUARD
 from proxstep.lab import bandit_training, toy_report
 from proxstep.lab.bandit import make_bandit, step_size
 from proxstep.lab.bandit_training import (

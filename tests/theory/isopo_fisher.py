@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from proxstep.isopo.layers import OuterGradients
+from proxstep.isopo.linear import OuterGradients
 from tests.theory.cases import Model, close, gradient, hessian, random
 from tests.theory.maths import categorical, estimates, fisher
 from tests.theory.registry import CORRECTED, states

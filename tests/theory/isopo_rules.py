@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 
 from proxstep.isopo import PRESETS, IsometricRule, NaturalRule
-from proxstep.isopo.weights import (
-    GUARD,
-    isometric_moments,
-    isometric_weights,
-    mean_eigenvalue,
-    natural_weights,
-)
+from proxstep.isopo.plan import Statistics
+from proxstep.isopo.rule import GUARD
 from tests.theory.cases import Model, close, random
 from tests.theory.isopo_fisher import FISHER, NORMS, OVERLAPS, linear_layer
 from tests.theory.maths import estimates, fisher, isopo
@@ -21,9 +16,9 @@ from tests.theory.registry import CORRECTED, FALSE, states
 SCALE = ("maths.isopo.isometric_scale", ".rsqrt()", ".reciprocal()")
 UNDAMPED = ("maths.isopo.isometric_scale", "+ regularization", "+ 0 * regularization")
 WEIGHTS = (
-    "isopo.weights.isometric_weights",
-    "weight_B = weight_B * _damped_square",
-    "weight_B = weight_B / _damped_square",
+    "isopo.rule.IsometricRule.weigh",
+    "scale_B = scale_B * self._damped_square",
+    "scale_B = scale_B / self._damped_square",
 )
 CLOSEST = (
     "maths.isopo.closest_scale",
@@ -33,7 +28,7 @@ CLOSEST = (
 DISTANCE = ("maths.isopo.distance_to_natural", "direction_P - torch", "direction_P + torch")
 MINSR = ("maths.isopo.minsr", "+ damping *", "+ 2 * damping *")
 KERNEL = (
-    "isopo.weights.natural_weights",
+    "isopo.rule.NaturalRule.weigh",
     "eigenvalue_B.clamp(min=0) + damping",
     "eigenvalue_B.clamp(min=0) + 2 * damping",
 )
@@ -76,7 +71,7 @@ def bounded_share(seed: int) -> None:
         assert (length_B >= clipped_B / 2**0.5 - 1e-12).all()
         rule = IsometricRule(-1.0, damping=1.0)
         past = {"fisher_sq": torch.tensor(reg - GUARD, dtype=torch.float64)}
-        weight_B = isometric_weights(advantage_B, {"fisher_sq": fisher_sq_B}, rule, past)
+        weight_B = rule.weigh(Statistics(advantage_B, fisher_sq_B), past)[0]
         close(weight_B, advantage_B * scale_B)
 
 
@@ -109,7 +104,7 @@ def figure_2(seed: int) -> None:
     close(isopo.isometric_scale(norm_B**2, reg), scale_B)
     past = {"fisher_sq": torch.tensor(reg - GUARD, dtype=torch.float64)}
     rule = IsometricRule(-1.0, damping=1.0)
-    weight_B = isometric_weights(advantage_B, {"fisher_sq": norm_B**2}, rule, past)
+    weight_B = rule.weigh(Statistics(advantage_B, norm_B**2), past)[0]
     close(weight_B, advantage_B * scale_B)
 
 
@@ -166,12 +161,12 @@ def relative_update(seed: int) -> None:
     score_BP, _, norm_sq_B, advantage_B = sample(seed)
     fisher_PP = fisher.fisher_matrix(model.score_VP, model.prob_V)
     fisher_sq_B = ((score_BP @ fisher_PP) * score_BP).sum(1)
-    moments = isometric_moments(fisher_sq_B, norm_sq_B)
+    found = Statistics(advantage_B, fisher_sq_B, norm_sq_B)
     mean = (fisher_sq_B / norm_sq_B).mean()
     damped = IsometricRule(0.0, 0.0, -2.0, damping=0.5)
-    weight_B = isometric_weights(advantage_B, moments, damped, {})
+    weight_B = damped.weigh(found, {})[0]
     close(weight_B, advantage_B / (fisher_sq_B / norm_sq_B + 0.5 * mean + GUARD))
-    plain_B = isometric_weights(advantage_B, moments, PRESETS["isopo-npg"], {})
+    plain_B = PRESETS["isopo-npg"].weigh(found, {})[0]
     pairs = zip(score_BP, advantage_B, strict=True)
     closest = [isopo.closest_scale(v, a * v, model.fisher_PP) for v, a in pairs]
     close(plain_B, torch.stack(closest), rtol=1e-3)
@@ -183,8 +178,8 @@ def relative_update(seed: int) -> None:
     "The general scaling is reg2(F)^p reg2(|G|)^q reg2(F / |G|)^r.",
     WEIGHTS,
     (
-        "isopo.weights._damped_square",
-        "return square + rule.damping * mean + GUARD",
+        "isopo.rule.IsometricRule._damped_square",
+        "return square + self.damping * mean + GUARD",
         "return square + mean + GUARD",
     ),
     holds=CORRECTED,
@@ -193,7 +188,7 @@ def relative_update(seed: int) -> None:
 )
 def figure_3(seed: int) -> None:
     _, fisher_sq_B, norm_sq_B, advantage_B = sample(seed)
-    moments, damping = isometric_moments(fisher_sq_B, norm_sq_B), 0.3
+    found, damping = Statistics(advantage_B, fisher_sq_B, norm_sq_B), 0.3
 
     def reg2(x_B: Tensor) -> Tensor:
         return (x_B**2 + damping * (x_B**2).mean() + 1e-8).sqrt()
@@ -202,10 +197,10 @@ def figure_3(seed: int) -> None:
     for p, q, r in ((-1, 0, 0), (0, 0, -2), (0, -1, -2), (-0.5, 1, 2)):
         rule = IsometricRule(float(p), float(q), float(r), damping=damping)
         expected_B = reg2(norm_B) ** p * reg2(length_B) ** q * reg2(norm_B / length_B) ** r
-        close(isometric_weights(advantage_B, moments, rule, {}), advantage_B * expected_B)
-    close(isometric_weights(advantage_B, moments, PRESETS["reinforce"], {}), advantage_B)
+        close(rule.weigh(found, {})[0], advantage_B * expected_B)
+    close(PRESETS["reinforce"].weigh(found, {})[0], advantage_B)
     powers = (IsometricRule(0.0, 0.0, -2.0), IsometricRule(-2.0, 2.0, 0.0))
-    same = [isometric_weights(advantage_B, moments, rule, {}) for rule in powers]
+    same = [rule.weigh(found, {})[0] for rule in powers]
     close(*same, rtol=1e-3)
 
 
@@ -220,11 +215,9 @@ def figure_3(seed: int) -> None:
 )
 def figure_5(seed: int) -> None:
     _, fisher_sq_B, norm_sq_B, advantage_B = sample(seed)
-    moments = isometric_moments(fisher_sq_B, norm_sq_B)
+    found = Statistics(torch.ones_like(advantage_B), fisher_sq_B, norm_sq_B)
     lengths = {
-        q: isometric_weights(torch.ones_like(advantage_B), moments, IsometricRule(0.0, q, 0.0), {})
-        * norm_sq_B.sqrt()
-        for q in (-1.0, 1.0)
+        q: IsometricRule(0.0, q, 0.0).weigh(found, {})[0] * norm_sq_B.sqrt() for q in (-1.0, 1.0)
     }
     close(lengths[-1.0], torch.ones_like(norm_sq_B), rtol=1e-3)
     close(lengths[1.0], norm_sq_B, rtol=1e-3)
@@ -281,7 +274,8 @@ def figure_6(seed: int) -> None:
     score_BP, _, _, advantage_B = sample(seed)
     kernel_BB = score_BP @ score_BP.mT
     past = {"eigenvalue": torch.tensor(0.9, dtype=torch.float64)}
-    weight_B = natural_weights(advantage_B, kernel_BB, NaturalRule(ntk_damping=0.5), past)
+    found = Statistics(advantage_B, ntk_BB=kernel_BB)
+    weight_B, _, _ = NaturalRule(ntk_damping=0.5).weigh(found, past)
     update_P = isopo.minsr(score_BP, advantage_B, 0.45)
     close(score_BP.mT @ weight_B, update_P)
     identity = torch.eye(6, dtype=torch.float64)
@@ -292,14 +286,16 @@ def figure_6(seed: int) -> None:
     "ISOPO",
     "figure 7",
     "The regularization is the mean eigenvalue of K, averaged over minibatches.",
-    ("isopo.weights.mean_eigenvalue", ".diagonal().mean()", ".mean()"),
+    ("isopo.rule.NaturalRule.weigh", "ntk_BB.diagonal().clone()", "ntk_BB.mean(dim=0)"),
     KERNEL,
     remark="The mean eigenvalue is the mean of |G_b|^2; for K = k I the weights are A / (2 k).",
 )
 def figure_7(seed: int) -> None:
     score_BP, _, norm_sq_B, advantage_B = sample(seed)
     kernel_BB = score_BP @ score_BP.mT
-    close(mean_eigenvalue(kernel_BB), torch.linalg.eigvalsh(kernel_BB).mean())
-    close(mean_eigenvalue(kernel_BB), norm_sq_B.mean())
+    _, moments, _ = NaturalRule().weigh(Statistics(advantage_B, ntk_BB=kernel_BB), {})
+    close(moments["eigenvalue"].mean(), torch.linalg.eigvalsh(kernel_BB).mean())
+    close(moments["eigenvalue"].mean(), norm_sq_B.mean())
     flat_BB = 3 * torch.eye(6, dtype=torch.float64)
-    close(natural_weights(advantage_B, flat_BB, NaturalRule(), {}), advantage_B / 6)
+    weight_B, _, _ = NaturalRule().weigh(Statistics(advantage_B, ntk_BB=flat_BB), {})
+    close(weight_B, advantage_B / 6)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 import __future__
 
-import importlib
 import inspect
+import pkgutil
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,10 +37,9 @@ class Mutant:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Run the function with the change, wherever it was imported to."""
-        module_name, name = self.function.rsplit(".", 1)
-        package = "tests.theory" if module_name.startswith("maths.") else "proxstep"
-        module = importlib.import_module(f"{package}.{module_name}")
-        function = inspect.unwrap(getattr(module, name))
+        package = "tests.theory" if self.function.startswith("maths.") else "proxstep"
+        function = inspect.unwrap(pkgutil.resolve_name(f"{package}.{self.function}"))
+        module, name = sys.modules[function.__module__], function.__name__
         source = textwrap.dedent(inspect.getsource(function))
         if source.count(self.old) != 1:
             raise ValueError(f"{self.old!r} occurs {source.count(self.old)} times in {name}")

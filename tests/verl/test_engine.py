@@ -23,7 +23,7 @@ from verl.workers.engine.fsdp import FSDPEngineWithLMHead
 
 from proxstep.engines.verl.engine import STATE_FILE, IsopoEngine
 from proxstep.errors import ProxstepError
-from proxstep.isopo.patches import SITE
+from proxstep.isopo.hooks import SITE
 
 pytestmark = pytest.mark.verl
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.patches import Owner, Site, kind_of, patch
+from proxstep.isopo import dora, embedding, linear, vector  # noqa: F401
+from proxstep.isopo.hooks import Owner, Site, kind_of, patch
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -81,9 +82,9 @@ def freeze_others(model: nn.Module) -> list[nn.Parameter]:
     """
     frozen = []
     for module in model.modules():
+        kind = kind_of(module)
         for name, parameter in module.named_parameters(recurse=False):
-            linear_weight = kind_of(module) == "linear" and name == "weight"
-            if parameter.requires_grad and not linear_weight:
+            if parameter.requires_grad and (kind is None or name not in kind.matrices):
                 frozen.append(parameter)
     if frozen and isinstance(model, DistributedDataParallel):
         raise ProxstepError(

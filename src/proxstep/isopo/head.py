@@ -19,12 +19,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.layers import OuterGradients, product
+from proxstep.isopo.gradients import Layout, Memory, PositionGradients
+from proxstep.isopo.hooks import OWNERS, owner_of
+from proxstep.isopo.linear import OuterGradients, product
 from proxstep.isopo.microbatch import Microbatch
-from proxstep.isopo.ops import OWNERS
-from proxstep.isopo.patches import owner_of
-from proxstep.isopo.reduction import Measured
-from proxstep.isopo.weighing import Weighing
+from proxstep.isopo.plan import Needs, Part
 from proxstep.logprobs.chunked import (
     ChunkedLogProbs,
     autocast_head,
@@ -116,11 +115,25 @@ class _GhostHead(torch.autograd.Function):
         sink = OWNERS[ctx.owner].resolve(int(ctx.ticket), ctx.key)
         if not isinstance(sink, Microbatch) or not ctx.needs_input_grad[1]:
             return *ChunkedLogProbs.backward(ctx, upstream_N, upstream_entropy), *(None,) * 4
+        if sink.settings.needs.ntk:
+            raise ProxstepError(
+                f'{ctx.key}: the natural rule and fisher="sequences" need the head\'s kernel, '
+                "which the chunked head does not form; use the full head, or an isometric rule"
+            )
         hidden_ND, weight_VD, bias_V, token_N = ctx.saved_tensors
         rows = _Rows(hidden_ND, weight_VD, bias_V, token_N, upstream_N, ctx.temperature)
+        row_of_T = _row_of_each_position(ctx.position_N, sink.layout)
+        gradients = HeadGradients(rows, row_of_T, ctx.chunk_size, torch.zeros_like(hidden_ND))
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            grad_ND, grad_VD = _reduce(ctx.key, rows, ctx.position_N, sink, ctx.chunk_size)
-        return grad_ND, grad_VD.to(weight_VD.dtype), *(None,) * 9
+            grad_VD = sink.reduce(ctx.key, gradients)
+        return gradients.grad_ND, grad_VD.to(weight_VD.dtype), *(None,) * 9
+
+
+def _row_of_each_position(position_N: Tensor, layout: Layout) -> Int[Tensor, " positions"]:
+    """Return the row of each of the layout's positions, -1 where it has none."""
+    place_T = torch.full((layout.grid[0] * layout.grid[1],), -1, device=position_N.device)
+    place_T[position_N] = torch.arange(len(position_N), device=position_N.device)
+    return place_T if layout.order_T is None else place_T[layout.order_T]
 
 
 @dataclass(frozen=True)
@@ -144,138 +157,132 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _AtPositions:
-    """The same by the layout's positions, of which most have no row; for sampling."""
+class HeadGradients(PositionGradients):
+    """The head's weight: G_t = (onehot(token_t) - softmax_t) h_t^T, formed when it is asked for.
+
+    Attributes:
+        rows: What they follow from.
+        row_of_T: The row of each position; most positions have none, -1.
+        chunk_size: Rows whose logits exist at a time.
+        grad_ND: The hidden states' gradients, filled in on the way.
+    """
+
+    is_matrix = True
 
     rows: _Rows
     row_of_T: Tensor
+    chunk_size: int
+    grad_ND: Tensor
 
-    def at(self, index_K: Tensor) -> OuterGradients:
-        row_K = self.row_of_T[index_K]
+    def at(self, index: Int[Tensor, " samples"]) -> OuterGradients:
+        """Return those of some positions, as a linear layer's."""
+        row_K = self.row_of_T[index]
         outer = self.rows.gradient(row_K.clamp(min=0))
-        zero_K1 = (row_K < 0)[:, None]
-        return OuterGradients(outer.grad_TO.masked_fill(zero_K1, 0.0), outer.input_TI)
+        return OuterGradients(outer.grad_TO.masked_fill((row_K < 0)[:, None], 0.0), outer.input_TI)
 
+    def squares(self) -> Float[Tensor, " positions"]:
+        """Not for all positions at a time."""
+        raise NotImplementedError
 
-def _reduce(
-    key: str, rows: _Rows, position_N: Tensor, microbatch: Microbatch, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the hidden states and of the weight."""
-    microbatch.claim(key)
-    needs, weighing = microbatch.needs(key), microbatch.weighing(key)
-    if weighing.needs_kernel:
-        raise ProxstepError(
-            f'{key}: the natural rule and fisher="sequences" need the head\'s kernel, which the '
-            "chunked head does not form; use the full head, or an isometric rule"
-        )
-    layout = microbatch.layout
-    place_T = torch.full((layout.grid[0] * layout.grid[1],), -1, device=position_N.device)
-    place_T[position_N] = torch.arange(len(position_N), device=position_N.device)
-    row_of_T = place_T if layout.order_T is None else place_T[layout.order_T]
-    sample = None
-    if needs.fisher:
-        sample, count = microbatch.samples.of(key, _AtPositions(rows, row_of_T))  # type: ignore[arg-type]
-        assert isinstance(sample, OuterGradients)
-        weighing.measure_sample(sample.squares(), count)
-    own_rows = [row_of_T[start:end] for start, end in layout.bounds]
-    own_rows = [row_n[row_n >= 0] for row_n in own_rows]
-    work = _Work(rows, sample, needs.norm, chunk_size)
-    given = key in microbatch.sequences.fisher_sq
-    if not (needs.fisher or needs.norm or given):
-        weights = iter(-microbatch.sequences.coefficient_B)
-        for row_n in own_rows:
-            work.add(row_n, lambda _: next(weights))
-    elif weighing.knows_the_past:
-        for sequence, row_n in enumerate(own_rows):
-            part = slice(sequence, sequence + 1)
-            work.add(row_n, lambda found, part=part: weighing.weigh(part, found(weighing))[0])
-        weighing.conclude()
-    else:
-        _two_passes(work, own_rows, weighing)
-    return work.grad_ND, work.grad_VD
+    def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, "vocab features"]:
+        """Return sum_t weight_t G_t."""
+        work, row_T = _Work(self, None, needs_norm=False), self.row_of_T
+        for chunk_t in (row_T >= 0).nonzero().squeeze(1).split(self.chunk_size):
+            for outer in work.gradients(row_T[chunk_t], keep_hidden=True):
+                work.add(outer, weight_T[chunk_t, None])
+        return work.grad_VD
 
+    def parts(
+        self, layout: Layout, needs: Needs, sample: Any, memory: Memory, *, separable: bool
+    ) -> Iterator[Part]:
+        """Measure one sequence at a time, or all before any of them is weighed."""
+        del memory
+        work = _Work(self, sample, needs_norm=needs.norm)
+        own_rows = [self.row_of_T[start:end] for start, end in layout.bounds]
+        own_rows = [row_n[row_n >= 0] for row_n in own_rows]
+        if separable:
+            for sequence, row_n in enumerate(own_rows):
+                yield work.part(slice(sequence, sequence + 1), row_n)
+            return
 
-def _two_passes(work: _Work, own_rows: list[Tensor], weighing: Weighing) -> None:
-    """Measure all sequences before any of them is weighed: the first step has no past."""
-    found = [work.measure(row_n) for row_n in own_rows]
-    cross, norms = [f.cross_K for f in found], [f.norm_sq for f in found]
-    fisher_B = None if cross[0] is None else weighing.fisher_of(torch.stack(cross, dim=1))  # type: ignore[arg-type]
-    norm_B = None if norms[0] is None else torch.stack(norms)  # type: ignore[arg-type]
-    weight_B = weighing.weigh(slice(None), Measured(fisher_B, norm_B))
-    weighing.conclude()
-    for row_n, weight in zip(own_rows, weight_B, strict=True):
-        work.add(row_n, lambda _, weight=weight: weight, measure=False)
+        def add(weight_B: Tensor, _: Tensor | None) -> Tensor:
+            for row_n, weight in zip(own_rows, weight_B, strict=True):
+                for outer in work.gradients(row_n, keep_hidden=True):
+                    work.add(outer, weight)
+            return work.grad_VD
 
-
-@dataclass(frozen=True)
-class _Found:
-    """One sequence's statistics."""
-
-    cross_K: Tensor | None
-    norm_sq: Tensor | None
-
-    def __call__(self, weighing: Weighing) -> Measured:
-        """Return them as the rule wants them."""
-        fisher_B = None if self.cross_K is None else weighing.fisher_of(self.cross_K[:, None])
-        return Measured(fisher_B, None if self.norm_sq is None else self.norm_sq[None])
+        found = [work.measure(row_n) for row_n in own_rows]
+        cross = [cross_K for cross_K, _ in found if cross_K is not None]
+        norms = [norm_sq for _, norm_sq in found if norm_sq is not None]
+        cross_KB = torch.stack(cross, dim=1) if cross else None
+        yield Part(slice(None), add, cross_KB, torch.stack(norms) if norms else None)
 
 
 class _Work:
-    """Accumulates the gradients of the hidden states and of the weight, sequence by sequence."""
+    """Measures sequences, and accumulates the gradients of the hidden states and of the weight."""
 
     def __init__(
-        self, rows: _Rows, sample: OuterGradients | None, needs_norm: bool, chunk_size: int
+        self, head: HeadGradients, sample: OuterGradients | None, *, needs_norm: bool
     ) -> None:
-        self._rows, self._sample = rows, sample
-        self._needs_norm, self._chunk_size = needs_norm, chunk_size
-        self.grad_ND = torch.zeros_like(rows.hidden_ND)
-        wide = wide_dtype(rows.weight_VD.dtype)
-        self.grad_VD = torch.zeros_like(rows.weight_VD, dtype=wide)
+        self._rows, self._chunk_size, self._grad_ND = head.rows, head.chunk_size, head.grad_ND
+        self._sample, self._needs_norm = sample, needs_norm
+        wide = wide_dtype(self._rows.weight_VD.dtype)
+        self.grad_VD = torch.zeros_like(self._rows.weight_VD, dtype=wide)
         self._whole_VD: Tensor | None = None
 
-    def add(self, row_n: Tensor, weigh: Any, *, measure: bool = True) -> None:
-        """Add one sequence: weigh is called with its statistics and returns its weight."""
-        chunks = self._chunks(row_n)
-        if len(chunks) == 1 or not measure:
-            for outer in self._gradients(row_n, keep_hidden=True):
-                found = self._measure_chunk(outer) if measure else _Found(None, None)
-                scaled_nD = outer.input_TI * weigh(found).to(outer.input_TI.dtype)
-                self._accumulate(self.grad_VD, outer.grad_TO, scaled_nD)
-            return
-        cross_K = None
-        whole_VD = self._workspace()
-        for outer in self._gradients(row_n, keep_hidden=True):
-            self._accumulate(whole_VD, outer.grad_TO, outer.input_TI)
-            cross_K = self._cross(outer, cross_K)
-        norm_sq = whole_VD.square().sum() if self._needs_norm else None
-        self.grad_VD.addcmul_(whole_VD, weigh(_Found(cross_K, norm_sq)).to(whole_VD.dtype))
+    def part(self, sequence: slice, row_n: Tensor) -> Part:
+        """Measure a sequence, and keep what its weight is waited for with."""
+        if len(row_n) <= self._chunk_size:
+            (outer,) = self.gradients(row_n, keep_hidden=True)
+            cross_K, norm_sq = self._measure_chunk(outer)
 
-    def measure(self, row_n: Tensor) -> _Found:
-        """Return one sequence's statistics."""
-        if len(self._chunks(row_n)) == 1:
-            (outer,) = self._gradients(row_n, keep_hidden=False)
+            def add(weight_B: Tensor, _: Tensor | None) -> Tensor:
+                return self.add(outer, weight_B[0])
+        else:
+            cross_K, whole_VD = None, self._workspace()
+            for chunk in self.gradients(row_n, keep_hidden=True):
+                self._accumulate(whole_VD, chunk.grad_TO, chunk.input_TI)
+                cross_K = self._cross(chunk, cross_K)
+            norm_sq = whole_VD.square().sum() if self._needs_norm else None
+
+            def add(weight_B: Tensor, _: Tensor | None) -> Tensor:
+                return self.grad_VD.addcmul_(whole_VD, weight_B[0].to(whole_VD.dtype))
+
+        cross_KB = None if cross_K is None else cross_K[:, None]
+        return Part(sequence, add, cross_KB, None if norm_sq is None else norm_sq[None])
+
+    def measure(self, row_n: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return one sequence's <G_k, G_b> and |G_b|^2."""
+        if len(row_n) <= self._chunk_size:
+            (outer,) = self.gradients(row_n, keep_hidden=False)
             return self._measure_chunk(outer)
         cross_K, whole_VD = None, self._workspace() if self._needs_norm else None
-        for outer in self._gradients(row_n, keep_hidden=False):
+        for outer in self.gradients(row_n, keep_hidden=False):
             cross_K = self._cross(outer, cross_K)
             if whole_VD is not None:
                 self._accumulate(whole_VD, outer.grad_TO, outer.input_TI)
-        return _Found(cross_K, None if whole_VD is None else whole_VD.square().sum())
+        return cross_K, None if whole_VD is None else whole_VD.square().sum()
 
-    def _gradients(self, row_n: Tensor, *, keep_hidden: bool) -> Iterator[OuterGradients]:
+    def gradients(self, row_n: Tensor, *, keep_hidden: bool) -> Iterator[OuterGradients]:
         """Yield each chunk's gradients; the hidden states' follow from them."""
-        for chunk_n in self._chunks(row_n):
+        for chunk_n in row_n.split(self._chunk_size):
             outer = self._rows.gradient(chunk_n)
             if keep_hidden:
-                self.grad_ND[chunk_n] = outer.grad_TO @ self._rows.weight_VD
+                self._grad_ND[chunk_n] = outer.grad_TO @ self._rows.weight_VD
             yield outer
 
-    def _measure_chunk(self, outer: OuterGradients) -> _Found:
+    def add(self, outer: OuterGradients, weight: Tensor) -> Tensor:
+        """Add a chunk's gradients times a weight, or one for each row."""
+        scaled_nD = outer.input_TI * weight.to(outer.input_TI.dtype)
+        self._accumulate(self.grad_VD, outer.grad_TO, scaled_nD)
+        return self.grad_VD
+
+    def _measure_chunk(self, outer: OuterGradients) -> tuple[Tensor | None, Tensor | None]:
         norm_sq = None
         if self._needs_norm:
             gram_nn = product(outer.grad_TO, outer.grad_TO.mT)
             norm_sq = (gram_nn * product(outer.input_TI, outer.input_TI.mT)).sum().clamp(min=0)
-        return _Found(self._cross(outer, None), norm_sq)
+        return self._cross(outer, None), norm_sq
 
     def _cross(self, outer: OuterGradients, total_K: Tensor | None) -> Tensor | None:
         """Add <G_k, G_t> over the positions t of a chunk."""
@@ -295,6 +302,3 @@ class _Work:
         if self._whole_VD is None:
             self._whole_VD = torch.empty_like(self.grad_VD)
         return self._whole_VD.zero_()
-
-    def _chunks(self, row_n: Tensor) -> tuple[Tensor, ...]:
-        return row_n.split(self._chunk_size)

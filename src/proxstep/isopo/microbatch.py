@@ -1,24 +1,72 @@
-"""Where a backward pass's position-wise gradients go: into a microbatch's rule, or a plain sum.
+"""A microbatch's backward pass: from each layer's position-wise gradients to its gradient.
 
 Legend for shape suffixes: B sequences of the microbatch.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.forms import Needs
-from proxstep.isopo.layers import OuterGradients, PositionGradients
-from proxstep.isopo.layout import Layout
-from proxstep.isopo.memory import Memory
-from proxstep.isopo.reduction import Request, reduce
-from proxstep.isopo.samples import Samples
-from proxstep.isopo.trailing import TrailingMeans
-from proxstep.isopo.weighing import Log, Sequences, Settings, Weighing
-from proxstep.typing import Bool, Float, Tensor
+from proxstep.isopo.diagnostics.records import LayerRecord, joined
+from proxstep.isopo.gradients import Layout, Memory, PositionGradients
+from proxstep.isopo.hooks import OWNERS, UNBOUND
+from proxstep.isopo.plan import Needs, Statistics
+from proxstep.isopo.rule import (
+    Means,
+    NaturalRule,
+    Rule,
+    fisher_squares,
+    kernel_fisher_squares,
+)
+from proxstep.isopo.sampling import Samples
+from proxstep.typing import Bool, Float, Int, Tensor
+
+Fisher = Literal["positions", "sequences"]
+Denominator = Literal["sample", "trailing"]
+Log = list[tuple[str, LayerRecord]]
+"""What was measured, by parameter use, in the order of the reductions."""
+
+_NUMBERS = itertools.count()
+_MOST_PENDING = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all microbatches; see `Isopo` for the meaning."""
+
+    rule: Rule
+    fisher: Fisher = "positions"
+    fisher_denominator: Denominator = "sample"
+    only_linear: bool = False
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics that the weights are made of."""
+        needs = self.rule.needs
+        if needs.fisher and self.fisher == "sequences":
+            return replace(needs, fisher=False, ntk=True)
+        return needs
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What is known of a microbatch's sequences.
+
+    Attributes:
+        coefficient_B: Each one's coefficient.
+        group_B: Each one's group, where groups were given.
+        fisher_sq: F_b^2 by parameter use, where the caller knows them better than an estimate.
+    """
+
+    coefficient_B: Float[Tensor, " batch"]
+    group_B: Int[Tensor, " batch"] | None
+    fisher_sq: Mapping[str, Float[Tensor, " batch"]]
 
 
 class Microbatch:
@@ -29,9 +77,11 @@ class Microbatch:
         sequences: Their coefficients and groups.
         settings: The rule.
         samples: The positions that estimate the Fisher norm.
-        trailing: Averages over earlier optimizer steps; this microbatch is added to them.
+        past: Averages over earlier optimizer steps, by parameter use.
         memory: The workspace.
         log: This microbatch's measurements are added to it.
+        diagnose: Whether to measure and keep all statistics, the unneeded ones too.
+        measuring: Whether all gradients are to be zeros.
     """
 
     def __init__(
@@ -40,14 +90,25 @@ class Microbatch:
         sequences: Sequences,
         settings: Settings,
         samples: Samples,
-        trailing: TrailingMeans,
+        past: Mapping[str, Means],
         memory: Memory,
         log: Log,
+        *,
+        diagnose: bool = False,
+        measuring: bool = False,
     ) -> None:
-        self.layout, self.samples, self.sequences = layout, samples, sequences
+        self.layout, self.sequences, self.samples = layout, sequences, samples
+        self.settings, self.diagnose, self._measuring = settings, diagnose, measuring
+        self.needs = settings.needs
+        if diagnose:
+            self.needs = Needs(fisher=settings.fisher == "positions", norm=True, ntk=True)
         self.reduced: set[str] = set()
-        self._settings, self._trailing = settings, trailing
-        self._memory, self._log = memory, log
+        self._averages = set(settings.rule.averages)
+        self._past, self._memory, self._log = past, memory, log
+        self._related_BB = None
+        if isinstance(settings.rule, NaturalRule) and settings.rule.interact == "group":
+            assert sequences.group_B is not None
+            self._related_BB = sequences.group_B[:, None] == sequences.group_B[None, :]
 
     def set_coefficients(self, coefficients: Float[Tensor, " batch"]) -> None:
         """Replace the coefficients, where they follow from the forward itself; before backward.
@@ -60,23 +121,6 @@ class Microbatch:
         if self.reduced:
             raise ProxstepError("set_coefficients() came after backward: call it before")
         self.sequences = replace(self.sequences, coefficient_B=coefficients.detach())
-
-    def select(self, key: str, value: Tensor) -> Tensor:
-        """Flatten (..., features) to (positions, features), in the layout's order.
-
-        Raises:
-            ProxstepError: If the layer saw another number of positions than sequence_ids has.
-        """
-        flat = value.reshape(-1, value.shape[-1])
-        rows, columns = self.layout.grid
-        if flat.shape[0] != rows * columns:
-            raise ProxstepError(
-                f"{key} saw {flat.shape[0]} token positions, but sequence_ids has "
-                f"{rows * columns} ({rows} x {columns}): turn off logits_to_keep and fused heads, "
-                "run the forward inside isopo.microbatch(...), and freeze experts that see only "
-                "their own tokens"
-            )
-        return flat if self.layout.order_T is None else flat[self.layout.order_T]
 
     def objective(
         self, log_prob_BT: Float[Tensor, ...], response_mask: Bool[Tensor, ...] | None = None
@@ -98,34 +142,30 @@ class Microbatch:
             total.register_hook(_refuse_scale)
         return total
 
+    # -- one layer ---------------------------------------------------------------------------------
+
+    def select(self, key: str, value: Tensor) -> Tensor:
+        """Flatten (..., features) to (positions, features), in the layout's order.
+
+        Raises:
+            ProxstepError: If the layer saw another number of positions than sequence_ids has.
+        """
+        flat = value.reshape(-1, value.shape[-1])
+        rows, columns = self.layout.grid
+        if flat.shape[0] != rows * columns:
+            raise ProxstepError(
+                f"{key} saw {flat.shape[0]} token positions, but sequence_ids has "
+                f"{rows * columns} ({rows} x {columns}): turn off logits_to_keep and fused heads, "
+                "run the forward inside isopo.microbatch(...), and freeze experts that see only "
+                "their own tokens"
+            )
+        return flat if self.layout.order_T is None else flat[self.layout.order_T]
+
     def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
         """Return the parameter's gradient, -sum_b weight_b G_b.
 
         Raises:
             ProxstepError: If the parameter's use was reduced before in this microbatch.
-        """
-        self.claim(key)
-        settings, coefficient_B = self._settings, self.sequences.coefficient_B
-        excluded = settings.only_linear and not isinstance(gradients, OuterGradients)
-        needs = self.needs(key)
-        given = key in self.sequences.fisher_sq
-        if excluded or (needs == Needs() and not given):
-            return gradients.contract(self.layout.spread(-coefficient_B))
-        weighing = self.weighing(key)
-        sample = None
-        if needs.fisher:
-            sample, count = self.samples.of(key, gradients)
-            weighing.measure_sample(sample.squares(), count)
-        request = Request(needs, sample, weighing.fisher_of, weighing.weigh, weighing.separable)
-        total = reduce(gradients, self.layout, request, self._memory)
-        weighing.conclude()
-        return total
-
-    def claim(self, key: str) -> None:
-        """Note that a parameter's use is reduced now.
-
-        Raises:
-            ProxstepError: If it was before.
         """
         if key in self.reduced:
             raise ProxstepError(
@@ -133,20 +173,78 @@ class Microbatch:
                 "arrive whole; use one forward and one backward per isopo.microbatch(...)"
             )
         self.reduced.add(key)
+        rule, sequences, past = self.settings.rule, self.sequences, self._past.get(key, {})
+        given_B = sequences.fisher_sq.get(key)
+        needs = self.needs if given_B is None else replace(self.needs, fisher=False)
+        excluded = self.settings.only_linear and not gradients.is_matrix
+        if excluded or (needs == Needs() and given_B is None):
+            weight_B = -sequences.coefficient_B * (not self._measuring)
+            return gradients.contract(self.layout.spread(weight_B))
+        by_sequences = self.settings.fisher == "sequences"
+        wanted = {"fisher_sq", *self._averages} if needs.fisher else self._averages
+        separable = not (rule.interacting or by_sequences) and wanted <= past.keys()
+        sample, sample_sq_B, own_KB, moments = None, None, None, {}
+        if needs.fisher:
+            sample, sample_sq_B, own_KB, moments = self._sample(key, gradients, past)
+        dtype = torch.promote_types(sequences.coefficient_B.dtype, torch.float32)
+        total, records = None, []
+        for part in gradients.parts(self.layout, needs, sample, self._memory, separable=separable):
+            fisher_B, filled_B = None if given_B is None else given_B[part.sequences], None
+            if part.cross_KB is not None and sample_sq_B is not None:
+                cross_KB = part.cross_KB
+                if own_KB is not None:
+                    cross_KB = cross_KB.masked_fill(own_KB[:, part.sequences], 0.0)
+                fisher_B, filled_B = fisher_squares(
+                    cross_KB, sample_sq_B[part.sequences], past, self.samples.over_ranks
+                )
+            ntk_BB = part.ntk_BB
+            if by_sequences and given_B is None and ntk_BB is not None:
+                fisher_B = kernel_fisher_squares(ntk_BB)
+            if ntk_BB is not None and self._related_BB is not None:
+                ntk_BB = ntk_BB * self._related_BB
+            coefficient_B = sequences.coefficient_B[part.sequences]
+            found = Statistics(coefficient_B, fisher_B, part.norm_sq_B, ntk_BB)
+            weight_B, more, report = rule.weigh(found, past, self.samples.over_ranks)
+            if self._measuring and filled_B is not None:
+                more = {name: value_B[~filled_B] for name, value_B in more.items()}
+            used_B = torch.zeros_like(weight_B) if self._measuring else -weight_B  # to minimize
+            total = part.add(used_B.to(dtype), total)
+            records.append(
+                LayerRecord(
+                    coefficient_B,
+                    weight_B,
+                    fisher_B,
+                    filled_B,
+                    part.norm_sq_B,
+                    part.ntk_BB if self.diagnose else None,
+                    None if sequences.group_B is None else sequences.group_B[part.sequences],
+                    {**moments, **more},
+                    report,
+                )
+            )
+            moments = {}
+        assert total is not None
+        self._log.append((key, records[0] if len(records) == 1 else joined(records)))
+        return total
 
-    def needs(self, key: str) -> Needs:
-        """Return the statistics that are needed for a parameter's use."""
-        if self._log.keep_records:
-            return Needs(fisher=self._settings.fisher == "positions", norm=True, ntk=True)
-        needs = self._settings.needs
-        given = key in self.sequences.fisher_sq
-        return Needs(norm=needs.norm) if given else needs
-
-    def weighing(self, key: str) -> Weighing:
-        """Return what turns one parameter's statistics into weights, and takes note of them."""
-        return Weighing(
-            key, self.sequences, self._settings, self.samples, self._trailing, self._log
-        )
+    def _sample(
+        self, key: str, gradients: PositionGradients, past: Means
+    ) -> tuple[PositionGradients, Tensor, Tensor | None, dict[str, Tensor]]:
+        """Return the sample, each sequence's sum_k |G_k|^2, what that leaves out, and its mean."""
+        sample, own_KB = gradients.at(self.samples.index_K), None
+        if self.samples.exchanged:
+            sample, own_KB = self.samples.of(key, sample)
+        square_K = sample.squares()
+        mean = square_K.sum() / max(len(square_K), 1)
+        used = past.get("sample_sq", mean)
+        trailing = self.settings.fisher_denominator == "trailing"
+        if own_KB is None:
+            total = (used if trailing else mean) * len(square_K)
+            total_B = total.expand(len(self.sequences.coefficient_B))
+        else:
+            others_BK = (~own_KB).mT.to(square_K.dtype)
+            total_B = used * others_BK.sum(dim=1) if trailing else others_BK @ square_K
+        return sample, total_B, own_KB, {"sample_sq": mean[None]}
 
 
 class PlainSum:
@@ -160,11 +258,75 @@ class PlainSum:
     def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
         """Return the sum over positions."""
         del key
-        first = gradients.grad_TO if isinstance(gradients, OuterGradients) else gradients.grad_TD
-        return gradients.contract(first.new_ones(len(first)))
+        return gradients.contract(gradients.first.new_ones(gradients.num_rows))
 
 
 Sink = Microbatch | PlainSum
+
+
+class Router:
+    """Which microbatch a forward and its backward belong to: what patched layers know of an Isopo.
+
+    Attributes:
+        number: Its key in `OWNERS`.
+        enabled: Whether forwards are to be routed at the moment.
+        ticket: The active microbatch's id, or `UNBOUND`.
+        grid: Shape of the active microbatch's token grid.
+        active: Where a backward goes whose forward was outside.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.enabled = next(_NUMBERS), True
+        self.ticket, self.grid = torch.tensor(UNBOUND), None
+        self.active: Sink | None = None
+        self._pending: dict[int, Microbatch] = {}
+        OWNERS[self.number] = self
+
+    def begin(self, number: int, microbatch: Microbatch) -> None:
+        """Bind the forwards from now on to a microbatch."""
+        while len(self._pending) >= _MOST_PENDING:
+            del self._pending[next(iter(self._pending))]
+        self._pending[number] = self.active = microbatch
+        self.ticket, self.grid = torch.tensor(number), microbatch.layout.grid
+
+    def end(self, number: int, microbatch: Microbatch) -> None:
+        """Bind no more forwards; unless there was a backward, it is still to come."""
+        self.active, self.grid, self.ticket = None, None, torch.tensor(UNBOUND)
+        if microbatch.reduced:
+            self._pending.pop(number, None)
+
+    def forget(self) -> None:
+        """End the optimizer step: no backward is still to come."""
+        self._pending.clear()
+
+    def resolve(self, ticket: int, key: str) -> Sink:
+        """Return where a parameter's gradients go, for a backward whose forward got this ticket.
+
+        Raises:
+            ProxstepError: If that is nowhere.
+        """
+        if ticket == UNBOUND:
+            if self.active is None:
+                raise ProxstepError(
+                    f"backward reached {key} outside isopo.microbatch(...): its gradient would "
+                    "lack the coefficients; wrap the backward, or use isopo.off() for a loss of "
+                    "its own. With activation checkpointing set use_reentrant=False, or run the "
+                    "backward inside isopo.microbatch(...)"
+                )
+            return self.active
+        if ticket not in self._pending:
+            raise ProxstepError(
+                f"backward reached {key} for a microbatch that was back-propagated before, or that "
+                "belongs to an earlier optimizer step: use one backward per isopo.microbatch(...), "
+                "before isopo.step()"
+            )
+        bound = self._pending[ticket]
+        if isinstance(self.active, Microbatch) and self.active is not bound:
+            raise ProxstepError(
+                f"backward reached {key} for another microbatch than the one that is active: run "
+                "it inside its own isopo.microbatch(...), or outside all of them"
+            )
+        return bound
 
 
 def check_coefficients(coefficients: Tensor, count: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Isopo: the rules of `weights` inside the backward pass of a model that the user already has.
+"""Isopo: the rules of `rule` inside the backward pass of a model that the user already has.
 
 A module's `forward` is replaced on the instance by one that routes its parameters through an
 autograd function, so that `.grad` comes out transformed: state_dict keys, module types, optimizers
@@ -7,7 +7,6 @@ and gradient reduction stay as they are.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -25,23 +24,28 @@ from proxstep.isopo.coverage import (
     install,
     uses,
 )
+from proxstep.isopo.diagnostics.records import LayerRecord, step_means
 from proxstep.isopo.diagnostics.step import StepDiagnostics, diagnose
-from proxstep.isopo.drawing import Drawing, OverlapPositions, OverlapSource
-from proxstep.isopo.forms import MEMORY_BUDGET
-from proxstep.isopo.layout import make_layout
-from proxstep.isopo.memory import Memory
-from proxstep.isopo.microbatch import Microbatch, PlainSum, check_coefficients
-from proxstep.isopo.ops import OWNERS, UNBOUND, Sink
-from proxstep.isopo.patches import unpatch
+from proxstep.isopo.gradients import Memory, make_layout
+from proxstep.isopo.hooks import unpatch
+from proxstep.isopo.microbatch import (
+    Denominator,
+    Fisher,
+    Log,
+    Microbatch,
+    PlainSum,
+    Router,
+    Sequences,
+    Settings,
+    check_coefficients,
+)
+from proxstep.isopo.plan import MEMORY_BUDGET
+from proxstep.isopo.rule import PRESETS, NaturalRule, Rule
+from proxstep.isopo.sampling import Drawing, OverlapPositions, OverlapSource
 from proxstep.isopo.trailing import TrailingMeans
-from proxstep.isopo.weighing import Denominator, Fisher, Log, Sequences, Settings
-from proxstep.isopo.weights import PRESETS, NaturalRule, Rule
 from proxstep.typing import Bool, Float, Int, Tensor
 
 OtherParameters = Literal["transform", "reinforce", "freeze"]
-
-_NUMBERS = itertools.count()
-_MOST_PENDING = 64
 
 
 class Isopo:
@@ -129,17 +133,14 @@ class Isopo:
         self._drawing = Drawing(
             num_overlap_positions, overlap_positions, overlap_source, seed, process_group
         )
-        self._memory, self._log = Memory(memory_budget), Log()
+        self._memory, self._router = Memory(memory_budget), Router()
+        self._log: Log = []
+        self._diagnosing = False
         self._step, self._microbatch = 0, 0
+        self._measuring, self._passes = False, 0
         self._versions: dict[int, int] = {}
-        self._active: Microbatch | PlainSum | None = None
-        self._pending: dict[int, Microbatch] = {}
-        # What the patched modules read; see `patches.Owner`.
-        self.number, self.enabled, self.grid = next(_NUMBERS), True, None
-        self.ticket = torch.tensor(UNBOUND)
-        OWNERS[self.number] = self
         self._frozen = freeze_others(model) if other_parameters == "freeze" else []
-        self._modules = install(model, self)
+        self._modules = install(model, self._router)
 
     # -- using it ----------------------------------------------------------------------------------
 
@@ -174,8 +175,7 @@ class Isopo:
                 diagnostics: noise between prompts, conflict within them.
             sequence_keys: A number for each sequence that no other one of the optimizer step has,
                 on any rank.
-            fisher_squares: F_b^2 by parameter use, instead of an estimate (see
-                `proxstep.isopo.exact`).
+            fisher_squares: F_b^2 by parameter use, instead of an estimate.
 
         Yields:
             The microbatch, with its `layout`.
@@ -184,7 +184,7 @@ class Isopo:
             ProxstepError: If the arguments do not fit, a trainable parameter is not covered, or a
                 layer was bypassed (a fused head).
         """
-        if self._active is not None:
+        if self._router.active is not None:
             raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
         check_coverage(self.model, self._modules)
         self._check_step_was_called()
@@ -192,31 +192,82 @@ class Isopo:
         layout = make_layout(sequence_ids, len(coefficients))
         sequences = Sequences(coefficients.detach(), groups, dict(fisher_squares or {}))
         self._check_sequences(sequences)
-        place = (self._step, self._microbatch)
-        samples = self._drawing.draw(layout, completion_mask, sequence_keys, place)
-        self._log.keep_records = self.diagnose
+        samples = self._drawing.draw(layout, completion_mask, sequence_keys, groups, self._step)
         microbatch = Microbatch(
-            layout, sequences, self._settings, samples, self.trailing, self._memory, self._log
+            layout,
+            sequences,
+            self._settings,
+            samples,
+            self.trailing.means,
+            self._memory,
+            self._log,
+            diagnose=self.diagnose,
+            measuring=self._measuring,
         )
+        self._diagnosing |= self.diagnose
         before = gradient_stamps(self._modules)
-        number = self._begin(microbatch)
+        number = self._step * 2**20 + self._microbatch
+        self._microbatch += 1
+        self._router.begin(number, microbatch)
         try:
             yield microbatch
         finally:
-            self._end(number, microbatch)
+            self._router.end(number, microbatch)
+            self._memory.release()
         if microbatch.reduced:
             check_bypassed(self._modules, microbatch.reduced, before)
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether a measuring pass should come first: see `measuring`."""
+        sampled = self._settings.needs.fisher
+        passes = 2 if sampled and self._drawing.carries else 0
+        denominators = sampled and self._settings.fisher_denominator == "trailing"
+        passes = passes or int(bool(self.rule.averages or denominators))
+        return self._step == 0 and self._passes < passes
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure what the very first update builds on, and leave its gradients zero.
+
+            while isopo.needs_past:
+                with isopo.measuring():
+                    ...  # forward and backward of all microbatches of the first optimizer step
+
+        Trailing means, and the positions of a previous step, have no past in the first step: by
+        itself each microbatch would make its own, and the gradient would depend on how the step was
+        cut. One pass or two are needed, or none; torch's random numbers go on as if there had been
+        none. Leave losses inside `off()` out: their gradients would be added.
+        """
+        if self._router.active is not None or self._log:
+            raise ProxstepError("measuring() comes before the first microbatch of a step")
+        collecting = self._drawing.carries and not self._passes
+        devices = {p.device for _, p in uses(self._modules) if p.device.type == "cuda"}
+        self._measuring = True
+        try:
+            with torch.random.fork_rng(sorted(device.index for device in devices)):
+                yield
+        finally:
+            self._measuring = False
+        self._passes += 1
+        measured = [] if collecting and self._settings.needs.fisher else self._log
+        for key, record in measured:
+            self.trailing.add(key, record.moments)
+        self._log, self._diagnosing, self._microbatch = [], False, 0
+        self.trailing.fold(self.process_group)
+        self._drawing.end_step()
+        self._router.forget()
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Make forwards and backwards inside ordinary: for entropy and KL losses."""
-        if self._active is not None:
+        if self._router.active is not None:
             raise ProxstepError("off() inside microbatch() or off(): they do not nest")
-        self._active, self.enabled = PlainSum(), False
+        self._router.active, self._router.enabled = PlainSum(), False
         try:
             yield
         finally:
-            self._active, self.enabled = None, True
+            self._router.active, self._router.enabled = None, True
 
     def step(self) -> dict[str, float]:
         """End an optimizer step: update the trailing means, draw new positions from now on.
@@ -231,15 +282,19 @@ class Isopo:
             and filled in, "ntk_off_diagonal", the share of |K| off the diagonal (natural); and with
             `diagnose` what `StepDiagnostics.scalars` says, of which `diagnostics` then has all.
         """
-        measured = self._log.means()
-        if self._log.records:
-            self.diagnostics = diagnose(self._log.records)
+        measured = step_means([record for _, record in self._log])
+        kept: dict[str, list[LayerRecord]] = {}
+        for key, record in self._log:
+            self.trailing.add(key, record.moments)
+            kept.setdefault(key, []).append(record)
+        if kept and self._diagnosing:
+            self.diagnostics = diagnose(kept)
             measured |= self.diagnostics.scalars()
-        self._log = Log()
+        self._log, self._diagnosing = [], False
         self.trailing.fold(self.process_group)
         self._drawing.end_step()
         self._memory.release()
-        self._pending.clear()
+        self._router.forget()
         self._step, self._microbatch = self._step + 1, 0
         return measured
 
@@ -262,56 +317,9 @@ class Isopo:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        self._step, self._microbatch = state["step"], 0
+        self._step, self._microbatch, self._log = state["step"], 0, []
         self.trailing.load_state_dict(state["trailing"])
         self._drawing.load_state_dict(state.get("samples", {}))
-
-    def resolve(self, ticket: int, key: str) -> Sink:
-        """Return where a parameter's gradients go, for a backward whose forward got this ticket.
-
-        Raises:
-            ProxstepError: If that is nowhere.
-        """
-        if ticket == UNBOUND:
-            if self._active is None:
-                raise ProxstepError(
-                    f"backward reached {key} outside isopo.microbatch(...): its gradient would "
-                    "lack the coefficients; wrap the backward, or use isopo.off() for a loss of "
-                    "its own. With activation checkpointing set use_reentrant=False, or run the "
-                    "backward inside isopo.microbatch(...)"
-                )
-            return self._active
-        if ticket not in self._pending:
-            raise ProxstepError(
-                f"backward reached {key} for a microbatch that was back-propagated before, or that "
-                "belongs to an earlier optimizer step: use one backward per isopo.microbatch(...), "
-                "before isopo.step()"
-            )
-        bound = self._pending[ticket]
-        if isinstance(self._active, Microbatch) and self._active is not bound:
-            raise ProxstepError(
-                f"backward reached {key} for another microbatch than the one that is active: run "
-                "it inside its own isopo.microbatch(...), or outside all of them"
-            )
-        return bound
-
-    # -- one microbatch ----------------------------------------------------------------------------
-
-    def _begin(self, microbatch: Microbatch) -> int:
-        number = self._step * 2**20 + self._microbatch
-        self._microbatch += 1
-        while len(self._pending) >= _MOST_PENDING:
-            del self._pending[next(iter(self._pending))]
-        self._pending[number] = self._active = microbatch
-        self.ticket, self.grid = torch.tensor(number), microbatch.layout.grid
-        return number
-
-    def _end(self, number: int, microbatch: Microbatch) -> None:
-        self._active, self.grid = None, None
-        self.ticket = torch.tensor(UNBOUND)
-        self._memory.release()
-        if microbatch.reduced:  # back-propagated inside; else its backward is still to come
-            self._pending.pop(number, None)
 
     def _check_sequences(self, sequences: Sequences) -> None:
         groups, count = sequences.group_B, len(sequences.coefficient_B)
@@ -325,14 +333,14 @@ class Isopo:
 
     def _check_step_was_called(self) -> None:
         """Refuse to damp by averages that are never folded in."""
-        if not self.trailing.has_pending:
+        if not self._log:
             self._versions.clear()
         # FSDP2 swaps a sharded parameter for an unsharded one, with a version of its own.
         _, parameter = next(uses(self._modules), ("", None))
         if parameter is None:
             raise ProxstepError("every parameter that ISOPO covered is frozen now: nothing is left")
         before = self._versions.setdefault(id(parameter), parameter._version)
-        if self.rule.needs_trailing_means and parameter._version != before:
+        if self.rule.averages and parameter._version != before:
             raise ProxstepError(
                 "the parameters changed, but isopo.step() was not called: call it after "
                 "optimizer.step(), so that the trailing means that this rule damps by are updated"

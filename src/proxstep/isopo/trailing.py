@@ -31,12 +31,12 @@ class TrailingMeans:
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        self._means: dict[str, dict[str, Tensor]] = {}
+        self.means: dict[str, dict[str, Tensor]] = {}
         self._pending: Pending = {}
 
     def of(self, key: str) -> Mapping[str, Float[Tensor, ""]]:
         """Return the moments' averages for one parameter; empty before its first step has ended."""
-        return self._means.get(key, {})
+        return self.means.get(key, {})
 
     def add(self, key: str, moments: Mapping[str, Float[Tensor, " batch"]]) -> None:
         """Measure one microbatch's moments, one value per sequence."""
@@ -56,9 +56,9 @@ class TrailingMeans:
                 of them has measured.
         """
         if dist.is_initialized() and dist.get_world_size(group) > 1:
-            self._pending = _sum_over_ranks(self._pending, self._means, group)
+            self._pending = _sum_over_ranks(self._pending, self.means, group)
         for key, pending in self._pending.items():
-            means = self._means.setdefault(key, {})
+            means = self.means.setdefault(key, {})
             for name, (total, count) in pending.items():
                 if not count:
                     continue
@@ -77,16 +77,16 @@ class TrailingMeans:
         """Return the averages as one flat dictionary, named PARAMETER/MOMENT."""
         return {
             f"{key}/{name}": mean
-            for key, means in self._means.items()
+            for key, means in self.means.items()
             for name, mean in means.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace the averages by those of `state_dict` and forget what is pending."""
-        self._means, self._pending = {}, {}
+        self.means, self._pending = {}, {}
         for flat, mean in state.items():
             key, name = flat.rsplit("/", 1)
-            self._means.setdefault(key, {})[name] = mean
+            self.means.setdefault(key, {})[name] = mean
 
 
 def _sum_over_ranks(

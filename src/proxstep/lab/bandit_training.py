@@ -22,15 +22,9 @@ from proxstep.algorithms import (
     sequence_coefficients,
 )
 from proxstep.algorithms.advantages import group_zscore
+from proxstep.isopo.plan import Statistics
+from proxstep.isopo.rule import PRESETS, Rule
 from proxstep.isopo.trailing import TrailingMeans
-from proxstep.isopo.weights import (
-    PRESETS,
-    NaturalRule,
-    Rule,
-    isometric_moments,
-    isometric_weights,
-    natural_weights,
-)
 from proxstep.lab.bandit import Bandit, step_size
 from proxstep.lab.categorical import (
     chi_square,
@@ -54,7 +48,7 @@ class Method:
 
     Attributes:
         objective: A name of `proxstep.algorithms.ALGORITHMS`; None for the exact natural gradient.
-        preset: A name of `proxstep.isopo.weights.PRESETS`; None for the objective's own gradient.
+        preset: A name of `proxstep.isopo.PRESETS`; None for the objective's own gradient.
     """
 
     objective: str | None
@@ -183,15 +177,12 @@ def _weights(
     trailing: TrailingMeans,
 ) -> Tensor:
     """Return the rule's weights, with the whole of theta as its one layer and the exact F."""
-    past = trailing.of("theta")
-    if isinstance(rule, NaturalRule):
-        ntk_BB = score_BD @ score_BD.mT
-        trailing.add("theta", {"eigenvalue": ntk_BB.diagonal()})
-        return natural_weights(coefficient_B, ntk_BB, rule, past)
     fisher_sq_B = ((score_BD @ fisher_DD) * score_BD).sum(dim=1)
-    moments = isometric_moments(fisher_sq_B, score_BD.square().sum(dim=1))
+    ntk_BB = score_BD @ score_BD.mT
+    found = Statistics(coefficient_B, fisher_sq_B, score_BD.square().sum(dim=1), ntk_BB)
+    weight_B, moments, _ = rule.weigh(found, trailing.of("theta"))
     trailing.add("theta", moments)
-    return isometric_weights(coefficient_B, moments, rule, past)
+    return weight_B
 
 
 def run_method(bandit: Bandit, method: Method, *, seed: int, steps: int) -> Trace:

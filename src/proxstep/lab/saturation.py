@@ -25,7 +25,8 @@ from proxstep.algorithms import (
     escort_weights,
     sequence_coefficients,
 )
-from proxstep.isopo.weights import PRESETS, IsometricRule, isometric_moments, isometric_weights
+from proxstep.isopo.plan import Statistics
+from proxstep.isopo.rule import PRESETS, IsometricRule
 from proxstep.typing import Float, Tensor
 
 Coordinate = Literal["z", "v"]
@@ -154,7 +155,7 @@ def isopo_magnitude(preset: str, z: float) -> float:
     information of z is p (1 - p), so F^2 = p (1 - p)^3.
 
     Args:
-        preset: A name of `proxstep.isopo.weights.PRESETS` that stands for an isometric rule.
+        preset: A name of `proxstep.isopo.PRESETS` that stands for an isometric rule.
         z: The logit, in nats.
 
     Returns:
@@ -168,8 +169,7 @@ def isopo_magnitude(preset: str, z: float) -> float:
     fisher_sq_B = logit.sigmoid() * score * norm_sq_B
     inputs = _one_token(logsigmoid(logit), ADVANTAGE)
     coefficient_B, _, _ = sequence_coefficients(ALGORITHMS["reinforce"], *inputs)
-    moments = isometric_moments(fisher_sq_B, norm_sq_B)
-    weight_B = isometric_weights(coefficient_B, moments, rule, {})
+    weight_B, _, _ = rule.weigh(Statistics(coefficient_B, fisher_sq_B, norm_sq_B), {})
     return (weight_B * score).abs().item()
 
 

@@ -177,6 +177,7 @@ class Trainer:
         self.model.train()
         for iteration in range(section.num_iterations):
             for minibatch in batch.minibatches(section.num_minibatches):
+                self._measure_past(minibatch)
                 taken = self._accumulate(minibatch, sequences, measure_entropy=iteration == 0)
                 taken["grad_norm"] = self._optimizer_step()
                 taken |= self._geometry_step()
@@ -231,6 +232,23 @@ class Trainer:
             for name, value_B in metrics.items():
                 measured.setdefault(f"objective/{name}", []).append(value_B)
         return taken
+
+    def _measure_past(self, minibatch: Batch) -> None:
+        """Before the very first update, let the geometry measure what it starts from."""
+        while self.isopo is not None and self.isopo.needs_past:
+            with self.isopo.measuring():
+                for part in minibatch.microbatches(self.recipe.update.microbatch_size):
+                    completions = part.completions
+                    log_prob_BT = self._score(completions).log_prob_BT
+                    with self.isopo.microbatch(
+                        completions.sequence_ids(),
+                        torch.zeros(len(completions), device=log_prob_BT.device),
+                        completions.response_BT,
+                        groups=part.group_B.to(log_prob_BT.device),
+                        sequence_keys=part.index_B,
+                    ) as microbatch:
+                        response_BT = completions.response_BT[:, 1:]
+                        microbatch.objective(log_prob_BT, response_BT).backward()
 
     def _geometry_step(self) -> dict[str, float]:
         """End the geometry's optimizer step; return what it measured."""

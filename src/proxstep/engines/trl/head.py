@@ -25,7 +25,7 @@ from torch import nn
 
 from proxstep.engines.trl.release import FusedOutput
 from proxstep.errors import ProxstepError
-from proxstep.isopo.patches import owner_of
+from proxstep.isopo.hooks import owner_of
 from proxstep.logprobs.logits import entropy, token_log_probs
 from proxstep.training.output_layer import (
     check_chunkable,

@@ -5,6 +5,7 @@ Legend for shape suffixes: B sequences, T token positions.
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class IsopoTrainer(SequenceTrainer):
         """
         if self._open is None:  # evaluation
             return self._plain_loss(model, inputs)
+        self._measure_past(model)
         counted_B = _counted(inputs)
         if not counted_B.any():  # every completion is masked: the policy term is exactly zero
             self._open.enter_context(self.isopo.off())
@@ -117,6 +119,34 @@ class IsopoTrainer(SequenceTrainer):
         microbatch.set_coefficients(coefficient_B[counted_B])
         self._value = value + other_value
         return microbatch.objective(scored.log_prob_BT, scored.response_BT)
+
+    def _measure_past(self, model: Any) -> None:
+        """Before the very first update, let ISOPO measure what it starts from: all of the step."""
+        num_microbatches = self.current_gradient_accumulation_steps
+        logged = {mode: dict(values) for mode, values in copy.deepcopy(self._metrics).items()}
+        while self.isopo.needs_past:
+            with self.isopo.measuring():
+                for inputs in self._buffered_inputs[:num_microbatches]:
+                    self._measure(model, inputs)
+            for mode, values in logged.items():  # those of the measuring pass are no step's
+                self._metrics[mode].clear()
+                self._metrics[mode].update(copy.deepcopy(values))
+
+    def _measure(self, model: Any, inputs: Any) -> None:
+        counted_B = _counted(inputs)
+        if not counted_B.any():  # every rank runs as many passes
+            with self.isopo.off():
+                (0.0 * self._score(model, inputs).log_prob_BT.sum()).backward()
+            return
+        with self.isopo.microbatch(
+            _sequence_ids(inputs, counted_B),
+            torch.zeros(int(counted_B.sum()), device=counted_B.device),
+            _completion_mask(inputs),
+            groups=inputs[GROUP][counted_B],
+            sequence_keys=inputs[KEY][counted_B],
+        ) as microbatch:
+            scored = self._score(model, inputs)
+            microbatch.objective(scored.log_prob_BT, scored.response_BT).backward()
 
     def _keys(self, inputs: Any) -> Tensor:
         """Return a number for each sequence that no other one of the optimizer step has.

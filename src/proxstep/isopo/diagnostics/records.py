@@ -5,7 +5,11 @@ Legend for shape suffixes: B sequences of the microbatch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
 
 from proxstep.typing import Bool, Float, Int, Tensor
 
@@ -20,8 +24,11 @@ class LayerRecord:
         fisher_sq_B: F_b^2, where it was estimated.
         filled_B: Which of the estimates were exactly zero and were filled in with the mean.
         norm_sq_B: |G_b|^2, where it was measured.
-        ntk_BB: K_bc = <G_b, G_c>, where it was measured.
+        ntk_BB: K_bc = <G_b, G_c>, where it was measured and kept.
         group_B: Each sequence's group (its prompt), where groups were given.
+        moments: What the trailing means average, by name.
+        report: What the rule says of itself: "scale", by which an isometric one multiplied the
+            coefficients, "off_diagonal", the share of |K| off the diagonal in a natural one.
     """
 
     coefficient_B: Float[Tensor, " batch"]
@@ -31,3 +38,46 @@ class LayerRecord:
     norm_sq_B: Float[Tensor, " batch"] | None = None
     ntk_BB: Float[Tensor, "batch batch"] | None = None
     group_B: Int[Tensor, " batch"] | None = None
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    report: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def joined(parts: Sequence[LayerRecord]) -> LayerRecord:
+    """Return one record of sequences that were measured in parts, without a kernel."""
+
+    def join(values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, Mapping):
+            return {key: join([value[key] for value in values]) for key in first}
+        return torch.cat(values) if isinstance(first, Tensor) else first
+
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in fields(LayerRecord)]
+    return LayerRecord(**{name: join([getattr(part, name) for part in parts]) for name in names})
+
+
+def step_means(records: Sequence[LayerRecord]) -> dict[str, float]:
+    """Return what `Isopo.step` reports, averaged over reductions."""
+
+    def reported(name: str) -> list[Tensor]:
+        return [record.report[name] for record in records if name in record.report]
+
+    filled = [record.filled_B for record in records if record.filled_B is not None]
+    values = {
+        "weight_spread": [
+            part_NB.std(dim=1, correction=0) / part_NB.mean(dim=1)
+            for part_NB in _stacked(reported("scale"))
+        ],
+        "frac_filled_fisher": [part_NB.float().mean(dim=1) for part_NB in _stacked(filled)],
+        "ntk_off_diagonal": [torch.stack(shares)] if (shares := reported("off_diagonal")) else [],
+    }
+    return {name: torch.cat(parts).mean().item() for name, parts in values.items() if parts}
+
+
+def _stacked(values: Sequence[Tensor]) -> list[Float[Tensor, "rows batch"]]:
+    """Stack the vectors of equal length."""
+    by_length: dict[int, list[Tensor]] = {}
+    for value_B in values:
+        by_length.setdefault(len(value_B), []).append(value_B)
+    return [torch.stack(part) for part in by_length.values()]

@@ -1,6 +1,6 @@
-"""The cost model: which exact form of a linear layer's statistics is the cheapest.
+"""The plan of one layer's reduction: which exact form of its statistics is the cheapest.
 
-For a layer of O x I features, with T positions of which K are sampled, B sequences of L positions
+For a matrix of O x I features, with T positions of which K are sampled, B sequences of L positions
 each, the forms cost (multiplications and additions count two):
 
     the gradient, one product over all positions      2 T I O
@@ -14,13 +14,18 @@ each, the forms cost (multiplications and additions count two):
 A buffer of gradients yields norms, kernel and the layer's gradient (their weighted sum), so that
 the product is not needed on top; blocks are formed, measured and forgotten, so that it is. Where
 the rule can weigh one sequence without knowing the others, a smaller buffer holds some of them at
-a time.
+a time. Vectors and embeddings have gradients that are small enough to be formed.
+
+Legend for shape suffixes: B sequences, K sampled positions, O and I output and input features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from proxstep.typing import Float, Tensor
 
 FLOPS_PER_BYTE = {"cpu": 6.0, "cuda": 150.0}
 """Arithmetic that takes as long as moving one byte: 90 GFLOP/s over 15 GB/s on one core of an EPYC
@@ -38,6 +43,23 @@ class Needs:
     fisher: bool = False
     norm: bool = False
     ntk: bool = False
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of some sequences in one layer; None for what no rule needs.
+
+    Attributes:
+        coefficient_B: -dL / d log pi(y_b); for REINFORCE the advantage.
+        fisher_sq_B: F_b^2, the squared length of G_b in the Fisher metric.
+        norm_sq_B: |G_b|^2.
+        ntk_BB: The layer's kernel, K_bc = <G_b, G_c>.
+    """
+
+    coefficient_B: Float[Tensor, " batch"]
+    fisher_sq_B: Float[Tensor, " batch"] | None = None
+    norm_sq_B: Float[Tensor, " batch"] | None = None
+    ntk_BB: Float[Tensor, "batch batch"] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,3 +162,25 @@ def _ghost_pairs(shape: Shape, needs: Needs) -> float:
     if needs.ntk:
         return float(sum(shape.lengths)) ** 2 * width + squares / 2
     return squares * needs.norm
+
+
+Add = Callable[[Float[Tensor, " batch"], Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some sequences of a layer: what was measured, and what is done with their weights.
+
+    Attributes:
+        sequences: Which they are.
+        add: Adds sum_b weight_b G_b to the total of the parts before, None for the first.
+        cross_KB: <G_k, G_b> with the sample's positions; None where it is not needed.
+        norm_sq_B: |G_b|^2; None where it is not needed.
+        ntk_BB: K_bc; None where it is not needed.
+    """
+
+    sequences: slice
+    add: Add
+    cross_KB: Float[Tensor, "samples batch"] | None = None
+    norm_sq_B: Float[Tensor, " batch"] | None = None
+    ntk_BB: Float[Tensor, "batch batch"] | None = None

@@ -1,0 +1,176 @@
+"""Embeddings: a matrix whose input is one-hot, so that G_t has one row, that of its token.
+
+The gradients of sequences are small, and are formed.
+
+Legend for shape suffixes: T positions, B sequences, K sampled positions, D features, V rows of an
+embedding, U rows of an embedding's gradient that are not zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from proxstep.isopo.gradients import Layout, PositionGradients, SequenceGradients, wide
+from proxstep.isopo.hooks import covers, owner_of, parameter_gradient
+from proxstep.typing import Float, Int, Tensor
+
+
+class _Embedding(torch.autograd.Function):
+    """A table's rows, whose gradient comes from the operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token: Tensor,
+        weight: Tensor,
+        padding_idx: int | None,
+        ticket: Tensor,
+        owner: int,
+        key: str,
+    ) -> Tensor:
+        ctx.save_for_backward(token)
+        ctx.shape, ctx.place, ctx.padding_idx = (
+            list(weight.shape),
+            (ticket, owner, key),
+            padding_idx,
+        )
+        return nn.functional.embedding(token, weight, padding_idx)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (token,) = ctx.saved_tensors
+        if ctx.padding_idx is not None:
+            grad = grad.masked_fill((token == ctx.padding_idx)[..., None], 0.0)
+        values, numbers = [grad, token[..., None]], [ctx.shape[0]]
+        grad_weight = parameter_gradient("LookupGradients", values, numbers, ctx.shape, *ctx.place)
+        return None, grad_weight, None, None, None, None
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Embedding):
+        return False
+    cls = type(module)
+    scaled = cls.__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale")
+    ordinary = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    return ordinary and (cls.forward is nn.Embedding.forward or scaled)
+
+
+@covers(_is_embedding)
+def _forward(self: nn.Embedding, input: Tensor) -> Tensor:
+    found = owner_of(self)
+    if found is None:
+        return type(self).forward(self, input)
+    owner, site = found
+    if owner.grid is not None and input.dim() == 2 and input.shape[0] == 1:
+        # Position embeddings are looked up once and broadcast over the rows; each row needs its
+        # own.
+        rows, columns = owner.grid
+        if input.shape[1] == columns:
+            input = input.expand(rows, columns)
+    place = (owner.ticket, owner.number, site.key("weight"))
+    rows = _Embedding.apply(input, self.weight, self.padding_idx, *place)
+    if type(self).forward is nn.Embedding.forward:
+        return rows
+    scale = self.embed_scale  # a tensor in Gemma's classes, a number in others
+    return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+
+
+@dataclass(frozen=True)
+class LookupGradients(PositionGradients):
+    """An embedding: a matrix whose input is one-hot, so G_t has one row, that of its token."""
+
+    grad_TD: Float[Tensor, "positions features"]
+    token_T: Int[Tensor, " positions"]
+    num_embeddings: int
+
+    def at(self, index: Int[Tensor, " samples"]) -> LookupGradients:
+        """Return those of some positions."""
+        return type(self)(self.grad_TD[index], self.token_T[index], self.num_embeddings)
+
+    def squares(self) -> Float[Tensor, " positions"]:
+        """Return |G_t|^2."""
+        return wide(self.grad_TD).square().sum(1)
+
+    def sums(self, layout: Layout) -> LookupSums:
+        """Return each sequence's gradient: its rows that are not zero."""
+        stride = layout.num_sequences + 1  # padding is a sequence of its own here, and left out
+        code_T = self.token_T.long() * stride + layout.sequence_T
+        code_U, row_T = code_T.unique(return_inverse=True)
+        wide_TD = wide(self.grad_TD)
+        sum_UD = wide_TD.new_zeros(len(code_U), wide_TD.shape[1]).index_add_(0, row_T, wide_TD)
+        kept = code_U % stride != layout.num_sequences
+        sequences = (self.num_embeddings, layout.num_sequences)
+        return LookupSums(sum_UD[kept], code_U[kept], sequences)
+
+    def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, "vocab features"]:
+        """Return sum_t weight_t G_t."""
+        weighted_TD = self.grad_TD * weight_T.to(self.grad_TD.dtype)[:, None]
+        zeros_VD = self.grad_TD.new_zeros(self.num_embeddings, self.grad_TD.shape[1])
+        return zeros_VD.index_add_(0, self.token_T, weighted_TD)
+
+
+@dataclass(frozen=True)
+class LookupSums(SequenceGradients):
+    """The gradients G_b of an embedding, as rows.
+
+    Attributes:
+        sum_UD: The rows, ordered by token and then by sequence.
+        code_U: token * (num_sequences + 1) + sequence of each row.
+        sizes: Number of embeddings, and of sequences.
+    """
+
+    sum_UD: Float[Tensor, "rows features"]
+    code_U: Int[Tensor, " rows"]
+    sizes: tuple[int, int]
+
+    @cached_property
+    def token_U(self) -> Int[Tensor, " rows"]:
+        """Each row's token."""
+        return self.code_U // (self.sizes[1] + 1)
+
+    @cached_property
+    def sequence_U(self) -> Int[Tensor, " rows"]:
+        """Each row's sequence."""
+        return self.code_U % (self.sizes[1] + 1)
+
+    def cross(self, sample: LookupGradients) -> Float[Tensor, "samples batch"]:
+        """Return <G_k, G_b>: the sample's gradient times the sequence's row of the same token."""
+        num_sequences = self.sizes[1]
+        if not len(self.code_U):
+            return self.sum_UD.new_zeros(len(sample.token_T), num_sequences)
+        columns = []
+        for sequence in range(num_sequences):
+            code_K = sample.token_T.long() * (num_sequences + 1) + sequence
+            row_K = torch.searchsorted(self.code_U, code_K).clamp(max=len(self.code_U) - 1)
+            product_K = (sample.grad_TD.to(self.sum_UD.dtype) * self.sum_UD[row_K]).sum(1)
+            columns.append(torch.where(self.code_U[row_K] == code_K, product_K, 0.0))
+        return torch.stack(columns, dim=1)
+
+    def norm_squares(self) -> Float[Tensor, " batch"]:
+        """Return |G_b|^2."""
+        zeros_B = self.sum_UD.new_zeros(self.sizes[1])
+        return zeros_B.index_add_(0, self.sequence_U, self.sum_UD.square().sum(1))
+
+    def ntk(self) -> Float[Tensor, "batch batch"]:
+        """Return <G_b, G_c>, from the tokens that both contain; some tokens at a time."""
+        num_sequences = self.sizes[1]
+        kernel_BB = self.sum_UD.new_zeros(num_sequences, num_sequences)
+        _, place_U = self.token_U.unique(return_inverse=True)
+        for first in range(0, int(place_U.max()) + 1 if len(place_U) else 0, 256):
+            here = (place_U >= first) & (place_U < first + 256)
+            dense_BCD = self.sum_UD.new_zeros(num_sequences, 256, self.sum_UD.shape[1])
+            dense_BCD[self.sequence_U[here], place_U[here] - first] = self.sum_UD[here]
+            flat_BN = dense_BCD.flatten(1)
+            kernel_BB += flat_BN @ flat_BN.mT
+        return kernel_BB
+
+    def contract(self, weight_B: Float[Tensor, " batch"]) -> Float[Tensor, "vocab features"]:
+        """Return sum_b weight_b G_b."""
+        weighted_UD = self.sum_UD * weight_B.to(self.sum_UD.dtype)[self.sequence_U][:, None]
+        zeros_VD = self.sum_UD.new_zeros(self.sizes[0], self.sum_UD.shape[1])
+        return zeros_VD.index_add_(0, self.token_U, weighted_UD)

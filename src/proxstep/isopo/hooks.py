@@ -1,0 +1,248 @@
+"""The extension point: a kind of layer is a forward, registered by a decorator, and an operator.
+
+    @covers(lambda module: type(module).forward is nn.Linear.forward, matrices=("weight",))
+    def _forward(self: nn.Linear, x: Tensor) -> Tensor: ...
+
+The forward computes what the module's own computes, and differs from it only in its parameters'
+gradients, which come from `parameter_gradient`. A forward that runs without gradients, or inside
+`Isopo.off()`, is the module's own.
+
+What a forward hands to its backward is a ticket: a tensor with the microbatch's number. A compiled
+graph takes it as an input, so that it is not compiled again for every microbatch, and the operator
+finds everything else through it. It lies on the autograd context and not among the saved tensors,
+which checkpointing replaces by those of a second forward.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from proxstep.errors import ProxstepError
+from proxstep.isopo.gradients import KINDS, PositionGradients
+
+# -- who asks for gradients ------------------------------------------------------------------------
+
+
+class Sink(Protocol):
+    """Where the position-wise gradients of a backward pass go: a microbatch, or the plain sum."""
+
+    def select(self, key: str, value: Tensor) -> Tensor:
+        """Flatten (..., features) to (positions, features)."""
+        ...
+
+    def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
+        """Return the parameter's gradient."""
+        ...
+
+
+@runtime_checkable
+class Owner(Protocol):
+    """What a patched module asks of the `Isopo` that patched it.
+
+    Attributes:
+        number: Its key in `OWNERS`.
+        enabled: Whether forwards are to be routed through it at the moment.
+        ticket: The active microbatch's number, or `UNBOUND`.
+        grid: Shape of the active microbatch's token grid.
+    """
+
+    number: int
+    enabled: bool
+    ticket: Tensor
+    grid: tuple[int, int] | None
+
+    def resolve(self, ticket: int, key: str) -> Sink:
+        """Return the sink for a backward whose forward got this ticket."""
+        ...
+
+
+OWNERS: WeakValueDictionary[int, Owner] = WeakValueDictionary()
+"""Every `Isopo`, by a number that a compiled graph can hold."""
+
+UNBOUND = -1
+"""The ticket of a forward outside any microbatch."""
+
+
+# -- the operator ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("proxstep::parameter_gradient", mutates_args=())
+def parameter_gradient(
+    kind: str,
+    values: list[torch.Tensor],
+    numbers: list[int],
+    shape: list[int],
+    ticket: torch.Tensor,
+    owner: int,
+    key: str,
+) -> torch.Tensor:
+    """Return one parameter's gradient from a backward pass's tensors.
+
+    `torch.compile` takes it for a black box.
+
+    Args:
+        kind: Name of the class of position-wise gradients.
+        values: Its tensors, (..., features), the gradient of the layer's output first. Integers
+            with one feature become a vector.
+        numbers: Its other fields.
+        shape: Of the parameter.
+        ticket: The microbatch's number.
+        owner: Key into `OWNERS`.
+        key: The parameter's name, as its module uses it.
+
+    Raises:
+        ProxstepError: If the owner or the microbatch is gone, or the backward does not fit it.
+    """
+    found = OWNERS.get(owner)
+    if found is None:
+        raise ProxstepError(
+            f"backward reached {key}, but its Isopo is gone: keep a reference to it"
+        )
+    sink = found.resolve(int(ticket), key)
+    flat = [sink.select(key, value) for value in values]
+    flat = [value if value.is_floating_point() else value.squeeze(1) for value in flat]
+    gradients = KINDS[kind](*flat, *numbers)
+    with torch.autocast(values[0].device.type, enabled=False):  # backward may run inside one
+        total = sink.reduce(key, gradients)
+    return total.to(values[0].dtype).reshape(shape)
+
+
+@parameter_gradient.register_fake
+def _(
+    kind: str,
+    values: list[torch.Tensor],
+    numbers: list[int],
+    shape: list[int],
+    ticket: torch.Tensor,
+    owner: int,
+    key: str,
+) -> torch.Tensor:
+    del kind, numbers, ticket, owner, key
+    return values[0].new_empty(shape)
+
+
+# -- a patched module ------------------------------------------------------------------------------
+
+
+class Site:
+    """A patched module's place, kept on the module: its owner and its name in the model.
+
+    The owner is held weakly, since it holds the model: a model and its `Isopo` are freed together.
+    A deep or pickled copy of a patched module has None instead, and so behaves as an ordinary one.
+    """
+
+    def __init__(self, owner: Owner, name: str) -> None:
+        self._owner = weakref.ref(owner)
+        self.name = name
+
+    @property
+    def owner(self) -> Owner | None:
+        """The `Isopo` that patched the module, or None where it is gone."""
+        return self._owner()
+
+    def key(self, parameter: str) -> str:
+        """Return the full name of one of the module's parameters, as this module uses it."""
+        return f"{self.name}.{parameter}" if self.name else parameter
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Copy and pickle as None."""
+        return type(None), ()
+
+
+# A patched module's attribute, not one dictionary of all: torch.compile would guard that one by the
+# order of its keys, which changes when another model is freed.
+SITE = "_proxstep_site"
+
+
+def owner_of(module: nn.Module) -> tuple[Owner, Site] | None:
+    """Return who routes a forward, or None where it is to be an ordinary one."""
+    site: Site | None = getattr(module, SITE, None)
+    owner = site.owner if site is not None else None
+    if site is None or owner is None or not torch.is_grad_enabled() or not owner.enabled:
+        return None
+    if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        return None
+    return owner, site
+
+
+# -- the kinds of layers ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One kind of layer.
+
+    Attributes:
+        covers: Whether `forward` computes what a module's own forward does.
+        forward: Replaces it.
+        matrices: Names of its parameters that are weights of linear layers.
+    """
+
+    covers: Callable[[nn.Module], bool]
+    forward: Callable[..., Tensor]
+    matrices: tuple[str, ...] = ()
+
+
+_COVERAGE: list[Coverage] = []
+
+
+def covers(
+    test: Callable[[nn.Module], bool], *, matrices: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a forward for the modules that pass a test; the latest one that fits is used."""
+
+    def register(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        # A bound method is copied with its module and pickled by its name: an unpickled module
+        # finds its class's forward.
+        forward.__name__ = "forward"
+        _COVERAGE.append(Coverage(test, forward, matrices))
+        return forward
+
+    return register
+
+
+def kind_of(module: nn.Module) -> Coverage | None:
+    """Return the kind of layer that a module is, or None."""
+    return next((kind for kind in reversed(_COVERAGE) if kind.covers(module)), None)
+
+
+def is_class(module: nn.Module, name: str, package: str) -> bool:
+    """Whether a module is of a class of another library, or of one that FSDP2 derived from it."""
+    classes = type(module).__mro__[:2]
+    return any(cls.__name__ == name and cls.__module__.startswith(package) for cls in classes)
+
+
+def patch(module: nn.Module, kind: Coverage, site: Site) -> None:
+    """Replace the module's forward on the instance.
+
+    Raises:
+        ProxstepError: If something else has replaced it already.
+    """
+    installed: Site | None = getattr(module, SITE, None)
+    if installed is not None and installed.owner is not None:
+        raise ProxstepError(
+            f"{site.name}: an Isopo is installed on this model already; call its remove() first"
+        )
+    replaced = module.__dict__.get("forward")
+    # What copies of a patched module carry.
+    ours = (*(one.forward for one in _COVERAGE), type(module).forward)
+    if replaced is not None and getattr(replaced, "__func__", None) not in ours:
+        raise ProxstepError(
+            f"{site.name}: its forward was replaced on the instance by another library; install "
+            "Isopo first"
+        )
+    module.forward = kind.forward.__get__(module)
+    module.__dict__[SITE] = site
+
+
+def unpatch(module: nn.Module) -> None:
+    """Give the module its own forward back."""
+    del module.__dict__["forward"]
+    del module.__dict__[SITE]

@@ -1,0 +1,340 @@
+"""Linear layers, Conv1D included: G_t = g_t a_t^T, from the output's gradient and the input.
+
+The inner product of two positions is (g_s . g_t)(a_s . a_t), so that all statistics can be had
+without forming any gradient (the ghost form); `plan` says when it pays.
+
+Legend for shape suffixes: T positions, B sequences, K sampled positions, O and I output and input
+features, L positions of one sequence, N numbers of one gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from proxstep.isopo.gradients import Layout, Memory, PositionGradients
+from proxstep.isopo.hooks import Owner, covers, is_class, owner_of, parameter_gradient
+from proxstep.isopo.plan import Needs, Part, Shape, choose
+from proxstep.typing import Bool, Float, Int, Tensor
+
+
+class _Linear(torch.autograd.Function):
+    """x @ weight.T + bias, whose parameters' gradients come from the operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ticket: Tensor,
+        owner: int,
+        keys: tuple[str, str],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.ticket, ctx.owner, ctx.keys = ticket, owner, keys
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        weight_key, bias_key = ctx.keys
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+        if ctx.needs_input_grad[1]:
+            shape = list(weight.shape)
+            place = (ctx.ticket, ctx.owner, weight_key)
+            grad_weight = parameter_gradient("OuterGradients", [grad, x], [], shape, *place)
+        if ctx.needs_input_grad[2]:
+            shape = [weight.shape[0]]
+            place = (ctx.ticket, ctx.owner, bias_key)
+            grad_bias = parameter_gradient("VectorGradients", [grad], [], shape, *place)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return is_class(module, "Conv1D", "transformers.")
+
+
+@covers(
+    lambda module: type(module).forward is nn.Linear.forward or _is_conv1d(module),
+    matrices=("weight",),
+)
+def _forward(self: nn.Module, x: Tensor) -> Tensor:
+    found = owner_of(self)
+    if found is None:
+        return type(self).forward(self, x)
+    owner, site = found
+    weight = self.weight.mT if _is_conv1d(self) else self.weight
+    return routed_linear(x, weight, self.bias, owner, (site.key("weight"), site.key("bias")))
+
+
+def routed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, owner: Owner, keys: tuple[str, str]
+) -> Tensor:
+    """Return x @ weight.T + bias, as autocast has it, with gradients that go to the owner.
+
+    Args:
+        x: Inputs at every token position, (..., features).
+        weight: (out, in); a parameter, or a view of one.
+        bias: (out,), or None.
+        owner: Whose microbatch it is.
+        keys: Names of the weight and of the bias.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        # Cast outside the function: the casts' own backward returns the gradients to the
+        # parameters' dtype.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _Linear.apply(x, weight, bias, owner.ticket, owner.number, keys)
+
+
+@dataclass(frozen=True)
+class OuterGradients(PositionGradients):
+    """A matrix: G_t = g_t a_t^T with g the gradient of the layer's output and a its input."""
+
+    is_matrix = True
+
+    grad_TO: Float[Tensor, "positions out"]
+    input_TI: Float[Tensor, "positions in"]
+
+    def at(self, index: Int[Tensor, " samples"]) -> OuterGradients:
+        """Return those of some positions."""
+        return type(self)(self.grad_TO[index], self.input_TI[index])
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """What sums and Grams are kept in: float32 or better."""
+        return torch.promote_types(self.grad_TO.dtype, torch.float32)
+
+    def squares(self) -> Float[Tensor, " positions"]:
+        """Return |G_t|^2."""
+        grad_TO, input_TI = self.grad_TO.to(self._wide), self.input_TI.to(self._wide)
+        return grad_TO.square().sum(1) * input_TI.square().sum(1)
+
+    def nonzero(self) -> Bool[Tensor, " positions"]:
+        """Return where g_t is not zero: a head sees no gradient at the prompt."""
+        return torch.linalg.vector_norm(self.grad_TO, dim=1) != 0
+
+    def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, "out in"]:
+        """Return sum_t weight_t G_t: one product, as dear as the ordinary weight gradient."""
+        grad_TO, input_TI = self.grad_TO, self.input_TI
+        column_T1 = weight_T.to(grad_TO.dtype)[:, None]
+        if grad_TO.shape[1] <= input_TI.shape[1]:
+            return (grad_TO * column_T1).mT @ input_TI
+        return grad_TO.mT @ (input_TI * column_T1)
+
+    def parts(
+        self,
+        layout: Layout,
+        needs: Needs,
+        sample: OuterGradients | None,
+        memory: Memory,
+        *,
+        separable: bool,
+    ) -> Iterator[Part]:
+        """Measure the sequences in the form that is the cheapest."""
+        outer, layout = _without_zeros(self, layout)
+        shape = _shape(outer, layout, sample)
+        plan = choose(shape, needs, separable=separable, memory_budget=memory.budget)
+        cross_KB = None
+        if sample is not None and plan.ghost_fisher:
+            cross_KB, sample = outer.cross(sample, layout, memory), None
+        if plan.gradients == "sequences":
+            yield from _by_sequences(outer, layout, needs, sample, memory, plan.size, cross_KB)
+            return
+
+        def add(weight_B: Tensor, _: Tensor | None) -> Tensor:
+            return outer.contract(layout.spread(weight_B))
+
+        if plan.gradients == "blocks":
+            found = _in_blocks(outer, layout, needs, sample, memory, plan.size)
+            yield Part(slice(None), add, found[0] if cross_KB is None else cross_KB, *found[1:])
+            return
+        norm_B = outer.norm_squares(layout, memory) if needs.norm else None
+        yield Part(slice(None), add, cross_KB, norm_B, outer.ntk(layout) if needs.ntk else None)
+
+    def cross(
+        self, sample: OuterGradients, layout: Layout, memory: Memory
+    ) -> Float[Tensor, "samples batch"]:
+        """Return <G_k, G_b> in ghost form, so many samples at a time that memory suffices."""
+        row_bytes = self._wide.itemsize * max(len(self.grad_TO), 1)
+        chunk = max(1, memory.budget // (2 * row_bytes))
+        if len(sample.grad_TO) <= chunk:
+            grad_KT = product(sample.grad_TO, self.grad_TO.mT)
+            gram_KT = memory.shared(
+                "cross",
+                self.input_TI,
+                layout,
+                lambda: product(sample.input_TI, self.input_TI.mT),
+            )
+            return layout.sum_by_sequence(grad_KT * gram_KT)
+        parts = []
+        for grad_KO, input_KI in zip(
+            sample.grad_TO.split(chunk), sample.input_TI.split(chunk), strict=True
+        ):
+            gram_KT = product(grad_KO, self.grad_TO.mT)
+            gram_KT *= product(input_KI, self.input_TI.mT)
+            parts.append(layout.sum_by_sequence(gram_KT))
+        return torch.cat(parts)
+
+    def norm_squares(self, layout: Layout, memory: Memory) -> Float[Tensor, " batch"]:
+        """Return |G_b|^2 in ghost form."""
+
+        def input_gram(part: tuple[int, int]) -> Tensor:
+            input_LI = self.input_TI[slice(*part)]
+            return product(input_LI, input_LI.mT)
+
+        grams: Iterable[Tensor] = map(input_gram, layout.bounds)
+        numbers = sum((end - start) ** 2 for start, end in layout.bounds)
+        if self._wide.itemsize * numbers <= memory.budget:
+            grams = memory.shared(
+                "norm", self.input_TI, layout, lambda: [input_gram(part) for part in layout.bounds]
+            )
+        pairs = zip(layout.bounds, grams, strict=True)
+        squares = []
+        for (start, end), gram_LL in pairs:
+            grad_LO = self.grad_TO[start:end]
+            squares.append((product(grad_LO, grad_LO.mT) * gram_LL).sum())
+        return torch.stack(squares).clamp(min=0)
+
+    def ntk(self, layout: Layout) -> Float[Tensor, "batch batch"]:
+        """Return K_bc = <G_b, G_c> in ghost form."""
+        size = layout.num_sequences
+        kernel = [[self.grad_TO.new_zeros(())] * size for _ in range(size)]
+        for b, (b0, b1) in enumerate(layout.bounds):
+            for c, (c0, c1) in list(enumerate(layout.bounds))[b:]:
+                gram = product(self.grad_TO[b0:b1], self.grad_TO[c0:c1].mT)
+                gram *= product(self.input_TI[b0:b1], self.input_TI[c0:c1].mT)
+                kernel[b][c] = kernel[c][b] = gram.sum()
+        return torch.stack([torch.stack(row) for row in kernel])
+
+    def by_sequence(
+        self, bounds: tuple[tuple[int, int], ...], memory: Memory, features: slice = slice(None)
+    ) -> Float[Tensor, "some out in"]:
+        """Return G_b of some sequences, in the workspace, restricted to some output features."""
+        width = len(range(*features.indices(self.grad_TO.shape[1])))
+        shape = (len(bounds), width, self.input_TI.shape[1])
+        buffer = memory.buffer(shape, self.grad_TO, self._wide)
+        for out, (start, end) in zip(buffer, bounds, strict=True):
+            product(self.grad_TO[start:end, features].mT, self.input_TI[start:end], out=out)
+        return buffer
+
+    def cross_with(
+        self, gradient_BOI: Float[Tensor, "batch out in"], features: slice = slice(None)
+    ) -> Float[Tensor, "samples batch"]:
+        """Return g_k . G_b a_k for these positions as samples, from gradients that are formed."""
+        dtype = gradient_BOI.dtype
+        moved_BOK = gradient_BOI @ self.input_TI.to(dtype).mT
+        return (moved_BOK * self.grad_TO[:, features].to(dtype).mT).sum(dim=1).mT
+
+
+def _by_sequences(
+    outer: OuterGradients,
+    layout: Layout,
+    needs: Needs,
+    sample: OuterGradients | None,
+    memory: Memory,
+    size: int,
+    cross_KB: Tensor | None,
+) -> Iterator[Part]:
+    """The gradients of `size` sequences at a time."""
+    for start in range(0, layout.num_sequences, size):
+        part = slice(start, min(start + size, layout.num_sequences))
+        part_BOI = outer.by_sequence(layout.bounds[part], memory)
+        part_BN = part_BOI.flatten(1)
+
+        def add(weight_B: Tensor, total: Tensor | None, part_BOI: Tensor = part_BOI) -> Tensor:
+            part_BN, weight_B = part_BOI.flatten(1), weight_B.to(part_BOI.dtype)
+            if total is None:
+                return (weight_B @ part_BN).view(part_BOI.shape[1:])
+            total.view(-1).addmv_(part_BN.mT, weight_B)
+            return total
+
+        if sample is not None:  # then all sequences are one part
+            cross_KB = sample.cross_with(part_BOI)
+        ntk_BB = gram(part_BN) if needs.ntk else None
+        norm_B = None
+        if needs.norm:
+            norm_B = _squares(part_BN) if ntk_BB is None else ntk_BB.diagonal().clone()
+        yield Part(part, add, None if cross_KB is None else cross_KB[:, part], norm_B, ntk_BB)
+
+
+def _in_blocks(
+    outer: OuterGradients,
+    layout: Layout,
+    needs: Needs,
+    sample: OuterGradients | None,
+    memory: Memory,
+    size: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Cross products, norms and kernel, from `size` output features at a time."""
+    num_features = outer.grad_TO.shape[1]
+    norm_B = ntk_BB = cross_KB = None
+    for start in range(0, num_features, size):
+        features = slice(start, min(start + size, num_features))
+        part_BOI = outer.by_sequence(layout.bounds, memory, features)
+        part_BN = part_BOI.flatten(1)
+        if sample is not None:
+            cross_KB = _add(cross_KB, sample.cross_with(part_BOI, features))
+        if needs.ntk:
+            ntk_BB = _add(ntk_BB, gram(part_BN))
+        elif needs.norm:
+            norm_B = _add(norm_B, _squares(part_BN))
+    if needs.norm and ntk_BB is not None:
+        norm_B = ntk_BB.diagonal().clone()
+    return cross_KB, norm_B, ntk_BB
+
+
+def _without_zeros(outer: OuterGradients, layout: Layout) -> tuple[OuterGradients, Layout]:
+    """Leave out positions without a gradient where that saves more than it costs: in a head."""
+    num_out, num_in = outer.grad_TO.shape[1], outer.input_TI.shape[1]
+    if num_out < 4 * num_in:
+        return outer, layout
+    index = outer.nonzero().nonzero().squeeze(1)
+    if len(index) > 0.9 * layout.num_positions:
+        return outer, layout
+    return outer.at(index), layout.only(index)
+
+
+def _shape(outer: OuterGradients, layout: Layout, sample: OuterGradients | None) -> Shape:
+    return Shape(
+        out_features=outer.grad_TO.shape[1],
+        in_features=outer.input_TI.shape[1],
+        lengths=tuple(end - start for start, end in layout.bounds),
+        num_samples=0 if sample is None else len(sample.grad_TO),
+        itemsize=max(outer.grad_TO.itemsize, 4),
+        device=outer.grad_TO.device.type,
+    )
+
+
+def _add(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
+
+
+def _squares(value_BN: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value_BN, dim=1).square()
+
+
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return left @ right, accumulated and kept in float32 or better."""
+    if left.dtype not in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out=out)
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return torch.mm(left.float(), right.float(), out=out)
+
+
+def gram(gradient_BN: Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch batch"]:
+    """Return all inner products of B long rows, in column blocks that stay in the cache."""
+    batch, numbers = gradient_BN.shape
+    block = 8192
+    whole = numbers - numbers % block
+    blocks = gradient_BN[:, :whole].view(batch, whole // block, block).transpose(0, 1)
+    rest_BN = gradient_BN[:, whole:]
+    return torch.bmm(blocks, blocks.mT).sum(dim=0) + rest_BN @ rest_BN.mT

@@ -1,0 +1,344 @@
+"""Which position-wise gradients estimate the Fisher norm: how many, where, and whose.
+
+With the microbatch's own positions the estimate depends on which sequences share it. Positions
+gathered over ranks make it independent of how sequences are spread over ranks; positions carried
+over from the previous optimizer step, of how they are spread over microbatches too.
+
+Legend for shape suffixes: T positions, B sequences, K sampled positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from proxstep.errors import ProxstepError
+from proxstep.isopo import gathering
+from proxstep.isopo.gathering import Group, Kept, Rows, smallest
+from proxstep.isopo.gradients import KINDS, Layout, PositionGradients
+from proxstep.isopo.rule import OverRanks
+from proxstep.typing import Bool, Float, Int, Tensor
+
+OverlapPositions = Literal["all", "completion"]
+OverlapSource = Literal["microbatch", "ranks", "previous_step"]
+
+
+class Samples:
+    """One microbatch's samples: of positions of its own.
+
+    Attributes:
+        index_K: The microbatch's own positions that were drawn.
+        exchanged: Whether `of` gives others than the microbatch's own.
+        over_ranks: Sums over the ranks that share the sample; None where none is shared.
+    """
+
+    exchanged = False
+    over_ranks: OverRanks = None
+
+    def __init__(self, index_K: Int[Tensor, " samples"]) -> None:
+        self.index_K = index_K
+
+    def of(self, key: str, own: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
+        """Return a parameter's sample, given the gradients at the microbatch's own positions.
+
+        The second is where a sampled position (row) must not measure a sequence (column).
+        """
+        del key
+        return own, None
+
+
+class GatheredSamples(Samples):
+    """The K positions with the smallest priorities among all ranks' microbatches.
+
+    Every rank must run the same number of microbatches: each layer's backward is a collective.
+    """
+
+    exchanged = True
+
+    def __init__(
+        self, priority_T: Float[Tensor, " positions"], count: int | None, group: Group
+    ) -> None:
+        self._group = group
+        self.over_ranks = self._sum
+        own_K = smallest(priority_T, count)
+        limit = (
+            torch.inf if count is None else gathering.kth_smallest(priority_T[own_K], count, group)
+        )
+        self.index_K = own_K[priority_T[own_K] <= limit]
+        counts = torch.tensor([len(self.index_K)], device=priority_T.device)
+        self._counts = torch.cat(gathering.all_gather(counts, group)).tolist()
+
+    def of(self, key: str, own: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
+        """Return the ranks' gradients, those of the first rank first."""
+        del key
+        return gathering.gather(own, self._counts, self._group), None
+
+    def _sum(self, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total, group=self._group)
+        return total
+
+
+class CarriedSamples(Samples):
+    """Positions of the previous optimizer step, kept over from it; without any, its own.
+
+    A sequence is not measured by its own positions, which lie in its direction more than others do,
+    where the sample holds some: in the first step, of which the sample was drawn beforehand, and
+    where the same sequences make several steps. In the first step its prompt's do not count either,
+    since in later ones they will not be there.
+    """
+
+    exchanged = True
+
+    def __init__(self, store: SampleStore, own: Rows, whose: Rows, *, first: bool) -> None:
+        super().__init__(smallest(own.priority_K, store.count))
+        self._store, self._own = store, own.at(self.index_K)
+        self._whose, self._first = whose, first
+        self._excluded: tuple[Rows, Tensor] | None = None
+
+    def of(self, key: str, own: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
+        """Return what was kept of the previous step, and keep this microbatch's for the next."""
+        self._store.add(key, self._own, own)
+        if key not in self._store.current:
+            return own, None
+        rows, sample = self._store.current[key]
+        device = own.first.device  # a checkpoint's may be another
+        if self._excluded is None or self._excluded[0] is not rows:
+            self._excluded = (rows, self._own_rows(rows, device))
+        return sample.map(lambda value: value.to(device)), self._excluded[1]
+
+    def _own_rows(self, rows: Rows, device: torch.device) -> Bool[Tensor, "samples batch"]:
+        own_KB = rows.key_K.to(device)[:, None] == self._whose.key_K.to(device)
+        if self._first:
+            own_KB |= rows.group_K.to(device)[:, None] == self._whose.group_K.to(device)
+        return own_KB & ~own_KB.all(dim=0)  # where there are no others, its own have to do
+
+
+class SampleStore:
+    """The samples that are carried from one optimizer step to the next.
+
+    Args:
+        count: K.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.current: Kept = {}
+        self._pending: Kept = {}
+        self._merged: tuple[Rows, Rows, Tensor, Rows] | None = None
+
+    def add(self, key: str, rows: Rows, gradients: PositionGradients) -> None:
+        """Keep the K smallest priorities of those kept before and these."""
+        if len(rows.priority_K) > self.count:
+            index_K = smallest(rows.priority_K, self.count)
+            rows, gradients = rows.at(index_K), gradients.at(index_K)
+        if key in self._pending:
+            old, kept = self._pending[key]
+            if self._merged is None or self._merged[0] is not old or self._merged[1] is not rows:
+                both = Rows(*(torch.cat(pair) for pair in zip(old, rows, strict=True)))
+                index_K = both.priority_K.argsort(stable=True)[: self.count]
+                self._merged = (old, rows, index_K, both.at(index_K))  # other parameters' as well
+            rows, gradients = self._merged[3], _both(kept, gradients).at(self._merged[2])
+        self._pending[key] = (rows, gradients)
+
+    def fold(self, group: Group) -> None:
+        """End the optimizer step: what was kept is the sample from now on.
+
+        Raises:
+            ProxstepError: If ranks kept samples of different parameters, or of the same sequence.
+        """
+        kept = self._pending
+        if dist.is_initialized():
+            kept = gathering.merge(kept, self.count, group)
+        self.current |= kept
+        self._pending, self._merged = {}, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs: each parameter's sample, as tensors and numbers."""
+        return {
+            key: {"kind": type(sample).__name__, "rows": tuple(rows), **vars(sample)}
+            for key, (rows, sample) in self.current.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the sample by that of `state_dict`, and forget what is pending."""
+        self._pending, self._merged, self.current = {}, None, {}
+        for key, of in state.items():
+            fields = {name: value for name, value in of.items() if name not in ("kind", "rows")}
+            self.current[key] = (Rows(*of["rows"]), KINDS[of["kind"]](**fields))
+
+
+class Drawing:
+    """Draws each microbatch's sample; the options are those of `Isopo`.
+
+    Raises:
+        ProxstepError: If the options do not fit each other.
+    """
+
+    def __init__(
+        self,
+        count: int | None,
+        positions: OverlapPositions,
+        source: OverlapSource,
+        seed: int,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        if count is not None and count < 1:
+            raise ProxstepError("num_overlap_positions must be positive, or None for all positions")
+        self._count, self._positions, self._source = count, positions, source
+        self._seed, self._group = seed, group
+        self._seen: set[int] = set()
+        self._count_of_step = 0
+        self._store: SampleStore | None = None
+        if source == "previous_step":
+            if count is None:
+                raise ProxstepError(
+                    'overlap_source="previous_step" needs num_overlap_positions: so many positions '
+                    "are kept of every layer"
+                )
+            self._store = SampleStore(count)
+
+    def draw(
+        self,
+        layout: Layout,
+        completion_mask: Bool[Tensor, "rows columns"] | None,
+        sequence_keys: Int[Tensor, " batch"] | None,
+        groups: Int[Tensor, " batch"] | None,
+        step: int,
+    ) -> Samples:
+        """Return a microbatch's sample.
+
+        Args:
+            layout: Its positions.
+            completion_mask: True at completion positions.
+            sequence_keys: A number for each sequence that no other one of the step has.
+            groups: Each sequence's prompt.
+            step: Number of the optimizer step.
+
+        Raises:
+            ProxstepError: If an argument is missing or wrong, or a sequence was seen before.
+        """
+        eligible_T = None
+        if self._positions == "completion":
+            if completion_mask is None or completion_mask.shape != layout.grid:
+                raise ProxstepError(
+                    'overlap_positions="completion" needs completion_mask in the shape of '
+                    "sequence_ids"
+                )
+            eligible_T = _predicting(completion_mask).reshape(-1)
+            eligible_T = eligible_T if layout.order_T is None else eligible_T[layout.order_T]
+        keys = self._keys(sequence_keys, layout.num_sequences, step)
+        seeds = [_mix(self._seed, step, key) for key in keys]
+        priority_T = sample_priorities(layout, seeds, eligible_T)
+        if self._store is not None:
+            key_B = torch.tensor(keys, device=priority_T.device)
+            group_B = key_B if groups is None else groups.to(key_B)
+            padding = key_B.new_full((1,), -1)
+            whose_T = [torch.cat([of_B, padding])[layout.sequence_T] for of_B in (key_B, group_B)]
+            whose = Rows(priority_T[:0], key_B, group_B)
+            own = Rows(priority_T, *whose_T)
+            return CarriedSamples(self._store, own, whose, first=step == 0)
+        if self._source == "ranks" and dist.is_initialized():
+            return GatheredSamples(priority_T, self._count, self._group)
+        return Samples(smallest(priority_T, self._count))
+
+    @property
+    def carries(self) -> bool:
+        """Whether samples are carried over from one step to the next."""
+        return self._store is not None
+
+    def end_step(self) -> None:
+        """End the optimizer step: its sample is carried over, its sequences are forgotten."""
+        if self._store is not None:
+            self._store.fold(self._group)
+        self._seen.clear()
+        self._count_of_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is carried over; empty where nothing is."""
+        return {} if self._store is None else self._store.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self._seen.clear()
+        if self._store is not None:
+            self._store.load_state_dict(state)
+
+    def _keys(self, sequence_keys: Tensor | None, count: int, step: int) -> list[int]:
+        """Return a number for each sequence; by default they are counted, on each rank."""
+        if sequence_keys is None:
+            if self._source == "ranks":
+                raise ProxstepError(
+                    'overlap_source="ranks" needs sequence_keys: a number for each sequence that '
+                    "no other one of the optimizer step has, on any rank"
+                )
+            rank = dist.get_rank(self._group) if dist.is_initialized() else 0
+            first = ((step % 2**20) << 42) + (rank << 26) + self._count_of_step
+            self._count_of_step += count
+            return list(range(first, first + count))
+        keys = everyone = sequence_keys.tolist()
+        if self._source == "ranks" and dist.is_initialized():
+            everyone = gathering.keys_on_all_ranks(keys, self._group)
+        twice = [key for key, times in Counter(everyone).items() if key in self._seen or times > 1]
+        if len(keys) != count or twice:
+            raise ProxstepError(
+                f"sequence_keys must be {count} different numbers"
+                + (f", and {twice[0]} was seen before in this optimizer step" if twice else "")
+                + ": a sequence must be whole in one microbatch"
+            )
+        self._seen.update(everyone)
+        return keys
+
+
+def sample_priorities(
+    layout: Layout, seeds: Sequence[int], eligible_T: Bool[Tensor, " positions"] | None = None
+) -> Float[Tensor, " positions"]:
+    """Return a random number per position; the K smallest are a uniform sample of K positions.
+
+    A position's number depends on its sequence's seed and its place in the sequence alone, so that
+    the sample of a batch does not depend on how its sequences are spread.
+
+    Args:
+        layout: The positions.
+        seeds: One per sequence.
+        eligible_T: Positions that may be sampled; None for all that belong to a sequence.
+
+    Returns:
+        Numbers in [0, 1), and infinity where a position must not be sampled.
+    """
+    priority_T = torch.full((layout.num_positions,), torch.inf, dtype=torch.float64)
+    generator = torch.Generator()
+    for seed, (start, end) in zip(seeds, layout.bounds, strict=True):
+        generator.manual_seed(seed % 2**63)
+        priority_T[start:end] = torch.rand(end - start, generator=generator, dtype=torch.float64)
+    priority_T = priority_T.to(layout.sequence_T.device)
+    return priority_T if eligible_T is None else priority_T.masked_fill(~eligible_T, torch.inf)
+
+
+def _predicting(completion_mask: Tensor) -> Tensor:
+    """Return the positions whose next one belongs to a completion: the prompt's last is one."""
+    following = torch.zeros_like(completion_mask)
+    following[:, :-1] = completion_mask[:, 1:]
+    return following
+
+
+def _mix(*numbers: int) -> int:
+    """Return a seed that depends on all the numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _both(first: Any, second: Any) -> Any:
+    """Return the rows of both."""
+
+    def joined(name: str) -> Any:
+        one, other = getattr(first, name), getattr(second, name)
+        return torch.cat([one, other]) if isinstance(one, Tensor) else one
+
+    return type(first)(*(joined(field.name) for field in dataclasses.fields(first)))

@@ -1,0 +1,126 @@
+"""An optimizer step's gradient does not depend on how its sequences are cut into microbatches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.isopo.grids import log_probs, make_grid
+from tests.models import tiny_qwen3
+from tests.oracle import random_sequences
+from torch import Tensor
+
+from proxstep.isopo import IsometricRule, Isopo, NaturalRule, Rule
+
+NUM_SEQUENCES, NUM_STEPS = 8, 3
+SPLITS = (8, 4, 2, 1)
+"""Sequences of each microbatch."""
+
+PRESERVED = IsometricRule(-1.0, scale="preserved")
+CASES: dict[str, tuple[Rule, dict[str, Any]]] = {
+    "isopo": (PRESERVED, {}),
+    "isopo-paper": (IsometricRule(-1.0), {}),
+    "isopo-figure4": (IsometricRule(0.0, -1.0, -2.0, damping=0.1, scale="preserved"), {}),
+    "isopo-euclidean": (IsometricRule(0.0, -1.0, 0.0, scale="preserved"), {}),
+    "trailing denominators": (PRESERVED, {"fisher_denominator": "trailing"}),
+}
+
+
+def run(rule: Rule, size: int, *, again: bool = False, **options: Any) -> list[list[Tensor]]:
+    """The gradients of some steps at a learning rate of 0, each cut into microbatches of a size."""
+    torch.manual_seed(0)
+    model = tiny_qwen3()
+    options = {"num_overlap_positions": 20, "overlap_source": "previous_step", **options}
+    isopo, gradients = Isopo(model, rule, **options), []
+
+    def backward(step: int) -> None:
+        sequences = random_sequences(0 if again else step, NUM_SEQUENCES)
+        generator = torch.Generator().manual_seed(step)
+        advantage_B = torch.randn(NUM_SEQUENCES, generator=generator, dtype=torch.float64)
+        for first in range(0, NUM_SEQUENCES, size):
+            part = slice(first, first + size)
+            grid = make_grid(sequences[part], "right")
+            groups = torch.arange(NUM_SEQUENCES)[part] // 4
+            with isopo.microbatch(
+                grid.sequence_id, advantage_B[part], grid.completion, groups=groups
+            ) as microbatch:
+                microbatch.objective(log_probs(model, grid)).backward()
+
+    while isopo.needs_past:
+        with isopo.measuring():
+            backward(0)
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    for step in range(NUM_STEPS):
+        model.zero_grad()
+        backward(step)
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        isopo.step()
+    return gradients
+
+
+def length(gradients: list[Tensor]) -> float:
+    return float(torch.stack([g.norm() for g in gradients]).norm())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_does_not_depend_on_the_microbatches(case: str) -> None:
+    rule, options = CASES[case]
+    whole = run(rule, NUM_SEQUENCES, **options)
+    for size in SPLITS[1:]:
+        for found, expected in zip(run(rule, size, **options), whole, strict=True):
+            for ours, theirs in zip(found, expected, strict=True):
+                assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_no_step_is_inflated(again: bool) -> None:
+    """An average sequence keeps its weight, from the first step on."""
+    plain = run(IsometricRule(0.0, 0.0, 0.0), NUM_SEQUENCES, again=again)
+    for size in SPLITS:
+        found = run(PRESERVED, size, again=again)
+        for ours, theirs in zip(found, plain, strict=True):
+            assert 0.5 < length(ours) / length(theirs) < 6
+
+
+def test_what_depends_on_the_microbatches_by_construction() -> None:
+    """The microbatch's own sample, and the kernel of the sequences that share one."""
+    cases: list[tuple[Rule, dict[str, Any]]] = [
+        (PRESERVED, {"overlap_source": "microbatch"}),
+        (NaturalRule(), {}),
+    ]
+    for rule, options in cases:
+        whole, cut = run(rule, 8, **options), run(rule, 2, **options)
+        for found, expected in zip(cut, whole, strict=True):
+            assert length(found) != pytest.approx(length(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "passes"),
+    [
+        (IsometricRule(-1.0), {"overlap_source": "microbatch"}, 0),
+        (PRESERVED, {"overlap_source": "microbatch"}, 1),
+        (IsometricRule(-1.0), {}, 2),
+        (PRESERVED, {}, 2),
+        (NaturalRule(), {}, 1),
+        (IsometricRule(0.0, 0.0, 0.0), {}, 0),
+    ],
+)
+def test_how_often_is_measured(rule: Rule, options: dict[str, Any], passes: int) -> None:
+    isopo, count = Isopo(tiny_qwen3(), rule, **{"overlap_source": "previous_step", **options}), 0
+    while isopo.needs_past:
+        with isopo.measuring():
+            count += 1
+    assert count == passes
+    isopo.step()
+    assert not isopo.needs_past
+
+
+def test_measuring_leaves_the_random_numbers_alone() -> None:
+    isopo = Isopo(tiny_qwen3(), PRESERVED)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with isopo.measuring():
+        torch.rand(5)
+    assert torch.equal(torch.rand(2), expected)
