@@ -232,29 +232,36 @@ def local_gradients(
         isopo.load_state_dict(state)
     groups = numbered(data.uids)
     counted = [bool(mask.any()) for mask in data.masks]
-    for rows in parts:
-        rows = [row for row in rows if counted[row]]
-        if not rows:
-            continue
-        part, done = data.rows(rows), completions(data.rows(rows))
-        log_prob_BT = score(model, done, 1.0).log_prob_BT
-        algorithm.backward(
-            log_prob_BT,
-            aligned(part, part.old_log_probs),
-            signal[rows],
-            done.response_BT[:, 1:],
-            num_sequences=len(data.uids),
-            num_tokens=sum(int(mask.sum()) for mask in data.masks),
-            isopo=isopo,
-            extra_loss=None,
-            sequence_ids=done.sequence_ids(),
-            completion_mask=done.response_BT,
-            groups=groups[rows],
-            sequence_keys=torch.tensor(rows if keys is None else [keys[row] for row in rows]),
-            importance_B=part.weights,
-            hyper={},
-        )
-        if extra is not None:
-            with nullcontext() if isopo is None else isopo.off():
-                extra(model, part).backward()
+
+    def accumulate(extra: Callable[[nn.Module, Rollout], Tensor] | None) -> None:
+        for rows in parts:
+            rows = [row for row in rows if counted[row]]
+            if not rows:
+                continue
+            part, done = data.rows(rows), completions(data.rows(rows))
+            log_prob_BT = score(model, done, 1.0).log_prob_BT
+            algorithm.backward(
+                log_prob_BT,
+                aligned(part, part.old_log_probs),
+                signal[rows],
+                done.response_BT[:, 1:],
+                num_sequences=len(data.uids),
+                num_tokens=sum(int(mask.sum()) for mask in data.masks),
+                isopo=isopo,
+                extra_loss=None,
+                sequence_ids=done.sequence_ids(),
+                completion_mask=done.response_BT,
+                groups=groups[rows],
+                sequence_keys=torch.tensor(rows if keys is None else [keys[row] for row in rows]),
+                importance_B=part.weights,
+                hyper={},
+            )
+            if extra is not None:
+                with nullcontext() if isopo is None else isopo.off():
+                    extra(model, part).backward()
+
+    while isopo is not None and isopo.needs_past:
+        with isopo.measuring():
+            accumulate(None)
+    accumulate(extra)
     return gradients_of(model)

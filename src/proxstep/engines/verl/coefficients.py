@@ -1,4 +1,4 @@
-"""verl's own loss function taken apart: the policy term's coefficients, and the other terms.
+"""verl's own loss function in two: the policy term's coefficients, and the other terms.
 
 The policy term acts on log-probabilities that are cut off from the model: its gradient there is
 what verl's loss, aggregation, scaling over ranks and importance weights make of a sequence.
@@ -68,7 +68,7 @@ class Terms:
         return 0.0 * model_output["log_probs"].values().sum(), metrics
 
 
-def taken_apart(loss_function: Any) -> Terms:
+def split_terms(loss_function: Any) -> Terms:
     """Return the terms of the loss function that verl's worker hands to its engine.
 
     Raises:
@@ -92,7 +92,7 @@ def taken_apart(loss_function: Any) -> Terms:
     )
 
 
-def sequence_coefficients(
+def policy_coefficients(
     policy: LossFunction,
     model_output: Mapping[str, Tensor],
     data: Any,

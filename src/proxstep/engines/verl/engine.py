@@ -25,7 +25,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from proxstep.engines.verl import token_grid
 from proxstep.engines.verl.actor_config import BACKEND, IsopoEngineConfig, read_geometry
-from proxstep.engines.verl.coefficients import Terms, sequence_coefficients, taken_apart
+from proxstep.engines.verl.coefficients import Terms, policy_coefficients, split_terms
 from proxstep.engines.verl.estimator import numbered
 from proxstep.engines.verl.refusals import refuse_model
 from proxstep.errors import ProxstepError
@@ -94,9 +94,9 @@ class IsopoEngine(FSDPEngineWithLMHead):
         data[KEY] = (self.rank << 32) + torch.arange(len(data))
         if "uid" in data.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
             data[GROUP] = numbered(list(tu.get(data, "uid")))
-        terms = taken_apart(loss_function)
+        terms = split_terms(loss_function)
         try:
-            while self.isopo.needs_past:  # before the very first update
+            while self.isopo.needs_past:  # before the very first update; its gradients are zero
                 with self.isopo.measuring():
                     policy_alone = replace(terms, has_others=False)
                     super().forward_backward_batch(data, policy_alone, forward_only=False)
@@ -163,7 +163,7 @@ class IsopoEngine(FSDPEngineWithLMHead):
         """
 
         def act(model_output: Any, data: Any, dp_group: Any) -> tuple[Tensor, dict[str, Any]]:
-            found = sequence_coefficients(terms.policy, model_output, data, response_BR, dp_group)
+            found = policy_coefficients(terms.policy, model_output, data, response_BR, dp_group)
             coefficient_B, value, metrics = found
             microbatch.set_coefficients(coefficient_B[counted_B])
             values.append(value.item())
