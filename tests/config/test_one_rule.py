@@ -24,5 +24,5 @@ def test_the_snippet_of_the_readme_and_the_recipe_build_the_same_rule() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_same_rule_in_a_recipe(name: str) -> None:
-    data = {"algorithm": "reinforce", "geometry": {"rule": name}}
+    data = {"algorithm": f"{name}+reinforce"}
     assert resolve(data, {}, "test").geometry.to_rule() == PRESETS[name]
