@@ -54,6 +54,8 @@ def state_of(engine: Any) -> dict[str, Any]:
 def equal(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(*pair) for pair in zip(a, b, strict=True))
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
