@@ -64,7 +64,8 @@ def _limited(hint: Any, key: Key) -> Any:
     if hint is str and key.choices:
         return _one_of(key.choices)
     if hint in (int, float) and key.bounds:
-        return Annotated[hint, Field(**key.bounds)]
+        limits: dict[str, Any] = dict(key.bounds)
+        return Annotated[hint, Field(**limits)]
     return hint
 
 

@@ -82,9 +82,10 @@ class IsopoTrainer(PolicyTrainer):
         Where a step accumulates over several generations, only the first of them is there.
         """
         logged = {name: list(values) for name, values in self._metrics["train"].items()}
-        model = self.model_wrapped
+        model, buffered = self.model_wrapped, self._buffered_inputs
+        assert buffered is not None  # the step that measures has generated
         with self.isopo.measuring(), self.accelerator.no_sync(model):
-            for inputs in self._buffered_inputs[: self.current_gradient_accumulation_steps]:
+            for inputs in buffered[: self.current_gradient_accumulation_steps]:
                 counted_B = response_mask(inputs).any(dim=1)
                 if counted_B.any():
                     with ExitStack() as opened:
