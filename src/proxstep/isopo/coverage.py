@@ -65,7 +65,7 @@ def check_coverage(model: nn.Module, modules: Modules, owner: Owner) -> None:
 
 
 def _missing(model: nn.Module, modules: Modules | None) -> dict[str, nn.Parameter | None]:
-    """Return what is not covered, by name; None for what cannot be had at all."""
+    """Return what is not covered, by name; None for what no option can cover."""
     missing: dict[str, nn.Parameter | None] = {}
     for name, module in model.named_modules():
         kind = kind_of(module) if modules is None else None

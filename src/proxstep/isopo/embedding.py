@@ -29,12 +29,12 @@ class _Embedding(torch.autograd.Function):
         token: Tensor,
         weight: Tensor,
         padding_idx: int | None,
-        ticket: Tensor,
+        microbatch_id: Tensor,
         owner: int,
         key: str,
     ) -> Tensor:
         ctx.save_for_backward(token)
-        ctx.shape, ctx.place = list(weight.shape), (ticket, owner, key)
+        ctx.shape, ctx.place = list(weight.shape), (microbatch_id, owner, key)
         ctx.padding_idx = padding_idx
         return nn.functional.embedding(token, weight, padding_idx)
 
@@ -80,7 +80,7 @@ def routed_embedding(
     """
     if owner.grid is not None and token.dim() in (1, 2) and token.numel() == owner.grid[1]:
         token = token.expand(owner.grid)
-    return _Embedding.apply(token, weight, padding_idx, owner.ticket, owner.number, key)
+    return _Embedding.apply(token, weight, padding_idx, owner.microbatch_id, owner.number, key)
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def _forward(
 
 
 def _place(owner: Owner, key: str) -> tuple[Tensor, int, str]:
-    return owner.ticket, owner.number, key
+    return owner.microbatch_id, owner.number, key
 
 
 # -- statistics ------------------------------------------------------------------------------------

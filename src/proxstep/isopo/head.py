@@ -94,7 +94,7 @@ def head_log_probs(
         size,
         with_entropy,
         position_N,
-        owner.ticket,
+        owner.microbatch_id,
         owner.number,
         key,
     )
@@ -106,7 +106,7 @@ class _GhostHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        *plain, ctx.position_N, ctx.ticket, ctx.owner, ctx.key = inputs
+        *plain, ctx.position_N, ctx.microbatch_id, ctx.owner, ctx.key = inputs
         return ChunkedLogProbs.forward(ctx, *plain)
 
     @staticmethod
@@ -114,7 +114,7 @@ class _GhostHead(torch.autograd.Function):
     def backward(ctx: Any, upstream_N: Tensor, upstream_entropy: Tensor | None) -> Any:
         sink = None
         if ctx.owner not in SKIPPED:
-            sink = OWNERS[ctx.owner].resolve(int(ctx.ticket), ctx.key)
+            sink = OWNERS[ctx.owner].resolve(int(ctx.microbatch_id), ctx.key)
         if not isinstance(sink, Microbatch) or not ctx.needs_input_grad[1]:
             return *ChunkedLogProbs.backward(ctx, upstream_N, upstream_entropy), *(None,) * 4
         if sink.settings.needs.ntk:

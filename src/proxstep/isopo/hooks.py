@@ -7,9 +7,9 @@ The forward computes what the module's own computes, and differs from it only in
 gradients, which come from `parameter_gradient`. A forward that runs without gradients, or inside
 `Isopo.off()`, is the module's own.
 
-What a forward hands to its backward is a ticket: a tensor with the microbatch's number. A compiled
-graph takes it as an input, so that it is not compiled again for every microbatch, and the operator
-finds everything else through it. It lies on the autograd context and not among the saved tensors,
+What a forward hands to its backward is the microbatch id, in a tensor. A compiled graph takes it as
+an input, so that it is not compiled again for every microbatch, and the operator finds everything
+else through it. It lies on the autograd context and not among the saved tensors,
 which checkpointing replaces by those of a second forward.
 """
 
@@ -49,17 +49,17 @@ class Owner(Protocol):
     Attributes:
         number: Its key in `OWNERS`.
         enabled: Whether forwards are to be routed through it at the moment.
-        ticket: The active microbatch's number, or `UNBOUND`.
+        microbatch_id: The active microbatch's number, or `UNBOUND`.
         grid: Shape of the active microbatch's token grid.
     """
 
     number: int
     enabled: bool
-    ticket: Tensor
+    microbatch_id: Tensor
     grid: tuple[int, int] | None
 
-    def resolve(self, ticket: int, key: str) -> Sink:
-        """Return the sink for a backward whose forward got this ticket."""
+    def resolve(self, microbatch_id: int, key: str) -> Sink:
+        """Return the sink for a backward whose forward got this id."""
         ...
 
     def spares(self, parameter: Tensor) -> bool:
@@ -75,7 +75,7 @@ OWNERS: WeakValueDictionary[int, Owner] = WeakValueDictionary()
 """Every `Isopo`, by a number that a compiled graph can hold."""
 
 UNBOUND = -1
-"""The ticket of a forward outside any microbatch."""
+"""The id of a forward outside any microbatch."""
 
 
 SKIPPED: set[int] = set()
@@ -91,7 +91,7 @@ def parameter_gradient(
     values: list[torch.Tensor],
     numbers: list[int],
     shape: list[int],
-    ticket: torch.Tensor,
+    microbatch_id: torch.Tensor,
     owner: int,
     key: str,
 ) -> torch.Tensor:
@@ -105,7 +105,7 @@ def parameter_gradient(
             with one feature become a vector.
         numbers: Its other fields.
         shape: Of the parameter.
-        ticket: The microbatch's number.
+        microbatch_id: The microbatch's number.
         owner: Key into `OWNERS`.
         key: The parameter's name, as its module uses it.
 
@@ -119,7 +119,7 @@ def parameter_gradient(
         )
     if owner in SKIPPED:
         return values[0].new_zeros(1).expand(shape)
-    sink = found.resolve(int(ticket), key)
+    sink = found.resolve(int(microbatch_id), key)
     flat = [sink.select(key, value) for value in values]
     flat = [value if value.is_floating_point() else value.squeeze(1) for value in flat]
     gradients = KINDS[kind](*flat, *numbers)
@@ -134,11 +134,11 @@ def _(
     values: list[torch.Tensor],
     numbers: list[int],
     shape: list[int],
-    ticket: torch.Tensor,
+    microbatch_id: torch.Tensor,
     owner: int,
     key: str,
 ) -> torch.Tensor:
-    del kind, numbers, ticket, owner, key
+    del kind, numbers, microbatch_id, owner, key
     return values[0].new_empty(shape)
 
 

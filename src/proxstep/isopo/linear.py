@@ -1,6 +1,6 @@
 """Linear layers, Conv1D included: G_t = g_t a_t^T, from the output's gradient and the input.
 
-The inner product of two positions is (g_s . g_t)(a_s . a_t), so that all statistics can be had
+The inner product of two positions is (g_s . g_t)(a_s . a_t), so that all statistics follow
 without forming any gradient (the ghost form); `plan` says when it pays.
 
 Legend for shape suffixes: T positions, B sequences, K sampled positions, O and I output and input
@@ -32,13 +32,18 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        ticket: Tensor,
+        microbatch_id: Tensor,
         owner: int,
         keys: tuple[str, str],
         columns_first: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.ticket, ctx.owner, ctx.keys, ctx.columns_first = ticket, owner, keys, columns_first
+        ctx.microbatch_id, ctx.owner, ctx.keys, ctx.columns_first = (
+            microbatch_id,
+            owner,
+            keys,
+            columns_first,
+        )
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -52,11 +57,11 @@ class _Linear(torch.autograd.Function):
             grad, x = grad.transpose(0, 1), x.transpose(0, 1)
         if ctx.needs_input_grad[1]:
             shape = list(weight.shape)
-            place = (ctx.ticket, ctx.owner, weight_key)
+            place = (ctx.microbatch_id, ctx.owner, weight_key)
             grad_weight = parameter_gradient("OuterGradients", [grad, x], [], shape, *place)
         if ctx.needs_input_grad[2]:
             shape = [weight.shape[0]]
-            place = (ctx.ticket, ctx.owner, bias_key)
+            place = (ctx.microbatch_id, ctx.owner, bias_key)
             grad_bias = parameter_gradient("VectorGradients", [grad], [], shape, *place)
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
@@ -102,7 +107,7 @@ def routed_linear(
         # parameters' dtype.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _Linear.apply(x, weight, bias, owner.ticket, owner.number, keys, columns_first)
+    return _Linear.apply(x, weight, bias, owner.microbatch_id, owner.number, keys, columns_first)
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,7 @@ class Router:
     Attributes:
         number: Its key in `OWNERS`.
         enabled: Whether forwards are to be routed at the moment.
-        ticket: The active microbatch's id, or `UNBOUND`.
+        microbatch_id: The active microbatch's id, or `UNBOUND`.
         grid: Shape of the active microbatch's token grid.
         active: Where a backward goes whose forward was outside.
         rescue: The parameters that get the plain policy gradient.
@@ -290,7 +290,7 @@ class Router:
 
     def __init__(self) -> None:
         self.number, self.enabled = next(_NUMBERS), True
-        self.ticket, self.grid = torch.tensor(UNBOUND), None
+        self.microbatch_id, self.grid = torch.tensor(UNBOUND), None
         self.active: Sink | None = None
         self.rescue: Rescue | None = None
         self._pending: dict[int, Microbatch] = {}
@@ -301,11 +301,11 @@ class Router:
         while len(self._pending) >= _MOST_PENDING:
             del self._pending[next(iter(self._pending))]
         self._pending[number] = self.active = microbatch
-        self.ticket, self.grid = torch.tensor(number), microbatch.layout.grid
+        self.microbatch_id, self.grid = torch.tensor(number), microbatch.layout.grid
 
     def end(self, number: int, microbatch: Microbatch) -> None:
         """Bind no more forwards; unless there was a backward, it is still to come."""
-        self.active, self.grid, self.ticket = None, None, torch.tensor(UNBOUND)
+        self.active, self.grid, self.microbatch_id = None, None, torch.tensor(UNBOUND)
         if microbatch.reduced:
             self._pending.pop(number, None)
 
@@ -330,13 +330,13 @@ class Router:
         self.rescue.add(key, parameter)
         return True
 
-    def resolve(self, ticket: int, key: str) -> Sink:
-        """Return where a parameter's gradients go, for a backward whose forward got this ticket.
+    def resolve(self, microbatch_id: int, key: str) -> Sink:
+        """Return where a parameter's gradients go, for a backward whose forward got this id.
 
         Raises:
             ProxstepError: If that is nowhere.
         """
-        if ticket == UNBOUND:
+        if microbatch_id == UNBOUND:
             if self.active is None:
                 raise ProxstepError(
                     f"backward reached {key} outside isopo.microbatch(...): its gradient would "
@@ -345,13 +345,13 @@ class Router:
                     "backward inside isopo.microbatch(...)"
                 )
             return self.active
-        if ticket not in self._pending:
+        if microbatch_id not in self._pending:
             raise ProxstepError(
                 f"backward reached {key} for a microbatch that was back-propagated before, or that "
                 "belongs to an earlier optimizer step: use one backward per isopo.microbatch(...), "
                 "before isopo.step()"
             )
-        bound = self._pending[ticket]
+        bound = self._pending[microbatch_id]
         if isinstance(self.active, Microbatch) and self.active is not bound:
             raise ProxstepError(
                 f"backward reached {key} for another microbatch than the one that is active: run "

@@ -65,13 +65,14 @@ class Isopo:
     of its own; a tied weight is transformed once per use, and the uses are added.
 
     Args:
-        model: Any model made of linear layers (transformers' Conv1D included), embeddings,
-            LayerNorm and RMSNorm, also one that is wrapped in DDP or sharded by FSDP2.
+        model: Any model made of the kinds of layers that docs/isopo.md lists (linear layers,
+            embeddings, norms, packed experts, attention), also one that is wrapped in DDP or
+            sharded by FSDP2.
         rule: A preset's name (see `PRESETS`), an `IsometricRule` or a `NaturalRule`.
         other_parameters: What happens to trainable parameters that are not linear layers' weights
             (embeddings, normalizations, biases): "transform" treats them by the rule, "reinforce"
-            gives them the plain policy gradient, "freeze" sets requires_grad to False until
-            `remove`.
+            gives them, and parameters of any other kind, the plain policy gradient, "freeze" sets
+            requires_grad to False until `remove`.
         fisher: What F_b is estimated from: "positions", the position-wise gradients of equations 3
             to 6, or "sequences", those of the microbatch's sequences (equation 2).
         num_overlap_positions: K, the token positions on which Fisher norms are estimated; None for

@@ -30,17 +30,17 @@ class _LayerNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         shape: tuple[int, ...],
-        ticket: Tensor,
+        microbatch_id: Tensor,
         owner: int,
         keys: tuple[str, str],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, ticket)
+        ctx.save_for_backward(x, weight, microbatch_id)
         ctx.eps, ctx.shape, ctx.owner, ctx.keys = eps, (*shape, weight.shape[0]), owner, keys
         return nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, ticket = ctx.saved_tensors
+        x, weight, microbatch_id = ctx.saved_tensors
         features, wide = list(weight.shape), torch.promote_types(x.dtype, torch.float32)
         grad, wide_x = grad.to(wide), x.to(wide)
         normalized, mean, rstd = torch.native_layer_norm(wide_x, features, None, None, ctx.eps)
@@ -52,17 +52,19 @@ class _LayerNorm(torch.autograd.Function):
             grad_x = grad_x.to(x.dtype)
         if ctx.needs_input_grad[1]:
             each = (grad * normalized).sum_to_size(ctx.shape)
-            grad_weight = _vector_gradient(each, ticket, ctx.owner, ctx.keys[0], weight.dtype)
+            grad_weight = _vector_gradient(
+                each, microbatch_id, ctx.owner, ctx.keys[0], weight.dtype
+            )
         if ctx.needs_input_grad[2]:
             each = grad.sum_to_size(ctx.shape)
-            grad_bias = _vector_gradient(each, ticket, ctx.owner, ctx.keys[1], weight.dtype)
+            grad_bias = _vector_gradient(each, microbatch_id, ctx.owner, ctx.keys[1], weight.dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _vector_gradient(
-    grad: Tensor, ticket: Tensor, owner: int, key: str, dtype: torch.dtype
+    grad: Tensor, microbatch_id: Tensor, owner: int, key: str, dtype: torch.dtype
 ) -> Tensor:
-    place = (ticket, owner, key)
+    place = (microbatch_id, owner, key)
     return parameter_gradient("VectorGradients", [grad], [], [grad.shape[-1]], *place).to(dtype)
 
 
@@ -71,9 +73,9 @@ class _PerPosition(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, vector: Tensor, lead: tuple[int, ...], ticket: Tensor, owner: int, key: str
+        ctx: Any, vector: Tensor, lead: tuple[int, ...], microbatch_id: Tensor, owner: int, key: str
     ) -> Tensor:
-        ctx.place, ctx.shape, ctx.lead = (ticket, owner, key), list(vector.shape), lead
+        ctx.place, ctx.shape, ctx.lead = (microbatch_id, owner, key), list(vector.shape), lead
         return vector.expand(*lead, *vector.shape)
 
     @staticmethod
@@ -104,7 +106,7 @@ def routed_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, owner: Owner, keys: tuple[str, str]
 ) -> Tensor:
     """Return the normalization over the last dimension, with gradients that go to the owner."""
-    place = (position_shape(x, owner.grid), owner.ticket, owner.number, keys)
+    place = (position_shape(x, owner.grid), owner.microbatch_id, owner.number, keys)
     return _LayerNorm.apply(x, weight, bias, eps, *place)
 
 
@@ -137,7 +139,7 @@ def per_position(module: nn.Module, parameter: str, x: Tensor, owner: Owner, sit
 
 def repeated(vector: Tensor, lead: tuple[int, ...], owner: Owner, key: str) -> Tensor:
     """Return a parameter repeated over positions, (*lead, *shape); gradients go to the owner."""
-    return _PerPosition.apply(vector, lead, owner.ticket, owner.number, key)
+    return _PerPosition.apply(vector, lead, owner.microbatch_id, owner.number, key)
 
 
 def _names_of_vectors(module: nn.Module) -> set[str] | None:

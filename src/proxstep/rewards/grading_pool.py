@@ -153,7 +153,7 @@ class GradingPool:
                 self._hear(worker, b"", equal)
 
     def _hear(self, worker: _Worker, reply: bytes, equal: list[bool | None]) -> None:
-        """Handle what one process wrote; nothing means that it died or hangs."""
+        """Handle what one process wrote; an empty message means that it died or hangs."""
         if reply == b"R":
             worker.ready = True
         elif not worker.ready:

@@ -83,7 +83,7 @@ REFUSED: tuple[Refusal, ...] = (
         "verl has no muon: leave it null",
     ),
 )
-"""Recipe keys that cannot be had in verl: when, and what to do instead."""
+"""Recipe keys that verl does not offer: when, and what to do instead."""
 
 KL_ESTIMATORS = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
