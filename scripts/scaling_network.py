@@ -9,7 +9,15 @@ from __future__ import annotations
 import math
 import pickle
 
-from scripts.scaling_formulas import WIDE, Model, Work, num_parameters, row_bytes, uses
+from scripts.scaling_formulas import (
+    ROW_NUMBERS,
+    WIDE,
+    Model,
+    Work,
+    num_parameters,
+    row_bytes,
+    uses,
+)
 
 
 def fsdp_bytes(model: Model, ranks: int) -> float:
@@ -44,9 +52,14 @@ def gathered(model: Model, work: Work, ranks: int, rows: int) -> float:
 
 
 def merged(model: Model, work: Work, ranks: int, rows: int) -> float:
-    """Return what a rank gets per step of overlap_source="previous_step", its own part included."""
+    """Return what a rank gets per step of overlap_source="previous_step", its own part included.
+
+    Every rank hands out K priorities per parameter, and of the rows that are chosen the gradients
+    and whose they are: the sequence's key and its group.
+    """
     rest = gathered(model, work, ranks, rows) - ranks * (work.num_samples + 1) * 8
-    return rest + float(len(uses(model)) * ranks * work.num_samples * 8)
+    numbers = work.num_samples + (ROW_NUMBERS - 1) * rows
+    return rest + 8.0 * len(uses(model)) * ranks * numbers
 
 
 def num_gathers(model: Model) -> int:

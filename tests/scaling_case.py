@@ -72,6 +72,14 @@ def backward(
     return microbatch
 
 
+def give_past(network: nn.Module, isopo: Isopo, token_BT: Tensor, work: Work) -> None:
+    """Measure the trailing means, as a run does before its first step."""
+    while isopo.needs_past:
+        with isopo.measuring():
+            backward(network, isopo, token_BT, work)
+    network.zero_grad()
+
+
 @contextmanager
 def reductions(around: Callable[[str, Any], Any], *, afresh: bool = False) -> Iterator[None]:
     """Enter a context for each parameter's reduction: modes do not see into an operator.
@@ -150,15 +158,18 @@ def traffic(overlap_source: str, sharded: bool, seed: int) -> dict[str, Any]:
             fully_shard(module, mp_policy=policy)
     isopo = Isopo(network, num_overlap_positions=10, overlap_source=overlap_source)
     count: Counter[str] = Counter()
+    first = 0
     for step in range(2):
+        first = count["all_reduce calls"]
         count.clear()
         token_BT = tokens(SMALL, work, 100 * seed + 10 * step + rank)
         with pytest.MonkeyPatch.context() as patch:
             _watch(patch, count)
             microbatch = backward(network, isopo, token_BT, work, 10 * rank)
             count["own rows"] = len(microbatch.samples.index_K)
+            count["carried"] = _carried(isopo)
             isopo.step()
-    return {**count, "carried": _carried(isopo)}
+    return {**count, "first all_reduce calls": first}
 
 
 def _watch(patch: pytest.MonkeyPatch, count: Counter[str]) -> None:
@@ -194,5 +205,9 @@ def _watch(patch: pytest.MonkeyPatch, count: Counter[str]) -> None:
 
 
 def _carried(isopo: Isopo) -> int:
-    kept = isopo._drawing.state_dict().values()
-    return sum(v.nbytes for fields in kept for v in fields.values() if isinstance(v, Tensor))
+    """Return the bytes of the last step's rows and of this one's, a shared tensor once."""
+    store = isopo._drawing._store
+    kept = [] if store is None else [*store.current.values(), *store._pending.values()]
+    tensors = [value for rows, sample in kept for value in (*rows, *vars(sample).values())]
+    found = {id(value): value.nbytes for value in tensors if isinstance(value, Tensor)}
+    return sum(found.values())

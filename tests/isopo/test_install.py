@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from tests.isopo.rules import paper
 from tests.models import tiny_gpt2, tiny_qwen3
 from torch import nn
 
@@ -62,7 +63,7 @@ def test_copies_are_ordinary_and_independent(clone) -> None:
 
 def test_forward_may_run_outside_and_backward_too() -> None:
     model = tiny_qwen3()
-    isopo = Isopo(model)
+    isopo = Isopo(model, paper("isopo"))
     with isopo.microbatch(IDS, COEFFICIENTS):
         log_probs(model).sum().backward()
     inside = gradients(model)
@@ -282,7 +283,7 @@ def test_norms_over_heads_in_either_order(heads_first: bool, num_heads: int) -> 
         model.zero_grad()
         (model(TOKENS)[b] * (IDS[b] >= 0)).sum().backward()
         expected.append(model.norm.weight.grad.clone())
-    isopo = Isopo(model, "isopo-euclidean")
+    isopo = Isopo(model, paper("isopo-euclidean"))
     model.zero_grad()
     with isopo.microbatch(IDS, COEFFICIENTS):
         (model(TOKENS) * (IDS >= 0)).sum().backward()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tests import models
 from tests.families import build
+from tests.isopo.rules import paper
 from tests.isopo.test_install import COEFFICIENTS, IDS, TOKENS, gradients, log_probs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +39,7 @@ def per_sequence(model: nn.Module) -> list[dict[str, Tensor]]:
 
 
 def isopo_gradient(model: nn.Module, rule: str = "isopo", **options: Any) -> dict[str, Tensor]:
-    isopo = Isopo(model, rule, **options)
+    isopo = Isopo(model, paper(rule), **options)
     with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
         microbatch.objective(log_probs(model)).backward()
     isopo.remove()

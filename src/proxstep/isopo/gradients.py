@@ -238,8 +238,8 @@ def wide(value: Tensor) -> Tensor:
     return value.to(wide_dtype(value.dtype))
 
 
-def make_layout(sequence_ids: Int[Tensor, "rows columns"], num_sequences: int) -> Layout:
-    """Return the layout of a grid of sequence ids, -1 for padding.
+def make_layout(sequence_ids: Tensor, num_sequences: int) -> Layout:
+    """Return the layout of a (rows, columns) grid of sequence ids, -1 for padding.
 
     Raises:
         ProxstepError: If the ids are not integers 0 to num_sequences - 1, each of them present, or
