@@ -255,7 +255,11 @@ class Microbatch:
             total_B = total.expand(len(self.sequences.coefficient_B))
         else:
             others_BK = (~own_KB).mT.to(square_K.dtype)
-            total_B = used * others_BK.sum(dim=1) if trailing else others_BK @ square_K
+            square_B = others_BK @ square_K
+            # Others that are rounding errors (at a first position no query matters) count as 0.
+            rounding = (64 * torch.finfo(square_K.dtype).eps) ** 2
+            own_KB = own_KB | (square_B <= rounding * square_K.sum())
+            total_B = used * others_BK.sum(dim=1) if trailing else square_B
         return sample, total_B, own_KB, {"sample_sq": mean[None]}
 
 

@@ -267,6 +267,7 @@ class Drawing:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._seen.clear()
+        self._count_of_step = 0
         if self._store is not None:
             self._store.load_state_dict(state)
 

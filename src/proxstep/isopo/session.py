@@ -81,7 +81,7 @@ class Isopo:
             of the "completion".
         overlap_source: Sample them from the "microbatch", from all "ranks", or from the
             "previous_step". The latter two make the isometric rule independent of how sequences are
-            spread over ranks, or over microbatches too, and need `sequence_keys`. "ranks" exchanges
+            spread over ranks, or over microbatches too. "ranks" needs `sequence_keys`, and exchanges
             samples in backward: every rank must run the same number of microbatches.
         fisher_denominator: Divide by the "sample"'s own sum of squares or by its "trailing" mean.
         decay: Of the trailing means, per optimizer step.
@@ -186,7 +186,7 @@ class Isopo:
             groups: Each sequence's prompt, for the natural rule's interact="group" and for the
                 diagnostics: noise between prompts, conflict within them.
             sequence_keys: A number for each sequence that no other one of the optimizer step has,
-                on any rank.
+                on any rank; by default they are counted.
             fisher_squares: F_b^2 by parameter use, instead of an estimate.
 
         Yields:
