@@ -81,7 +81,7 @@ class Isopo:
             of the "completion".
         overlap_source: Sample them from the "microbatch", from all "ranks", or from the
             "previous_step". The latter two make the isometric rule independent of how sequences are
-            spread over ranks, or over microbatches too. "ranks" needs `sequence_keys`, and exchanges
+            spread over ranks, or over microbatches too. "ranks" needs `sequence_keys` and exchanges
             samples in backward: every rank must run the same number of microbatches.
         fisher_denominator: Divide by the "sample"'s own sum of squares or by its "trailing" mean.
         decay: Of the trailing means, per optimizer step.
