@@ -119,14 +119,10 @@ def test_a_frozen_magnitude_still_scales_the_factors() -> None:
     assert_same(sums(model, sequence), expected, 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("family", "parameter"),
-    [("qwen3-moe", r"experts\.gate_up_proj"), ("qwen3-lora-embedding", "lora_embedding_A")],
-)
-def test_what_the_oracle_does_not_know_is_named(family: str, parameter: str) -> None:
+def test_what_the_oracle_does_not_know_is_named() -> None:
     (sequence,) = random_sequences(0, num=1)
-    with pytest.raises(ValueError, match=parameter):
-        position_gradients(build(family, 0), sequence)
+    with pytest.raises(ValueError, match="lora_embedding_A"):
+        position_gradients(build("qwen3-lora-embedding", 0), sequence)
 
 
 def test_a_parameter_that_is_used_twice_is_named() -> None:

@@ -135,7 +135,7 @@ def kl_divergence(
 def kl_estimate(
     log_prob_BT: Float[Tensor, "batch tokens"],
     other_log_prob_BT: Float[Tensor, "batch tokens"],
-    kind: KlEstimator,
+    kind: str,
 ) -> Float[Tensor, "batch tokens"]:
     """Return an estimate of KL(p || q) at each token that p sampled, from that token alone.
 
