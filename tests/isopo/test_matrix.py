@@ -94,12 +94,16 @@ def _check_shapes_in_one_setting(setting: str) -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+MORE_CELLS = product(
+    MORE,
+    ("isopo", "isopo-figure4", "natural-preserved", "preserved"),
+    ("padded-right", "packed-rows", "accumulated", "checkpointed", "bfloat16", "autocast"),
+)
 CELLS = [
     *product(FAMILIES, RULES, SETTINGS),
-    *product(
-        MORE,
-        ("isopo", "isopo-figure4", "natural-preserved", "preserved"),
-        ("padded-right", "packed-rows", "accumulated", "checkpointed", "bfloat16", "autocast"),
+    *(
+        pytest.param(*cell, marks=() if cell[1] == "isopo" else pytest.mark.slow)
+        for cell in MORE_CELLS
     ),
 ]
 
