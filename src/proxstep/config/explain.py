@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from proxstep.algorithms import ALGORITHMS
 from proxstep.config.objectives import section_of
 from proxstep.config.recipe import Recipe
+from proxstep.errors import did_you_mean
 
 
 def describe_keys() -> Iterator[tuple[str, str, str, str]]:
@@ -81,7 +81,7 @@ def explain(error: ValidationError, source: str, recipe: type[BaseModel] = Recip
         problem = str(detail["msg"]).removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
             names = list(_names_at([str(part) for part in detail["loc"][:-1]], recipe))
-            guess = nearest(place[-1], names)
+            guess = did_you_mean(place[-1], names)
             lines[key] = f"unknown key {key}{guess} (known here: {', '.join(names)})"
         elif not key:
             lines[key] = problem
@@ -95,12 +95,6 @@ def explain(error: ValidationError, source: str, recipe: type[BaseModel] = Recip
             else:
                 lines.setdefault(key, f"{key}: {problem}{got}")
     return f"{source}: " + "\n  ".join(lines.values())
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the nearest known name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _place(location: Sequence[int | str], recipe: type[BaseModel]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from proxstep.algorithms import ALGORITHMS
-from proxstep.config.explain import explain, nearest
+from proxstep.config.explain import explain
 from proxstep.config.recipe import (
     Recipe,
     algorithm_names,
@@ -18,7 +18,7 @@ from proxstep.config.recipe import (
     undefined_composition,
 )
 from proxstep.config.yamlfile import dump_yaml, parse_yaml, read_yaml
-from proxstep.errors import ProxstepError
+from proxstep.errors import ProxstepError, did_you_mean
 
 
 def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
@@ -69,7 +69,7 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
     for name in (algorithm, *per_algorithm):
         if meaning_of(str(name)) is None:
             where = "algorithm" if name == algorithm else "per_algorithm"
-            guess = nearest(str(name), algorithm_names())
+            guess = did_you_mean(str(name), algorithm_names())
             raise ProxstepError(
                 f"{source}: {where} {name!r} is not known{guess}; choose one of "
                 f"{', '.join(algorithm_names())}, or RULE+OBJECTIVE such as isopo+opo"
