@@ -1,166 +1,253 @@
-r"""The answer in a completion, its last box or its final number, read as data and never evaluated.
+r"""The answer in a completion: its last box, or its final number, read as data and never evaluated.
 
-A number is made of ASCII digits. It may have commas between groups of three ("1,080"), decimals
-("1.5", ".5"), an exponent ("1e3"), a sign ("-5", "-$5", "$-5"; U+2212 is a minus too), or be a
-fraction ("3/4", "\frac{3}{4}"). LaTeX spellings ("1{,}080", "1,\!080", "\$18") are understood. A
-percent sign is not read: "75%" is 75. A minus right after a digit, a letter or a closing bracket is
-a dash: "5-3" ends with 3.
-
-Not read, because ambiguous: spaces between groups ("1 080" is 1 and 080), decimal commas ("1,5" is
-1 and 5), mixed numbers ("2 1/2" is 2 and 1/2), powers ("10^3" is 10 and 3), other scripts' digits.
+Which places are looked at, and what is one number there, is the table in docs/tasks.md.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
-# A completion is hostile input: every pattern takes linear time; these bounds keep numbers small.
+from proxstep.rewards.numbers import Run, find_runs
+from proxstep.rewards.tokens import Token, normalize, tokenize
+
+# A completion is hostile input: only its end is read, and every pattern takes linear time.
 MAX_CHARACTERS = 20_000
-MAX_DIGITS = 100
-MAX_EXPONENT_DIGITS = 3
 
-_UNSIGNED = (
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9A-Za-z.)])\.[0-9]+)"
-    r"(?:[eE][-+]?[0-9]+)?"
-)
-_NUMBER = re.compile(
-    r"(?:(?P<sign>(?<![0-9A-Za-z)\]}%])[-+])[$€£]?)?"
-    rf"(?P<numerator>{_UNSIGNED})(?: ?/ ?(?P<denominator>{_UNSIGNED}))?"
-)
-_SPELLINGS = (
-    ("\u2212", "-"),
-    ("\u00a0", " "),
-    ("{,}", ","),
-    (r"\!", ""),
-    (r"\,", ""),
-    (r"\$", "$"),
-)
-_LATEX_FRACTION = re.compile(r"(?<![0-9])\\[dt]?frac ?\{ ?([-+]?[0-9.,]+) ?\} ?\{ ?([0-9.,]+) ?\}")
-_ANSWER_PHRASE = re.compile(r"answer[*_ ]{0,4}(?:is\b|:)", re.IGNORECASE)
+_MARKER = re.compile("####+")
+_PHRASE = re.compile(r"answer[*_ ]{0,4}(?:is\b|:|=)", re.IGNORECASE)
+_NOT = re.compile(r"[*_ ]{0,4}(?:not|never)\b", re.IGNORECASE)
+_MAY_HOLD_A_NUMBER = re.compile(r"[0-9]|[^\x00-\x7f]")
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character, not a group
+_MINUS_BEFORE_BOX = re.compile(r"(?:(?:[=$(]|\A|\s)-|[=$(] ?- |\b(?:minus|negative) )[$({]{0,3}\Z")
+_SCALE_AFTER_BOX = re.compile(r"\}?[$)]? ?(?:hundred|thousand|million|billion|trillion)s?\b")
 
 
 def boxed_answer(text: str) -> str | None:
     r"""Return what the last `\boxed{...}` or `\fbox{...}` holds, in time linear in the text.
 
     Without braces, as some of MATH's solutions have it, the box holds what follows up to the end
-    of the formula or of the line.
+    of the formula or of the line. A minus sign right before the box belongs to it. Empty boxes do
+    not count.
 
     Args:
         text: Any text at all.
 
     Returns:
-        The content without outer white space. None where there is no box, or where the last one is
-        empty or stays open, as in a completion that was cut off.
+        The content without outer white space. None where there is no box, or where the last one
+        stays open, as in a completion that was cut off.
 
     >>> boxed_answer(r"First \boxed{1}, so it is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
-    >>> boxed_answer(r"so $\boxed 7$ of them")
-    '7'
+    >>> boxed_answer(r"so $\boxed 7$ of them, or $-\boxed{7}$")
+    '-7'
     >>> boxed_answer(r"so \boxed{\frac{1}{2}") is None
     True
     """
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    start = boxes[-1].end()
+    boxes = _boxes(text)
+    return boxes[0][0] if boxes else None
+
+
+def boxed_list(text: str) -> str | None:
+    r"""Return what the last boxes hold, with commas, where only "and", "or" or a comma parts them.
+
+    >>> boxed_list(r"$x=\boxed{1}$: no. $x = \boxed{2}$ or $x = \boxed{3}$.")
+    '2, 3'
+    """
+    boxes = _boxes(text, several=True)
+    return ", ".join(content for content, _, _ in reversed(boxes)) or None
+
+
+_BETWEEN_BOXES = re.compile(
+    r"[\s$\\,;.]{0,6}(?:and|or|,|;|\\text\{ ?(?:and|or) ?\})?[\s$\\,;]{0,6}(?:[A-Za-z]{1,2}(?:_[0-9])? ?= ?)?"
+)
+
+
+def _boxes(text: str, *, several: bool = False) -> list[tuple[str, int, int]]:
+    """Return the last box that is not empty, or also those it is in one list with, last first."""
+    found: list[tuple[str, int, int]] = []
+    for start in reversed(list(_BOX.finditer(text))):
+        box = _content(text, start.end())
+        if box is None:
+            break
+        content, end = box
+        if found and (end > found[-1][1] or not _BETWEEN_BOXES.fullmatch(text[end : found[-1][1]])):
+            break
+        if content:
+            found.append((_signed(text, start.start(), content), start.start(), end))
+        if found and not several:
+            break
+    return found
+
+
+def _content(text: str, start: int) -> tuple[str, int] | None:
+    """Return what a box holds and where it ends; None where it stays open."""
     if not text.startswith("{", start):
-        return re.split(r"[$\n]", text[start:], maxsplit=1)[0].strip() or None
+        content = re.split(r"[$\n]", text[start:], maxsplit=1)[0]
+        return content.strip(), start + len(content)
     depth = 0
     for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start + 1 : brace.start()].strip() or None
+            return text[start + 1 : brace.start()].strip(), brace.end()
     return None
 
 
-def final_number(text: str) -> Fraction | None:
+def _signed(text: str, start: int, content: str) -> str:
+    """Return a box's content with the minus sign that stands before the box."""
+    if not _MINUS_BEFORE_BOX.search(normalize(text[max(0, start - 20) : start])):
+        return content
+    return f"-{content}" if re.fullmatch(r"[0-9.,]+|\\[dt]?frac.*", content) else f"-({content})"
+
+
+def final_number(text: str, *, truncated: bool = False) -> Fraction | None:
     r"""Return the final numeric answer of a completion, exactly.
 
-    The first of these places that holds a number decides:
+    The first of these places that holds a number decides, and where what it holds is not one number
+    (an expression, a range, a list), the completion has no answer:
 
-    1. the number after the last `####` (the convention of GSM8K), if no letter stands between: a
-       Markdown heading such as "#### Step 3" is not an answer;
-    2. the first number in the last complete `\boxed{...}`, after its last equals sign if any;
-    3. the first number after the last "answer is" or "answer:", in upper or lower case;
-    4. the last number of the text.
+    1. after the last `####` (the convention of GSM8K) before whose number no letter stands;
+    2. in the last `\boxed{...}` that is not empty;
+    3. after the last "answer is" or "answer:", in upper or lower case;
+    4. the last number of the text, unless it was cut off.
 
     Args:
         text: A completion; any text at all. Only its last `MAX_CHARACTERS` characters are read.
+        truncated: Whether the completion was cut off at the length limit. A number then counts only
+            in a closed box, or after 1 or 3 where something after it shows that it had ended.
 
     Returns:
-        The number. None where there is none, or where it has more than `MAX_DIGITS` digits, an
-        exponent of more than `MAX_EXPONENT_DIGITS` digits, or a zero denominator.
+        The number. None where there is none, or where it has more than `tokens.MAX_DIGITS` digits
+        or an exponent of more than `tokens.MAX_EXPONENT_DIGITS`.
 
     >>> final_number("5 apples at $3.50 cost $17.50. #### 17.50")
     Fraction(35, 2)
     >>> final_number(r"so x = \boxed{\frac{1}{2}} of the 10 apples")
     Fraction(1, 2)
-    >>> final_number("The **answer is**: $1,080 after 2 years.")
+    >>> final_number("The **answer is**: 540 * 2 = $1,080 after 2 years.")
     Fraction(1080, 1)
-    >>> final_number("I do not know.") is None
-    True
+    >>> final_number("20 - 11") is None, final_number("#### 15", truncated=True) is None
+    (True, True)
     """
-    text = _normalize(text)
-    box = boxed_answer(text) or ""
-    match = (
-        _number_without_letters_before(_after_last(text, "####"))
-        or _NUMBER.search(_after_last(box, "="))
-        or _NUMBER.search(box)
-        or _NUMBER.search(_after_answer_phrase(text))
-        or _last_number(text)
+    text = _end(text)
+    run = (
+        _after_marker(text, truncated)
+        or _in_box(text)
+        or _after_phrase(text, truncated)
+        or (None if truncated else _last_run(text))
     )
-    return _value(match) if match else None
+    return run.value if run else None
 
 
-def _normalize(text: str) -> str:
-    """Return the end of the text with one spelling for each minus, space, comma and fraction."""
+def reference_number(reference: Any) -> Fraction | None:
+    r"""Return the number that a reference answer is; None where it is not one number.
+
+    Args:
+        reference: A number, or a text: one number with its unit, alone or after "####" or
+            "answer is", as in a whole GSM8K solution.
+
+    >>> reference_number("2 1/2 cups"), reference_number(0.1), reference_number("9.\n#### 18")
+    (Fraction(5, 2), Fraction(1, 10), Fraction(18, 1))
+    >>> reference_number("[3, 4]") is None, reference_number("3:30") is None
+    (True, True)
+    """
+    try:
+        text = normalize(str(reference))
+    except ValueError:  # an integer of thousands of digits
+        return None
     if len(text) > MAX_CHARACTERS:
-        # The cut may fall inside a number, whose rest would read as another number.
-        text = text[-MAX_CHARACTERS:].lstrip("0123456789.,")
-    for spelling, plain in _SPELLINGS:
-        text = text.replace(spelling, plain)
-    return _LATEX_FRACTION.sub(r"\1/\2", text)
-
-
-def _after_last(text: str, marker: str) -> str:
-    """Return what follows the last occurrence of a marker, or nothing where it does not occur."""
-    _, found, rest = text.rpartition(marker)
-    return rest if found else ""
-
-
-def _after_answer_phrase(text: str) -> str:
-    """Return what follows the last "answer is" or "answer:", or nothing where neither occurs."""
-    ends = [match.end() for match in _ANSWER_PHRASE.finditer(text)]
-    return text[ends[-1] :] if ends else ""
-
-
-def _number_without_letters_before(text: str) -> re.Match[str] | None:
-    """Return the first number of a text, unless a letter comes before it."""
-    match = _NUMBER.search(text)
-    return match if match and not any(map(str.isalpha, text[: match.start()])) else None
-
-
-def _last_number(text: str) -> re.Match[str] | None:
-    numbers = list(_NUMBER.finditer(text))
-    return numbers[-1] if numbers else None
-
-
-def _value(match: re.Match[str]) -> Fraction | None:
-    """Return the value of a matched number, or None where it is too long or divides by zero."""
-    numerator = _unsigned_value(match["numerator"])
-    denominator = _unsigned_value(match["denominator"] or "1")
-    if numerator is None or not denominator:
         return None
-    return (-numerator if match["sign"] == "-" else numerator) / denominator
-
-
-def _unsigned_value(digits: str) -> Fraction | None:
-    """Return the value of one matched number without its sign, or None where it is too long."""
-    mantissa, _, exponent = digits.lower().partition("e")
-    if len(mantissa) > MAX_DIGITS or len(exponent.lstrip("+-")) > MAX_EXPONENT_DIGITS:
+    for marker in (_MARKER, _PHRASE):
+        *_, text = marker.split(text)
+    tokens = tokenize(text.strip())
+    runs = list(find_runs(tokens, alone=True))
+    if len(runs) != 1:
         return None
-    return Fraction(digits.replace(",", ""))
+    [run] = runs
+    before, after = tokens[: run.start], tokens[run.end :]
+    if after and after[-1].text == ".":
+        after.pop()
+    is_name = run.is_equation and len(before) < 4
+    if any(token.kind != "word" for token in (*before, *after)) or (before and not is_name):
+        return None
+    return run.value
+
+
+def _end(text: str) -> str:
+    """Return the normalized end of a text, without what the cut may have left of a number."""
+    if len(text) > MAX_CHARACTERS:
+        text = re.sub(r"\A[^A-Za-z\n]*", "", text[-MAX_CHARACTERS:])
+    return normalize(text)
+
+
+def _after_marker(text: str, truncated: bool) -> Run | None:
+    """Return the number after the last marker that has one before any letter."""
+    for piece, is_last in _pieces(text, _MARKER):
+        tokens = tokenize(piece)
+        run = next(find_runs(tokens, alone=True), None)
+        if run is None or any(token.kind in ("word", "join") for token in tokens[: run.start]):
+            continue
+        if not (truncated and is_last) or _has_ended(run, tokens, piece):
+            return run
+    return None
+
+
+def _after_phrase(text: str, truncated: bool) -> Run | None:
+    """Return the number after the last "answer is" that has one."""
+    for piece, is_last in _pieces(text, _PHRASE):
+        tokens = tokenize(piece)
+        run = next(find_runs(tokens, alone=True), None)
+        if run is None or (truncated and is_last and not _has_ended(run, tokens, piece)):
+            continue
+        return run._replace(value=None) if _NOT.match(piece) else run
+    return None
+
+
+def _pieces(text: str, marker: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
+    """Yield what follows each marker up to the next one, last first, and whether it is the last."""
+    end = len(text)
+    for match in reversed(list(marker.finditer(text))):
+        yield text[match.end() : end], end == len(text)
+        end = match.start()
+
+
+def _has_ended(run: Run, tokens: list[Token], text: str) -> bool:
+    """Whether no continuation of a text can change its number: "15 of", but not "15" or "15 m"."""
+    if run.end >= len(tokens):
+        return False
+    following = tokens[run.end]
+    return following.text == "\n" or following.end < len(text)
+
+
+def _in_box(text: str) -> Run | None:
+    """Return the number in the last box, no number where it holds something else."""
+    boxes = _boxes(text)
+    if not boxes:
+        return None
+    content, _, end = boxes[0]
+    if scale := _SCALE_AFTER_BOX.match(text, end):
+        content += scale[0]
+    tokens = tokenize(content)
+    run = next(find_runs(tokens, alone=True), None)
+    if run is None or any(token.text == "!" for token in tokens):
+        return Run(None, 0, 0, is_equation=False, is_listed=False)
+    return run
+
+
+def _last_run(text: str) -> Run | None:
+    """Return the last number of the last line that has one."""
+    lines = text.split("\n")
+    for index in range(len(lines) - 1, -1, -1):
+        if not _MAY_HOLD_A_NUMBER.search(lines[index]):
+            continue
+        before = lines[index - 1].rstrip() if index else ""
+        ends_with_minus = before.endswith("-") and not before.endswith("--")
+        line = f"-\n{lines[index]}" if ends_with_minus else lines[index]
+        runs = list(find_runs(tokenize(line, starts_line=index > 0), alone=False))
+        if runs:
+            return runs[-1]
+    return None
