@@ -123,6 +123,88 @@ def test_a_lost_process_costs_its_answer_alone(
     pool.close()
 
 
+KILLED = "os.kill(os.getpid(), 9)"
+# Dies the first NUMBER times that it comes here, whichever process it is.
+DIES = (
+    "import pathlib; f = pathlib.Path({file!r}); n = int(f.read_text()); f.write_text(str(n - 1)); "
+    "n > 0 and os.kill(os.getpid(), 9)"
+)
+
+
+@pytest.mark.parametrize(("deaths", "verdict"), [(1, True), (2, True), (3, None)])
+def test_a_job_whose_process_is_killed_is_graded_again(
+    deaths: int,
+    verdict: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = tmp_path / "deaths"
+    file.write_text(str(deaths))
+    body = f"if b'bad' in line:\n        {DIES.format(file=str(file))}\n    os.write(1, b'1')\n"
+    worker_script(monkeypatch, tmp_path, READY + body)
+    pool = GradingPool(2)
+    assert pool.grade([("a", "b"), ("a", "bad"), ("a", "b")]) == [True, verdict, True]
+    pool.close()
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == (verdict is None)
+    assert all("lost at the answer 'bad' (the last was ended by signal 9)" in w for w in warned)
+
+
+def test_a_real_process_that_is_killed_while_it_grades(caplog: pytest.LogCaptureFixture) -> None:
+    pool = GradingPool(1)
+    pool.grade([("2", "2.0")])
+    [worker] = pool._workers
+    send = worker.send
+
+    def send_and_kill(*arguments: object) -> None:
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        send(*arguments)  # type: ignore[arg-type]
+        os.kill(worker.process.pid, signal.SIGKILL)
+
+    worker.send = send_and_kill  # type: ignore[method-assign]
+    assert pool.grade([("x", "x+0"), ("x", "x+1")]) == [True, False]
+    assert not caplog.records
+    pool.close()
+
+
+def test_what_is_at_a_limit_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tries"
+    file.touch()
+    body = f"open({str(file)!r}, 'a').write('x'); os.kill(os.getpid(), {int(signal.SIGPROF)})\n"
+    worker_script(monkeypatch, tmp_path, READY + body)
+    pool = GradingPool(1)
+    assert pool.grade([("a", "b")]) == [None]
+    assert file.read_text() == "x"
+    pool.close()
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_process_that_is_killed_while_it_starts_is_started_again(
+    deaths: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "deaths"
+    file.write_text(str(deaths))
+    source = f"import os\n{DIES.format(file=str(file))}\n{READY}os.write(1, b'1')\n"
+    worker_script(monkeypatch, tmp_path, source)
+    pool = GradingPool(1)
+    assert pool.grade([("a", "b")] * 3) == [True] * 3
+    pool.close()
+
+
+def test_processes_that_are_always_killed_while_they_start_are_one_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker_script(monkeypatch, tmp_path, f"import os\n{KILLED}\n")
+    pool = GradingPool(2)
+    with pytest.raises(
+        ProxstepError, match="3 in turn, and the last was ended by signal 9"
+    ) as error:
+        pool.grade([("a", "b")] * 3)
+    assert "reinstall" not in str(error.value)
+    assert pids(pool) == []
+
+
 @pytest.mark.slow
 def test_processes_are_renewed(monkeypatch: pytest.MonkeyPatch, pool: GradingPool) -> None:
     monkeypatch.setattr(grading_pool, "JOBS_PER_WORKER", 3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 
 import pyarrow
 import pytest
@@ -160,9 +161,89 @@ def test_a_wrong_solution_is_named(write):
     fails("line 1: column 'worked' is missing", table_task, path, path, solution_column="worked")
 
 
-def test_a_column_that_would_hide_the_answer(write):
-    path = write([{"prompt": "?", "answer": "long", "final": 1}])
-    fails("'answer' has the name of an argument", table_task, path, path, answer_column="final")
+def test_a_column_answer_beside_the_answers_is_left_out(write):
+    path = write([{"prompt": "?", "answer": "long", "final": 1, "level": 2}])
+    [example] = table_task(path, path, answer_column="final").train
+    assert (example.answer, example.columns) == ("1", {"level": 2})
+    task = table_task(path, path, answer_column="final", solution_column="answer")
+    assert (task.train[0].answer, task.train[0].solution) == ("1", "long")
+
+
+VERL = {
+    "data_source": "gsm8k",
+    "prompt": [{"role": "user", "content": "2+2?"}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "4"},
+    "extra_info": {"index": 0, "split": "train", "answer": "2+2 is 4"},
+}
+
+
+def test_the_parquet_of_verl(tmp_path):
+    path = tmp_path / "train.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([VERL, VERL]), path)
+    task = table_task(
+        path,
+        path,
+        answer_column="reward_model.ground_truth",
+        solution_column="extra_info.answer",
+    )
+    example = task.train[1]
+    assert example.prompt == VERL["prompt"]
+    assert (example.answer, example.solution) == ("4", "2+2 is 4")
+    assert set(example.columns) == {"data_source", "ability", "reward_model", "extra_info"}
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("reward_model.ground_thruth", "did you mean ground_truth.* in reward_model: style, gro"),
+        ("reward_modl.ground_truth", "did you mean reward_model.*name one of its columns: data_so"),
+        (
+            "reward_model.style.x",
+            "no column 'reward_model.style.x'; .* in reward_model.style: none",
+        ),
+        ("reward_model", "column 'reward_model' is a dict"),
+    ],
+)
+def test_a_wrong_nested_column_is_named(write, column, message):
+    path = write([VERL])
+    fails(rf"line 1: .*{message}", table_task, path, path, answer_column=column)
+
+
+def test_a_column_with_a_dot_in_its_name(write):
+    path = write([{"prompt": "?", "final.answer": 3}])
+    assert table_task(path, path, answer_column="final.answer").train[0].answer == "3"
+
+
+@pytest.mark.parametrize("kind", [pyarrow.float16(), pyarrow.float32(), pyarrow.float64()])
+def test_answers_of_any_precision_are_as_written(tmp_path, kind):
+    import numpy
+
+    written = [0.1, 0.25, -2.5, 3.3, 12.0, 0.3, 1000.0, 0.001]
+    values = pyarrow.array(numpy.array(written, kind.to_pandas_dtype()), kind)
+    nested = pyarrow.StructArray.from_arrays([values], names=["truth"])
+    path = tmp_path / "train.parquet"
+    table = pyarrow.table({"prompt": ["?"] * 8, "answer": values, "nested": nested})
+    parquet.write_table(table, path)
+    expected = ["0.1", "0.25", "-2.5", "3.3", "12", "0.3", "1000", "0.001"]
+    for column in ("answer", "nested.truth"):
+        examples = table_task(path, path, answer_column=column).train
+        assert [example.answer for example in examples] == expected
+
+
+def test_decimal_answers(tmp_path):
+    path = tmp_path / "train.parquet"
+    values = [Decimal("0.10"), Decimal("1000.00")]
+    parquet.write_table(pyarrow.table({"prompt": ["?", "?"], "answer": values}), path)
+    assert [example.answer for example in table_task(path, path).train] == ["0.10", "1000.00"]
+
+
+@pytest.mark.parametrize(
+    "answer", ["2 or 3", "3:30", "[3, 4]", "20 - 11", "5 ft 10 in", "about 5", "9" * 500]
+)
+def test_an_answer_that_is_not_one_number_is_named_with_its_line(write, answer):
+    path = write([GOOD, {**GOOD, "answer": answer}])
+    fails("line 2: the answer .* holds no number, or more than one", table_task, path, path)
 
 
 def test_splits_of_a_folder(tmp_path, monkeypatch):

@@ -97,6 +97,42 @@ def test_unknown_suffix(write):
     )
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_file_that_is_one_array(write, indent):
+    path = write(json.dumps(ROWS, indent=indent), "train.json")
+    assert [row.values for row in load_rows(path)] == ROWS
+    assert load_rows(path)[1].where == f"{path}, item 2"
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_file_of_splits(write, indent):
+    path = write(json.dumps({"train": ROWS, "test": ROWS[:1]}, indent=indent), "data.json")
+    assert [row.values for row in load_rows(path)] == ROWS
+    [row] = load_rows(path, split="test")
+    assert row == (f"{path}, split 'test', item 1", ROWS[0])
+    fails("has no split 'dev'; it has train, test: name one by task.", load_rows, path, None, "dev")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"x": 1}, 3]', "item 2: a JSON int, not an object"),
+        ('{"train": [{"x": 1}, []]}', "split 'train', item 2: a JSON list, not an object"),
+        ('{"train": {"x": [1]}, "test": []}', "split 'train' is a JSON dict; give a list"),
+        ("[]", "has no rows"),
+        ('[{"x": 1},\n{"x": }]', "line 1: not valid JSON"),
+    ],
+)
+def test_a_malformed_json_document_is_named(write, content, message):
+    fails(message, read_rows, write(content, "train.json"))
+
+
+def test_a_json_file_of_one_row(write):
+    row = {"prompt": [{"role": "user", "content": "?"}], "answer": 1}
+    path = write(json.dumps(row), "train.json")
+    assert read_rows(path) == [(f"{path}, line 1", row)]
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "train.parquet"
     chat = [{"role": "user", "content": "hi"}]

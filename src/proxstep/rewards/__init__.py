@@ -1,7 +1,8 @@
 """Reward functions: graders, loading by name, weighted sums. Standard library only."""
 
-from proxstep.rewards.answers import boxed_answer, final_number
+from proxstep.rewards.answers import boxed_answer, final_number, reference_number
 from proxstep.rewards.functions import (
+    NOT_A_NUMBER,
     MeasuredRewards,
     completion_text,
     exact_match,
@@ -21,6 +22,7 @@ from proxstep.rewards.scoring import (
 
 __all__ = [
     "BUILTIN_REWARDS",
+    "NOT_A_NUMBER",
     "MeasuredRewards",
     "RewardFunction",
     "RewardTable",
@@ -33,6 +35,7 @@ __all__ = [
     "math_verify",
     "numeric_answer",
     "overlong_punishment",
+    "reference_number",
     "reward_name",
     "score_completions",
 ]

@@ -171,10 +171,9 @@ def reference_number(reference: Any) -> Fraction | None:
     before, after = tokens[: run.start], tokens[run.end :]
     if after and after[-1].text == ".":
         after.pop()
-    is_name = run.is_equation and len(before) < 4
-    if any(token.kind != "word" for token in (*before, *after)) or (before and not is_name):
-        return None
-    return run.value
+    is_name = run.is_equation and len(before) < 4 and all(t.kind == "word" for t in before)
+    is_unit = all(token.kind in ("word", "/") for token in after)
+    return run.value if is_unit and (is_name or not before) else None
 
 
 def _end(text: str) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any
 
 from proxstep.errors import ProxstepError
-from proxstep.rewards.answers import boxed_answer, final_number
+from proxstep.rewards.answers import boxed_answer, final_number, reference_number
 from proxstep.rewards.grading_pool import shared_pool
 
 # Completions are hostile input. MATH's longest answers have some hundred characters.
 LONGEST_ANSWER = 1_000
+NOT_A_NUMBER = (
+    "holds no number, or more than one, or a sum that is not done; write one number (18, -2.5, "
+    "1,080, 3/4, 2 1/2, 1.5e3), or choose another reward than numeric_answer"
+)
 
 
 class MeasuredRewards(list[float]):
@@ -33,39 +38,49 @@ class MeasuredRewards(list[float]):
 
 
 def numeric_answer(
-    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **columns: Any
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    truncated: Sequence[bool] | None = None,
+    **columns: Any,
 ) -> list[float]:
     """Return 1 for each completion whose final number equals the reference answer's, else 0.
 
     Args:
         prompts: B prompts; not read.
-        completions: B strings, or B lists of chat messages.
-        answer: B reference answers: numbers, or texts that `final_number` reads, such as "18" or a
-            whole GSM8K solution.
+        completions: B strings, or B lists of chat messages. What is neither is wrong.
+        answer: B reference answers: numbers, or texts that `reference_number` reads, such as "18"
+            or a whole GSM8K solution.
+        truncated: B times whether the completion was cut off at the length limit; None for never.
         **columns: The data's other columns; not read.
 
     Returns:
         B rewards, 0.0 or 1.0.
 
     Raises:
-        ProxstepError: A reference answer holds no number, or there are not B of them.
+        ProxstepError: A reference answer is not one number, or there are not B of them.
 
     >>> numeric_answer(["6*3?", "6*3?"], ["It is $18.00.", "It is 19."], answer=["18", "#### 18"])
     [1.0, 0.0]
     """
     del prompts, columns
     check_length("numeric_answer", completions, answer)
-    references = [final_number(str(reference)) for reference in answer]
-    for index, reference in enumerate(references):
-        if reference is None:
-            raise ProxstepError(
-                f"numeric_answer: the reference answer {answer[index]!r:.80} (index {index}) holds "
-                "no number; correct the data or use another reward function"
-            )
+    cut = [False] * len(completions) if truncated is None else truncated
+    references = [_reference(index, reference) for index, reference in enumerate(answer)]
     return [
-        float(final_number(completion_text(completion)) == reference)
-        for completion, reference in zip(completions, references, strict=True)
+        float(final_number(_text(completion), truncated=bool(was_cut)) == reference)
+        for completion, reference, was_cut in zip(completions, references, cut, strict=True)
     ]
+
+
+def _reference(index: int, answer: Any) -> Fraction:
+    """Return the number that a reference answer is; raise where it is not one."""
+    number = reference_number(answer)
+    if number is None:
+        raise ProxstepError(
+            f"numeric_answer: the reference answer {shown(answer)} (index {index}) {NOT_A_NUMBER}"
+        )
+    return number
 
 
 def exact_match(
@@ -90,9 +105,10 @@ def exact_match(
     """
     del prompts, columns
     check_length("exact_match", completions, answer)
+    references = _texts("exact_match", answer)
     return [
-        float(completion_text(completion).strip() == str(reference).strip())
-        for completion, reference in zip(completions, answer, strict=True)
+        float(_text(completion).strip() == reference)
+        for completion, reference in zip(completions, references, strict=True)
     ]
 
 
@@ -121,7 +137,7 @@ def math_verify(
     del prompts, columns
     check_length("math_verify", completions, answer)
     boxes = [boxed_answer(_text(completion)) or "" for completion in completions]
-    references = [str(reference).strip() for reference in answer]
+    references = _texts("math_verify", answer)
     pairs = list(zip(references, boxes, strict=True))
     asked = [pair for pair in dict.fromkeys(pairs) if _is_open(*pair)]
     equal = dict(zip(asked, shared_pool().grade(asked), strict=True))
@@ -178,6 +194,24 @@ def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content)
     return content or ""
+
+
+def _texts(name: str, answer: Sequence[Any]) -> list[str]:
+    """Return reference answers as texts; raise where one has none."""
+    try:
+        return [str(reference).strip() for reference in answer]
+    except ValueError as error:
+        raise ProxstepError(
+            f"{name}: a reference answer is an integer of thousands of digits; correct the data"
+        ) from error
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "(an integer of thousands of digits)"
 
 
 def check_length(name: str, completions: Sequence[Any], answer: Sequence[Any]) -> None:

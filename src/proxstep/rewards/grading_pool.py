@@ -9,8 +9,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +26,35 @@ from proxstep.errors import ProxstepError
 WORKER = Path(__file__).with_name("grading_worker.py")
 STARTING_SECONDS = 120.0
 JOBS_PER_WORKER = 5_000  # the grammar's cache grows with every new answer
+TRIES = 3  # of a job whose process was lost, and of a process that does not start
+# A process that ends so was at its limits, and would be again with the same answer.
+_AT_A_LIMIT = (-signal.SIGPROF, 3)
+
+_log = logging.getLogger(__name__)
+
+
+class _Batch:
+    """The pairs of one call, what was found of each, and how often each was tried."""
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self.pairs = pairs
+        self.equal: list[bool | None] = [None] * len(pairs)
+        self.waiting = deque(range(len(pairs)))
+        self._num_lost = [0] * len(pairs)
+
+    def lost(self, job: int, ending: str) -> None:
+        """Grade a job again whose process was lost, unless that happened too often."""
+        self._num_lost[job] += 1
+        if self._num_lost[job] < TRIES:
+            self.waiting.append(job)
+            return
+        _log.warning(
+            "math_verify: %d grading processes in turn were lost at the answer %.80r (the last %s);"
+            " it is graded 0 and counted as ungraded",
+            TRIES,
+            self.pairs[job][1],
+            ending,
+        )
 
 
 class _Worker:
@@ -60,6 +91,16 @@ class _Worker:
         assert self.process.stdout is not None
         return os.read(self.process.stdout.fileno(), 1024)
 
+    def end(self) -> str:
+        """End the process if it has not ended by itself, and return in words how it did."""
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its pipe closes a little earlier
+            self.process.wait(1.0 if time.monotonic() < self.deadline else 0.0)
+        code = self.process.returncode
+        self.close()
+        if code is None:
+            return "did not answer in time"
+        return f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+
     def close(self) -> None:
         """End the process."""
         self.process.kill()
@@ -92,6 +133,7 @@ class GradingPool:
         self._limits = (cpu_seconds, memory_mib)
         self._wall_seconds = wall_seconds
         self._workers: list[_Worker] = []
+        self._num_failed_starts = 0
         self._lock = threading.Lock()
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
@@ -103,15 +145,15 @@ class GradingPool:
         Raises:
             ProxstepError: If no process can be started.
         """
-        equal: list[bool | None] = [None] * len(pairs)
-        waiting = deque(range(len(pairs)))
+        batch = _Batch(pairs)
         with self._lock, contextlib.ExitStack() as on_failure:
             on_failure.callback(self._close)  # half-done jobs would answer the next call's
-            while waiting or any(worker.job is not None for worker in self._workers):
-                self._hand_out(waiting, pairs)
-                self._collect(equal)
+            self._num_failed_starts = 0
+            while batch.waiting or any(worker.job is not None for worker in self._workers):
+                self._hand_out(batch)
+                self._collect(batch)
             on_failure.pop_all()
-        return equal
+        return batch.equal
 
     def close(self) -> None:
         """End all processes; the next call starts new ones."""
@@ -122,21 +164,22 @@ class GradingPool:
         while self._workers:
             self._workers.pop().close()
 
-    def _hand_out(self, waiting: deque[int], pairs: Sequence[tuple[str, str]]) -> None:
+    def _hand_out(self, batch: _Batch) -> None:
         """Give every idle process a job, and start processes for what is left."""
+        waiting = batch.waiting
         for worker in list(self._workers):
             if waiting and worker.ready and worker.job is None:
                 if worker.num_jobs >= JOBS_PER_WORKER or worker.process.poll() is not None:
                     self._drop(worker)
                     continue
                 job = waiting.popleft()
-                worker.send(job, pairs[job], self._wall_seconds)
+                worker.send(job, batch.pairs[job], self._wall_seconds)
         starting = sum(not worker.ready for worker in self._workers)
         while len(self._workers) < self._num_workers and starting < len(waiting):
             self._workers.append(_Worker(*self._limits))
             starting += 1
 
-    def _collect(self, equal: list[bool | None]) -> None:
+    def _collect(self, batch: _Batch) -> None:
         """Wait until a process replies or its time is up, and store the verdicts."""
         active = [worker for worker in self._workers if worker.job is not None or not worker.ready]
         with selectors.DefaultSelector() as selector:
@@ -148,29 +191,45 @@ class GradingPool:
         spoke = [key.data for key, _ in events]
         for worker in active:
             if worker in spoke:
-                self._hear(worker, worker.read(), equal)
+                self._hear(worker, worker.read(), batch)
             elif time.monotonic() > worker.deadline:
-                self._hear(worker, b"", equal)
+                self._hear(worker, b"", batch)
 
-    def _hear(self, worker: _Worker, reply: bytes, equal: list[bool | None]) -> None:
+    def _hear(self, worker: _Worker, reply: bytes, batch: _Batch) -> None:
         """Handle what one process wrote; an empty message means that it died or hangs."""
         if reply == b"R":
-            worker.ready = True
+            worker.ready, self._num_failed_starts = True, 0
         elif not worker.ready:
-            reason = reply.removeprefix(b"E").decode(errors="replace") or "it ended or hung"
-            raise ProxstepError(
-                f"math_verify: a grading process does not start ({reason:.300}); reinstall "
-                'with `pip install "proxstep[train]"`'
-            )
+            self._not_started(self._drop(worker), reply.removeprefix(b"E").decode(errors="replace"))
         elif reply in (b"0", b"1"):
             assert worker.job is not None
-            equal[worker.job], worker.job = reply == b"1", None
+            batch.equal[worker.job], worker.job = reply == b"1", None
         else:
-            self._drop(worker)
+            ending = self._drop(worker)
+            assert worker.job is not None
+            if worker.process.returncode not in _AT_A_LIMIT:
+                batch.lost(worker.job, ending)
 
-    def _drop(self, worker: _Worker) -> None:
+    def _not_started(self, ending: str, reason: str) -> None:
+        """Raise where a process cannot start, or where several in turn did not."""
+        self._num_failed_starts += 1
+        if reason:
+            remedy = 'reinstall with `pip install "proxstep[train]"`'
+        elif self._num_failed_starts < TRIES:
+            return
+        else:
+            reason = "it ended or hung"
+            remedy = (
+                f"{TRIES} in turn, and the last {ending}: is memory short, or does something end "
+                "processes here?"
+            )
+        raise ProxstepError(
+            f"math_verify: a grading process does not start ({reason:.300}); {remedy}"
+        )
+
+    def _drop(self, worker: _Worker) -> str:
         self._workers.remove(worker)
-        worker.close()
+        return worker.end()
 
 
 _POOLS: dict[int, GradingPool] = {}

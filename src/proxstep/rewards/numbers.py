@@ -27,7 +27,7 @@ _PARTS = frozenset(["half", "third", "quarter", "thirds", "quarters"])
 _VALUES = ("number", "power", "fraction")
 _SIGNS = ("+", "-", "negative")
 _PREFIXES = (*_SIGNS, "(", "=", "*", "/", "bullet", "operator", "unreadable", "unreadable(")
-_BINARY = ("+", "-", "*", "/", "operator")
+_BINARY = (*_SIGNS, "*", "/", "operator")
 
 
 class Run(NamedTuple):
@@ -100,7 +100,7 @@ class _Parser:
                 value = self._side(value)
                 continue
             value = None
-            if self._begins[self._index]:
+            if self._begins[self._index] and self._at().kind != "=":
                 self._quantity()
         return Run(value, self._start, self._index, self._is_equation, self._is_listed)
 
@@ -125,12 +125,10 @@ class _Parser:
             self._index += 1
         value = self._value()
         self._close()
-        while self._at().kind == "scale":
-            scale = self._at().value
-            value = None if value is None or scale is None else value * scale
+        while (token := self._at()).kind in ("scale", "%"):
+            value = _product(value, token.value) if token.kind == "scale" else value
             self._index += 1
-        self._index += self._at().kind == "%"
-        self._close()
+            self._close()
         if value is None or num_signs > 1 or not is_readable:
             return None
         return -value if is_negative else value
@@ -184,8 +182,8 @@ class _Parser:
             self._index += words + 1
             self._is_equation = True
             return "="
-        if kind in _VALUES or kind in ("(", "unreadable", "unreadable(") and words == 0:
-            self._index += words
+        if kind in _VALUES or (kind in ("(", "unreadable", "unreadable(") and words == 0):
+            self._index += words + (not self._begins[self._index + words])
             return "operator"
         if self._is_operator(kind, words, follows=follows):
             self._index += words + 1

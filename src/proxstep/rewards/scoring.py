@@ -159,6 +159,7 @@ def score_completions(
     prompts: list[Any],
     completions: list[Any],
     columns: dict[str, list[Any]],
+    truncated: Sequence[bool] | None = None,
 ) -> RewardTable:
     """Return every function's rewards and their weighted sum, which leaves None out, as TRL's does.
 
@@ -168,6 +169,8 @@ def score_completions(
         prompts: B strings or lists of chat messages.
         completions: B strings or lists of chat messages.
         columns: Further columns by name, B values each.
+        truncated: B times whether the completion was cut off at the length limit; None for never.
+            It goes to the functions that have a parameter of that name.
 
     Returns:
         The rewards.
@@ -183,9 +186,10 @@ def score_completions(
                 f"column {column!r} has {len(values)} values for {len(completions)} completions; "
                 "give one each"
             )
+    cut = [False] * len(completions) if truncated is None else list(truncated)
     per_function: dict[str, list[float | None]] = {}
     for name, function in zip(names, functions, strict=True):
-        call = _bind(name, function, prompts, completions, columns)
+        call = _bind(name, function, prompts, completions, columns, cut)
         rewards = function(*call.args, **call.kwargs)
         per_function[name] = _checked_rewards(name, rewards, len(completions))
         if isinstance(rewards, MeasuredRewards):
@@ -214,7 +218,7 @@ def check_rewards(
     """
     names = _checked_names(functions, weights)
     for name, function in zip(names, functions, strict=True):
-        _bind(name, function, [], [], {column: [] for column in columns})
+        _bind(name, function, [], [], {column: [] for column in columns}, [])
 
 
 def overlong_punishment(
@@ -295,10 +299,13 @@ def _bind(
     prompts: list[Any],
     completions: list[Any],
     columns: dict[str, list[Any]],
+    truncated: list[bool],
 ) -> inspect.BoundArguments:
     """Return the arguments of one call; raise where the function does not accept them."""
     try:
-        return inspect.signature(function).bind(prompts=prompts, completions=completions, **columns)
+        signature = inspect.signature(function)
+        more = {"truncated": truncated} if "truncated" in signature.parameters else {}
+        return signature.bind(prompts=prompts, completions=completions, **columns, **more)
     except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
         raise ProxstepError(
             f"reward function {name!r} does not accept the data's columns "

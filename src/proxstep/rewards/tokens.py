@@ -74,7 +74,7 @@ _PATTERNS = {
     "environment": r"\\(?:begin|end)\{[^{}\n]{0,40}\}",
     "command": r"\\[A-Za-z]+",
     "escaped": r"\\[^A-Za-z]",
-    "currency": r"(?:USD|EUR|GBP|INR|CAD|AUD|JPY|CNY|RMB|US|Rs\.?)(?= ?[-+]? ?[$(]?[0-9.])",
+    "currency": r"(?:USD|EUR|GBP|INR|CAD|AUD|JPY|CNY|RMB|US|Rs\.?)(?= ?[-+]? ?[$(]?[0-9.\\])",
     "times": r"(?<=[0-9])[xX](?=[0-9])",
     "word": r"[A-Za-z](?:[A-Za-z0-9]|_(?=[A-Za-z0-9]))*",
     "subscript": r"(?<=[0-9A-Za-z)\]}])_(?:\{[^{}\n]{0,40}\}|[0-9A-Za-z]+)",
@@ -90,7 +90,7 @@ _PATTERNS = {
 _TOKEN = re.compile(
     "|".join(f"(?P<{name}>{pattern})" for name, pattern in _PATTERNS.items()), re.DOTALL
 )
-_POWER = re.compile(r"[^0-9⁰-⁹⁻⁺¹²³]*([-+]?) ?([0-9]+)")
+_EXPONENT_OF_TEN = re.compile(r"([-+]?) ?([0-9]+)[ )}]*\Z")
 _SIGNED_INTEGER = re.compile(rf" ?([-+]?) ?({_INTEGER % ('comma', 'comma')}) ?")
 
 _COMMANDS = {
@@ -193,7 +193,9 @@ class _Place:
     def begins_line(self) -> bool:
         blank = self.text[: self.start] if self.start < 20 else self.precedes(20)
         line = blank.rpartition("\n")
-        return not line[2].strip(" >") and (bool(line[1]) or (self._starts_line and self.start < 20))
+        return not line[2].strip(" >") and (
+            bool(line[1]) or (self._starts_line and self.start < 20)
+        )
 
 
 def _number(match: re.Match[str]) -> Token:
@@ -207,7 +209,7 @@ def _number(match: re.Match[str]) -> Token:
 
 def _power(match: re.Match[str]) -> Token:
     """Read a power of ten."""
-    found = _POWER.fullmatch(match[0][2:].translate(_RAISED).rstrip(" )}"))
+    found = _EXPONENT_OF_TEN.search(match[0][2:].translate(_RAISED))
     assert found is not None
     sign, exponent = found.groups()
     value = None
@@ -285,10 +287,10 @@ def _dash(place: _Place) -> str:
 
 
 def _stars(place: _Place) -> str:
-    previous, following = place.precedes(), place.follows()
-    spaced = previous == " " and following == " " and not place.begins_line
-    between = (previous.isdigit() or previous in ")}") and following != "" and previous != ""
-    between = between and (following.isdigit() or following in "($\\-")
+    """Tell multiplication from Markdown's emphasis: "3*4" and "3 * 4" from "**5** eggs"."""
+    previous, following = place.precedes(), place.follows(6)
+    spaced = previous == " " and following[:1] == " " and not place.begins_line
+    between = re.match(r"[0-9)}]", previous) and re.match(r"[-0-9(]|\\d?frac|\\sqrt", following)
     if len(place.piece) > 2 or not (spaced or between):
         return ""
     if len(place.piece) == 1:
@@ -306,7 +308,7 @@ def _opening(place: _Place) -> str:
 
 def _full_stop(place: _Place) -> str:
     following = place.follows()
-    if following.isdigit():
+    if following.isdigit() or re.match(r"\\[A-Za-z]", place.follows(2)):
         return "glued" if place.glued else ""
     if following.isalpha() and not place.glued:
         return ""  # e.g. and no.18

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+import struct
+from collections.abc import Collection, Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from proxstep.tasks.base import Prompt
 JSONL_SUFFIXES = (".jsonl", ".json")
 PARQUET_SUFFIX = ".parquet"
 # Arguments that reward functions receive besides the data's columns.
-RESERVED_COLUMNS = ("prompts", "completions", "answer")
+RESERVED_COLUMNS = ("prompts", "completions", "truncated")
 
 
 class Row(NamedTuple):
@@ -39,7 +41,7 @@ def load_rows(source: str | Path, config: str | None = None, split: str = "train
         source: A path to a .jsonl, .json or .parquet file; or a folder or hub id that
             `datasets.load_dataset` reads.
         config: Name of the data set's configuration; for a folder or hub id only.
-        split: Name of the split; for a folder or hub id only.
+        split: Name of the split; for a folder, a hub id, or a JSON file with several.
 
     Returns:
         All rows, at least one.
@@ -49,15 +51,17 @@ def load_rows(source: str | Path, config: str | None = None, split: str = "train
     """
     path = Path(source)
     if path.is_file() or path.suffix in (*JSONL_SUFFIXES, PARQUET_SUFFIX):
-        return read_rows(path)
+        return read_rows(path, split)
     return load_hub_rows(str(source), config, split)
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Return the rows of a local file: JSON Lines (blank lines are skipped) or Parquet.
+def read_rows(path: str | Path, split: str = "train") -> list[Row]:
+    """Return the rows of a local file: JSON Lines (blank lines are skipped), JSON or Parquet.
 
     Args:
-        path: A path that ends in .jsonl, .json or .parquet.
+        path: A path that ends in .jsonl, .json or .parquet. What ends in .json may also be one
+            array of objects, or one object with an array for each split.
+        split: Name of the split, for a file with several.
 
     Returns:
         All rows, at least one. Lines and rows are counted from 1.
@@ -69,7 +73,7 @@ def read_rows(path: str | Path) -> list[Row]:
     if not path.is_file():
         raise ProxstepError(f"{path} is not a file; check the path")
     if path.suffix in JSONL_SUFFIXES:
-        rows = _read_jsonl(path)
+        rows = _read_json(path, split)
     elif path.suffix == PARQUET_SUFFIX:
         rows = _read_parquet(path)
     else:
@@ -111,17 +115,60 @@ def load_hub_rows(name: str, config: str | None, split: str) -> list[Row]:
         raise ProxstepError(f"{what} cannot be loaded: {reason:.300}; {remedy}") from error
     if not len(rows):
         raise ProxstepError(f"{what} has no rows; choose another split")
-    return [Row(f"{what}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)]
+    features = getattr(rows, "features", None)
+    values: Iterable[dict[str, Any]] = map(dict, rows)
+    if features is not None:
+        values = (_short_floats(row, features.arrow_schema) for row in values)
+    return [Row(f"{what}, row {number}", row) for number, row in enumerate(values, start=1)]
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    """Return one row per line that is not blank."""
+def _read_json(path: Path, split: str) -> list[Row]:
+    """Return one row per line that is not blank, or the items of a file that is one document."""
+    content = path.read_bytes()
+    if path.suffix == ".json" and (document := _document(content)) is not None:
+        return _items(path, document, split)
+    lines = enumerate(content.split(b"\n"), start=1)
+    numbered = [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    return [Row(where, json_object(line, where)) for where, line in numbered]
+
+
+def _document(content: bytes) -> Any:
+    """Return what a JSON file holds as a whole, unless it is an object a line or malformed."""
+    try:
+        document = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # the reader of lines says where it is malformed
+        return None
+    if isinstance(document, dict):
+        return document if any(isinstance(rows, list) for rows in _splits(document)) else None
+    return document if isinstance(document, list) else None
+
+
+def _splits(document: dict[str, Any]) -> list[Any]:
+    """Return the values of an object whose values are all lists or objects, else nothing."""
+    values = list(document.values())
+    return values if all(isinstance(value, list | dict) for value in values) else []
+
+
+def _items(path: Path, document: Any, split: str) -> list[Row]:
+    """Return the objects of a JSON array, or of one split's array."""
+    where = str(path)
+    if isinstance(document, dict):
+        if split not in document:
+            raise ProxstepError(
+                f"{path} has no split {split!r}{did_you_mean(split, document)}; it has "
+                f"{', '.join(document)}: name one by task.train_split or task.validation_split"
+            )
+        document, where = document[split], f"{path}, split {split!r}"
+    if not isinstance(document, list):
+        raise ProxstepError(f"{where} is a JSON {type(document).__name__}; give a list of objects")
     rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                rows.append(Row(where, json_object(line, where)))
+    for number, values in enumerate(document, start=1):
+        if not isinstance(values, dict):
+            raise ProxstepError(
+                f"{where}, item {number}: a JSON {type(values).__name__}, not an object; "
+                "write a list of objects"
+            )
+        rows.append(Row(f"{where}, item {number}", values))
     return rows
 
 
@@ -151,21 +198,68 @@ def _read_parquet(path: Path) -> list[Row]:
     except ImportError as error:
         raise ProxstepError(f"{path} needs `pip install proxstep[train]` ({error})") from error
     try:
-        values = parquet.read_table(path).to_pylist()
+        table = parquet.read_table(path)
+        values = [_short_floats(row, table.schema) for row in table.to_pylist()]
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ProxstepError(f"{path} is not a readable Parquet file ({reason:.300})") from error
     return [Row(f"{path}, row {number}", row) for number, row in enumerate(values, start=1)]
 
 
+def _short_floats(value: Any, kind: Any) -> Any:
+    """Return a value of a pyarrow type or schema, numbers of half and single precision shortest.
+
+    The float32 nearest to 0.1 is 0.10000000149 in double precision; what was written is 0.1.
+    """
+    import pyarrow
+    from pyarrow import types
+
+    if isinstance(value, dict) and (isinstance(kind, pyarrow.Schema) or types.is_struct(kind)):
+        return {key: _short_floats(each, kind.field(key).type) for key, each in value.items()}
+    if isinstance(value, list) and (types.is_list(kind) or types.is_large_list(kind)):
+        return [_short_floats(each, kind.value_type) for each in value]
+    if isinstance(value, float) and (types.is_float32(kind) or types.is_float16(kind)):
+        return _shortest(value, "f" if types.is_float32(kind) else "e")
+    return value
+
+
+def _shortest(value: float, code: str) -> float:
+    """Return the number of the fewest digits that rounds to a value in struct's format.
+
+    >>> _shortest(0.10000000149011612, "f"), _shortest(16777216.0, "f")
+    (0.1, 16777216.0)
+    """
+    if not math.isfinite(value):
+        return value
+    for digits in range(1, 10):
+        short = float(f"{value:.{digits}g}")
+        try:
+            if struct.unpack(code, struct.pack(code, short))[0] == value:
+                return short
+        except OverflowError:  # the largest number, rounded up
+            continue
+    return value
+
+
 def cell(row: Row, column: str) -> Any:
-    """Return a value; raise where the row does not have the column, with the nearest names."""
+    """Return a value; raise where the row does not have the column, with the nearest names.
+
+    A column inside another has a dotted path: "reward_model.ground_truth".
+    """
     if column in row.values:
         return row.values[column]
-    hint, names = did_you_mean(column, row.values), ", ".join(row.values) or "none"
-    raise ProxstepError(
-        f"{row.where}: there is no column {column!r}{hint}; name one of its columns: {names}"
-    )
+    values: Any = row.values
+    inside = ""
+    for name in column.split("."):
+        if not isinstance(values, dict) or name not in values:
+            known = values if isinstance(values, dict) else {}
+            hint, names = did_you_mean(name, known), ", ".join(map(str, known)) or "none"
+            raise ProxstepError(
+                f"{row.where}: there is no column {column!r}{hint}; name one of its columns"
+                f"{f' in {inside}' if inside else ''}: {names}"
+            )
+        values, inside = values[name], f"{inside}.{name}" if inside else name
+    return values
 
 
 def text_cell(row: Row, column: str) -> str:
@@ -182,6 +276,8 @@ def answer_cell(row: Row, column: str) -> str:
     answer = cell(row, column)
     if isinstance(answer, float) and math.isfinite(answer):
         return str(int(answer)) if answer.is_integer() else repr(answer)
+    if isinstance(answer, Decimal) and answer.is_finite():
+        return f"{answer:f}"
     if isinstance(answer, int) and not isinstance(answer, bool):
         return str(answer)
     return text_cell(row, column).strip()
@@ -199,7 +295,12 @@ def prompt_cell(row: Row, column: str) -> Prompt:
 
 
 def other_cells(row: Row, used: Collection[str | None]) -> dict[str, Any]:
-    """Return the columns that are not used; raise where one has the name of a reward argument."""
+    """Return the columns that are not used; raise where one has the name of a reward argument.
+
+    A column `answer` beside the one that holds the reference answers is left out: reward functions
+    get the reference under that name.
+    """
+    used = (*used, "answer")
     others = {column: value for column, value in row.values.items() if column not in used}
     for column in RESERVED_COLUMNS:
         if column in others:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from proxstep.errors import ProxstepError
-from proxstep.rewards import boxed_answer, final_number
+from proxstep.rewards import NOT_A_NUMBER, boxed_answer, reference_number
 from proxstep.tasks.base import REWARDS, Example, Prompt, Task
 from proxstep.tasks.data import (
     Row,
@@ -289,16 +289,13 @@ def task_of_rows(
     to_example: Callable[[Row], Example],
     rewards: tuple[str, ...] | None = None,
 ) -> Task:
-    """Return a task from rows; raise where a number is graded and an answer holds none."""
+    """Return a task from rows; raise where a number is graded and an answer is not one."""
     graded_by = REWARDS[name] if rewards is None else rewards
 
     def checked(row: Row) -> Example:
         example = to_example(row)
-        if "numeric_answer" in graded_by and final_number(example.answer) is None:
-            raise ProxstepError(
-                f"{row.where}: the answer {example.answer!r:.80} holds no number; "
-                "correct it or choose another reward than numeric_answer"
-            )
+        if "numeric_answer" in graded_by and reference_number(example.answer) is None:
+            raise ProxstepError(f"{row.where}: the answer {example.answer!r:.80} {NOT_A_NUMBER}")
         return example
 
     return Task(

@@ -329,7 +329,8 @@ def _generation_batch(
             with_log_probs=recipe.keeps_sampler,
         )
     with clock.phase("reward"):
-        table = prompts.grade(repeated, completions.texts(tokenizer))
+        truncated = completions.truncated_B.tolist()
+        table = prompts.grade(repeated, completions.texts(tokenizer), truncated)
     reward_B = torch.tensor(table.total, dtype=torch.float64)
     group_B = torch.arange(len(rows)).repeat_interleave(section.num_generations)
     usable_B = reward_B.float().isfinite()

@@ -57,6 +57,7 @@ def greedy_score(
     """Complete every prompt greedily and grade the completions."""
     texts: list[str] = []
     lengths: list[int] = []
+    truncated: list[bool] = []
     for start in range(0, len(prompts), batch_size):
         rows = range(start, min(start + batch_size, len(prompts)))
         completions = sample(
@@ -68,8 +69,10 @@ def greedy_score(
         )
         texts += completions.texts(tokenizer)
         lengths += completions.lengths().tolist()
+        truncated += completions.truncated_B.tolist()
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        table = prompts.grade(range(len(prompts)), texts)  # rewards compute as they always do
+        # rewards compute as they always do
+        table = prompts.grade(range(len(prompts)), texts, truncated)
     rewards = next(iter(table.per_function.values()))
     given = [reward for reward in rewards if reward is not None]
     score = sum(given) / len(given) if given else float("nan")

@@ -52,8 +52,16 @@ class Prompts:
         """Return a prompt's token ids; a chat goes through the template."""
         return encode_prompt(self._tokenizer, self.examples[index].prompt)
 
-    def grade(self, indices: Iterable[int], completions: Sequence[str]) -> RewardTable:
-        """Return the rewards of completions, one for each of the indices."""
+    def grade(
+        self,
+        indices: Iterable[int],
+        completions: Sequence[str],
+        truncated: Sequence[bool] | None = None,
+    ) -> RewardTable:
+        """Return the rewards of completions, one for each of the indices.
+
+        `truncated` says of each whether it was cut off at the length limit; None for never.
+        """
         examples = [self.examples[i] for i in indices]
         prompts: list[Any] = [e.prompt for e in examples]
         answers: list[Any] = [
@@ -61,7 +69,12 @@ class Prompts:
             for e, text in zip(examples, completions, strict=True)
         ]
         return score_completions(
-            self._functions, self._weights, prompts, answers, reward_columns(examples)
+            self._functions,
+            self._weights,
+            prompts,
+            answers,
+            reward_columns(examples),
+            truncated,
         )
 
     def check(self, limit: int, where: str) -> None:
