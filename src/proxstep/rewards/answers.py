@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-from proxstep.rewards.numbers import Run, find_runs
-from proxstep.rewards.tokens import Token, normalize, tokenize
+from proxstep.rewards.number_grammar import Run, find_runs
+from proxstep.rewards.number_tokens import Token, normalize, tokenize
 
 # A completion is hostile input: only its end is read, and every pattern takes linear time.
 MAX_CHARACTERS = 20_000
@@ -121,8 +121,8 @@ def final_number(text: str, *, truncated: bool = False) -> Fraction | None:
             in a closed box, or after 1 or 3 where something after it shows that it had ended.
 
     Returns:
-        The number. None where there is none, or where it has more than `tokens.MAX_DIGITS` digits
-        or an exponent of more than `tokens.MAX_EXPONENT_DIGITS`.
+        The number. None where there is none, or where it has more than `number_tokens.MAX_DIGITS` digits
+        or an exponent of more than `number_tokens.MAX_EXPONENT_DIGITS`.
 
     >>> final_number("5 apples at $3.50 cost $17.50. #### 17.50")
     Fraction(35, 2)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any
 
 from proxstep.errors import ProxstepError
-from proxstep.rewards.answers import boxed_answer, final_number, reference_number
+from proxstep.rewards.answers import boxed_answer, boxed_list, final_number, reference_number
+from proxstep.rewards.equality import decided, spelled
 from proxstep.rewards.grading_pool import shared_pool
 
 # Completions are hostile input. MATH's longest answers have some hundred characters.
@@ -118,7 +120,8 @@ def math_verify(
     r"""Return 1 for each completion whose last box equals the reference answer, else 0.
 
     Equality is mathematical: \frac{1}{2} is 0.5, [0, 1) is not (0, 1), \{1, 2\} is \{2, 1\}, and
-    units and dollar signs do not count. An answer of more than `LONGEST_ANSWER` characters is
+    units and dollar signs do not count. Where the reference is a number, a sum of numbers that is
+    not worked out is wrong; where it is a list, the last boxes may hold its items. An answer of more than `LONGEST_ANSWER` characters is
     wrong unless it is the reference answer to the letter.
 
     Args:
@@ -136,12 +139,15 @@ def math_verify(
     """
     del prompts, columns
     check_length("math_verify", completions, answer)
-    boxes = [boxed_answer(_text(completion)) or "" for completion in completions]
     references = _texts("math_verify", answer)
-    pairs = list(zip(references, boxes, strict=True))
-    asked = [pair for pair in dict.fromkeys(pairs) if _is_open(*pair)]
-    equal = dict(zip(asked, shared_pool().grade(asked), strict=True))
-    verdicts = [equal.get(pair, pair[0] == pair[1] != "") for pair in pairs]
+    pairs = [
+        (spelled(reference), spelled(_box(_text(completion), reference)))
+        for completion, reference in zip(completions, references, strict=True)
+    ]
+    verdicts_of = {pair: _decided(*pair) for pair in pairs}
+    asked = [pair for pair, verdict in verdicts_of.items() if verdict is None]
+    verdicts_of.update(zip(asked, shared_pool().grade(asked), strict=True))
+    verdicts = [verdicts_of[pair] for pair in pairs]
     return MeasuredRewards(
         [float(verdict is True) for verdict in verdicts],
         {"ungraded": [float(verdict is None) for verdict in verdicts]},
@@ -164,9 +170,20 @@ def check_math_verify() -> None:
         )
 
 
-def _is_open(reference: str, box: str) -> bool:
-    """Whether two answers must be compared by math-verify."""
-    return "" != box != reference and max(len(reference), len(box)) <= LONGEST_ANSWER
+def _decided(reference: str, box: str) -> bool | None:
+    """Whether two answers are equal; None where math-verify must compare them."""
+    if not box or not reference:
+        return False
+    if max(len(reference), len(box)) > LONGEST_ANSWER:
+        return reference == box
+    return decided(reference, box)
+
+
+def _box(text: str, reference: str) -> str:
+    """Return what the last box holds, or the last boxes where the reference is a list."""
+    box = boxed_answer(text) or ""
+    is_list = "," in reference and not re.search(r"[0-9],[0-9]{3}|[(\[{]", reference)
+    return boxed_list(text) or box if is_list and box and "," not in box else box
 
 
 def _text(completion: Any) -> str:

@@ -32,14 +32,114 @@ def is_equal(reference: str, answer: str) -> bool:
     """Return whether math-verify finds two LaTeX expressions equal.
 
     Its own time limits are off: they are signals that a long computation in C never looks at.
+    Numbers are compared by `same_number`, in place of math-verify's own comparison.
     """
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, grader, parse, verify
 
+    grader.sympy_numeric_eq = same_number  # sympy_expr_eq looks it up at every call
     config = [LatexExtractionConfig(boxed_match_priority=0)]
     gold, pred = (
         parse(rf"\boxed{{{text}}}", config, parsing_timeout=0) for text in (reference, answer)
     )
-    return verify(gold, pred, timeout_seconds=0)
+    if not gold or not pred:
+        return False
+    pred[0] = as_union(pred[0])
+    if is_solved(as_union(gold[0])) and not is_solved(pred[0]):
+        return False
+    return verify(gold, pred, timeout_seconds=0, allow_set_relation_comp=True)
+
+
+def same_number(left: Any, right: Any, float_rounding: int, numeric_precision: int) -> bool:
+    """Return whether two expressions without unknowns have the same value.
+
+    math-verify evaluates the difference to 15 digits after chopping what is small, so that 2^{-99}
+    is 2^{-98} to it. Here exact numbers are compared exactly, and a decimal may stand for a number
+    that it is rounded from: 0.333333 for 1/3.
+
+    Args:
+        left: A sympy expression or matrix.
+        right: Another.
+        float_rounding: Decimal places of a decimal that count.
+        numeric_precision: Not read.
+    """
+    from sympy import Float, MatrixBase, Rational
+    from sympy.matrices.expressions import MatrixExpr
+
+    if isinstance(left, MatrixBase | MatrixExpr) or isinstance(right, MatrixBase | MatrixExpr):
+        if getattr(left, "shape", None) != getattr(right, "shape", None):
+            return False
+        pairs = zip(left.doit().as_explicit(), right.doit().as_explicit(), strict=True)
+        return all(same_number(*pair, float_rounding, numeric_precision) for pair in pairs)
+    percent = Rational(1, 100)
+    if is_percentage(left) != is_percentage(right):  # 9% is 9, and 0.09 too
+        share, other = (left, right) if is_percentage(left) else (right, left)
+        share = share.doit()
+        return same_number(share / percent, other, float_rounding, numeric_precision) or (
+            same_number(share, other, float_rounding, numeric_precision)
+        )
+    left, right = left.doit(), right.doit()
+    if not (left.is_number and right.is_number):
+        return False  # math-verify goes on to compare the expressions symbolically
+    if left.has(Float) or right.has(Float):
+        return _rounded_alike(left, right, float_rounding)
+    if left.is_Rational and right.is_Rational:
+        return left == right
+    difference = left - right
+    precise = abs(difference.evalf(_DIGITS))
+    scale = max(abs(left.evalf(_DIGITS)), abs(right.evalf(_DIGITS)))
+    if precise > scale * 10 ** Rational(-_DIGITS // 2):
+        return False
+    is_zero = difference.simplify().is_zero
+    return True if is_zero is None else is_zero
+
+
+_DIGITS = 60
+
+
+def is_percentage(value: Any) -> bool:
+    """Whether math-verify's grammar read a percent sign."""
+    from sympy import Mul, Rational, UnevaluatedExpr
+
+    return isinstance(value, Mul) and UnevaluatedExpr(Rational(1, 100)) in value.args
+
+
+def _rounded_alike(left: Any, right: Any, places: int) -> bool:
+    """Whether numbers are the same to some decimal places, and to about as many digits."""
+    from sympy import Rational
+
+    near = abs(left - right) <= Rational(1, 10**5) * max(abs(left), abs(right))
+    return bool(near) and left.round(places) == right.round(places)
+
+
+def as_union(value: Any) -> Any:
+    """Return "x < 1 or x > 2", which the grammar reads as a set of relations, as a set of numbers."""
+    from sympy import FiniteSet, Union
+    from sympy.core.relational import Relational
+
+    if not isinstance(value, FiniteSet) or not value.args:
+        return value
+    if not all(isinstance(each, Relational) and is_solved(each) for each in value.args):
+        return value
+    return Union(*(each.as_set() for each in value.args))
+
+
+def is_solved(value: Any) -> bool:
+    """Whether a relation is between an unknown and a number, and not yet to be solved.
+
+    What is no relation is solved. 2x = 10 is no answer where x = 5 is the reference.
+    """
+    from sympy import And, Or
+    from sympy.core.relational import Relational
+
+    if isinstance(value, And | Or):
+        return all(is_solved(each) for each in value.args)
+    if not isinstance(value, Relational):
+        return True
+    sides = value.lhs, value.rhs
+    return (
+        any(side.is_Symbol and not other.free_symbols for side, other in (sides, sides[::-1]))
+        or not value.free_symbols
+    )
 
 
 def number(text: str, **options: Any) -> Any:

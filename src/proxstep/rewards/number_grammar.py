@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from proxstep.rewards.tokens import Token, ratio
+from proxstep.rewards.number_tokens import Token, ratio
 
 MAX_UNIT_WORDS = 3
 MAX_WORDS_AFTER_EQUALS = 8

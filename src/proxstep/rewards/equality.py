@@ -1,0 +1,90 @@
+r"""What can be said of two answers in LaTeX before math-verify is asked, exactly and from the text.
+
+math-verify drops the base of "101_2", does not read "1e3", "5." or \varnothing, and evaluates a sum
+that a policy did not do.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from proxstep.rewards.answers import reference_number
+from proxstep.rewards.number_tokens import normalize, tokenize
+
+_BASED = re.compile(r"\(?([0-9A-Fa-f]+)\)?_(?:\{(?:\\text\{)?([0-9]{1,2})\}{1,2}|([0-9]{1,2}))")
+_SUBSCRIPT = re.compile(r"(?<![A-Za-z])[0-9A-F]+\)?_")
+_DOTS = re.compile(r"\\(?:[lc]?dots|dotsc|dotsb)(?![A-Za-z])|\u2026|\.\.\.")
+_ARITHMETIC = ("number", "power", "fraction", "+", "-", "*", "/", "(", ")", "=", "operator")
+_UNDONE = ("+", "-", "*", "operator")
+_SPELLINGS = {r"\varnothing": r"\emptyset", r"\{\}": r"\emptyset", r"\{ \}": r"\emptyset"}
+
+
+def spelled(answer: str) -> str:
+    """Return an answer in the spelling that math-verify reads.
+
+    >>> spelled(r"\\varnothing."), spelled(r"\\text{A.}"), spelled("5\u22123")
+    ('\\\\emptyset', '\\\\text{A}', '5-3')
+    """
+    answer = answer.replace("\u2212", "-").replace("\u2013", "-").strip()
+    answer = re.sub(r"(?<![.\\])\.(\}?)\Z", r"\1", answer)
+    for found, known in _SPELLINGS.items():
+        answer = answer.replace(found, known)
+    return answer
+
+
+def decided(reference: str, answer: str) -> bool | None:
+    """Return whether two answers are equal; None where math-verify must be asked.
+
+    >>> decided("1000", "1e3"), decided("101_2", "101_3"), decided("9", "20-11"), decided("x", "y")
+    (True, False, False, None)
+    """
+    if reference == answer:
+        return True
+    if _SUBSCRIPT.search(reference) or _SUBSCRIPT.search(answer):
+        return _same_in_base(reference, answer)
+    if _DOTS.search(reference) or _DOTS.search(answer):
+        return _without_dots(reference) == _without_dots(answer)
+    number = _number(reference)
+    if number is None:
+        return None
+    other = _number(answer)
+    if other is not None:
+        return number == other or _may_be_rounded(number, other, reference + answer)
+    return False if _is_undone(answer) else None
+
+
+def _number(text: str) -> Fraction | None:
+    """Return the number that an answer is, None where it is none or where it may be more."""
+    if "=" in text or "%" in text or not re.search("[0-9]", text):
+        return None
+    return reference_number(text)
+
+
+def _may_be_rounded(number: Fraction, other: Fraction, texts: str) -> bool | None:
+    """Return None where a decimal may stand for a fraction that no decimal is: 0.333333, 1/3."""
+    endless = any(pow(10, 400, each.denominator) for each in (number, other))
+    return None if endless and "." in texts else False
+
+
+def _is_undone(answer: str) -> bool:
+    """Whether an answer is a sum, difference, product or quotient of numbers, not worked out."""
+    kinds = [token.kind for token in tokenize(normalize(answer))]
+    return all(kind in _ARITHMETIC for kind in kinds) and any(kind in _UNDONE for kind in kinds[1:])
+
+
+def _same_in_base(reference: str, answer: str) -> bool:
+    """Compare numbers with their base written below; without one the digits must be the same."""
+    base, other = _BASED.fullmatch(reference), _BASED.fullmatch(answer)
+    if base and other:
+        try:
+            left, right = (int(match[1], int(match[2] or match[3])) for match in (base, other))
+        except ValueError:  # a digit that the base does not have, or no base
+            return False
+        return left == right
+    return bool(base and base[1] == answer) or bool(other and other[1] == reference)
+
+
+def _without_dots(text: str) -> str:
+    """Return a text with one spelling for its dots, without spaces."""
+    return re.sub(r"\s|\\[,;: !]", "", _DOTS.sub("\u2026", text))
