@@ -10,7 +10,9 @@ from proxstep.rewards import (
     load_reward,
     math_verify,
     numeric_answer,
+    reward_name,
     score_completions,
+    told_of_truncation,
 )
 
 CUT = [
@@ -109,3 +111,16 @@ def test_a_function_is_told_if_it_asks() -> None:
 def test_what_is_equal_to_the_letter_counts_when_cut() -> None:
     assert exact_match([""], ["579"], ["579"]) == [1.0]
     assert math_verify([""], [r"\boxed{2} and so"], ["2"]) == [1.0]
+
+
+def test_trl_s_completions_are_cut_off_at_the_limit() -> None:
+    told = told_of_truncation(numeric_answer, max_completion_length=3)
+    assert reward_name(told) == "numeric_answer"
+    rewards = told(
+        prompts=[""] * 3,
+        completions=["so 15", "so 15", "#### 15\nso"],
+        answer=["15"] * 3,
+        completion_ids=[[1, 2], [1, 2, 3], [1, 2, 3]],
+        trainer_state=None,
+    )
+    assert rewards == [1.0, 0.0, 1.0]

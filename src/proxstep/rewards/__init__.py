@@ -18,6 +18,7 @@ from proxstep.rewards.scoring import (
     overlong_punishment,
     reward_name,
     score_completions,
+    told_of_truncation,
 )
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "reference_number",
     "reward_name",
     "score_completions",
+    "told_of_truncation",
 ]

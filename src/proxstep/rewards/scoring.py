@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from numbers import Real
@@ -219,6 +220,28 @@ def check_rewards(
     names = _checked_names(functions, weights)
     for name, function in zip(names, functions, strict=True):
         _bind(name, function, [], [], {column: [] for column in columns}, [])
+
+
+def told_of_truncation(
+    reward: Callable[..., list[Any]], max_completion_length: int
+) -> Callable[..., list[Any]]:
+    """Return a reward function that takes `truncated`, told of it by the completions' lengths.
+
+    Args:
+        reward: The function.
+        max_completion_length: In tokens. A completion of so many counts as cut off: TRL hands out
+            the tokens as `completion_ids`, but not which of them end a completion.
+
+    Returns:
+        The function for TRL, under the same name.
+    """
+
+    @functools.wraps(reward)
+    def told(*, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[Any]:
+        truncated = [len(ids) >= max_completion_length for ids in completion_ids]
+        return reward(completion_ids=completion_ids, truncated=truncated, **columns)
+
+    return told
 
 
 def overlong_punishment(

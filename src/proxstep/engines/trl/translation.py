@@ -195,20 +195,25 @@ def _model(recipe: Recipe) -> str | Call:
 
 def _rewards(recipe: Recipe) -> list[Name | Call]:
     """Return the reward functions; what the recipe adds for length comes last."""
-    specs = _reward_specs(recipe)
-    found: list[Name | Call] = [
-        Name("proxstep.rewards", spec)
-        if spec in BUILTIN_REWARDS
-        else Call(Name("proxstep.rewards", "load_reward"), {"spec": spec})
-        for spec in specs
-    ]
     section = recipe.rollout
+    found = [_reward(spec, section.max_completion_length) for spec in _reward_specs(recipe)]
     if section.overlong_buffer is not None:
         punishment = Name("trl.rewards", "get_soft_overlong_punishment")
         lengths = {"max_completion_len": section.max_completion_length}
         lengths["soft_punish_cache"] = section.overlong_buffer
         found.append(Call(punishment, lengths))
     return found
+
+
+def _reward(spec: str, max_completion_length: int) -> Name | Call:
+    """Return one reward function; numeric_answer reads a completion that was cut off otherwise."""
+    if spec not in BUILTIN_REWARDS:
+        return Call(Name("proxstep.rewards", "load_reward"), {"spec": spec})
+    reward = Name("proxstep.rewards", spec)
+    if spec != "numeric_answer":
+        return reward
+    told = {"reward": reward, "max_completion_length": max_completion_length}
+    return Call(Name("proxstep.rewards", "told_of_truncation"), told)
 
 
 def _reward_specs(recipe: Recipe) -> list[str]:
