@@ -22,6 +22,7 @@ from proxstep.engines.trl.script import script
 from proxstep.engines.trl.tables import KNOWN, RENAMED, RUN_FOLDER, SAME_ANYHOW, TRANSLATED
 from proxstep.engines.trl.translation import translate
 from proxstep.errors import ProxstepError
+from proxstep.rewards import reward_name
 from proxstep.training import lifecycle
 
 ROOT = Path(__file__).parents[2]
@@ -277,7 +278,7 @@ def test_the_rewards_are_the_task_s_own(tmp_path: Path, task: str) -> None:
     recipe = tiny_recipe(tmp_path / "run", "isopo", **changes)
     made = translate(recipe, chat=False)
     expected = lifecycle.load_task(recipe, chat=False)
-    assert [reward.name for reward in made.rewards] == list(expected.rewards)  # type: ignore
+    assert [reward_name(make(reward, 1)) for reward in made.rewards] == list(expected.rewards)
     found = make(made.task, 1)
     assert [found.train[i] for i in range(2)] == [expected.train[i] for i in range(2)]
     assert list(found.validation) == list(expected.validation)

@@ -11,7 +11,8 @@ from fractions import Fraction
 from typing import Any
 
 from proxstep.rewards.number_grammar import Run, find_runs
-from proxstep.rewards.number_tokens import Token, normalize, tokenize
+from proxstep.rewards.number_spellings import normalize
+from proxstep.rewards.number_tokens import Token, tokenize
 
 # A completion is hostile input: only its end is read, and every pattern takes linear time.
 MAX_CHARACTERS = 20_000
@@ -63,7 +64,8 @@ def boxed_list(text: str) -> str | None:
 
 
 _BETWEEN_BOXES = re.compile(
-    r"[\s$\\,;.]{0,6}(?:and|or|,|;|\\text\{ ?(?:and|or) ?\})?[\s$\\,;]{0,6}(?:[A-Za-z]{1,2}(?:_[0-9])? ?= ?)?"
+    r"[\s$\\,;.]{0,6}(?:and|or|,|;|\\text\{ ?(?:and|or) ?\})?[\s$\\,;]{0,6}"
+    r"(?:[A-Za-z]{1,2}(?:_[0-9])? ?= ?)?"
 )
 
 
@@ -121,8 +123,8 @@ def final_number(text: str, *, truncated: bool = False) -> Fraction | None:
             in a closed box, or after 1 or 3 where something after it shows that it had ended.
 
     Returns:
-        The number. None where there is none, or where it has more than `number_tokens.MAX_DIGITS` digits
-        or an exponent of more than `number_tokens.MAX_EXPONENT_DIGITS`.
+        The number. None where there is none, or where it has more than 100 digits or 3 in an
+        exponent.
 
     >>> final_number("5 apples at $3.50 cost $17.50. #### 17.50")
     Fraction(35, 2)

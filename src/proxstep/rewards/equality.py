@@ -10,10 +10,14 @@ import re
 from fractions import Fraction
 
 from proxstep.rewards.answers import reference_number
-from proxstep.rewards.number_tokens import normalize, tokenize
+from proxstep.rewards.number_spellings import normalize
+from proxstep.rewards.number_tokens import tokenize
 
 _BASED = re.compile(r"\(?([0-9A-Fa-f]+)\)?_(?:\{(?:\\text\{)?([0-9]{1,2})\}{1,2}|([0-9]{1,2}))")
 _SUBSCRIPT = re.compile(r"(?<![A-Za-z])[0-9A-F]+\)?_")
+_TUPLE = re.compile(
+    r"(?:\\left)?([(\[])((?:(?![0-9],[0-9]{3})[^()\[\]])*,[^()\[\]]*?)(?:\\right)?([)\]])"
+)
 _DOTS = re.compile(r"\\(?:[lc]?dots|dotsc|dotsb)(?![A-Za-z])|\u2026|\.\.\.")
 _ARITHMETIC = ("number", "power", "fraction", "+", "-", "*", "/", "(", ")", "=", "operator")
 _UNDONE = ("+", "-", "*", "operator")
@@ -21,10 +25,10 @@ _SPELLINGS = {r"\varnothing": r"\emptyset", r"\{\}": r"\emptyset", r"\{ \}": r"\
 
 
 def spelled(answer: str) -> str:
-    """Return an answer in the spelling that math-verify reads.
+    r"""Return an answer in the spelling that math-verify reads.
 
-    >>> spelled(r"\\varnothing."), spelled(r"\\text{A.}"), spelled("5\u22123")
-    ('\\\\emptyset', '\\\\text{A}', '5-3')
+    >>> spelled(r"\varnothing."), spelled(r"\text{A.}"), spelled("5\u22123")
+    ('\\emptyset', '\\text{A}', '5-3')
     """
     answer = answer.replace("\u2212", "-").replace("\u2013", "-").strip()
     answer = re.sub(r"(?<![.\\])\.(\}?)\Z", r"\1", answer)
@@ -47,11 +51,22 @@ def decided(reference: str, answer: str) -> bool | None:
         return _without_dots(reference) == _without_dots(answer)
     number = _number(reference)
     if number is None:
-        return None
+        return _same_point(reference, answer)
     other = _number(answer)
     if other is not None:
         return number == other or _may_be_rounded(number, other, reference + answer)
     return False if _is_undone(answer) else None
+
+
+def _same_point(reference: str, answer: str) -> bool | None:
+    """Compare points and intervals of numbers; None where one is none, or the brackets differ."""
+    left, right = (_TUPLE.fullmatch(text) for text in (reference, answer))
+    if not left or not right or (left[1], left[3]) != (right[1], right[3]):
+        return None
+    items, others = ([_number(item) for item in match[2].split(",")] for match in (left, right))
+    if None in items or None in others:
+        return None
+    return True if items == others else None
 
 
 def _number(text: str) -> Fraction | None:

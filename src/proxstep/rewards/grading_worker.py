@@ -20,6 +20,7 @@ import os
 import resource
 import signal
 import sys
+from functools import lru_cache
 from typing import Any
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -34,19 +35,25 @@ def is_equal(reference: str, answer: str) -> bool:
     Its own time limits are off: they are signals that a long computation in C never looks at.
     Numbers are compared by `same_number`, in place of math-verify's own comparison.
     """
-    from math_verify import LatexExtractionConfig, grader, parse, verify
+    from math_verify import grader, verify
 
     grader.sympy_numeric_eq = same_number  # sympy_expr_eq looks it up at every call
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    gold, pred = (
-        parse(rf"\boxed{{{text}}}", config, parsing_timeout=0) for text in (reference, answer)
-    )
+    gold, pred = (list(read(text)) for text in (reference, answer))
     if not gold or not pred:
         return False
     pred[0] = as_union(pred[0])
     if is_solved(as_union(gold[0])) and not is_solved(pred[0]):
         return False
     return verify(gold, pred, timeout_seconds=0, allow_set_relation_comp=True)
+
+
+@lru_cache(10_000)
+def read(text: str) -> list[Any]:
+    """Return what math-verify's grammar makes of an answer; a reference comes again and again."""
+    from math_verify import LatexExtractionConfig, parse
+
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    return parse(rf"\boxed{{{text}}}", config, parsing_timeout=0)
 
 
 def same_number(left: Any, right: Any, float_rounding: int, numeric_precision: int) -> bool:
@@ -68,8 +75,11 @@ def same_number(left: Any, right: Any, float_rounding: int, numeric_precision: i
     if isinstance(left, MatrixBase | MatrixExpr) or isinstance(right, MatrixBase | MatrixExpr):
         if getattr(left, "shape", None) != getattr(right, "shape", None):
             return False
-        pairs = zip(left.doit().as_explicit(), right.doit().as_explicit(), strict=True)
-        return all(same_number(*pair, float_rounding, numeric_precision) for pair in pairs)
+        items, others = (each.doit().as_explicit().flat() for each in (left, right))
+        return all(
+            same_number(item, other, float_rounding, numeric_precision)
+            for item, other in zip(items, others, strict=True)
+        )
     percent = Rational(1, 100)
     if is_percentage(left) != is_percentage(right):  # 9% is 9, and 0.09 too
         share, other = (left, right) if is_percentage(left) else (right, left)
@@ -112,7 +122,7 @@ def _rounded_alike(left: Any, right: Any, places: int) -> bool:
 
 
 def as_union(value: Any) -> Any:
-    """Return "x < 1 or x > 2", which the grammar reads as a set of relations, as a set of numbers."""
+    """Return "x < 1 or x > 2", to the grammar a set of relations, as a set of numbers."""
     from sympy import FiniteSet, Union
     from sympy.core.relational import Relational
 
@@ -120,7 +130,8 @@ def as_union(value: Any) -> Any:
         return value
     if not all(isinstance(each, Relational) and is_solved(each) for each in value.args):
         return value
-    return Union(*(each.as_set() for each in value.args))
+    relations: Any = value.args
+    return Union(*(each.as_set() for each in relations))
 
 
 def is_solved(value: Any) -> bool:

@@ -3,7 +3,8 @@ r"""One number in a text, read exactly and never computed: the grammar that docs
     run      = side { "=" side }            the number of the last side
     side     = quantity                     anything more is an expression or a list: no number
     quantity = [sign] ( "(" [sign] value ")" | value ) [scale word] ["%"]
-    value    = integer | decimal | integer "/" integer | integer fraction | [decimal "*"] power of ten
+    value    = integer | decimal | fraction | integer fraction | [decimal "*"] power of ten
+    fraction = integer "/" integer
 
 A quotient that comes out whole ("420/30") is a division that is left undone, and no number either.
 """
@@ -20,8 +21,12 @@ MAX_UNIT_WORDS = 3
 MAX_WORDS_AFTER_EQUALS = 8
 # Words after a number that are not its unit.
 _CONNECTIVES = frozenset(
-    "a after an as at because before but by each every for from had has have if in is left less "
-    "more not of on per since so than that the then was were when where which while with".split()
+    [
+        *("a", "after", "an", "as", "at", "because", "before", "but", "by", "each", "every", "for"),
+        *("from", "had", "has", "have", "if", "in", "is", "left", "less", "more", "not", "of"),
+        *("on", "per", "since", "so", "than", "that", "the", "then", "was", "were", "when"),
+        *("where", "which", "while", "with"),
+    ]
 )
 _PARTS = frozenset(["half", "third", "quarter", "thirds", "quarters"])
 _VALUES = ("number", "power", "fraction")

@@ -11,6 +11,16 @@ import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
+from proxstep.rewards.number_spellings import (
+    COMMAND_KINDS,
+    FUNCTIONS,
+    GLUED_SCALES,
+    OPERATORS,
+    POSTFIXES,
+    SCALES,
+    WORD_KINDS,
+)
+
 MAX_DIGITS = 100
 MAX_EXPONENT_DIGITS = 3
 
@@ -41,19 +51,6 @@ class Token(NamedTuple):
     whole: bool = False
 
 
-# U+00AD to U+FF0D: hyphens, dashes and minus signs. Zero-width characters go, spaces become one.
-_NORMAL = str.maketrans(
-    dict.fromkeys("\u00ad\u058a\u05be\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2796", "-")
-    | dict.fromkeys("\ufe58\ufe63\uff0d", "-")
-    | dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff", None)
-    | dict.fromkeys("\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008", " ")
-    | dict.fromkeys("\u2009\u200a\u202f\u205f\u3000\t\v\f", " ")
-    | dict.fromkeys("\r\x85\u2028\u2029", "\n")
-    | dict.fromkeys("\u2715\u2a2f\u22c5\u00b7\u2219\u2217", "\u00d7")
-    | dict(zip("\uff0c\u3001\uff1a\uff1b\uff08\uff09\u3002\uff0b\uff0f\uff1d\uff05", ",,:;().+/=%"))
-    | {"\u2044": "/", "\u2215": "/", "\u2795": "+", "\u2019": "'", "\u02bc": "'"}
-    | dict.fromkeys("\u8d1f\u8ca0", " minus ")
-)
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 
 _SEPARATOR = r"(?:,|\{,\}|,\\!|\\[,;: ]|~| |')"
@@ -93,50 +90,8 @@ _TOKEN = re.compile(
 _EXPONENT_OF_TEN = re.compile(r"([-+]?) ?([0-9]+)[ )}]*\Z")
 _SIGNED_INTEGER = re.compile(rf" ?([-+]?) ?({_INTEGER % ('comma', 'comma')}) ?")
 
-_COMMANDS = {
-    "*": r"\times \cdot \ast",
-    "=": r"\approx \equiv \simeq \cong",
-    "operator": r"\div \pm \mp \le \leq \leqslant \ge \geq \geqslant \lt \gt \ne \neq \over \mod "
-    r"\bmod \pmod \not \sim \choose \mid \in \cup \cap \to",
-    "break": r"\rightarrow \Rightarrow \longrightarrow \Longrightarrow \implies \therefore "
-    r"\because \item \hline \par \newline \square \blacksquare \checkmark \bullet \iff",
-    "": r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg \text \textbf \textit \textrm "
-    r"\textsf \texttt \mathrm \mathbf \mathit \mathsf \mathtt \boldsymbol \bm \mbox \hbox \emph "
-    r"\underline \boxed \fbox \bf \rm \it \displaystyle \textstyle \quad \qquad \hfill \phantom "
-    r"\pounds \euro \texteuro \textdollar \yen \operatorname \circ \degree \percent \unit \large "
-    r"\Large \huge \textsuperscript",
-}
-_COMMAND_KINDS = {name: kind for kind, names in _COMMANDS.items() for name in names.split()}
-_SCALES = {
-    "hundred": 2,
-    "thousand": 3,
-    "lakh": 5,
-    "million": 6,
-    "mln": 6,
-    "crore": 7,
-    "billion": 9,
-    "bn": 9,
-    "trillion": 12,
-}
-_GLUED_SCALES = {"k": 3, "K": 3, "M": 6, "mn": 6, "B": 9, "b": 9} | _SCALES
-_OPERATORS = ("plus", "times", "over", "mod", "modulo", "choose", "divided", "multiplied")
-_POSTFIXES = ("squared", "cubed", "factorial", "pi", "half", "halves", "thirds", "quarters")
-_FUNCTIONS = frozenset(
-    "sqrt root log ln lg exp sin cos tan cot sec csc arcsin arccos arctan gcd lcm floor ceil "
-    "factorial abs".split()
-)
-_WORD_KINDS = (
-    dict.fromkeys(("minus", "negative"), "negative")
-    | dict.fromkeys(("and", "or", "to", "through", "versus", "vs", "until"), "join")
-    | {"percent": "%", "per_cent": "%"}
-)
 _HAS_VALUE = ("number", "power", "fraction", "scale", "%", ")")
 _VARIABLES = frozenset("xyzXnije")
-
-
-def normalize(text: str) -> str:
-    """Return a text with one spelling for each minus sign, space and multiplication sign."""
-    return text.translate(_NORMAL)
 
 
 def tokenize(text: str, *, starts_line: bool = False) -> list[Token]:
@@ -158,7 +113,7 @@ def tokenize(text: str, *, starts_line: bool = False) -> list[Token]:
                 continue
             token = Token(kind, match[0], match.start(), match.end())
             if kind == "scale":
-                token = token._replace(value=Fraction(10 ** _GLUED_SCALES[_singular(match[0])]))
+                token = token._replace(value=Fraction(10 ** GLUED_SCALES[_singular(match[0])]))
         found.append(token)
     return found
 
@@ -248,27 +203,27 @@ def _word(place: _Place) -> str:
     if word in "xX" and place.after_value and re.match(r" ?[-+$\\(0-9]", place.follows(2)):
         return "*"
     if place.glued and place.last != "%":
-        if word in _GLUED_SCALES:
+        if word in GLUED_SCALES:
             return "scale"
         if word in _VARIABLES or not re.fullmatch("[A-Za-z]+[23]?", word):
             return "glued"
-    if _singular(word) in _SCALES and place.after_value:
+    if _singular(word) in SCALES and place.after_value:
         return "scale"
-    if place.after_value and (lower in _POSTFIXES or (word in _VARIABLES and len(word) == 1)):
+    if place.after_value and (lower in POSTFIXES or (word in _VARIABLES and len(word) == 1)):
         return "glued"
-    if lower in _OPERATORS and place.last in (*_HAS_VALUE, "word"):
+    if lower in OPERATORS and place.last in (*_HAS_VALUE, "word"):
         follows = re.match(r"(?: by)? [-+$\\(]*[0-9]", place.follows(12))
         return "operator" if follows else "word"
     if lower == "by" and place.last == "operator":
         return ""
-    if lower.partition("_")[0] in _FUNCTIONS:
+    if lower.partition("_")[0] in FUNCTIONS:
         return "unreadable"
-    return _WORD_KINDS.get(lower, "word")
+    return WORD_KINDS.get(lower, "word")
 
 
 def _singular(word: str) -> str:
     lower = word.lower()
-    if lower.removesuffix("s") in _SCALES:
+    if lower.removesuffix("s") in SCALES:
         return lower.removesuffix("s")
     return word
 
@@ -407,7 +362,7 @@ _CHARACTERS = {
 _VALUES = {"number": _number, "power": _power, "fraction": _latex_fraction}
 _KINDS = {"environment": "break", "times": "*", "arrow": "break", "equals": "="}
 _READERS = {
-    "command": lambda place: _COMMAND_KINDS.get(place.piece, "unreadable"),
+    "command": lambda place: COMMAND_KINDS.get(place.piece, "unreadable"),
     "escaped": _escaped,
     "word": _word,
     "subscript": lambda place: "glued" if place.glued else "",
