@@ -79,10 +79,7 @@ def test_the_ranks_sample_has_a_row_for_each_position_and_no_other(
     def on_rank(rank: int) -> dict[str, Any]:
         priority_T, kinds = parts[rank]
         samples = GatheredSamples(priority_T, limit, None)
-        return {
-            kind: samples.of(kind, gradients.at(samples.index_K))[0]
-            for kind, gradients in kinds.items()
-        }
+        return {kind: samples.of(kind, gradients)[0] for kind, gradients in kinds.items()}
 
     for found in Threads(len(parts)).run(on_rank):
         for kind, sample in found.items():

@@ -28,7 +28,8 @@ from proxstep.isopo.hooks import (
     parameter_gradient,
 )
 from proxstep.isopo.linear import OuterGradients, gram, product
-from proxstep.isopo.plan import Layout, wide
+from proxstep.isopo.plan import Layout
+from proxstep.logprobs.tokens import wide
 from proxstep.typing import Float, Int, Tensor
 
 _LIMIT = 2**24

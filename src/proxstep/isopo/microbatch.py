@@ -244,9 +244,7 @@ class Microbatch:
         self, key: str, gradients: PositionGradients, past: Means
     ) -> tuple[PositionGradients, Tensor, Tensor | None, dict[str, Tensor]]:
         """Return the sample, each sequence's sum_k |G_k|^2, what that leaves out, and its mean."""
-        sample, own_KB = gradients.at(self.samples.index_K), None
-        if self.samples.exchanged:
-            sample, own_KB = self.samples.of(key, sample)
+        sample, own_KB = self.samples.of(key, gradients)
         square_K = sample.squares()
         mean = square_K.sum() / max(len(square_K), 1)
         used = past.get("sample_sq", mean)

@@ -358,13 +358,3 @@ class Memory:
         """Forget both."""
         self._buffer = None
         self._shared.clear()
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float32, or the dtype itself where it has more digits."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def wide(value: Tensor) -> Tensor:
-    """Return the value in float32, or as it is where it has more digits."""
-    return value.to(wide_dtype(value.dtype))
