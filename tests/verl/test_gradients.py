@@ -51,6 +51,7 @@ GEOMETRIES: dict[str, dict[str, Any] | None] = {
     "isopo-figure4": {"rule": "isopo-figure4", **ALL},
     "isopo-natural": {"rule": "isopo-natural"},
     "in groups": {"rule": "isopo-natural", "interact": "group"},
+    "proma-intra": {"rule": "proma-intra"},
     "five positions": {
         "rule": "isopo",
         "num_overlap_positions": 5,

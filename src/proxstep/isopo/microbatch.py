@@ -18,6 +18,7 @@ from proxstep.isopo.gradients import Layout, Memory, PositionGradients
 from proxstep.isopo.hooks import OWNERS, UNBOUND
 from proxstep.isopo.plan import Needs, Statistics
 from proxstep.isopo.presets import Rule
+from proxstep.isopo.proma import IntraProjectingRule
 from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import Means, NaturalRule, fisher_squares, kernel_fisher_squares
 from proxstep.isopo.sampling import Samples
@@ -99,6 +100,11 @@ class Microbatch:
         self.settings, self.diagnose, self._measuring = settings, diagnose, measuring
         self.needs = settings.needs
         if diagnose:
+            if isinstance(settings.rule, IntraProjectingRule):
+                raise ProxstepError(
+                    "diagnose describes a weight for each sequence, which Intra-PROMA's gradient "
+                    "does not have: set it to False"
+                )
             positions = settings.fisher == "positions"
             self.needs = replace(self.needs, fisher=positions, norm=True, ntk=True)
         self.reduced: set[str] = set()
@@ -183,7 +189,8 @@ class Microbatch:
         excluded = self.settings.only_linear and not gradients.is_matrix
         if excluded or (needs == Needs() and given_B is None):
             weight_B = -sequences.coefficient_B * (not self._measuring)
-            return gradients.contract(self.layout.spread(weight_B))
+            total = gradients.contract(self.layout.spread(weight_B))
+            return self._projected(total, gradients)
         by_sequences = self.settings.fisher == "sequences"
         wanted = {"fisher_sq", *self._averages} if needs.fisher else self._averages
         separable = not (rule.interacting or by_sequences) and wanted <= past.keys()
@@ -237,6 +244,13 @@ class Microbatch:
         if needs.along:
             self._running[key] = total + self._running.get(key, 0.0)
         self._log.append((key, records[0] if len(records) == 1 else joined(records)))
+        return self._projected(total, gradients)
+
+    def _projected(self, total: Tensor, gradients: PositionGradients) -> Tensor:
+        """Return a sum over sequences without what Intra-PROMA takes out of it."""
+        rule = self.settings.rule
+        if isinstance(rule, IntraProjectingRule):
+            return rule.project(total, gradients, self.layout)
         return total
 
     def _sample(
