@@ -238,6 +238,11 @@ class ExpertGradients(PositionGradients):
             total_EOI[expert] = outer.contract(weight_T[position_R])
         return total_EOI
 
+    def factors(self, index_T: Int[Tensor, " kept"]) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Yield each expert that some position chose."""
+        for expert, _, outer in self.at(index_T).by_expert():
+            yield expert, outer.grad_TO, outer.input_TI
+
     def sums(self, layout: Layout) -> ExpertSums:
         """Return each sequence's gradient, which is left implicit."""
         parts = {
