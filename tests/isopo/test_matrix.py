@@ -1,5 +1,5 @@
-"""Every family, rule and setting against the slow oracle: sequence by sequence, position by
-position, in float64.
+"""Families, rules and settings, every two together, against the slow oracle: sequence by sequence,
+position by position, in float64.
 
 A cell costs one forward and backward per microbatch. The oracle's gradients depend on the family
 and the seed alone, and are kept while that family's cells run.
