@@ -16,8 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import IntraProjectingRule, IsometricRule, Rule
-from proxstep.isopo.gathering import Rows
 from proxstep.isopo.means import TrailingMeans
+from proxstep.isopo.plan import Rows
 from proxstep.isopo.sampling import SampleStore
 from proxstep.isopo.vector import VectorGradients
 

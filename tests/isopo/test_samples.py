@@ -10,9 +10,9 @@ from tests.threads import Threads
 from torch import Tensor
 
 from proxstep.isopo.embedding import LookupGradients
-from proxstep.isopo.gathering import Rows
 from proxstep.isopo.hooks import PositionGradients
 from proxstep.isopo.linear import OuterGradients
+from proxstep.isopo.plan import Rows
 from proxstep.isopo.plan import smallest as smallest_of
 from proxstep.isopo.sampling import GatheredSamples, SampleStore
 from proxstep.isopo.vector import VectorGradients
