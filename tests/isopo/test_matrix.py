@@ -150,7 +150,9 @@ def isopo_steps(
 ) -> tuple[list[Gradients], Sampled]:
     """Optimizer steps without an optimizer: their gradients, and which positions they sampled."""
     model, case = prepared(family, seed, how.dtype, how.reentrant), RULES[rule]
-    options = {"num_overlap_positions": SAMPLES} if how.is_exact else {}
+    options: dict[str, Any] = {"overlap_source": "microbatch"}  # the oracle samples so
+    if how.is_exact:
+        options["num_overlap_positions"] = SAMPLES
     isopo = Isopo(model, case.rule, **(options | dict(case.options)), seed=seed)
     found, sampled = [], []
     try:
