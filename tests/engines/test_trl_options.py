@@ -100,7 +100,7 @@ def test_a_loss_type_of_trl_s_alone(tmp_path: Path, loss_type: str) -> None:
     """No default takes its place."""
     with pytest.raises(ProxstepError, match=f"loss_type is {loss_type!r}.*Choices"):
         config(PolicyConfig, tmp_path, loss_type=loss_type)
-    with pytest.raises(ProxstepError, match="loss_type is ''. Choices"), quiet():
+    with pytest.raises(ProxstepError, match=r"loss_type is ''\. Choices"), quiet():
         PolicyTrainer("some/model", text_reward)
 
 
