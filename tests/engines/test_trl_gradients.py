@@ -19,8 +19,7 @@ from proxstep.engines.trl import IsopoTrainer, OpoTrainer
 from proxstep.engines.trl.policy import GROUP, KEY
 from proxstep.isopo import Isopo
 from proxstep.training.objective import Objective, make_isopo
-from proxstep.training.rollout import Completions
-from proxstep.training.scores import score
+from proxstep.training.rollout import Completions, score
 
 
 def local_gradients(
@@ -220,6 +219,7 @@ CASES = [
         ("isopo-figure4", True, False),
         ("isopo-natural", True, False),
         ("isopo-natural", False, True),
+        ("proma-intra", False, False),
         ("isopo-npg", True, True),
         ("isopo-npg", False, True),
         ("isopo-euclidean", True, True),

@@ -26,12 +26,14 @@ CASES: dict[str, tuple[Rule, dict[str, Any]]] = {
     "trailing denominators": (PRESERVED, {"fisher_denominator": "trailing"}),
 }
 
+FAST = ("isopo", "isopo-figure4")
+
 
 def run(rule: Rule, size: int, *, again: bool = False, **options: Any) -> list[list[Tensor]]:
     """The gradients of some steps at a learning rate of 0, each cut into microbatches of a size."""
     torch.manual_seed(0)
     model = tiny_qwen3()
-    options = {"num_overlap_positions": 20, "overlap_source": "previous_step", **options}
+    options = {"num_overlap_positions": 20, **options}
     isopo, gradients = Isopo(model, rule, **options), []
 
     def backward(step: int) -> None:
@@ -63,7 +65,10 @@ def length(gradients: list[Tensor]) -> float:
     return float(torch.stack([g.norm() for g in gradients]).norm())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_the_gradient_does_not_depend_on_the_microbatches(case: str) -> None:
     rule, options = CASES[case]
     whole = run(rule, NUM_SEQUENCES, **options)
@@ -108,7 +113,7 @@ def test_what_depends_on_the_microbatches_by_construction() -> None:
     ],
 )
 def test_how_often_is_measured(rule: Rule, options: dict[str, Any], passes: int) -> None:
-    isopo, count = Isopo(tiny_qwen3(), rule, **{"overlap_source": "previous_step", **options}), 0
+    isopo, count = Isopo(tiny_qwen3(), rule, **options), 0
     while isopo.needs_past:
         with isopo.measuring():
             count += 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from proxstep.isopo import PRESETS, IsometricRule, Isopo, NaturalRule, Rule
+from proxstep.isopo import PRESETS, IntraProjectingRule, IsometricRule, Isopo, NaturalRule, Rule
 from proxstep.rewards import overlong_punishment
 
 Positive = Annotated[int, Field(ge=1)]
@@ -178,10 +178,11 @@ class GeometrySection(Section):
         default="all",
         description="Where they lie: anywhere, or where a token of the completion is predicted.",
     )
-    overlap_source: Literal["microbatch", "ranks", "previous_step"] = Field(
+    overlap_source: Literal["previous_step", "microbatch", "ranks"] | None = Field(
         default=default_of(Isopo, "overlap_source"),
-        description="Whose positions: the microbatch's, all ranks', or the last step's, with which "
-        "the result does not depend on microbatch_size.",
+        description="Whose positions: the last step's, with which the result does not depend on "
+        "microbatch_size, the microbatch's, or all ranks'; null for the last step's where a number "
+        "of positions is sampled, else the microbatch's.",
     )
     fisher_denominator: Literal["sample", "trailing"] = Field(
         default=default_of(Isopo, "fisher_denominator"),
@@ -201,14 +202,16 @@ class GeometrySection(Section):
     )
 
     @cached_property
-    def needs_kernel(self) -> bool:
-        """Whether the inner products of sequences' gradients are formed, as a chunked head cannot.
+    def needs_full_head(self) -> bool:
+        """Whether the rule needs the head's kernel or all its gradients, which chunks do not form.
 
         False where the rule is "none".
         """
         if self.rule == "none":
             return False
-        return PRESETS[self.rule].needs.ntk or self.fisher == "sequences"
+        preset = PRESETS[self.rule]
+        intra = isinstance(preset, IntraProjectingRule)
+        return intra or preset.needs.ntk or self.fisher == "sequences"
 
     def to_rule(self) -> Rule:
         """Return the preset with this section's values in place of its own."""

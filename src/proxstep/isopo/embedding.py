@@ -15,8 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.isopo.gradients import Layout, PositionGradients, SequenceGradients, wide
-from proxstep.isopo.hooks import Owner, covers, owner_of, parameter_gradient
+from proxstep.isopo.hooks import (
+    Owner,
+    PositionGradients,
+    SequenceGradients,
+    covers,
+    owner_of,
+    parameter_gradient,
+)
+from proxstep.isopo.plan import Layout
+from proxstep.logprobs.tokens import wide
 from proxstep.typing import Float, Int, Tensor
 
 

@@ -19,9 +19,17 @@ import torch
 from torch import nn
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.gradients import Layout, PositionGradients, SequenceGradients, wide
-from proxstep.isopo.hooks import Owner, covers, owner_of, parameter_gradient
+from proxstep.isopo.hooks import (
+    Owner,
+    PositionGradients,
+    SequenceGradients,
+    covers,
+    owner_of,
+    parameter_gradient,
+)
 from proxstep.isopo.linear import OuterGradients, gram, product
+from proxstep.isopo.plan import Layout
+from proxstep.logprobs.tokens import wide
 from proxstep.typing import Float, Int, Tensor
 
 _LIMIT = 2**24
@@ -230,6 +238,11 @@ class ExpertGradients(PositionGradients):
             total_EOI[expert] = outer.contract(weight_T[position_R])
         return total_EOI
 
+    def factors(self, index_T: Int[Tensor, " kept"]) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Yield each expert that some position chose."""
+        for expert, _, outer in self.at(index_T).by_expert():
+            yield expert, outer.grad_TO, outer.input_TI
+
     def sums(self, layout: Layout) -> ExpertSums:
         """Return each sequence's gradient, which is left implicit."""
         parts = {
@@ -314,7 +327,7 @@ class ExpertSums(SequenceGradients):
         """Return sum_b weight_b G_b."""
         total_EOI = self.positions._zeros()
         for expert, (outer, layout) in self.parts.items():
-            total_EOI[expert] = outer.contract(layout.spread(weight_B))
+            total_EOI[expert] = outer.contract(weight_B, layout)
         return total_EOI
 
     def _formed(self, outer: OuterGradients, layout: Layout) -> Tensor:

@@ -5,38 +5,19 @@ Legend for shape suffixes: T positions, K sampled positions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.gradients import PositionGradients
-from proxstep.typing import Float, Int, Tensor
+from proxstep.isopo.hooks import PositionGradients
+from proxstep.isopo.plan import Rows, smallest
+from proxstep.typing import Tensor
 
 Group = dist.ProcessGroup | None
 
 
-class Rows(NamedTuple):
-    """Sampled positions: their priorities, and whose they are."""
-
-    priority_K: Float[Tensor, " samples"]
-    key_K: Int[Tensor, " samples"]
-    group_K: Int[Tensor, " samples"]
-
-    def at(self, index: Int[Tensor, " some"]) -> Rows:
-        """Return some of them."""
-        return Rows(*(value[index] for value in self))
-
-
 Kept = dict[str, tuple[Rows, PositionGradients]]
 """Sampled positions and their gradients, by parameter."""
-
-
-def smallest(priority_T: Float[Tensor, " positions"], count: int | None) -> Int[Tensor, " samples"]:
-    """Return the positions of the `count` smallest finite numbers, or of all of them."""
-    order_T = priority_T.argsort(stable=True)[: int(priority_T.isfinite().sum())]
-    return order_T if count is None else order_T[:count]
 
 
 def keys_on_all_ranks(keys: list[int], group: Group) -> list[int]:
@@ -57,7 +38,7 @@ def merge(kept: Kept, count: int, group: Group) -> Kept:
         if not all(key in rank for rank in everyone):
             raise ProxstepError(
                 f'{key} received a gradient on some ranks alone: overlap_source="previous_step" '
-                "needs every parameter's on every rank"
+                'needs every parameter\'s on every rank; use overlap_source="microbatch"'
             )
         merged[key] = _merge_one(*kept[key], longest, count, group)
     if merged:

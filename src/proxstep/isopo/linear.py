@@ -17,9 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.isopo.gradients import Layout, Memory, PositionGradients
-from proxstep.isopo.hooks import Owner, covers, is_class, owner_of, parameter_gradient
-from proxstep.isopo.plan import Needs, Part, Shape, choose
+from proxstep.isopo.hooks import (
+    Owner,
+    PositionGradients,
+    covers,
+    is_class,
+    owner_of,
+    parameter_gradient,
+)
+from proxstep.isopo.plan import Layout, Memory, Needs, Part, Shape, choose
 from proxstep.typing import Bool, Float, Int, Tensor
 
 
@@ -145,7 +151,9 @@ class OuterGradients(PositionGradients):
         With a layout there is one weight per sequence.
         """
         grad_TO, input_TI = self.grad_TO, self.input_TI
-        weight_T = weight if layout is None else layout.spread(weight)
+        weight_T = weight
+        if layout is not None:
+            weight_T = nn.functional.pad(weight, (0, 1))[layout.sequence_T]  # 0 at padding
         column_T1 = weight_T.to(grad_TO.dtype)[:, None]
         if grad_TO.shape[1] <= input_TI.shape[1]:
             return (grad_TO * column_T1).mT @ input_TI
@@ -155,6 +163,11 @@ class OuterGradients(PositionGradients):
         """Return <G_t, direction> = g_t . direction a_t."""
         moved_TO = product(self.input_TI, direction.to(self.input_TI.dtype).mT)
         return (moved_TO * self.grad_TO.to(moved_TO.dtype)).sum(dim=1)
+
+    def factors(self, index_T: Int[Tensor, " kept"]) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Yield the one matrix."""
+        outer = self if len(index_T) == self.num_rows else self.at(index_T)
+        yield ..., outer.grad_TO, outer.input_TI
 
     def parts(
         self,

@@ -11,8 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.isopo.gradients import Layout, PositionGradients, SequenceGradients, wide, wide_dtype
-from proxstep.isopo.hooks import Owner, Site, covers, owner_of, parameter_gradient
+from proxstep.isopo.hooks import (
+    Owner,
+    PositionGradients,
+    SequenceGradients,
+    Site,
+    covers,
+    owner_of,
+    parameter_gradient,
+)
+from proxstep.isopo.plan import Layout
+from proxstep.logprobs.tokens import wide, wide_dtype
 from proxstep.typing import Float, Int, Tensor
 
 
@@ -41,7 +50,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, microbatch_id = ctx.saved_tensors
-        features, wide = list(weight.shape), torch.promote_types(x.dtype, torch.float32)
+        features, wide = list(weight.shape), wide_dtype(x.dtype)
         grad, wide_x = grad.to(wide), x.to(wide)
         normalized, mean, rstd = torch.native_layer_norm(wide_x, features, None, None, ctx.eps)
         grad_x = grad_weight = grad_bias = None

@@ -16,6 +16,7 @@ from proxstep.rewards.scoring import (
     check_rewards,
     load_reward,
     overlong_punishment,
+    reward_columns,
     reward_name,
     score_completions,
     told_of_truncation,
@@ -36,7 +37,11 @@ __all__ = [
     "math_verify",
     "numeric_answer",
     "overlong_punishment",
+<<<<<<< HEAD
     "reference_number",
+=======
+    "reward_columns",
+>>>>>>> main
     "reward_name",
     "score_completions",
     "told_of_truncation",

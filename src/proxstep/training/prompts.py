@@ -15,10 +15,11 @@ from proxstep.rewards import (
     RewardTable,
     check_rewards,
     load_reward,
+    reward_columns,
     reward_name,
     score_completions,
 )
-from proxstep.tasks import Example, Task, reward_columns
+from proxstep.tasks import Example, Task
 
 ADDED_REWARDS = ("overlong", "kl")
 """What a recipe can add to the reward, by the names in rewards/NAME."""
@@ -68,6 +69,7 @@ class Prompts:
             text if isinstance(e.prompt, str) else [{"role": "assistant", "content": text}]
             for e, text in zip(examples, completions, strict=True)
         ]
+<<<<<<< HEAD
         return score_completions(
             self._functions,
             self._weights,
@@ -76,6 +78,10 @@ class Prompts:
             reward_columns(examples),
             truncated,
         )
+=======
+        columns = reward_columns(examples)
+        return score_completions(self._functions, self._weights, prompts, answers, columns)
+>>>>>>> main
 
     def check(self, limit: int, where: str) -> None:
         """Refuse prompts that do not fit the tokenizer, are empty, or are longer than the limit.

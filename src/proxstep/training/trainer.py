@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.summary import summary
 from proxstep.runs.checkpoint import save_checkpoint
-from proxstep.runs.clock import Clock, stop_on_signal
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.stop import stop_on_signal
 from proxstep.runs.tracking import MetricsLog, Tracker
 from proxstep.training.batch import Batch, collect, shortage
+from proxstep.training.chunkable import check_chunkable
 from proxstep.training.evaluation import Probe, evaluate
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.optimizers import make_optimizer
-from proxstep.training.output_layer import check_chunkable
 from proxstep.training.prompts import Prompts
 from proxstep.training.regularizers import loss_penalty
-from proxstep.training.rollout import Completions, autocast
-from proxstep.training.scores import Scores, score
+from proxstep.training.rollout import Completions, Scores, autocast, score
 from proxstep.typing import Tensor
 
 
@@ -44,6 +46,48 @@ class Progress(Protocol):
 
     def record(self, record: Mapping[str, Any]) -> None:
         """One line of metrics was written."""
+
+
+class Clock:
+    """Seconds since the run began, and seconds by phase since they were last taken.
+
+    Args:
+        device: Where the work happens; an accelerator is waited for at the end of a phase.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before, self._started = 0.0, time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Return the phases' seconds and their sum, and start over."""
+        taken = {f"seconds_{name}": seconds for name, seconds in self._seconds.items()}
+        taken["seconds_step"] = sum(self._seconds.values())
+        self._seconds = {}
+        return taken
+
+    def elapsed(self) -> float:
+        """Return the seconds of the run, those of its earlier parts included."""
+        return self._before + time.perf_counter() - self._started
+
+    def continue_from(self, seconds: float) -> None:
+        """Count on from the seconds of the run's earlier parts."""
+        self._before, self._started = seconds, time.perf_counter()
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, warmup_updates: int) -> LambdaLR:
+    """Return the learning rate's schedule: a linear warm-up, then the optimizer's own rate."""
+    return LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / (warmup_updates + 1)))
 
 
 class Trainer:
@@ -82,7 +126,8 @@ class Trainer:
             check_chunkable(model)
         self.objective = Objective(recipe)
         self.isopo = make_isopo(recipe, model)
-        self.optimizer, self.schedule = make_optimizer(recipe, model)
+        self.optimizer = make_optimizer(recipe.optimizer, model)
+        self.schedule = make_schedule(self.optimizer, recipe.optimizer.warmup_updates)
         self.clock = Clock(self.device)
         self.probe: Probe | None = None
         self.step, self.num_updates, self.num_sequences = 0, 0, 0
@@ -140,7 +185,7 @@ class Trainer:
             self.tokenizer,
             self.train_prompts,
             self.num_sequences // batch_size,
-            self.clock,
+            self.clock.phase,
             self.initial,
         )
         self.num_sequences += measured["generation_batches"] * batch_size
