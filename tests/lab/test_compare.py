@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from proxstep.cli import commands as cli
@@ -94,20 +95,33 @@ def test_every_algorithm_is_planned_with_every_seed_seed_by_seed(tmp_path: Path)
 
 
 def test_taken_folders_are_refused_or_cleared_of_runs_alone(tmp_path: Path) -> None:
-    check_output(tmp_path / "none", overwrite=False)
+    check_output([], tmp_path / "none", overwrite=False)
     for name in ("opo-seed0", "opo-seed1"):
         (tmp_path / name).mkdir()
         RunFolder(tmp_path / name).update_info(status="finished")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(ProxstepError, match=f"output {tmp_path} already holds 2 runs: choose"):
-        check_output(tmp_path, overwrite=False)
+    with pytest.raises(ProxstepError, match=f"output {tmp_path} already holds 2 runs, and opo-see"):
+        check_output([], tmp_path, overwrite=False)
     assert (tmp_path / "opo-seed0" / "run.json").exists()
-    check_output(tmp_path, overwrite=True)
+    check_output([], tmp_path, overwrite=True)
     held = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert held == ["notes", "notes/mine.txt", "opo-seed0", "opo-seed1"]
-    check_output(tmp_path, overwrite=False)
+    check_output([], tmp_path, overwrite=False)
     assert (tmp_path / "notes" / "mine.txt").exists()
+
+
+def test_what_is_done_of_a_comparison_is_not_done_again(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "grpo", "opo", "dro")
+    for job, status in zip(jobs, ("finished", "running", "failed"), strict=True):
+        RunFolder(job.folder).create(job.recipe, torch.device("cpu"), 1)
+        RunFolder(job.folder).update_info(status=status)
+    again = jobs_of(tmp_path, "grpo", "opo", "dro")
+    check_output(again, tmp_path / "out", overwrite=False)
+    assert [job.state for job in again] == ["done", "waiting", "waiting"]
+    other = plan([job.recipe.model_copy(update={"steps": 9}) for job in jobs], 1, tmp_path / "out")
+    with pytest.raises(ProxstepError, match="3 runs, and dro-seed0 is none of this comparison"):
+        check_output(other, tmp_path / "out", overwrite=False)
 
 
 def test_the_last_record_carries_the_last_score(tmp_path: Path) -> None:

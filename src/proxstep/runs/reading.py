@@ -92,7 +92,7 @@ def load_run(path: str | Path) -> Run:
 def load_samples(run: Run) -> list[dict[str, Any]]:
     """Return the lines of the run's `samples.jsonl`, none if it has no such file."""
     path = run.path / "samples.jsonl"
-    return [row for _, row in _read_jsonl(path)] if path.is_file() else []
+    return [row for _, row in read_jsonl(path)] if path.is_file() else []
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -260,7 +260,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield line numbers and objects, without an unfinished last line (no newline, no JSON)."""
     *lines, tail = _read(path).split(b"\n")
     for number, line in enumerate([*lines, tail] if tail else lines, start=1):
@@ -275,7 +275,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    for number, record in _read_jsonl(path):
+    for number, record in read_jsonl(path):
         where = f"{path}, line {number}"
         for name in FIELDS:
             if not isinstance(record.get(name), int | float | None):

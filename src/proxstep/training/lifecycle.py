@@ -57,16 +57,17 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         ProxstepError: If anything in the recipe, the data or the model is wrong.
     """
     folder = RunFolder(recipe.output_dir)
-    folder.check_usable(overwrite=overwrite)
-    check(recipe)
-    source = model_source(recipe, progress.note)
-    tokenizer, prompts = _tokenized(recipe, source)
-    device = pick_device(recipe.device)
-    torch.manual_seed(recipe.seed)  # adapters are drawn at random
-    model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
-    trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
-    folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
-    return trainer.run()
+    with folder.claimed(overwrite=overwrite):
+        check(recipe)
+        source = model_source(recipe, progress.note)
+        tokenizer, prompts = _tokenized(recipe, source)
+        device = pick_device(recipe.device)
+        torch.manual_seed(recipe.seed)  # adapters are drawn at random
+        model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
+        folder.check_room(model)
+        trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
+        folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
+        return trainer.run()
 
 
 def resume(path: str | Path, progress: Progress) -> str:
@@ -77,22 +78,25 @@ def resume(path: str | Path, progress: Progress) -> str:
     """
     folder = RunFolder(path)
     recipe = load_run_recipe(path)
-    checkpoint = latest_checkpoint(folder.path)
-    state = load_state(checkpoint)
-    if state["step"] >= recipe.steps:
-        raise ProxstepError(
-            f"{path}: the run is finished, at step {state['step']} of {recipe.steps}"
-        )
-    check(recipe)
-    tokenizer, prompts = _tokenized(recipe, str(checkpoint))
-    device = pick_device(recipe.device)
-    model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
-    if recipe.keeps_initial:
-        source = model_source(recipe, progress.note)
-        initial = load_model(source, recipe.model.dtype, device).eval().requires_grad_(False)
-    trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
-    trainer.restore(state)
-    return trainer.run()
+    with folder.locked():
+        checkpoint = latest_checkpoint(folder.path, progress.note)
+        state = load_state(checkpoint)
+        waiting = state["unrecorded"] is not None
+        if state["step"] >= recipe.steps and not waiting:
+            raise ProxstepError(
+                f"{path}: the run is finished, at step {state['step']} of {recipe.steps}"
+            )
+        folder.check_logs(state["step"] - waiting, state["logs"], progress.note)
+        check(recipe)
+        tokenizer, prompts = _tokenized(recipe, str(checkpoint))
+        device = pick_device(recipe.device)
+        model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
+        if recipe.keeps_initial:
+            source = model_source(recipe, progress.note)
+            initial = load_model(source, recipe.model.dtype, device).eval().requires_grad_(False)
+        trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
+        trainer.restore(state)
+        return trainer.run()
 
 
 def evaluate(

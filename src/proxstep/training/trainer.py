@@ -17,8 +17,7 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.summary import summary
-from proxstep.runs.checkpoint import save_checkpoint
-from proxstep.runs.clock import Clock, stop_on_signal
+from proxstep.runs.clock import Clock, StopRequest, stop_on_signal
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.tracking import MetricsLog, Tracker
 from proxstep.training.batch import Batch, collect, shortage
@@ -29,8 +28,11 @@ from proxstep.training.output_layer import check_chunkable
 from proxstep.training.prompts import Prompts
 from proxstep.training.regularizers import loss_penalty
 from proxstep.training.rollout import Completions, autocast
+from proxstep.training.saving import Resumable
 from proxstep.training.scores import Scores, score
 from proxstep.typing import Tensor
+
+_MOST_IDLE_STEPS = 5
 
 
 class Progress(Protocol):
@@ -46,7 +48,7 @@ class Progress(Protocol):
         """One line of metrics was written."""
 
 
-class Trainer:
+class Trainer(Resumable):
     """A run of one recipe.
 
     Args:
@@ -71,6 +73,7 @@ class Trainer:
         progress: Progress,
         initial: nn.Module | None = None,
     ) -> None:
+        super().__init__()
         self.recipe, self.model, self.tokenizer = recipe, model, tokenizer
         self.train_prompts, self.validation = train, validation
         self.folder, self.progress = folder, progress
@@ -85,7 +88,7 @@ class Trainer:
         self.optimizer, self.schedule = make_optimizer(recipe, model)
         self.clock = Clock(self.device)
         self.probe: Probe | None = None
-        self.step, self.num_updates, self.num_sequences = 0, 0, 0
+        self._idle_steps = 0
         self._warned: set[str] = set()
 
     def run(self) -> str:
@@ -97,34 +100,54 @@ class Trainer:
         Raises:
             ProxstepError: If the gradient is not finite, or a reward function misbehaves.
         """
-        recipe = self.recipe
-        self.progress.begin(recipe)
-        self.folder.update_info(status="running")
-        if self.probe is not None:  # a resumed run does what came after its checkpoint again
-            self.folder.drop_later_steps(self.step)
-        log = MetricsLog(self.folder.metrics)
-        section = recipe.logging
-        tracker = Tracker(section.tracker, section.project, self.folder.path, recipe.model_dump())
-        status, saved = "failed", None
+        log, status = None, "failed"
         try:
-            with tracker, stop_on_signal() as stop:
-                if self.probe is None:
-                    self._write(log, tracker, {"step": 0, **self._evaluate()})
-                while self.step < recipe.steps and not stop.made:
-                    record = self._train_step()
-                    last = self.step == recipe.steps or stop.made
-                    if last or self.step % recipe.evaluation.every == 0:
-                        record |= self._evaluate()
-                    self._write(log, tracker, record)
-                    if section.checkpoint_every and self.step % section.checkpoint_every == 0:
-                        saved = self._save()
-            if saved != self.step:
-                self._save()
-            status = "finished" if self.step == recipe.steps else "interrupted"
+            self.folder.update_info(status="running")
+            if self.probe is not None:  # a resumed run does what came after its checkpoint again
+                self.folder.drop_later_steps(self.step - (self.unrecorded is not None))
+            log = MetricsLog(self.folder.metrics)
+            self.progress.begin(self.recipe)
+            with self._tracker() as tracker, stop_on_signal() as stop:
+                self._train(log, tracker, stop)
+            status = "finished" if self.step == self.recipe.steps else "interrupted"
+        except BaseException as error:
+            saved = self.rescue()
+            if saved:
+                self.progress.note(
+                    f"saved up to step {self.step}: proxstep train --resume {self.folder.path}"
+                )
+            if not isinstance(error, KeyboardInterrupt):
+                raise self.explained(error) from error
+            status = "interrupted"
+            if not saved:
+                raise
         finally:
-            log.close()
-            self.folder.update_info(status=status)
+            if log is not None:
+                log.close()
+            self.folder.conclude(status)
         return status
+
+    def _tracker(self) -> Tracker:
+        section = self.recipe.logging
+        recipe = self.recipe.model_dump()
+        return Tracker(section.tracker, section.project, self.folder.path, recipe)
+
+    def _train(self, log: MetricsLog, tracker: Tracker, stop: StopRequest) -> None:
+        """Take the steps that are left, until asked to stop; evaluate, record and save them."""
+        recipe = self.recipe
+        if self.probe is None:
+            self._write(log, tracker, {"step": 0, **self._evaluate()})
+        while self.unrecorded is not None or self.step < recipe.steps:
+            if stop.made:
+                break
+            if self.unrecorded is None:
+                self.unrecorded = self._train_step()
+            record = dict(self.unrecorded)
+            if self.step == recipe.steps or self.step % recipe.evaluation.every == 0:
+                record |= self._evaluate()
+            self._write(log, tracker, record)
+            self.save_if_due()
+        self.save()
 
     def _train_step(self) -> dict[str, Any]:
         """Sample, reward and update once; return what was measured."""
@@ -143,9 +166,9 @@ class Trainer:
             self.clock,
             self.initial,
         )
-        self.num_sequences += measured["generation_batches"] * batch_size
         measured["skipped"] = int(batch is None)
         self._warn("rollout", shortage(recipe, measured))
+        self._warn_of_idleness(measured)
         if batch is not None:
             with self.clock.phase("update"):
                 measured |= self._update(batch)
@@ -154,8 +177,25 @@ class Trainer:
             if measured["advantage_range"] > 0:
                 half_range = measured["advantage_range"] / 2
                 measured["grad_response_efficiency"] = measured["grad_norm"] / half_range
+        self.num_sequences += measured["generation_batches"] * batch_size
         self.step += 1
-        return {"step": self.step, **measured}
+        self.unrecorded = {"step": self.step, **measured}
+        self.torn = False
+        return self.unrecorded
+
+    def _warn_of_idleness(self, measured: Mapping[str, Any]) -> None:
+        """Warn where step after step no reward says which completion is better."""
+        added = self.recipe.regularizer.in_reward or self.recipe.rollout.overlong_buffer
+        idle = not measured.get("advantage_range")
+        idle = idle or bool(added and measured["frac_informative_groups"] == 0)
+        self._idle_steps = self._idle_steps + 1 if idle else 0
+        if self._idle_steps == min(_MOST_IDLE_STEPS, self.recipe.steps):
+            self._warn(
+                "rewards",
+                f"{self._idle_steps} steps in a row in which every reward was missing, not finite "
+                "or equal to the others: nothing is learned. Look at rewards/ in metrics.jsonl and "
+                "at the completions in samples.jsonl",
+            )
 
     def _warn(self, about: str, text: str | None) -> None:
         """Show a warning, once for each subject."""
@@ -176,7 +216,7 @@ class Trainer:
             for minibatch in batch.minibatches(section.num_minibatches):
                 self._measure_past(minibatch)
                 taken = self._accumulate(minibatch, sequences, measure_entropy=iteration == 0)
-                taken["grad_norm"] = self._optimizer_step()
+                taken["grad_norm"] = self._optimizer_step(taken)
                 taken |= self._geometry_step()
                 for name, value in taken.items():
                     steps.setdefault(name, []).append(value)
@@ -233,6 +273,7 @@ class Trainer:
     def _measure_past(self, minibatch: Batch) -> None:
         """Before the very first update, let the geometry measure what it starts from."""
         while self.isopo is not None and self.isopo.needs_past:
+            self.torn = True
             with self.isopo.measuring():
                 for part in minibatch.microbatches(self.recipe.update.microbatch_size):
                     completions = part.completions
@@ -287,20 +328,23 @@ class Trainer:
             taken[f"regularizer/{name}"] += value
         return loss
 
-    def _optimizer_step(self) -> float:
+    def _optimizer_step(self, losses: Mapping[str, float]) -> float:
         """Clip, step and clear; return the gradient's norm before clipping.
 
         Raises:
-            ProxstepError: If the gradient is not finite; the parameters are left as they were.
+            ProxstepError: If the gradient or a loss is not finite; the parameters are left as they
+                were.
         """
         limit = self.recipe.optimizer.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        if not math.isfinite(norm):
-            raise ProxstepError(
-                f"step {self.step + 1}, update {self.num_updates + 1}: the gradient's norm is "
-                f"{norm}; the parameters were not changed. Lower optimizer.learning_rate, or look "
-                "at the last completions in samples.jsonl"
-            )
+        for name, value in {"gradient's norm": norm, **losses}.items():
+            if not math.isfinite(value):
+                raise ProxstepError(
+                    f"step {self.step + 1}, update {self.num_updates + 1}: the {name} is {value}; "
+                    "the parameters were not changed. Lower optimizer.learning_rate, or look at "
+                    "the last completions in samples.jsonl"
+                )
+        self.torn = True
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -324,30 +368,6 @@ class Trainer:
             **self.clock.take(),
         }
         log.write(record)
+        self.unrecorded = None
         tracker.log(record)
         self.progress.record(record)
-
-    def _save(self) -> int:
-        state = {
-            "step": self.step,
-            "num_updates": self.num_updates,
-            "num_sequences": self.num_sequences,
-            "elapsed_seconds": self.clock.elapsed(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "isopo": self.isopo.state_dict() if self.isopo else None,
-            "probe": self.probe.state_dict() if self.probe else None,
-        }
-        save_checkpoint(self.folder.path, self.step, self.model, self.tokenizer, state)
-        return self.step
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's state; the model was loaded from the same one."""
-        self.step, self.num_updates = state["step"], state["num_updates"]
-        self.num_sequences = state["num_sequences"]
-        self.clock.continue_from(state["elapsed_seconds"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.isopo is not None:
-            self.isopo.load_state_dict(state["isopo"])
-        self.probe = Probe.from_state_dict(state["probe"], self.device)

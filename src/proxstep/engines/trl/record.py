@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.logs import record_of
 from proxstep.errors import ProxstepError
-from proxstep.runs.checkpoint import checkpoints
+from proxstep.runs.checkpoint import publish
 from proxstep.runs.clock import Clock, StopRequest
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.tracking import MetricsLog, Tracker
@@ -70,6 +70,7 @@ class RunRecorder(TrainerCallback):
         self._clock, self._recorded = Clock(trainer.accelerator.device), 0.0
         self._logs: list[Mapping[str, Any]] = []
         self._probe: Probe | None = None
+        self._saved = time.monotonic()
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint's probe and time."""
@@ -87,11 +88,15 @@ class RunRecorder(TrainerCallback):
             self._write(0, self._evaluate(0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop between two rollouts, where a run can be continued exactly."""
-        made = torch.tensor([self._stop.made], device=self._trainer.accelerator.device)
-        between = state.global_step % self._num_updates == 0
-        if between and self._trainer.accelerator.gather(made).any():
-            control.should_save = control.should_training_stop = True
+        """Stop or save between two rollouts, where a run can be continued exactly."""
+        if state.global_step % self._num_updates:
+            return
+        minutes = self._recipe.logging.checkpoint_minutes or math.inf
+        due = time.monotonic() - self._saved >= 60 * minutes
+        asked = torch.tensor([[self._stop.made, due]], device=self._trainer.accelerator.device)
+        stop, save = self._trainer.accelerator.gather(asked).any(dim=0).tolist()
+        control.should_training_stop |= stop
+        control.should_save |= stop or save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a rollout's record after its last update."""
@@ -110,12 +115,12 @@ class RunRecorder(TrainerCallback):
         record = record_of(self._recipe, self._logs, kept["rewards"], kept["advantages"])
         record |= self._algorithm.bounds(record)
         self._logs = []
-        if control.should_training_stop or step % self._recipe.evaluation.every == 0:
+        if step == self._recipe.steps or step % self._recipe.evaluation.every == 0:
             record |= self._evaluate(step)
         self._write(step, record)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give a complete checkpoint its name, and delete the ones before it."""
+        """Give a complete checkpoint its manifest and its name, and delete the oldest ones."""
         self._trainer.accelerator.wait_for_everyone()
         if self._log is None:
             return
@@ -124,12 +129,13 @@ class RunRecorder(TrainerCallback):
         written = parent / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         kept = {"probe": self._probe.state_dict(), "elapsed_seconds": self._clock.elapsed()}
         torch.save(kept, written / STATE_FILE)
-        final = parent / f"step-{state.global_step // self._num_updates:06d}"
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(written, final)
-        for other in [*checkpoints(self._folder.path), *parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]:
-            if other != final:
-                shutil.rmtree(other)
+        publish(
+            *(written, self._folder.path, state.global_step // self._num_updates),
+            self._recipe.logging.checkpoints_kept,
+        )
+        for other in parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(other)
+        self._saved = time.monotonic()
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Measure the policy as it is now; the training's generators stay as they are."""
