@@ -44,8 +44,9 @@ from experiments.exact_fisher import exact_fisher_terms, sequence_gradients
 
 from proxstep.config.loading import load_recipe
 from proxstep.isopo import Isopo
-from proxstep.isopo.gradients import Memory, PositionGradients
+from proxstep.isopo.hooks import PositionGradients
 from proxstep.isopo.linear import OuterGradients
+from proxstep.isopo.plan import Memory
 from proxstep.logprobs.tokens import entropy, token_log_probs
 from proxstep.runs.folder import describe_machine
 from proxstep.tasks import Example, arithmetic_task

@@ -1,13 +1,13 @@
 """Every algorithm on the arithmetic task: score, drift, entropy, gradients; five seeds each.
 
-    python experiments/objectives.py                # about 40 minutes on two cores
+    python experiments/objectives.py                # about 50 minutes on two cores
     python experiments/objectives.py --table        # the table again, from the rows
 
 One recipe for all (recipes/arithmetic.yaml with four updates per rollout, so that ratios leave 1),
 the same learning rate, prompts and seeds; each registered algorithm with its own defaults, DAPO
-with its four mechanisms, and OPO with its other drives and corrections. The script keeps the row
-of each run as it ends, so that it goes on where it was stopped; at the end it writes rows.json and
-puts the mean over seeds with a bootstrapped 95 % interval into docs/algorithms.md.
+with its four mechanisms, OPO with its other drives and corrections, and ISOPO's rules. The script
+keeps the row of each run as it ends, so that it goes on where it was stopped; at the end it writes
+rows.json and puts the mean over seeds with a bootstrapped 95 % interval into docs/algorithms.md.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def by_sequence(inputs: SignalInputs, *, alpha: float = 0.4) -> Signal:
     return Signal(centered_weights(weight_B, inputs.group_B), metrics=metrics)
 
 
+MICROBATCHES = {"update.microbatch_size": "16"}
+"""PROMA projects off earlier microbatches: with one there is nothing to project."""
+
 OPO_SEQUENCE = dataclasses.replace(
     OPO,
     name="opo-sequence",
@@ -87,6 +90,10 @@ VARIANTS: dict[str, dict[str, str]] = {
     "opo, sequence": {"algorithm": OPO_SEQUENCE.name},
     "opo, zscore": {"algorithm": "opo", "objective.drive": "zscore"},
     "opo, none": {"algorithm": "opo", "objective.drive": "none"},
+    "isopo": {"algorithm": "isopo"},
+    "isopo, microbatch": {"algorithm": "isopo", "geometry.overlap_source": "microbatch"},
+    "isopo+opo": {"algorithm": "isopo+opo"},
+    "proma": {"algorithm": "proma", **MICROBATCHES},
 }
 
 FIGURES = {

@@ -71,7 +71,7 @@ def collected(trainer: Trainer, first_batch: int = 0) -> tuple[Batch | None, dic
         trainer.tokenizer,
         trainer.train_prompts,
         first_batch,
-        trainer.clock,
+        trainer.clock.phase,
         trainer.initial,
     )
 

@@ -34,7 +34,7 @@ from proxstep.algorithms import (
     Signal,
     SignalInputs,
 )
-from proxstep.algorithms.base import gradient_by_sequence
+from proxstep.algorithms.aggregate import gradient_by_sequence
 from proxstep.errors import ProxstepError
 
 DRIFTS = (1e-3, 0.5, 2.0)

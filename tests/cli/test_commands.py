@@ -16,7 +16,7 @@ from proxstep.cli import commands as cli
 from proxstep.config.loading import load_recipe
 from proxstep.config.recipe import algorithm_names
 from proxstep.runs.checkpoint import latest_checkpoint
-from proxstep.runs.clock import StopRequest
+from proxstep.runs.stop import StopRequest
 from proxstep.training import demo_model, lifecycle
 from tests.cli.command_case import chats, mistake, run, table
 from tests.config.recipe_case import leaves

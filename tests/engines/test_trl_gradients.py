@@ -19,8 +19,7 @@ from proxstep.engines.trl import IsopoTrainer, OpoTrainer
 from proxstep.engines.trl.policy import GROUP, KEY
 from proxstep.isopo import Isopo
 from proxstep.training.objective import Objective, make_isopo
-from proxstep.training.rollout import Completions
-from proxstep.training.scores import score
+from proxstep.training.rollout import Completions, score
 
 
 def local_gradients(

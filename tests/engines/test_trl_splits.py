@@ -22,7 +22,7 @@ def run(folder: Path, size: int, count: int, options: dict[str, Any]) -> Watch:
     tokenizer, model = tiny(lora=options.pop("lora", False))
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count}
     steps = {"max_steps": 2, "learning_rate": 0.0, "num_overlap_positions": 20}
-    options = {"overlap_source": "previous_step", **sizes, **steps, **options}
+    options = {**sizes, **steps, **options}
     trainer, watch = made(IsopoTrainer, folder, model, tokenizer, **options)
     torch.manual_seed(0)
     trained(trainer)

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from proxstep.errors import ProxstepError
 from proxstep.isopo import IsometricRule, Rule
 from proxstep.isopo.gathering import Rows
+from proxstep.isopo.means import TrailingMeans
 from proxstep.isopo.sampling import SampleStore
-from proxstep.isopo.trailing import TrailingMeans
 from proxstep.isopo.vector import VectorGradients
 
 ACCUMULATED: Spread = (((0, 1), (4,)), ((2, 3), (5, 6)))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from proxstep.isopo.embedding import LookupGradients
 from proxstep.isopo.gathering import Rows
-from proxstep.isopo.gathering import smallest as smallest_of
-from proxstep.isopo.gradients import PositionGradients
+from proxstep.isopo.hooks import PositionGradients
 from proxstep.isopo.linear import OuterGradients
+from proxstep.isopo.plan import smallest as smallest_of
 from proxstep.isopo.sampling import GatheredSamples, SampleStore
 from proxstep.isopo.vector import VectorGradients
 

@@ -31,7 +31,7 @@ def run(rule: Rule, size: int, *, again: bool = False, **options: Any) -> list[l
     """The gradients of some steps at a learning rate of 0, each cut into microbatches of a size."""
     torch.manual_seed(0)
     model = tiny_qwen3()
-    options = {"num_overlap_positions": 20, "overlap_source": "previous_step", **options}
+    options = {"num_overlap_positions": 20, **options}
     isopo, gradients = Isopo(model, rule, **options), []
 
     def backward(step: int) -> None:
@@ -108,7 +108,7 @@ def test_what_depends_on_the_microbatches_by_construction() -> None:
     ],
 )
 def test_how_often_is_measured(rule: Rule, options: dict[str, Any], passes: int) -> None:
-    isopo, count = Isopo(tiny_qwen3(), rule, **{"overlap_source": "previous_step", **options}), 0
+    isopo, count = Isopo(tiny_qwen3(), rule, **options), 0
     while isopo.needs_past:
         with isopo.measuring():
             count += 1

@@ -9,7 +9,7 @@ import torch
 from tests.threads import Threads
 from torch import Tensor
 
-from proxstep.isopo.trailing import Place, TrailingMeans
+from proxstep.isopo.means import Place, TrailingMeans
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])

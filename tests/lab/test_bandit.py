@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from proxstep.isopo.means import TrailingMeans
 from proxstep.isopo.rule import GUARD
-from proxstep.isopo.trailing import TrailingMeans
 from proxstep.lab import bandit as toy
 from proxstep.lab import toy_report
 from proxstep.lab.bandit import (

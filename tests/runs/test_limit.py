@@ -13,8 +13,8 @@ from contextlib import suppress
 import pytest
 
 from proxstep.runs import limit
-from proxstep.runs.clock import stop_on_signal
 from proxstep.runs.limit import TimeIsUp, time_limit
+from proxstep.runs.stop import stop_on_signal
 
 
 @pytest.mark.parametrize("what", ["time.sleep(9)", "while True: pass", "os.read(pipe, 1)"])

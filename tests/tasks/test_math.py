@@ -11,8 +11,8 @@ from pyarrow import parquet
 
 from proxstep.config.loading import resolve
 from proxstep.errors import ProxstepError
-from proxstep.rewards import math_verify
-from proxstep.tasks import IN_A_BOX, Task, math_task, reward_columns
+from proxstep.rewards import math_verify, reward_columns
+from proxstep.tasks import IN_A_BOX, Task, math_task
 from proxstep.tasks.data import Row
 from proxstep.training.lifecycle import load_task
 from proxstep.training.prompts import load_rewards

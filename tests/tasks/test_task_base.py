@@ -3,7 +3,8 @@ from __future__ import annotations
 from tests.tasks.overlap import num_overlapping
 
 from proxstep import tasks
-from proxstep.tasks import TASKS, Example, Task, reward_columns
+from proxstep.rewards import reward_columns
+from proxstep.tasks import TASKS, Example, Task
 
 
 def chat(content):

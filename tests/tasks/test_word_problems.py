@@ -8,8 +8,8 @@ import pytest
 from tests.tasks.overlap import num_overlapping
 
 from proxstep.errors import ProxstepError
-from proxstep.rewards import numeric_answer
-from proxstep.tasks import STEP_BY_STEP, gsm8k_task, reward_columns, svamp_task
+from proxstep.rewards import numeric_answer, reward_columns
+from proxstep.tasks import STEP_BY_STEP, gsm8k_task, svamp_task
 from proxstep.tasks.data import Row
 
 DATA = Path(os.environ.get("PROXSTEP_DATA", Path(__file__).parents[2].parent / "shared" / "data"))

@@ -23,7 +23,7 @@ def one_batch(folder: Path, algorithm: str, **changes: Any) -> tuple[Trainer, Ba
     model = lifecycle.load_model(source, "float32", torch.device("cpu"), None)
     made = Trainer(recipe, model, tokenizer, *prompts, RunFolder(folder), Silent())
     torch.manual_seed(0)
-    batch, _ = collect(recipe, made.objective, model, tokenizer, prompts[0], 0, made.clock)
+    batch, _ = collect(recipe, made.objective, model, tokenizer, prompts[0], 0, made.clock.phase)
     assert batch is not None
     signal_B = torch.linspace(-1, 1, len(batch))
     return made, dataclasses.replace(batch, signal_B=signal_B)

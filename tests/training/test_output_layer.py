@@ -30,8 +30,8 @@ from transformers import (
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo
 from proxstep.logprobs.tokens import entropy, token_log_probs
+from proxstep.training.chunkable import check_chunkable
 from proxstep.training.output_layer import (
-    check_chunkable,
     completion_log_probs_chunked,
     forward_with_head,
     output_head,

@@ -11,8 +11,7 @@ from tests.engine import collected, made_trainer, with_reward
 from torch import Tensor
 
 from proxstep.logprobs.tokens import KlEstimator, token_log_probs
-from proxstep.training.rollout import response_logits
-from proxstep.training.scores import initial_policy
+from proxstep.training.rollout import initial_policy, response_logits
 from proxstep.training.trainer import Trainer
 
 COEF, TEMPERATURE = 0.5, 0.8

@@ -9,8 +9,7 @@ import torch
 
 from proxstep.training.demo_model import build_embedded_model
 from proxstep.training.evaluation import Probe
-from proxstep.training.rollout import Completions, response_logits, sample
-from proxstep.training.scores import completion_log_probs
+from proxstep.training.rollout import Completions, completion_log_probs, response_logits, sample
 
 TEXTS = ["1+2=", "123+456=", "12+34=", "7*8="] * 20
 

@@ -38,7 +38,7 @@ from proxstep.algorithms import ALGORITHMS, Algorithm
 from proxstep.engines.verl.seams import find_obstacle, loss_mode
 from proxstep.errors import ProxstepError
 from proxstep.training.objective import Objective
-from proxstep.training.scores import score
+from proxstep.training.rollout import score
 
 pytestmark = pytest.mark.verl
 

@@ -38,7 +38,7 @@ from proxstep.engines.verl.estimator import numbered
 from proxstep.engines.verl.policy_loss import config_class
 from proxstep.engines.verl.seams import loss_mode
 from proxstep.training.objective import Objective, make_isopo
-from proxstep.training.scores import score
+from proxstep.training.rollout import score
 
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 ENGINE: dict[str, Any] = {

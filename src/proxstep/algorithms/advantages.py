@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from proxstep.algorithms.preparation import Signal, SignalInputs
 from proxstep.errors import ProxstepError
 from proxstep.typing import Float, Int, Tensor
 
@@ -271,3 +272,8 @@ def check_pairs(name: str, groups: Groups) -> None:
             f"{len(groups.size_P)} groups have only one: set num_generations to 2 or more, or "
             "choose batch-normalized."
         )
+
+
+def plain_signal(inputs: SignalInputs) -> Signal:
+    """Return the advantages as they are: the preparation of an algorithm that has none."""
+    return Signal(inputs.advantage_B, inputs.importance_B)

@@ -1,4 +1,4 @@
-"""From one value per token to the scalar loss, and what every loss checks of its inputs first.
+"""From one value per token to the scalar loss, and to its gradient by sequence.
 
 Shapes: B sequences, T token positions.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -190,3 +191,58 @@ def aggregate_sequences(
         The scalar; 0 when no position counts.
     """
     return aggregate(value_B[:, None].expand(response_mask.shape), response_mask, aggregation)
+
+
+def coefficients_of(
+    loss: Callable[..., LossAndMetrics],
+    name: str,
+    log_probs: Float[Tensor, "batch tokens"],
+    old_log_probs: Float[Tensor, "batch tokens"],
+    advantages: Float[Tensor, " batch"],
+    response_mask: Bool[Tensor, "batch tokens"],
+    **hyper: Any,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""], dict[str, Float[Tensor, " batch"]]]:
+    """Return what `sequence_coefficients` does, of the loss of an algorithm of that name.
+
+    Raises:
+        ProxstepError: The loss's gradient differs between the tokens of a sequence.
+    """
+    check_inputs(log_probs, old_log_probs, advantages, response_mask)
+    with torch.enable_grad():
+        leaf_BT = log_probs.detach().requires_grad_()
+        value, metrics = loss(leaf_BT, old_log_probs, advantages, response_mask, **hyper)
+        (grad_BT,) = torch.autograd.grad(value, leaf_BT)
+    grad_B = gradient_by_sequence(
+        grad_BT,
+        response_mask,
+        f"{name} is declared sequence-level, but its gradient differs between the tokens "
+        'of a sequence: declare it with level="token".',
+    )
+    return -grad_B, value.detach(), metrics
+
+
+def gradient_by_sequence(
+    grad_BT: Float[Tensor, "batch tokens"],
+    response_mask: Bool[Tensor, "batch tokens"],
+    otherwise: str,
+) -> Float[Tensor, " batch"]:
+    """Return the one number that a loss's gradient is at all response tokens of a sequence.
+
+    Args:
+        grad_BT: The gradient with respect to the tokens' log-probabilities.
+        response_mask: True at the response's tokens.
+        otherwise: What to say where there is no such number.
+
+    Returns:
+        The gradient with respect to log pi(y_b); 0 for a sequence without response tokens.
+
+    Raises:
+        ProxstepError: The gradient differs between the tokens of a sequence.
+    """
+    grad_BT = grad_BT.masked_fill(~response_mask, 0.0)
+    first_token_B = response_mask.to(torch.uint8).argmax(dim=-1, keepdim=True)
+    grad_B = grad_BT.gather(1, first_token_B).squeeze(1)
+    unequal_BT = ~torch.isclose(grad_BT, grad_B[:, None], rtol=1e-4, atol=0.0) & response_mask
+    if unequal_BT.any():
+        raise ProxstepError(otherwise)
+    return grad_B

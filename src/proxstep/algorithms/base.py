@@ -10,12 +10,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, get_type_hints
 
-import torch
-
-from proxstep.algorithms.aggregate import LossAndMetrics, check_choice, check_inputs
+from proxstep.algorithms.advantages import plain_signal
+from proxstep.algorithms.aggregate import LossAndMetrics, check_choice, coefficients_of
 from proxstep.algorithms.preparation import Signal, SignalInputs
 from proxstep.errors import ProxstepError
 from proxstep.typing import Bool, Float, Tensor
@@ -131,17 +130,20 @@ class Algorithm:
         """The aggregation's mode when none is given."""
         return inspect.signature(self.loss).parameters["aggregation"].default.mode
 
-    def signal(self, inputs: SignalInputs, options: Options) -> Signal:
-        """Return what the loss takes of a rollout.
+    def preparation(self, options: Options) -> Callable[[SignalInputs], Signal]:
+        """Return the function from a rollout to what the loss takes of it.
 
         Args:
-            inputs: The rollout.
             options: Values of the keys; defaults stand for those that are left out.
         """
         if self.prepare is None:
-            return Signal(inputs.advantage_B, inputs.importance_B)
-        names = _keywords(self.prepare)
-        return self.prepare(inputs, **{name: options[name] for name in names if name in options})
+            return plain_signal
+        names = [name for name in _keywords(self.prepare) if name in options]
+        return partial(self.prepare, **{name: options[name] for name in names})
+
+    def signal(self, inputs: SignalInputs, options: Options) -> Signal:
+        """Return what the loss takes of a rollout; see `preparation`."""
+        return self.preparation(options)(inputs)
 
     def loss_options(self, options: Options) -> dict[str, Any]:
         """Return those of the keys that the loss takes."""
@@ -238,42 +240,12 @@ def sequence_coefficients(
             "token, so a sequence has no single coefficient to hand to ISOPO. Objectives that have "
             f"one: {names}."
         )
-    check_inputs(log_probs, old_log_probs, advantages, response_mask)
-    with torch.enable_grad():
-        leaf_BT = log_probs.detach().requires_grad_()
-        loss, metrics = algorithm.loss(leaf_BT, old_log_probs, advantages, response_mask, **hyper)
-        (grad_BT,) = torch.autograd.grad(loss, leaf_BT)
-    grad_B = gradient_by_sequence(
-        grad_BT,
+    return coefficients_of(
+        algorithm.loss,
+        algorithm.name,
+        log_probs,
+        old_log_probs,
+        advantages,
         response_mask,
-        f"{algorithm.name} is declared sequence-level, but its gradient differs between the tokens "
-        'of a sequence: declare it with level="token".',
+        **hyper,
     )
-    return -grad_B, loss.detach(), metrics
-
-
-def gradient_by_sequence(
-    grad_BT: Float[Tensor, "batch tokens"],
-    response_mask: Bool[Tensor, "batch tokens"],
-    otherwise: str,
-) -> Float[Tensor, " batch"]:
-    """Return the one number that a loss's gradient is at all response tokens of a sequence.
-
-    Args:
-        grad_BT: The gradient with respect to the tokens' log-probabilities.
-        response_mask: True at the response's tokens.
-        otherwise: What to say where there is no such number.
-
-    Returns:
-        The gradient with respect to log pi(y_b); 0 for a sequence without response tokens.
-
-    Raises:
-        ProxstepError: The gradient differs between the tokens of a sequence.
-    """
-    grad_BT = grad_BT.masked_fill(~response_mask, 0.0)
-    first_token_B = response_mask.to(torch.uint8).argmax(dim=-1, keepdim=True)
-    grad_B = grad_BT.gather(1, first_token_B).squeeze(1)
-    unequal_BT = ~torch.isclose(grad_BT, grad_B[:, None], rtol=1e-4, atol=0.0) & response_mask
-    if unequal_BT.any():
-        raise ProxstepError(otherwise)
-    return grad_B

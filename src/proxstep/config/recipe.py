@@ -180,7 +180,7 @@ class Recipe(Section):
                 "geometry.num_overlap_positions null keeps all positions of every layer from step "
                 "to step, which geometry.overlap_source previous_step cannot: give a number"
             )
-        if geometry.overlap_source != "microbatch" and geometry.fisher == "sequences":
+        if geometry.overlap_source not in (None, "microbatch") and geometry.fisher == "sequences":
             raise ValueError(
                 f"geometry.overlap_source {geometry.overlap_source} chooses positions, and "
                 "geometry.fisher sequences uses none: leave one of them out"

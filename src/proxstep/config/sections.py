@@ -188,10 +188,11 @@ class GeometrySection(Section):
         default="all",
         description="Where they lie: anywhere, or where a token of the completion is predicted.",
     )
-    overlap_source: Literal["microbatch", "ranks", "previous_step"] = Field(
+    overlap_source: Literal["previous_step", "microbatch", "ranks"] | None = Field(
         default=default_of(Isopo, "overlap_source"),
-        description="Whose positions: the microbatch's, all ranks', or the last step's, with which "
-        "the result does not depend on microbatch_size.",
+        description="Whose positions: the last step's, with which the result does not depend on "
+        "microbatch_size, the microbatch's, or all ranks'; null for the last step's where a number "
+        "of positions is sampled, else the microbatch's.",
     )
     fisher_denominator: Literal["sample", "trailing"] = Field(
         default=default_of(Isopo, "fisher_denominator"),

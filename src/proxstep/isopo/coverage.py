@@ -6,7 +6,7 @@ checkpoint of ISOPO's state does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,12 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import attention, dora, embedding, experts, watched  # noqa: F401
-from proxstep.isopo.hooks import Owner, Site, kind_of, patch
+from proxstep.isopo.hooks import COVERAGE, SITE, Coverage, Modules, Owner, Site, kind_of, uses
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-Modules = Mapping[nn.Module, str]
-"""The patched modules, with their names."""
 
 
 def install(model: nn.Module, owner: Owner) -> dict[nn.Module, str]:
@@ -115,36 +112,6 @@ def freeze_others(model: nn.Module) -> list[nn.Parameter]:
     return frozen
 
 
-def uses(modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield every trainable parameter once per module that uses it, by its name there."""
-    for module, name in modules.items():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                yield f"{name}.{parameter_name}" if name else parameter_name, parameter
-
-
-def gradient_stamps(modules: Modules) -> dict[str, Any]:
-    """Return what changes when a parameter receives a gradient."""
-    return {key: _stamp(parameter) for key, parameter in uses(modules)}
-
-
-def check_bypassed(
-    modules: Modules, reduced: set[str], before: Mapping[str, Any], owner: Owner
-) -> None:
-    """Name a parameter that received a gradient which its layer knows nothing of.
-
-    Raises:
-        ProxstepError: If there is one.
-    """
-    for key, parameter in uses(modules):
-        known = key in reduced or owner.spares(parameter)
-        if not known and _stamp(parameter) != before[key]:
-            raise ProxstepError(
-                f"{key} received a gradient without its layer's forward having run: a fused head "
-                "or another replacement bypasses it; turn that off, or freeze the parameter"
-            )
-
-
 def check_graph(log_prob: Tensor, modules: Modules, owner: Owner) -> None:
     """Name a parameter that log-probabilities depend on past its layer's forward.
 
@@ -181,11 +148,35 @@ def _is_parameter(node: Any) -> bool:
     return hasattr(node, "variable")
 
 
-def _stamp(parameter: nn.Parameter) -> tuple[int, int] | None:
-    grad = parameter.grad
-    return None if grad is None else (id(grad), grad._version)
-
-
 def _clean(name: str) -> str:
     """Return a module's name without the parts that wrappers add to it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def patch(module: nn.Module, kind: Coverage, site: Site) -> None:
+    """Replace the module's forward on the instance.
+
+    Raises:
+        ProxstepError: If something else has replaced it already.
+    """
+    installed: Site | None = getattr(module, SITE, None)
+    if installed is not None and installed.owner is not None:
+        raise ProxstepError(
+            f"{site.name}: an Isopo is installed on this model already; call its remove() first"
+        )
+    replaced = module.__dict__.get("forward")
+    # What copies of a patched module carry.
+    ours = (*(one.forward for one in COVERAGE), type(module).forward)
+    if replaced is not None and getattr(replaced, "__func__", None) not in ours:
+        raise ProxstepError(
+            f"{site.name}: its forward was replaced on the instance by another library; install "
+            "Isopo first"
+        )
+    module.forward = kind.forward.__get__(module)
+    module.__dict__[SITE] = site
+
+
+def unpatch(module: nn.Module) -> None:
+    """Give the module its own forward back."""
+    del module.__dict__["forward"]
+    del module.__dict__[SITE]

@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.isopo.gradients import Layout, PositionGradients, SequenceGradients, wide
-from proxstep.isopo.hooks import Owner, covers, owner_of, parameter_gradient
+from proxstep.isopo.hooks import (
+    Owner,
+    PositionGradients,
+    SequenceGradients,
+    covers,
+    owner_of,
+    parameter_gradient,
+)
+from proxstep.isopo.plan import Layout, wide
 from proxstep.typing import Float, Int, Tensor
 
 

@@ -19,9 +19,16 @@ import torch
 from torch import nn
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.gradients import Layout, PositionGradients, SequenceGradients, wide
-from proxstep.isopo.hooks import Owner, covers, owner_of, parameter_gradient
+from proxstep.isopo.hooks import (
+    Owner,
+    PositionGradients,
+    SequenceGradients,
+    covers,
+    owner_of,
+    parameter_gradient,
+)
 from proxstep.isopo.linear import OuterGradients, gram, product
+from proxstep.isopo.plan import Layout, wide
 from proxstep.typing import Float, Int, Tensor
 
 _LIMIT = 2**24
@@ -314,7 +321,7 @@ class ExpertSums(SequenceGradients):
         """Return sum_b weight_b G_b."""
         total_EOI = self.positions._zeros()
         for expert, (outer, layout) in self.parts.items():
-            total_EOI[expert] = outer.contract(layout.spread(weight_B))
+            total_EOI[expert] = outer.contract(weight_B, layout)
         return total_EOI
 
     def _formed(self, outer: OuterGradients, layout: Layout) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.gradients import PositionGradients
+from proxstep.isopo.hooks import PositionGradients
+from proxstep.isopo.plan import smallest
 from proxstep.typing import Float, Int, Tensor
 
 Group = dist.ProcessGroup | None
@@ -33,12 +34,6 @@ Kept = dict[str, tuple[Rows, PositionGradients]]
 """Sampled positions and their gradients, by parameter."""
 
 
-def smallest(priority_T: Float[Tensor, " positions"], count: int | None) -> Int[Tensor, " samples"]:
-    """Return the positions of the `count` smallest finite numbers, or of all of them."""
-    order_T = priority_T.argsort(stable=True)[: int(priority_T.isfinite().sum())]
-    return order_T if count is None else order_T[:count]
-
-
 def keys_on_all_ranks(keys: list[int], group: Group) -> list[int]:
     """Return the keys of all ranks' sequences; every rank must call it."""
     everyone: list[list[int]] = [[]] * dist.get_world_size(group)
@@ -57,7 +52,7 @@ def merge(kept: Kept, count: int, group: Group) -> Kept:
         if not all(key in rank for rank in everyone):
             raise ProxstepError(
                 f'{key} received a gradient on some ranks alone: overlap_source="previous_step" '
-                "needs every parameter's on every rank"
+                'needs every parameter\'s on every rank; use overlap_source="microbatch"'
             )
         merged[key] = _merge_one(*kept[key], longest, count, group)
     if merged:

@@ -19,11 +19,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.gradients import Layout, Memory, PositionGradients
-from proxstep.isopo.hooks import OWNERS, SKIPPED, owner_of
+from proxstep.isopo.hooks import OWNERS, SKIPPED, PositionGradients, owner_of
 from proxstep.isopo.linear import OuterGradients, product
 from proxstep.isopo.microbatch import Microbatch
-from proxstep.isopo.plan import Needs, Part
+from proxstep.isopo.plan import Layout, Memory, Needs, Part
 from proxstep.logprobs.chunked import (
     ChunkedLogProbs,
     autocast_head,

@@ -1,4 +1,4 @@
-"""The extension point: a kind of layer is a forward, registered by a decorator, and an operator.
+"""The extension point: a kind of layer is a forward, registered by a decorator, and its gradients.
 
     @covers(lambda module: type(module).forward is nn.Linear.forward, matrices=("weight",))
     def _forward(self: nn.Linear, x: Tensor) -> Tensor: ...
@@ -7,25 +7,146 @@ The forward computes what the module's own computes, and differs from it only in
 gradients, which come from `parameter_gradient`. A forward that runs without gradients, or inside
 `Isopo.off()`, is the module's own.
 
+A parameter's gradient is a sum over token positions, G = sum_t G_t. Each kind of layer has a class
+that holds the G_t of one parameter in one backward pass, in the smallest form that it knows.
+
 What a forward hands to its backward is the microbatch id, in a tensor. A compiled graph takes it as
 an input, so that it is not compiled again for every microbatch, and the operator finds everything
 else through it. It lies on the autograd context and not among the saved tensors,
 which checkpointing replaces by those of a second forward.
+
+Legend for shape suffixes: T positions, B sequences, K sampled positions.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.gradients import KINDS, PositionGradients
+from proxstep.isopo.plan import Layout, Memory, Needs, Part
+from proxstep.typing import Float, Int
+
+# -- position-wise gradients ----------------------------------------------------------------------
+
+KINDS: dict[str, type[PositionGradients]] = {}
+"""Every class of position-wise gradients, by its name."""
+
+
+@dataclass(frozen=True)
+class PositionGradients(ABC):
+    """One parameter's G_t: a frozen dataclass of tensors with a row per position, then numbers.
+
+    A subclass is registered by its name, under which the backward of its layer finds it.
+
+    Attributes:
+        is_matrix: Whether the parameter is a linear layer's weight, rather than one of the "other
+            parameters" of `Isopo`.
+    """
+
+    is_matrix: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Register the class.
+
+        Raises:
+            TypeError: If another class has its name.
+        """
+        known = KINDS.setdefault(cls.__name__, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"there is a class of position-wise gradients named {cls.__name__}")
+        KINDS[cls.__name__] = cls
+
+    @property
+    def num_rows(self) -> int:
+        """Number of positions."""
+        return len(self.first)
+
+    @property
+    def first(self) -> Tensor:
+        """The first tensor, the gradient of the layer's output: for its dtype and device."""
+        return getattr(self, fields(self)[0].name)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PositionGradients:
+        """Return the same with a function applied to each tensor."""
+        values: list[Any] = [getattr(self, f.name) for f in fields(self)]
+        return type(self)(*(function(v) if isinstance(v, Tensor) else v for v in values))
+
+    @abstractmethod
+    def at(self, index: Int[Tensor, " samples"]) -> PositionGradients:
+        """Return those of some positions."""
+
+    @abstractmethod
+    def squares(self) -> Float[Tensor, " positions"]:
+        """Return |G_t|^2."""
+
+    @abstractmethod
+    def contract(self, weight_T: Float[Tensor, " positions"]) -> Tensor:
+        """Return sum_t weight_t G_t, in the parameter's shape."""
+
+    def along(self, direction: Tensor) -> Float[Tensor, " positions"]:
+        """Return <G_t, direction>, with a direction in the parameter's shape; for PROMA."""
+        raise ProxstepError(f"PROMA does not cover {type(self).__name__}: freeze its parameters")
+
+    def sums(self, layout: Layout) -> SequenceGradients:
+        """Return each sequence's gradient; not for a class that measures its own `parts`."""
+        raise NotImplementedError(f"{type(self).__name__}.sums")
+
+    def parts(
+        self,
+        layout: Layout,
+        needs: Needs,
+        sample: Any,
+        memory: Memory,
+        *,
+        separable: bool,
+    ) -> Iterator[Part]:
+        """Measure the sequences: all at once, or where that is cheaper some at a time.
+
+        Args:
+            layout: Which position belongs to which sequence.
+            needs: The statistics.
+            sample: Gradients at the positions that estimate the Fisher norm, where it is needed.
+            memory: The workspace, which a part may use until the next is asked for.
+            separable: Whether some sequences may be weighed before the others are measured.
+        """
+        del memory, separable
+        sums = self.sums(layout)
+        yield Part(
+            slice(None),
+            lambda weight_B, _: sums.contract(weight_B),
+            None if sample is None else sums.cross(sample),
+            sums.norm_squares() if needs.norm else None,
+            sums.ntk() if needs.ntk else None,
+        )
+
+
+class SequenceGradients(ABC):
+    """The gradients G_b of one parameter."""
+
+    @abstractmethod
+    def cross(self, sample: Any) -> Float[Tensor, "samples batch"]:
+        """Return <G_k, G_b> with the G_k of a sample of positions, in the same class's form."""
+
+    @abstractmethod
+    def norm_squares(self) -> Float[Tensor, " batch"]:
+        """Return |G_b|^2."""
+
+    @abstractmethod
+    def ntk(self) -> Float[Tensor, "batch batch"]:
+        """Return <G_b, G_c>."""
+
+    @abstractmethod
+    def contract(self, weight_B: Float[Tensor, " batch"]) -> Tensor:
+        """Return sum_b weight_b G_b, in the parameter's shape."""
+
 
 # -- who asks for gradients ------------------------------------------------------------------------
 
@@ -215,7 +336,7 @@ class Coverage:
         return any(p.requires_grad for p in module.parameters(recurse=self.borrows))
 
 
-_COVERAGE: list[Coverage] = []
+COVERAGE: list[Coverage] = []
 
 
 def covers(
@@ -238,8 +359,8 @@ def covers(
         # A bound method is copied with its module and pickled by its name: an unpickled module
         # finds its class's forward.
         forward.__name__ = "forward"
-        place = 0 if last else len(_COVERAGE)
-        _COVERAGE.insert(place, Coverage(test, forward, matrices, borrows))
+        place = 0 if last else len(COVERAGE)
+        COVERAGE.insert(place, Coverage(test, forward, matrices, borrows))
         return forward
 
     return register
@@ -247,7 +368,7 @@ def covers(
 
 def kind_of(module: nn.Module) -> Coverage | None:
     """Return the kind of layer that a module is, or None."""
-    return next((kind for kind in reversed(_COVERAGE) if kind.covers(module)), None)
+    return next((kind for kind in reversed(COVERAGE) if kind.covers(module)), None)
 
 
 def is_class(module: nn.Module, name: str, package: str) -> bool:
@@ -256,30 +377,48 @@ def is_class(module: nn.Module, name: str, package: str) -> bool:
     return any(cls.__name__ == name and cls.__module__.startswith(package) for cls in classes)
 
 
-def patch(module: nn.Module, kind: Coverage, site: Site) -> None:
-    """Replace the module's forward on the instance.
+# -- the parameters of patched modules ------------------------------------------------------------
+
+Modules = Mapping[nn.Module, str]
+"""The patched modules, with their names."""
+
+
+def parts_of(model: nn.Module) -> tuple[frozenset[int], frozenset[int]]:
+    """Return what tells whether modules were exchanged, or parameters frozen or thawed."""
+    trainable = (id(p) for p in model.parameters() if p.requires_grad)
+    return frozenset(map(id, model.modules())), frozenset(trainable)
+
+
+def uses(modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every trainable parameter once per module that uses it, by its name there."""
+    for module, name in modules.items():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                yield f"{name}.{parameter_name}" if name else parameter_name, parameter
+
+
+def gradient_stamps(modules: Modules) -> dict[str, Any]:
+    """Return what changes when a parameter receives a gradient."""
+    return {key: _stamp(parameter) for key, parameter in uses(modules)}
+
+
+def check_bypassed(
+    modules: Modules, reduced: set[str], before: Mapping[str, Any], owner: Owner
+) -> None:
+    """Name a parameter that received a gradient which its layer knows nothing of.
 
     Raises:
-        ProxstepError: If something else has replaced it already.
+        ProxstepError: If there is one.
     """
-    installed: Site | None = getattr(module, SITE, None)
-    if installed is not None and installed.owner is not None:
-        raise ProxstepError(
-            f"{site.name}: an Isopo is installed on this model already; call its remove() first"
-        )
-    replaced = module.__dict__.get("forward")
-    # What copies of a patched module carry.
-    ours = (*(one.forward for one in _COVERAGE), type(module).forward)
-    if replaced is not None and getattr(replaced, "__func__", None) not in ours:
-        raise ProxstepError(
-            f"{site.name}: its forward was replaced on the instance by another library; install "
-            "Isopo first"
-        )
-    module.forward = kind.forward.__get__(module)
-    module.__dict__[SITE] = site
+    for key, parameter in uses(modules):
+        known = key in reduced or owner.spares(parameter)
+        if not known and _stamp(parameter) != before[key]:
+            raise ProxstepError(
+                f"{key} received a gradient without its layer's forward having run: a fused head "
+                "or another replacement bypasses it; turn that off, or freeze the parameter"
+            )
 
 
-def unpatch(module: nn.Module) -> None:
-    """Give the module its own forward back."""
-    del module.__dict__["forward"]
-    del module.__dict__[SITE]
+def _stamp(parameter: nn.Parameter) -> tuple[int, int] | None:
+    grad = parameter.grad
+    return None if grad is None else (id(grad), grad._version)

@@ -17,9 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.isopo.gradients import Layout, Memory, PositionGradients
-from proxstep.isopo.hooks import Owner, covers, is_class, owner_of, parameter_gradient
-from proxstep.isopo.plan import Needs, Part, Shape, choose
+from proxstep.isopo.hooks import (
+    Owner,
+    PositionGradients,
+    covers,
+    is_class,
+    owner_of,
+    parameter_gradient,
+)
+from proxstep.isopo.plan import Layout, Memory, Needs, Part, Shape, choose
 from proxstep.typing import Bool, Float, Int, Tensor
 
 
@@ -145,7 +151,9 @@ class OuterGradients(PositionGradients):
         With a layout there is one weight per sequence.
         """
         grad_TO, input_TI = self.grad_TO, self.input_TI
-        weight_T = weight if layout is None else layout.spread(weight)
+        weight_T = weight
+        if layout is not None:
+            weight_T = nn.functional.pad(weight, (0, 1))[layout.sequence_T]  # 0 at padding
         column_T1 = weight_T.to(grad_TO.dtype)[:, None]
         if grad_TO.shape[1] <= input_TI.shape[1]:
             return (grad_TO * column_T1).mT @ input_TI

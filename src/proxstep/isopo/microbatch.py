@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch.nn import functional
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.records import LayerRecord, joined
-from proxstep.isopo.gradients import Layout, Memory, PositionGradients
-from proxstep.isopo.hooks import OWNERS, UNBOUND
-from proxstep.isopo.plan import Needs, Statistics
+from proxstep.isopo.hooks import OWNERS, UNBOUND, PositionGradients
+from proxstep.isopo.plan import Layout, Memory, Needs, Statistics
 from proxstep.isopo.presets import Rule
 from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import Means, NaturalRule, fisher_squares, kernel_fisher_squares
@@ -183,7 +183,8 @@ class Microbatch:
         excluded = self.settings.only_linear and not gradients.is_matrix
         if excluded or (needs == Needs() and given_B is None):
             weight_B = -sequences.coefficient_B * (not self._measuring)
-            return gradients.contract(self.layout.spread(weight_B))
+            weight_T = functional.pad(weight_B, (0, 1))[self.layout.sequence_T]  # 0 at padding
+            return gradients.contract(weight_T)
         by_sequences = self.settings.fisher == "sequences"
         wanted = {"fisher_sq", *self._averages} if needs.fisher else self._averages
         separable = not (rule.interacting or by_sequences) and wanted <= past.keys()

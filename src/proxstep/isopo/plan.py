@@ -1,7 +1,8 @@
-"""The plan of one layer's reduction: which exact form of its statistics is the cheapest.
+"""What one reduction needs besides the gradients: their layout, its cost, and the workspace.
 
-For a matrix of O x I features, with T positions of which K are sampled, B sequences of L positions
-each, the forms cost (multiplications and additions count two):
+The plan of one layer's reduction says which exact form of its statistics is the cheapest. For a
+matrix of O x I features, with T positions of which K are sampled, B sequences of L positions each,
+the forms cost (multiplications and additions count two):
 
     the gradient, one product over all positions      2 T I O
     F_b, ghost: two Grams of K x T positions          2 K T (I + O)
@@ -21,11 +22,15 @@ Legend for shape suffixes: B sequences, K sampled positions, O and I output and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from proxstep.typing import Float, Tensor
+import torch
+
+from proxstep.errors import ProxstepError
+from proxstep.typing import Float, Int, Tensor
 
 FLOPS_PER_BYTE = {"cpu": 6.0, "cuda": 150.0}
 """Arithmetic that takes as long as moving one byte: 90 GFLOP/s over 15 GB/s on one core of an EPYC
@@ -34,6 +39,123 @@ server; tensor cores over HBM on a data-center GPU. Other devices are taken for 
 
 MEMORY_BUDGET = 128 * 2**20
 """Bytes that the statistics of one layer may take at a time, beyond its inputs."""
+
+
+# -- the layout ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The token positions of a microbatch.
+
+    Positions are those of the flattened grid, except where the positions of a sequence do not
+    follow each other in it: then they are gathered, sequence by sequence.
+
+    Attributes:
+        grid: Shape of the token grid, (rows, columns).
+        order_T: Where positions are gathered, each one's index in the flattened grid; else None.
+        sequence_T: Each position's sequence; `num_sequences` at padding.
+        bounds: First and last-plus-one position of each sequence.
+        one_hot_TB: 1 where a position belongs to a sequence, float32.
+    """
+
+    grid: tuple[int, int]
+    order_T: Int[Tensor, " positions"] | None
+    sequence_T: Int[Tensor, " positions"]
+    bounds: tuple[tuple[int, int], ...]
+    one_hot_TB: Float[Tensor, "positions batch"]
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.bounds)
+
+    @property
+    def num_positions(self) -> int:
+        """T, padding included where nothing is gathered."""
+        return len(self.sequence_T)
+
+    def sum_by_sequence(
+        self, value_NT: Float[Tensor, "rows positions"]
+    ) -> Float[Tensor, "rows batch"]:
+        """Sum the columns of each sequence."""
+        return value_NT @ self.one_hot_TB.to(value_NT.dtype)
+
+    def only(self, index: Int[Tensor, " kept"]) -> Layout:
+        """Return the layout of the positions in `index`, which must be in ascending order."""
+        sequence_T = self.sequence_T[index]
+        bounds = _bounds(sequence_T, self.num_sequences)
+        return Layout(self.grid, None, sequence_T, bounds, self.one_hot_TB[index])
+
+
+def make_layout(sequence_ids: Tensor, num_sequences: int) -> Layout:
+    """Return the layout of a (rows, columns) grid of sequence ids, -1 for padding.
+
+    Raises:
+        ProxstepError: If the ids are not integers 0 to num_sequences - 1, each of them present, or
+            a sequence lies in more than one row.
+    """
+    if sequence_ids.dim() != 2 or sequence_ids.is_floating_point():
+        raise ProxstepError(
+            "sequence_ids must be integers of shape (rows, columns), -1 for padding"
+        )
+    rows, columns = sequence_ids.shape
+    flat_T = sequence_ids.reshape(-1).long()
+    _check_ids(sequence_ids, num_sequences)
+    sequence_T = torch.where(flat_T < 0, num_sequences, flat_T)
+    bounds, order_T = _bounds(sequence_T, num_sequences), None
+    if sum(end - start for start, end in bounds) != int((flat_T >= 0).sum()):
+        order_T = sequence_T.argsort(stable=True)
+        order_T = order_T[: int((flat_T >= 0).sum())]
+        sequence_T = sequence_T[order_T]
+        bounds = _bounds(sequence_T, num_sequences)
+    one_hot_TB = torch.nn.functional.one_hot(sequence_T, num_sequences + 1)[:, :num_sequences]
+    return Layout((rows, columns), order_T, sequence_T, bounds, one_hot_TB.float())
+
+
+def _check_ids(sequence_ids: Tensor, num_sequences: int) -> None:
+    highest = int(sequence_ids.max()) if sequence_ids.numel() else -1
+    present_RB = torch.zeros(
+        sequence_ids.shape[0], max(highest, num_sequences - 1) + 2, device=sequence_ids.device
+    ).scatter_(1, sequence_ids.long().clamp(min=-1) + 1, 1.0)[:, 1:]
+    rows_of_B = present_RB.sum(dim=0)
+    if highest >= num_sequences or bool((rows_of_B == 0).any()):
+        raise ProxstepError(
+            f"sequence_ids must name each of the {num_sequences} sequences that have a "
+            f"coefficient, 0 to {num_sequences - 1}, and no other"
+        )
+    if bool((rows_of_B > 1).any()):
+        raise ProxstepError(
+            f"sequence {int((rows_of_B > 1).long().argmax())} lies in more than one row of "
+            "sequence_ids: a sequence must be whole, in one row, in one microbatch (sequence and "
+            "context parallelism split sequences, and cannot be combined with ISOPO)"
+        )
+
+
+def _bounds(sequence_T: Tensor, num_sequences: int) -> tuple[tuple[int, int], ...]:
+    """Return the run of each sequence that starts at its first position; (0, 0) for none."""
+    num = len(sequence_T)
+    position_T = torch.arange(num, device=sequence_T.device)
+    differs_T = sequence_T[1:] != sequence_T[:-1]
+    next_T = torch.full_like(position_T, num)
+    next_T[:-1] = torch.where(differs_T, position_T[1:], num)
+    end_T = next_T.flip(0).cummin(0).values.flip(0)  # where the run of each position ends
+    first_B = torch.full((num_sequences + 1,), num, device=sequence_T.device)
+    first_B = first_B.scatter_reduce(0, sequence_T, position_T, "amin")[:num_sequences]
+    present_B = first_B < num
+    first_B = first_B.masked_fill(~present_B, 0)
+    end_B = end_T[first_B].masked_fill(~present_B, 0) if num else first_B
+    pairs = torch.stack([first_B, end_B], dim=1).tolist()
+    return tuple((start, end) for start, end in pairs)
+
+
+def smallest(value_T: Float[Tensor, " positions"], count: int | None) -> Int[Tensor, " samples"]:
+    """Return the positions of the `count` smallest finite numbers, or of all of them."""
+    order_T = value_T.argsort(stable=True)[: int(value_T.isfinite().sum())]
+    return order_T if count is None else order_T[:count]
+
+
+# -- the plan --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -188,3 +310,61 @@ class Part:
     cross_KB: Float[Tensor, "samples batch"] | None = None
     norm_sq_B: Float[Tensor, " batch"] | None = None
     ntk_BB: Float[Tensor, "batch batch"] | None = None
+
+
+# -- the workspace ---------------------------------------------------------------------------------
+
+
+class Memory:
+    """A reused buffer and a cache of one entry per purpose, both empty again after `release`.
+
+    A fresh buffer for every layer would cost more time in page faults than in arithmetic. Layers
+    that see the same input (queries, keys and values; gate and up) follow each other in backward,
+    so one entry is enough to share its Gram.
+
+    Args:
+        budget: Bytes that the statistics of one layer may take at a time.
+    """
+
+    def __init__(self, budget: int = MEMORY_BUDGET) -> None:
+        self.budget = budget
+        self._buffer: Tensor | None = None
+        self._shared: dict[str, tuple[tuple[object, ...], object, Any]] = {}
+
+    def buffer(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialized tensor that is valid until the next call."""
+        size = math.prod(shape)
+        old = self._buffer
+        fits = old is not None and old.dtype == dtype and old.device == like.device
+        if old is None or not fits or old.numel() < size:
+            self._buffer = old = None
+            self._buffer = old = torch.empty(size, dtype=dtype, device=like.device)
+        return old[:size].view(shape)
+
+    def shared(self, purpose: str, of: Tensor, layout: object, compute: Callable[[], Any]) -> Any:
+        """Return `compute()`, or what it returned last for the same purpose, tensor and layout.
+
+        The tensor is kept as long as its entry, so that no other one can have its address; and the
+        layout, which stands for its microbatch: another one samples other positions.
+        """
+        key = (of.data_ptr(), of.shape, of.stride(), of._version, id(layout))
+        entry = self._shared.get(purpose)
+        if entry is None or entry[0] != key:
+            self._shared.pop(purpose, None)
+            entry = self._shared[purpose] = (key, (of, layout), compute())
+        return entry[2]
+
+    def release(self) -> None:
+        """Forget both."""
+        self._buffer = None
+        self._shared.clear()
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or the dtype itself where it has more digits."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide(value: Tensor) -> Tensor:
+    """Return the value in float32, or as it is where it has more digits."""
+    return value.to(wide_dtype(value.dtype))

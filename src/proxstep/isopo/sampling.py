@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import gathering
-from proxstep.isopo.gathering import Group, Kept, Rows, smallest
-from proxstep.isopo.gradients import KINDS, Layout, PositionGradients
+from proxstep.isopo.gathering import Group, Kept, Rows
+from proxstep.isopo.hooks import KINDS, PositionGradients
+from proxstep.isopo.plan import Layout, smallest
 from proxstep.isopo.rule import OverRanks
 from proxstep.typing import Bool, Float, Int, Tensor
 

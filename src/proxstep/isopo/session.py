@@ -17,19 +17,11 @@ import torch.distributed as dist
 from torch import nn
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo.coverage import (
-    check_bypassed,
-    check_coverage,
-    check_graph,
-    freeze_others,
-    gradient_stamps,
-    install,
-    uses,
-)
-from proxstep.isopo.diagnostics.records import LayerRecord, step_means
+from proxstep.isopo.coverage import check_coverage, check_graph, freeze_others, install, unpatch
+from proxstep.isopo.diagnostics.records import LayerRecord
 from proxstep.isopo.diagnostics.step import StepDiagnostics, diagnose
-from proxstep.isopo.gradients import Memory, make_layout
-from proxstep.isopo.hooks import unpatch
+from proxstep.isopo.hooks import check_bypassed, gradient_stamps, parts_of, uses
+from proxstep.isopo.means import TrailingMeans, step_means
 from proxstep.isopo.microbatch import (
     Denominator,
     Fisher,
@@ -40,12 +32,11 @@ from proxstep.isopo.microbatch import (
     Settings,
     check_coefficients,
 )
-from proxstep.isopo.plan import MEMORY_BUDGET
+from proxstep.isopo.plan import MEMORY_BUDGET, Memory, make_layout
 from proxstep.isopo.presets import PRESETS, Rule
 from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import NaturalRule
 from proxstep.isopo.sampling import Drawing, OverlapPositions, OverlapSource
-from proxstep.isopo.trailing import TrailingMeans
 from proxstep.typing import Bool, Float, Int, Tensor
 
 OtherParameters = Literal["transform", "reinforce", "freeze"]
@@ -79,10 +70,12 @@ class Isopo:
             all.
         overlap_positions: Sample them from "all" positions or only from those that predict a token
             of the "completion".
-        overlap_source: Sample them from the "microbatch", from all "ranks", or from the
-            "previous_step". The latter two make the isometric rule independent of how sequences are
-            spread over ranks, or over microbatches too. "ranks" needs `sequence_keys` and exchanges
-            samples in backward: every rank must run the same number of microbatches.
+        overlap_source: Sample them from the "previous_step", which makes the isometric rule
+            independent of how sequences are spread over microbatches and ranks, and keeps 2 K rows
+            of every layer's inputs and gradients; from the "microbatch"; or from all "ranks", which
+            needs `sequence_keys` and exchanges samples in backward: every rank must run the same
+            number of microbatches. None for "previous_step", or for "microbatch" where all of its
+            positions are taken, or its sequences.
         fisher_denominator: Divide by the "sample"'s own sum of squares or by its "trailing" mean.
         decay: Of the trailing means, per optimizer step.
         seed: Of the sample of positions.
@@ -108,7 +101,7 @@ class Isopo:
         fisher: Fisher = "positions",
         num_overlap_positions: int | None = 250,
         overlap_positions: OverlapPositions = "all",
-        overlap_source: OverlapSource = "microbatch",
+        overlap_source: OverlapSource | None = None,
         fisher_denominator: Denominator = "sample",
         decay: float = 0.9,
         seed: int = 0,
@@ -120,8 +113,11 @@ class Isopo:
         _check_choice("other_parameters", other_parameters, OtherParameters)
         _check_choice("fisher", fisher, Fisher)
         _check_choice("overlap_positions", overlap_positions, OverlapPositions)
-        _check_choice("overlap_source", overlap_source, OverlapSource)
         _check_choice("fisher_denominator", fisher_denominator, Denominator)
+        if overlap_source is None:
+            carries = fisher == "positions" and num_overlap_positions is not None
+            overlap_source = "previous_step" if carries else "microbatch"
+        _check_choice("overlap_source", overlap_source, OverlapSource)
         if fisher == "sequences" and overlap_source != "microbatch":
             raise ProxstepError(
                 f'overlap_source="{overlap_source}" chooses positions, and fisher="sequences" uses '
@@ -153,6 +149,7 @@ class Isopo:
         if only_linear:
             self._router.rescue = Rescue(self._router.number)
         self._modules = install(model, self._router)
+        self._covered = parts_of(model)
 
     # -- using it ----------------------------------------------------------------------------------
 
@@ -198,7 +195,10 @@ class Isopo:
         """
         if self._router.active is not None:
             raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
-        check_coverage(self.model, self._modules, self._router)
+        model = parts_of(self.model)
+        if model != self._covered:  # it was changed since the last microbatch
+            check_coverage(self.model, self._modules, self._router)
+            self._covered = model
         self._check_step_was_called()
         check_coefficients(coefficients)
         layout = make_layout(sequence_ids, len(coefficients))

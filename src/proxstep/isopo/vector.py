@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.isopo.gradients import Layout, PositionGradients, SequenceGradients, wide, wide_dtype
-from proxstep.isopo.hooks import Owner, Site, covers, owner_of, parameter_gradient
+from proxstep.isopo.hooks import (
+    Owner,
+    PositionGradients,
+    SequenceGradients,
+    Site,
+    covers,
+    owner_of,
+    parameter_gradient,
+)
+from proxstep.isopo.plan import Layout, wide, wide_dtype
 from proxstep.typing import Float, Int, Tensor
 
 

@@ -27,10 +27,10 @@ from proxstep.algorithms import (
     sequence_coefficients,
 )
 from proxstep.algorithms.advantages import group_zscore
+from proxstep.isopo.means import TrailingMeans
 from proxstep.isopo.plan import Statistics
 from proxstep.isopo.presets import PRESETS
 from proxstep.isopo.rule import IsometricRule, NaturalRule
-from proxstep.isopo.trailing import TrailingMeans
 from proxstep.lab.categorical import (
     chi_square,
     cosines,

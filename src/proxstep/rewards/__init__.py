@@ -15,6 +15,7 @@ from proxstep.rewards.scoring import (
     check_rewards,
     load_reward,
     overlong_punishment,
+    reward_columns,
     reward_name,
     score_completions,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "math_verify",
     "numeric_answer",
     "overlong_punishment",
+    "reward_columns",
     "reward_name",
     "score_completions",
 ]

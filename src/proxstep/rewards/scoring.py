@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from numbers import Real
@@ -24,6 +24,16 @@ from proxstep.rewards.functions import (
     math_verify,
     numeric_answer,
 )
+
+
+class Answered(Protocol):
+    """What of an example reward functions receive: its reference answer, and its other columns."""
+
+    @property
+    def answer(self) -> str: ...  # noqa: D102
+
+    @property
+    def columns(self) -> Mapping[str, Any]: ...  # noqa: D102
 
 
 class RewardFunction(Protocol):
@@ -136,6 +146,24 @@ def _import_file(path: Path, spec: str) -> ModuleType:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def reward_columns(examples: Sequence[Answered]) -> dict[str, list[Any]]:
+    """Return the columns that reward functions receive for a batch of examples.
+
+    Args:
+        examples: B examples.
+
+    Returns:
+        `answer` and every column of any example, B values each; None where an example lacks it.
+
+    >>> from proxstep.tasks import Example
+    >>> reward_columns([Example("1+1=", "2"), Example("2+2=", "4", columns={"level": 1})])
+    {'answer': ['2', '4'], 'level': [None, 1]}
+    """
+    names = dict.fromkeys(name for example in examples for name in example.columns)
+    columns = {name: [example.columns.get(name) for example in examples] for name in names}
+    return {"answer": [example.answer for example in examples], **columns}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ STATE_KEYS = {
     "schedule",
     "isopo",
     "probe",
+    "recipe",
     "trained",
     "unrecorded",
     "logs",

@@ -1,7 +1,7 @@
 """Tasks: procedural arithmetic, GSM8K, MATH, SVAMP, and any table of prompts and answers."""
 
 from proxstep.tasks.arithmetic import ALPHABET, arithmetic_task
-from proxstep.tasks.base import REWARDS, Example, Prompt, Task, reward_columns
+from proxstep.tasks.base import REWARDS, Example, Prompt, Task
 from proxstep.tasks.data import Row, load_hub_rows, load_rows, read_rows
 from proxstep.tasks.tabular import (
     IN_A_BOX,
@@ -30,7 +30,6 @@ __all__ = [
     "load_rows",
     "math_task",
     "read_rows",
-    "reward_columns",
     "svamp_task",
     "table_task",
 ]

@@ -53,20 +53,3 @@ class Task:
     train: Sequence[Example]
     validation: Sequence[Example]
     rewards: tuple[str, ...]
-
-
-def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """Return the columns that reward functions receive for a batch of examples.
-
-    Args:
-        examples: B examples.
-
-    Returns:
-        `answer` and every column of any example, B values each; None where an example lacks it.
-
-    >>> reward_columns([Example("1+1=", "2"), Example("2+2=", "4", columns={"level": 1})])
-    {'answer': ['2', '4'], 'level': [None, 1]}
-    """
-    names = dict.fromkeys(name for example in examples for name in example.columns)
-    columns = {name: [example.columns.get(name) for example in examples] for name in names}
-    return {"answer": [example.answer for example in examples], **columns}

@@ -6,7 +6,8 @@ Legend for shape suffixes: B sequences, T token positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,13 +18,21 @@ from proxstep.algorithms import OldPolicy
 from proxstep.algorithms.advantages import Groups
 from proxstep.config.recipe import Recipe
 from proxstep.rewards import overlong_punishment
-from proxstep.runs.clock import Clock
 from proxstep.training.objective import Objective
 from proxstep.training.prompts import Prompts, batch_rows
 from proxstep.training.regularizers import reward_penalty
-from proxstep.training.rollout import Completions, autocast, joined, sample, vocabulary_size
-from proxstep.training.scores import completion_log_probs
+from proxstep.training.rollout import (
+    Completions,
+    autocast,
+    completion_log_probs,
+    joined,
+    sample,
+    vocabulary_size,
+)
 from proxstep.typing import Float, Int, Tensor
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""A context that measures the time of a phase, by its name."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ def collect(
     tokenizer: Any,
     prompts: Prompts,
     first_batch: int,
-    clock: Clock,
+    phase: Phase,
     initial: nn.Module | None = None,
 ) -> tuple[Batch | None, dict[str, Any]]:
     """Sample and grade one step's completions, and choose those that the update learns from.
@@ -158,7 +167,7 @@ def collect(
     Returns:
         The batch, or None where nothing is left to learn from, and what was measured.
     """
-    graded, num_batches = generate(recipe, model, tokenizer, prompts, first_batch, clock)
+    graded, num_batches = generate(recipe, model, tokenizer, prompts, first_batch, phase)
     measured = {**graded.describe(), "generation_batches": num_batches}
     reward_B = graded.reward_B
     if (punishment_B := overlong(recipe, graded.completions)) is not None:
@@ -170,13 +179,13 @@ def collect(
     completions = graded.completions.rows(kept.to(graded.completions.token_BT.device))
     reward_B, group_B, log_prob_BT = reward_B[kept], graded.group_B[kept], None
     if recipe.regularizer.in_reward:
-        with clock.phase("log_probs"):
+        with phase("log_probs"):
             log_prob_BT = _log_probs(recipe, model, completions)
             penalty_B = reward_penalty(recipe, model, initial, log_prob_BT, completions).cpu()
         measured["rewards/kl"] = penalty_B.double().mean().item()
         reward_B = reward_B + penalty_B
     batch, more = _batch(
-        recipe, objective, model, completions, reward_B, group_B, clock, log_prob_BT
+        recipe, objective, model, completions, reward_B, group_B, phase, log_prob_BT
     )
     measured |= more
     if not recipe.rollout.mask_truncated_completions:
@@ -206,7 +215,7 @@ def _batch(
     completions: Completions,
     reward_B: Tensor,
     group_B: Tensor,
-    clock: Clock,
+    phase: Phase,
     log_prob_BT: Tensor | None,
 ) -> tuple[Batch, dict[str, Any]]:
     """Return the batch of graded completions, and what was measured of advantages and signal."""
@@ -217,7 +226,7 @@ def _batch(
     old_log_prob_BT = old_policy = None
     to_sampler = objective.algorithm.ratio_to_sampler
     if objective.reads_old_policy or (update.num_updates > 1 and not to_sampler):
-        with clock.phase("log_probs"):
+        with phase("log_probs"):
             if log_prob_BT is None:
                 log_prob_BT = _log_probs(recipe, model, completions)
         old_log_prob_BT = log_prob_BT
@@ -284,7 +293,7 @@ def generate(
     tokenizer: Any,
     prompts: Prompts,
     first_batch: int,
-    clock: Clock,
+    phase: Phase,
 ) -> tuple[Graded, int]:
     """Return a step's completions, graded, and from how many batches of prompts they are.
 
@@ -300,7 +309,7 @@ def generate(
     found = 0
     while len(parts) < (section.dynamic_sampling_max_batches or 1) and found < section.num_prompts:
         batch = first_batch + len(parts)
-        parts.append(_generation_batch(recipe, model, tokenizer, prompts, batch, clock))
+        parts.append(_generation_batch(recipe, model, tokenizer, prompts, batch, phase))
         found += len(informative_groups(parts[-1].reward_B, parts[-1].group_B))
     return _joined(parts, tokenizer.pad_token_id), len(parts)
 
@@ -311,13 +320,13 @@ def _generation_batch(
     tokenizer: Any,
     prompts: Prompts,
     batch: int,
-    clock: Clock,
+    phase: Phase,
 ) -> Graded:
     """Sample and grade `num_generations` completions of each prompt of one batch."""
     section = recipe.rollout
     rows = batch_rows(len(prompts), section.num_prompts, batch, recipe.seed)
     repeated = [row for row in rows for _ in range(section.num_generations)]
-    with clock.phase("rollout"), autocast(recipe, model):
+    with phase("rollout"), autocast(recipe, model):
         completions = sample(
             model,
             tokenizer,
@@ -328,7 +337,7 @@ def _generation_batch(
             top_k=section.top_k,
             with_log_probs=recipe.keeps_sampler,
         )
-    with clock.phase("reward"):
+    with phase("reward"):
         table = prompts.grade(repeated, completions.texts(tokenizer))
     reward_B = torch.tensor(table.total, dtype=torch.float64)
     group_B = torch.arange(len(rows)).repeat_interleave(section.num_generations)

@@ -15,8 +15,15 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.tokens import kl_divergence, kl_estimate
 from proxstep.training.prompts import Prompts
-from proxstep.training.rollout import Completions, evaluating, response_logits, sample
-from proxstep.training.scores import Head, completion_log_probs, initial_policy
+from proxstep.training.rollout import (
+    Completions,
+    Head,
+    completion_log_probs,
+    evaluating,
+    initial_policy,
+    response_logits,
+    sample,
+)
 from proxstep.typing import Float, Tensor
 
 

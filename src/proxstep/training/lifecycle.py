@@ -83,9 +83,14 @@ def resume(path: str | Path, progress: Progress) -> str:
         state = load_state(checkpoint)
         waiting = state["unrecorded"] is not None
         if state["step"] >= recipe.steps and not waiting:
+            if folder.status() in ("killed", "failed"):  # after its last checkpoint
+                folder.conclude("finished")
+                return "finished"
             raise ProxstepError(
                 f"{path}: the run is finished, at step {state['step']} of {recipe.steps}"
             )
+        if changed := _changed_keys(state["recipe"], recipe.model_dump()):
+            progress.note(f"recipe.yaml is not what the run wrote: {'; '.join(changed)}")
         folder.check_logs(state["step"] - waiting, state["logs"], progress.note)
         check(recipe)
         tokenizer, prompts = _tokenized(recipe, str(checkpoint))
@@ -97,6 +102,15 @@ def resume(path: str | Path, progress: Progress) -> str:
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
         trainer.restore(state)
         return trainer.run()
+
+
+def _changed_keys(before: Any, now: Any, key: str = "") -> list[str]:
+    """Return what was changed of a recipe, the folder it lies in aside."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [name for name in {**before, **now} if name != "output_dir"]
+        below = (_changed_keys(before.get(k), now.get(k), f"{key}.{k}") for k in keys)
+        return [text for texts in below for text in texts]
+    return [] if before == now else [f"{key[1:]} {before} is now {now}"]
 
 
 def evaluate(

@@ -11,14 +11,8 @@ from typing import Any
 
 import torch
 
-from proxstep.algorithms import (
-    ADVANTAGES,
-    Aggregation,
-    OldPolicy,
-    Signal,
-    SignalInputs,
-    sequence_coefficients,
-)
+from proxstep.algorithms import ADVANTAGES, Aggregation, OldPolicy, Signal, SignalInputs
+from proxstep.algorithms.aggregate import coefficients_of
 from proxstep.algorithms.safeguards import tv_bound
 from proxstep.config.recipe import Recipe
 from proxstep.config.sections import GeometrySection
@@ -35,26 +29,28 @@ class Objective:
 
     Args:
         recipe: The recipe; its objective, and of the rollout what a loss depends on.
+
+    Attributes:
+        algorithm: Its algorithm.
+        reads_old_policy: Whether the signal depends on the old policy's log-probabilities.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         section = recipe.objective
-        self.algorithm, self._keys = section.algorithm, section.options()
+        self.algorithm, keys = section.algorithm, section.options()
+        self._prepare = self.algorithm.preparation(keys)
+        self._keys = self.algorithm.loss_options(keys)
         self._advantage, self._mode = ADVANTAGES[section.advantage], section.loss_agg_mode
         self._max_length = recipe.rollout.max_completion_length
         self._importance_cap = recipe.rollout.importance_cap
+        own = self.algorithm.reads_old_policy(keys)
+        self.reads_old_policy = own or self._importance_cap is not None
 
     def advantages(
         self, reward_B: Float[Tensor, " batch"], group_B: Int[Tensor, " batch"]
     ) -> tuple[Float[Tensor, " batch"], dict[str, float]]:
         """Return each sequence's advantage, and what the rewards' spread was."""
         return self._advantage(reward_B, group_B)
-
-    @property
-    def reads_old_policy(self) -> bool:
-        """Whether the signal depends on the old policy's log-probabilities."""
-        own = self.algorithm.reads_old_policy(self._keys)
-        return own or self._importance_cap is not None
 
     def signal(
         self,
@@ -74,7 +70,7 @@ class Objective:
             assert old_policy is not None
             importance_B, measured = old_policy.importance(self._importance_cap)
         inputs = SignalInputs(advantage_B, group_B, old_policy, importance_B)
-        signal = self.algorithm.signal(inputs, self._keys)
+        signal = self._prepare(inputs)
         return dataclasses.replace(signal, metrics=signal.metrics | measured)
 
     def bounds(self, measured: Mapping[str, Any]) -> dict[str, float]:
@@ -139,7 +135,9 @@ class Objective:
             loss, metrics = self.algorithm.loss(*inputs, **options)
             (loss if extra_loss is None else loss + extra_loss).backward()
             return loss.detach(), metrics
-        coefficient_B, loss, metrics = sequence_coefficients(self.algorithm, *inputs, **options)
+        coefficient_B, loss, metrics = coefficients_of(
+            self.algorithm.loss, self.algorithm.name, *inputs, **options
+        )
         with isopo.microbatch(
             sequence_ids,
             coefficient_B,
@@ -165,7 +163,7 @@ class Objective:
             max_length=self._max_length,
             sequence_weights=importance_B,
         )
-        return {**self.algorithm.loss_options(self._keys), **hyper, "aggregation": aggregation}
+        return {**self._keys, **hyper, "aggregation": aggregation}
 
 
 def make_isopo(recipe: Recipe, model: torch.nn.Module) -> Isopo | None:

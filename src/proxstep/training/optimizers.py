@@ -54,12 +54,9 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Return the recipe's optimizer over the trainable parameters, and its schedule."""
     section = recipe.optimizer
-    optimizer = _make(section, model)
-
-    def ramp(update: int) -> float:
-        return min(1.0, (update + 1) / (section.warmup_updates + 1))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
+    optimizer, ramp = _make(section, model), section.warmup_updates
+    first = 1 / (ramp + 1)
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, first, total_iters=ramp)
 
 
 def check_optimizer(name: str) -> None:

@@ -20,21 +20,9 @@ from torch import nn
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.head import head_log_probs
-from proxstep.training.rollout import evaluating
 from proxstep.typing import Bool, Float, Int, Tensor
 
 REMEDY = "use the full head"
-
-LOGIT_FIELDS = (
-    "final_logit_softcapping",  # Gemma 2 and after
-    "logits_soft_cap",  # RecurrentGemma
-    "logits_scaling",  # Granite
-    "logit_scale",  # Cohere
-    "lm_head_multiplier",  # FalconH1
-    "output_multiplier",
-    "softcap",
-)
-"""Fields of models' configurations that say what becomes of the output layer's outputs."""
 
 
 def forward_with_head(
@@ -88,7 +76,7 @@ def output_head(model: nn.Module) -> nn.Linear:
     Raises:
         ProxstepError: If it is not a plain linear layer, by name.
     """
-    core: Any = _unwrapped(model)
+    core: Any = unwrapped(model)
     get = getattr(core, "get_output_embeddings", None)
     head = get() if get is not None else None
     if head is None:
@@ -105,56 +93,6 @@ def output_head(model: nn.Module) -> nn.Linear:
             f"{REMEDY}"
         )
     return head
-
-
-@torch.no_grad()
-def check_chunkable(model: nn.Module) -> None:
-    """Refuse a model whose logits are not its last hidden states times its output layer's weight.
-
-    Runs two short forwards in evaluation mode: in one the output layer returns numbers of every
-    size, which must come out as the logits unchanged; in the other it computes what it does.
-    Training modes, gradients and random numbers are left as they were. With DDP or FSDP2 every
-    process has to call it.
-
-    Args:
-        model: A causal language model of transformers, wrapped or not.
-
-    Raises:
-        ProxstepError: If it caps or scales its logits, or its output layer is not a plain linear
-            one; the message names what does so.
-    """
-    head = output_head(model)
-    name, device = type(_unwrapped(model)).__name__, next(model.parameters()).device
-    token_BT = torch.arange(8, device=device).reshape(2, 4) % head.out_features
-    position_BT = torch.arange(4, device=token_BT.device).expand(2, 4)
-    inputs = token_BT, torch.ones_like(token_BT), position_BT
-    own_forward, expected = head.forward, []
-
-    def ramp(hidden_BTD: Tensor) -> Tensor:
-        steps = torch.linspace(-1e3, 1e3, 8 * head.out_features, device=hidden_BTD.device)
-        expected.append(steps.to(hidden_BTD.dtype).reshape(2, 4, head.out_features))
-        return expected[0]
-
-    def observe(hidden_BTD: Tensor) -> Tensor:
-        expected.append(nn.functional.linear(hidden_BTD, head.weight, head.bias))
-        return own_forward(hidden_BTD)
-
-    with evaluating(model):
-        changed_BTV = forward_with_head(model, ramp, *inputs)
-        logits_BTV = forward_with_head(model, observe, *inputs)
-    ramp_BTV, product_BTV = expected
-    if not torch.equal(changed_BTV.double(), ramp_BTV.double()):
-        raise ProxstepError(
-            f"{name} changes what its output layer returns{_culprits(model)}, so its "
-            f"logits are not hidden states times a weight; {REMEDY}"
-        )
-    error = (logits_BTV.double() - product_BTV.double()).abs().max()
-    tolerance = 8 * torch.finfo(product_BTV.dtype).eps * product_BTV.double().abs().max()
-    if not error <= tolerance:
-        raise ProxstepError(
-            f"the output layer of {name} does not return hidden states times its "
-            f"weight (they differ by {error:.2g}): a quantized layer or a hook does so; {REMEDY}"
-        )
 
 
 def completion_log_probs_chunked(
@@ -272,19 +210,10 @@ def head_computes(head: nn.Linear, function: Callable[[Tensor], Tensor]) -> Iter
         vars(head).update(before)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the transformers model inside DDP, torch.compile and PEFT wrappers."""
     inner: Any = model
     if isinstance(inner, nn.parallel.DistributedDataParallel):
         inner = inner.module
     inner = getattr(inner, "_orig_mod", inner)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-
-
-def _culprits(model: nn.Module) -> str:
-    """Return the settings of the model's configuration that change logits, in brackets."""
-    config: Any = getattr(_unwrapped(model), "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    given = {field: getattr(config, field, None) for field in LOGIT_FIELDS}
-    found = [f"{field} = {value}" for field, value in given.items() if value not in (None, 1)]
-    return f" ({', '.join(found)})" if found else ""

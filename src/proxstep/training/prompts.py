@@ -15,10 +15,11 @@ from proxstep.rewards import (
     RewardTable,
     check_rewards,
     load_reward,
+    reward_columns,
     reward_name,
     score_completions,
 )
-from proxstep.tasks import Example, Task, reward_columns
+from proxstep.tasks import Example, Task
 from proxstep.training.guarded import guarded
 
 ADDED_REWARDS = ("overlong", "kl")
@@ -61,9 +62,8 @@ class Prompts:
             text if isinstance(e.prompt, str) else [{"role": "assistant", "content": text}]
             for e, text in zip(examples, completions, strict=True)
         ]
-        return score_completions(
-            self._functions, self._weights, prompts, answers, reward_columns(examples)
-        )
+        columns = reward_columns(examples)
+        return score_completions(self._functions, self._weights, prompts, answers, columns)
 
     def check(self, limit: int, where: str) -> None:
         """Refuse prompts that do not fit the tokenizer, are empty, or are longer than the limit.

@@ -19,8 +19,14 @@ from torch import nn
 
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.tokens import KlEstimator, entropy, kl_divergence, kl_estimate, masked_sum
-from proxstep.training.rollout import Completions, autocast, response_logits
-from proxstep.training.scores import Scores, completion_log_probs, initial_policy
+from proxstep.training.rollout import (
+    Completions,
+    Scores,
+    autocast,
+    completion_log_probs,
+    initial_policy,
+    response_logits,
+)
 from proxstep.typing import Bool, Float, Tensor
 
 

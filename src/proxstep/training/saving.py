@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from proxstep.config.loading import with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo
 from proxstep.runs.checkpoint import save_checkpoint
-from proxstep.runs.clock import Clock
 from proxstep.runs.folder import RunFolder
 from proxstep.training.evaluation import Probe
 
@@ -23,6 +24,43 @@ _OF_THE_DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
     *(errno.EIO, errno.ENOENT),
 )
+
+
+class Clock:
+    """Seconds since the run began, and seconds by phase since they were last taken.
+
+    Args:
+        device: Where the work happens; an accelerator is waited for at the end of a phase.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before, self._started = 0.0, time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Return the phases' seconds and their sum, and start over."""
+        taken = {f"seconds_{name}": seconds for name, seconds in self._seconds.items()}
+        taken["seconds_step"] = sum(self._seconds.values())
+        self._seconds = {}
+        return taken
+
+    def elapsed(self) -> float:
+        """Return the seconds of the run, those of its earlier parts included."""
+        return self._before + time.perf_counter() - self._started
+
+    def continue_from(self, seconds: float) -> None:
+        """Count on from the seconds of the run's earlier parts."""
+        self._before, self._started = seconds, time.perf_counter()
 
 
 class Resumable:
@@ -116,6 +154,7 @@ class Resumable:
             "schedule": self.schedule.state_dict(),
             "isopo": self.isopo.state_dict() if self.isopo else None,
             "probe": self.probe.state_dict() if self.probe else None,
+            "recipe": with_absolute_paths(self.recipe).model_dump(),
             "trained": self._trained(),
             "unrecorded": self.unrecorded,
             "logs": self.folder.log_sums(),

@@ -17,19 +17,18 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.summary import summary
-from proxstep.runs.clock import Clock, StopRequest, stop_on_signal
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.stop import StopRequest, stop_on_signal
 from proxstep.runs.tracking import MetricsLog, Tracker
 from proxstep.training.batch import Batch, collect, shortage
+from proxstep.training.chunkable import check_chunkable
 from proxstep.training.evaluation import Probe, evaluate
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.optimizers import make_optimizer
-from proxstep.training.output_layer import check_chunkable
 from proxstep.training.prompts import Prompts
 from proxstep.training.regularizers import loss_penalty
-from proxstep.training.rollout import Completions, autocast
-from proxstep.training.saving import Resumable
-from proxstep.training.scores import Scores, score
+from proxstep.training.rollout import Completions, Scores, autocast, score
+from proxstep.training.saving import Clock, Resumable
 from proxstep.typing import Tensor
 
 _MOST_IDLE_STEPS = 5
@@ -163,7 +162,7 @@ class Trainer(Resumable):
             self.tokenizer,
             self.train_prompts,
             self.num_sequences // batch_size,
-            self.clock,
+            self.clock.phase,
             self.initial,
         )
         measured["skipped"] = int(batch is None)

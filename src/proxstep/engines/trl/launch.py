@@ -25,8 +25,8 @@ from proxstep.engines.trl.translation import Translation, translate
 from proxstep.errors import ProxstepError
 from proxstep.rewards import RewardFunction, reward_name
 from proxstep.runs.checkpoint import latest_checkpoint
-from proxstep.runs.clock import stop_on_signal
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.stop import stop_on_signal
 from proxstep.runs.tracking import MetricsLog, Tracker
 from proxstep.tasks import Task
 from proxstep.training import lifecycle

@@ -18,13 +18,14 @@ from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.logs import record_of
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import publish
-from proxstep.runs.clock import Clock, StopRequest
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.stop import StopRequest
 from proxstep.runs.tracking import MetricsLog, Tracker
 from proxstep.training.evaluation import Probe, evaluate
 from proxstep.training.objective import Objective
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import autocast
+from proxstep.training.saving import Clock
 from proxstep.training.trainer import Progress
 
 STATE_FILE = "proxstep_run.pt"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from proxstep.tasks import Example, reward_columns
+from proxstep.rewards import reward_columns
+from proxstep.tasks import Example
 
 
 def rows(examples: Sequence[Example]) -> list[dict[str, Any]]:

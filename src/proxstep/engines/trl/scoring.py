@@ -27,8 +27,8 @@ from proxstep.engines.trl.release import FusedOutput
 from proxstep.errors import ProxstepError
 from proxstep.isopo.hooks import owner_of
 from proxstep.logprobs.tokens import entropy, token_log_probs
+from proxstep.training.chunkable import check_chunkable
 from proxstep.training.output_layer import (
-    check_chunkable,
     head_computes,
     output_head,
     scoring_forward,

@@ -18,7 +18,7 @@ import torch
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
-from proxstep.algorithms.base import gradient_by_sequence
+from proxstep.algorithms.aggregate import gradient_by_sequence
 from proxstep.errors import ProxstepError
 from proxstep.typing import Bool, Float, Tensor
 

@@ -29,8 +29,8 @@ from proxstep.engines.verl.run_metrics import record, samples
 from proxstep.engines.versions import check_verl
 from proxstep.errors import ProxstepError
 from proxstep.runs.children import die_with_parent
-from proxstep.runs.clock import StopRequest, stop_on_signal
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.stop import StopRequest, stop_on_signal
 from proxstep.runs.tracking import MetricsLog
 from proxstep.training.lifecycle import check, load_run_recipe
 from proxstep.training.models import pick_device

@@ -14,7 +14,7 @@ from verl.utils.torch_functional import masked_mean
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from proxstep.algorithms import Aggregation, Algorithm
-from proxstep.algorithms.base import gradient_by_sequence
+from proxstep.algorithms.aggregate import gradient_by_sequence
 from proxstep.algorithms.safeguards import regression_target, target_shares
 from proxstep.config.objectives import ObjectiveSection, section_of
 from proxstep.engines.fields import read_section, section_options

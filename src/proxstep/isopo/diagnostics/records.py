@@ -55,29 +55,3 @@ def joined(parts: Sequence[LayerRecord]) -> LayerRecord:
         return parts[0]
     names = [field.name for field in fields(LayerRecord)]
     return LayerRecord(**{name: join([getattr(part, name) for part in parts]) for name in names})
-
-
-def step_means(records: Sequence[LayerRecord]) -> dict[str, float]:
-    """Return what `Isopo.step` reports, averaged over reductions."""
-
-    def reported(name: str) -> list[Tensor]:
-        return [record.report[name] for record in records if name in record.report]
-
-    filled = [record.filled_B for record in records if record.filled_B is not None]
-    values = {
-        "weight_spread": [
-            part_NB.std(dim=1, correction=0) / part_NB.mean(dim=1)
-            for part_NB in _stacked(reported("scale"))
-        ],
-        "frac_filled_fisher": [part_NB.float().mean(dim=1) for part_NB in _stacked(filled)],
-        "ntk_off_diagonal": [torch.stack(shares)] if (shares := reported("off_diagonal")) else [],
-    }
-    return {name: torch.cat(parts).mean().item() for name, parts in values.items() if parts}
-
-
-def _stacked(values: Sequence[Tensor]) -> list[Float[Tensor, "rows batch"]]:
-    """Stack the vectors of equal length."""
-    by_length: dict[int, list[Tensor]] = {}
-    for value_B in values:
-        by_length.setdefault(len(value_B), []).append(value_B)
-    return [torch.stack(part) for part in by_length.values()]

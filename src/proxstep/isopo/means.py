@@ -1,16 +1,17 @@
-"""Exponential moving averages over optimizer steps of what the rules damp by."""
+"""Means of what a step measured: what it reports, and the averages over steps that rules use."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from proxstep.isopo.diagnostics.records import LayerRecord
 from proxstep.typing import Float, Tensor
 
 Pending = dict[str, dict[str, tuple[Tensor, int]]]
@@ -87,6 +88,32 @@ class TrailingMeans:
         for flat, mean in state.items():
             key, name = flat.rsplit("/", 1)
             self.means.setdefault(key, {})[name] = mean
+
+
+def step_means(records: Sequence[LayerRecord]) -> dict[str, float]:
+    """Return what `Isopo.step` reports, averaged over reductions."""
+
+    def reported(name: str) -> list[Tensor]:
+        return [record.report[name] for record in records if name in record.report]
+
+    filled = [record.filled_B for record in records if record.filled_B is not None]
+    values = {
+        "weight_spread": [
+            part_NB.std(dim=1, correction=0) / part_NB.mean(dim=1)
+            for part_NB in _stacked(reported("scale"))
+        ],
+        "frac_filled_fisher": [part_NB.float().mean(dim=1) for part_NB in _stacked(filled)],
+        "ntk_off_diagonal": [torch.stack(shares)] if (shares := reported("off_diagonal")) else [],
+    }
+    return {name: torch.cat(parts).mean().item() for name, parts in values.items() if parts}
+
+
+def _stacked(values: Sequence[Tensor]) -> list[Tensor]:
+    """Stack the vectors of equal length, each as (rows, batch)."""
+    by_length: dict[int, list[Tensor]] = {}
+    for value_B in values:
+        by_length.setdefault(len(value_B), []).append(value_B)
+    return [torch.stack(part) for part in by_length.values()]
 
 
 def _sum_over_ranks(

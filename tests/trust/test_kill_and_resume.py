@@ -1,0 +1,33 @@
+"""A run that is killed, again and again, ends to the bit as one that nothing happened to."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.trust.attempts import differences, run
+
+KILLS_A_RUN = 9
+
+
+@pytest.mark.parametrize("number", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_no_kill_costs_a_bit(tmp_path: Path, number: int) -> None:
+    assert run(tmp_path / "whole") == 0
+    events, seconds = map(float, (tmp_path / "measured").read_text().split())
+    chance, tried = random.Random(number), Counter[str]()
+    folder = tmp_path / "run-0"
+    while tried.total() < number:
+        # A file's n-th event from here on: half of them lie in a save, mid-write with the delay.
+        at_files = ("files", chance.randint(1, int(events / 2)), chance.choice([0, 0, 0.003]))
+        kill = chance.choice([at_files, ("seconds", chance.uniform(0, seconds / 2), 0.0)])
+        code = run(folder, kill)
+        assert code in (0, -9), code
+        tried[kill[0]] += code == -9
+        if code == 0 or tried.total() == number or chance.random() < 1 / KILLS_A_RUN:
+            assert code == 0 or run(folder) == 0
+            assert differences(tmp_path / "whole", folder) == []
+            folder = tmp_path / f"run-{tried.total()}"
+    print(f"kills: {tried['files']} at file operations, {tried['seconds']} in time; lost: 0 bits")
