@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from proxstep.errors import ProxstepError
 from proxstep.lab import compare
 from proxstep.lab.compare import Job, check_output, plan, run_jobs
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.lock import is_locked
 from proxstep.runs.reading import find_runs, load_samples
 from tests.engine import tiny_recipe
 
@@ -270,3 +272,64 @@ def test_two_algorithms_from_the_command_line(
     first, second = ([sample["prompt"] for sample in load_samples(run)] for run in runs)
     assert first == second
     assert "isopo" in (here / "out" / "report.html").read_text()
+
+
+PARENT = """
+import subprocess, sys
+from proxstep.runs.children import die_with_parent
+child = subprocess.Popen(["sleep", "60"], start_new_session=True, preexec_fn=die_with_parent())
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_child_ends_with_a_parent_that_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(500):
+        if not is_alive(child):
+            return
+        time.sleep(0.02)
+    pytest.fail("an orphan is left")
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(here: Path, number: int) -> None:
+    """Three runs, two at a time: one is done, the others are in the middle."""
+    (here / "tiny.yaml").write_text(f"{TINY}logging: {{checkpoint_every: 1}}\n")
+    words = ["compare", "tiny.yaml", "--algorithms", "grpo,opo,dro", "--output", "out"]
+    command = [sys.executable, "-m", "proxstep", *words, "--jobs", "2", "--steps", "40"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows = [here / "out" / f"{name}-seed0" / "metrics.jsonl" for name in ("grpo", "dro")]
+    while not rows[1].exists() or not rows[1].read_text().count("\n") > 2:
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(number)
+    process.wait()
+    folders = [path.parent for path in (here / "out").glob("*/run.json")]
+    while any(is_locked(folder) for folder in folders):  # after SIGKILL they end their step
+        assert number == signal.SIGKILL
+        time.sleep(0.1)
+    began = {path: path.info()["started"] for path in map(RunFolder, folders)}
+    done = [path for path in began if path.status() == "finished"]
+    assert len(done) < 3
+    assert cli.main(command[3:]) == 0
+    runs = find_runs([here / "out"])
+    assert [run.info["status"] for run in runs] == ["finished"] * 3
+    for path, started in began.items():
+        assert path.info()["started"] == started  # continued, not begun again
+    for run in runs:
+        assert [record["step"] for record in run.records] == list(range(41))

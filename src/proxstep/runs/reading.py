@@ -141,10 +141,10 @@ def seed_spread(runs: Sequence[Run], name: str) -> dict[int, Spread]:
 def fairness_notes(runs: Sequence[Run]) -> list[str]:
     """Return one sentence for each thing that makes the runs less comparable than they look.
 
-    These are: runs that did not finish; seeds that repeat, are single or differ between
-    algorithms; and differences in the recipe, the machine or the versions, except those that a
-    comparison is about (seed and output folder; between algorithms also algorithm, objective,
-    geometry and advantage).
+    These are: runs that did not finish or learned nothing; seeds that repeat, are single or
+    differ between algorithms; and differences in the recipe, the machine or the versions, except
+    those that a comparison is about (seed and output folder; between algorithms also algorithm,
+    objective, geometry and advantage).
     """
     groups = by_algorithm(runs)
     return [*_unfinished_notes(runs), *_seed_notes(groups), *_setting_notes(groups)]
@@ -152,6 +152,12 @@ def fairness_notes(runs: Sequence[Run]) -> list[str]:
 
 def _unfinished_notes(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
+        ranges = [row.get("advantage_range", nan) for row in run.records if row["step"] > 0]
+        if ranges and not any(ranges):
+            yield (
+                f"{run.algorithm}, seed {run.seed}: no step learned anything; its rewards were "
+                "missing, not finite or equal."
+            )
         if run.info.get("status") != "finished":
             progress = f"step {run.records[-1]['step']} of {run.recipe.get('steps', '?')}"
             yield f"{run.algorithm}, seed {run.seed}: {run.info.get('status')} after {progress}."
