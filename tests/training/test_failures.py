@@ -110,16 +110,20 @@ def test_a_reward_that_raises_costs_at_most_its_own_step(
     check_same_run(whole, folder)
 
 
-def test_before_the_first_step_there_is_nothing_to_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_in_the_first_step_the_evaluation_before_it_is_kept(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = tmp_path / "run"
     for trouble, complaint in (("6 1", "step 0: reward"), ("16 1", "step 1: reward")):
+        assert checkpoints(folder) == []
         monkeypatch.setenv("TROUBLE", trouble)
         monkeypatch.setenv("SEEN", "0")
         with pytest.raises(ProxstepError, match=complaint):
-            lifecycle.train(recipe_in(tmp_path / "run"), Silent(), overwrite=True)
-        assert status(tmp_path / "run") == "failed"
-        assert checkpoints(tmp_path / "run") == []
+            lifecycle.train(recipe_in(folder), Silent(), overwrite=True)
+        assert status(folder) == "failed"
+    monkeypatch.setenv("TROUBLE", "")
+    assert lifecycle.resume(folder, Silent()) == "finished"
+    check_same_run(whole, folder)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, update: int, what: str) -> None:
@@ -193,14 +197,14 @@ def test_a_run_that_sigterm_stopped_leaves_no_trace_of_it(tmp_path: Path, whole:
     class Impatient(Silent):
         def record(self, record: Any) -> None:
             super().record(record)
-            if record["step"] in (0, 2):  # so that it stops after steps without an evaluation
+            if record["step"] in (0, 3):  # an evaluation is due after 2 and 4
                 os.kill(os.getpid(), signal.SIGTERM)
 
     folder = tmp_path / "run"
     assert lifecycle.train(recipe_in(folder), Impatient()) == "interrupted"
-    with pytest.raises(ProxstepError, match="no checkpoint there"):
-        lifecycle.resume(folder, Silent())
-    assert lifecycle.train(recipe_in(folder), Silent(), overwrite=True) == "finished"
+    assert lifecycle.resume(folder, Impatient()) == "interrupted"
+    assert load_state(latest_checkpoint(folder))["step"] == 3
+    assert lifecycle.resume(folder, Silent()) == "finished"
     check_same_run(whole, folder)
 
 

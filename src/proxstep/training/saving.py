@@ -70,7 +70,8 @@ class Resumable:
         step: Rollout steps done.
         num_updates: Optimizer steps done.
         num_sequences: Completions sampled for training in them.
-        unrecorded: What the last step measured, while it is not in metrics.jsonl yet.
+        unrecorded: What the last step measured, while it is not in metrics.jsonl yet. Step 0 is the
+            evaluation before any training.
         torn: Whether parameters or optimizer are in the middle of a step, which nothing can
             continue.
     """
@@ -88,13 +89,15 @@ class Resumable:
 
     def __init__(self) -> None:
         self.step, self.num_updates, self.num_sequences = 0, 0, 0
-        self.unrecorded: dict[str, Any] | None = None
+        self.unrecorded: dict[str, Any] | None = {"step": 0}
         self.torn = False
-        self._saved_step, self._saved_time = 0, time.monotonic()
+        self._saved_step, self._saved_time = -1, time.monotonic()
 
     def save_if_due(self) -> None:
         """Save the run if the recipe wants it, by steps or by time."""
         section = self.recipe.logging
+        if self.step == 0:
+            return
         by_steps = section.checkpoint_every and self.step % section.checkpoint_every == 0
         seconds = time.monotonic() - self._saved_time
         if by_steps or (section.checkpoint_minutes and seconds >= 60 * section.checkpoint_minutes):
@@ -123,7 +126,7 @@ class Resumable:
 
     def rescue(self) -> bool:
         """After a failure, save the last whole step, and return whether it is saved."""
-        if self.torn or self.step == 0:
+        if self.torn or (self.step == 0 and self.unrecorded is not None):
             return False
         try:
             self.save()
@@ -131,9 +134,9 @@ class Resumable:
             return False
         return True
 
-    def explained(self, error: BaseException) -> BaseException:
-        """Return a failure with its step, and in plain words where it is the disk's."""
-        step = f"step {self.step + (self.unrecorded is None and self.probe is not None)}"
+    def explained(self, error: BaseException) -> ProxstepError | None:
+        """Return a failure in plain words with its step, if it is a mistake or the disk's."""
+        step = f"step {self.step + (self.unrecorded is None)}"
         if isinstance(error, ProxstepError) and not str(error).startswith("step "):
             return ProxstepError(f"{step}: {error}")
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
@@ -142,7 +145,7 @@ class Resumable:
                 f"{step}: {error.filename or path} cannot be written ({error.strerror}): make "
                 f"room or mend the folder, then proxstep train --resume {path}"
             )
-        return error
+        return None
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -183,7 +186,8 @@ class Resumable:
             self.schedule.load_state_dict(state["schedule"])
             if self.isopo is not None:
                 self.isopo.load_state_dict(state["isopo"])
-            self.probe = Probe.from_state_dict(state["probe"], self.device)
+            if state["probe"] is not None:
+                self.probe = Probe.from_state_dict(state["probe"], self.device)
         except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
             raise foreign from error
         self.step, self.num_updates = state["step"], state["num_updates"]

@@ -102,23 +102,25 @@ class Trainer(Resumable):
         log, status = None, "failed"
         try:
             self.folder.update_info(status="running")
-            if self.probe is not None:  # a resumed run does what came after its checkpoint again
-                self.folder.drop_later_steps(self.step - (self.unrecorded is not None))
+            # A resumed run does what came after its checkpoint again.
+            self.folder.drop_later_steps(self.step - (self.unrecorded is not None))
             log = MetricsLog(self.folder.metrics)
             self.progress.begin(self.recipe)
             with self._tracker() as tracker, stop_on_signal() as stop:
                 self._train(log, tracker, stop)
-            status = "finished" if self.step == self.recipe.steps else "interrupted"
+            done = self.step == self.recipe.steps and self.unrecorded is None
+            status = "finished" if done else "interrupted"
         except BaseException as error:
             saved = self.rescue()
             if saved:
                 self.progress.note(
                     f"saved up to step {self.step}: proxstep train --resume {self.folder.path}"
                 )
-            if not isinstance(error, KeyboardInterrupt):
-                raise self.explained(error) from error
-            status = "interrupted"
-            if not saved:
+            if isinstance(error, KeyboardInterrupt):
+                status = "interrupted"
+            elif (explained := self.explained(error)) is not None:
+                raise explained from error
+            if status == "failed" or not saved:
                 raise
         finally:
             if log is not None:
@@ -134,8 +136,6 @@ class Trainer(Resumable):
     def _train(self, log: MetricsLog, tracker: Tracker, stop: StopRequest) -> None:
         """Take the steps that are left, until asked to stop; evaluate, record and save them."""
         recipe = self.recipe
-        if self.probe is None:
-            self._write(log, tracker, {"step": 0, **self._evaluate()})
         while self.unrecorded is not None or self.step < recipe.steps:
             if stop.made:
                 break
