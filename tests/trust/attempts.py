@@ -15,6 +15,7 @@ import torch
 from transformers import Qwen3ForCausalLM  # noqa: F401  imported once, by the fork server
 
 from proxstep.runs.checkpoint import checkpoints, latest_checkpoint, load_state
+from proxstep.runs.folder import RunFolder
 from proxstep.training import lifecycle
 from tests.engine import Silent, records, spread_reward, tiny_recipe
 
@@ -47,6 +48,8 @@ def _run(folder: Path, kill: tuple[str, float, float] | None) -> None:
     began = time.monotonic()
     if kill is not None and kill[0] == "seconds":
         _kill_after(kill[1])
+    if RunFolder(folder).status() == "finished":  # it was killed after that
+        return
     if checkpoints(folder):
         lifecycle.resume(folder, Silent())
     else:

@@ -92,7 +92,8 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return a recipe whose local model, data and reward files are found from any folder."""
     task, model = recipe.task, recipe.model
-    sources = {name: _absolute(getattr(task, name)) for name in ("train", "validation")}
+    sources: dict[str, Any] = {"train": _absolute(task.train)}
+    sources["validation"] = _absolute(task.validation)
     sources["rewards"] = task.rewards and [_absolute_reward(spec) for spec in task.rewards]
     name = model.name if model.name == "embedded" else _absolute(os.path.expanduser(model.name))
     return recipe.model_copy(
