@@ -69,7 +69,7 @@ def by_sequence(inputs: SignalInputs, *, alpha: float = 0.4) -> Signal:
 
 
 MICROBATCHES = {"update.microbatch_size": "16"}
-"""PROMA projects off earlier microbatches: with one there is nothing to project."""
+"""What PROMA projects depends on them: with one alone it is REINFORCE."""
 
 OPO_SEQUENCE = dataclasses.replace(
     OPO,
@@ -94,6 +94,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "isopo, microbatch": {"algorithm": "isopo", "geometry.overlap_source": "microbatch"},
     "isopo+opo": {"algorithm": "isopo+opo"},
     "proma": {"algorithm": "proma", **MICROBATCHES},
+    "proma-intra": {"algorithm": "proma-intra", **MICROBATCHES},
 }
 
 FIGURES = {

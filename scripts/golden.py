@@ -33,13 +33,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from proxstep import PRESETS
+from proxstep.algorithms import ALGORITHMS
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 RECIPE = ROOT / "recipes" / "arithmetic.yaml"
 
-OBJECTIVES = ("reinforce", "grpo", "dapo", "gspo", "cispo", "dro", "opo", "dr-grpo", "rloo")
-PRESETS = ("isopo", "isopo-npg", "isopo-figure4", "isopo-euclidean", "isopo-natural")
-ALGORITHMS = (*OBJECTIVES, *PRESETS, "isopo+opo")
+OBJECTIVES, RULES = tuple(ALGORITHMS), tuple(rule for rule in PRESETS if rule != "reinforce")
+NAMES = (*OBJECTIVES, *RULES, "isopo+opo")
 
 OPTIONS = {
     "steps": 10,
@@ -55,9 +57,9 @@ OPTIONS = {
 MICROBATCH = {"update.microbatch_size": 16}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"{preset}-microbatch": (preset, MICROBATCH) for preset in PRESETS},
+    **{f"{preset}-microbatch": (preset, MICROBATCH) for preset in RULES},
     "isopo+opo-microbatch": ("isopo+opo", MICROBATCH),
-    "isopo-previous": ("isopo", {**MICROBATCH, "geometry.overlap_source": "previous_step"}),
+    "isopo-own": ("isopo", {**MICROBATCH, "geometry.overlap_source": "microbatch"}),
     "isopo-trailing": ("isopo", {**MICROBATCH, "geometry.fisher_denominator": "trailing"}),
     "isopo-sequences": ("isopo", {"geometry.fisher": "sequences"}),
     "isopo-chunked": ("isopo", {"model.head": "chunked"}),
@@ -69,12 +71,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Other paths through the code: a case's name, its algorithm, and what it adds to OPTIONS."""
 
-LOCAL = {**{name: (name, {}) for name in ALGORITHMS}, **VARIANTS}
+LOCAL = {**{name: (name, {}) for name in NAMES}, **VARIANTS}
 CASES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "local": LOCAL,
     "trl": {
         name: LOCAL[name]
-        for name in (*ALGORITHMS, "isopo-microbatch")
+        for name in (*NAMES, "isopo-microbatch")
         if name != "dro"  # which TRL has not
     },
 }

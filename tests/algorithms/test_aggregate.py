@@ -81,7 +81,9 @@ def test_a_sequence_value_is_averaged_over_sequences_that_have_tokens(seed):
 
 
 def test_an_unknown_mode_names_the_nearest():
-    with pytest.raises(ProxstepError, match=r"loss_agg_mode is 'token_mean'.*'token-mean'"):
+    with pytest.raises(
+        ProxstepError, match=r"loss_agg_mode is 'token_mean'; did you mean token-mean"
+    ):
         Aggregation("token_mean")
 
 

@@ -85,7 +85,7 @@ def test_a_name_stands_for_one_algorithm():
         with pytest.raises(ProxstepError, match="taken, or has a plus sign"):
             register(made(name=name))
     assert find_algorithm("gspo") is ALGORITHMS["gspo"]
-    with pytest.raises(ProxstepError, match="'reinforce'"):
+    with pytest.raises(ProxstepError, match="did you mean reinforce"):
         find_algorithm("reinforc")
 
 

@@ -128,7 +128,7 @@ def test_small_deviations_keep_their_digits_in_float32(seed):
 
 
 def test_an_unknown_surrogate_names_the_nearest():
-    with pytest.raises(ProxstepError, match=r"surrogate is 'ratios'.*'ratio'"):
+    with pytest.raises(ProxstepError, match=r"surrogate is 'ratios'; did you mean ratio"):
         opo(*make_case(0).tensors, surrogate="ratios")
 
 

@@ -140,6 +140,14 @@ def test_a_group_of_one_is_fine_with_the_batch_as_its_group() -> None:
             "model.head chunked has no kernel",
         ),
         (
+            {"algorithm": "proma-intra", "model": {"head": "chunked"}},
+            "use model.head full",
+        ),
+        (
+            {"algorithm": "proma-intra", "geometry": {"diagnose_every": 2}},
+            "geometry.diagnose_every describes a weight for each sequence",
+        ),
+        (
             {
                 "algorithm": "isopo",
                 "geometry": {"fisher": "sequences"},

@@ -219,6 +219,7 @@ CASES = [
         ("isopo-figure4", True, False),
         ("isopo-natural", True, False),
         ("isopo-natural", False, True),
+        ("proma-intra", False, False),
         ("isopo-npg", True, True),
         ("isopo-npg", False, True),
         ("isopo-euclidean", True, True),

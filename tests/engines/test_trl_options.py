@@ -98,9 +98,9 @@ def test_isopo_takes_sequence_level_algorithms(tmp_path: Path, loss_type: str) -
 @pytest.mark.parametrize("loss_type", ["", "dr_grpo", "bnpo"])
 def test_a_loss_type_of_trl_s_alone(tmp_path: Path, loss_type: str) -> None:
     """No default takes its place."""
-    with pytest.raises(ProxstepError, match=f"loss_type is {loss_type!r}; did you mean"):
+    with pytest.raises(ProxstepError, match=f"loss_type is {loss_type!r}.*Choices"):
         config(PolicyConfig, tmp_path, loss_type=loss_type)
-    with pytest.raises(ProxstepError, match="loss_type is ''; did you mean"), quiet():
+    with pytest.raises(ProxstepError, match=r"loss_type is ''\. Choices"), quiet():
         PolicyTrainer("some/model", text_reward)
 
 

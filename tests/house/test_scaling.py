@@ -154,7 +154,12 @@ def test_what_a_rule_adds_is_counted(drawn: tuple[Model, Work], rule: str, budge
     needs, options = RULES[rule]
     network, found = build(model), []
     isopo = Isopo(
-        network, rule, num_overlap_positions=work.num_samples, memory_budget=budget, **options
+        network,
+        rule,
+        num_overlap_positions=work.num_samples,
+        overlap_source="microbatch",
+        memory_budget=budget,
+        **options,
     )
     give_past(network, isopo, token_BT, work)
 
@@ -207,7 +212,12 @@ def test_a_layer_takes_the_memory_that_it_is_said_to(
     needs, options = RULES[rule]
     network, peaks, token_BT = build(model), {}, tokens(model, work, seed)
     isopo = Isopo(
-        network, rule, num_overlap_positions=work.num_samples, memory_budget=budget, **options
+        network,
+        rule,
+        num_overlap_positions=work.num_samples,
+        overlap_source="microbatch",
+        memory_budget=budget,
+        **options,
     )
     give_past(network, isopo, token_BT, work)
 

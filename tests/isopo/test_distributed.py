@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from proxstep.errors import ProxstepError
-from proxstep.isopo import IsometricRule, Rule
-from proxstep.isopo.gathering import Rows
+from proxstep.isopo import IntraProjectingRule, IsometricRule, Rule
 from proxstep.isopo.means import TrailingMeans
+from proxstep.isopo.plan import Rows
 from proxstep.isopo.sampling import SampleStore
 from proxstep.isopo.vector import VectorGradients
 
@@ -74,6 +74,7 @@ RULES = [
     (paper("isopo-figure4"), "qwen3-untied"),
     (paper("isopo-natural"), "qwen3-tied"),
     (DAMPED, "qwen3-tied"),
+    (IntraProjectingRule(rank=2), "qwen3-tied"),
 ]
 CASES = [
     pytest.param(

@@ -65,7 +65,8 @@ def test_estimates_of_zero_are_filled(family: str) -> None:
     mean of the others, and in the second step that of the first one.
     """
     model, reference, trailing, num_filled = build(family, 2), build(family, 2), None, 0.0
-    isopo = Isopo(model, paper("isopo"), num_overlap_positions=2, seed=2)
+    own: dict[str, Any] = {"overlap_source": "microbatch", "num_overlap_positions": 2}
+    isopo = Isopo(model, paper("isopo"), seed=2, **own)
     coefficients = [0.7, -1.3, 0.4, 2.1]
     for step in range(2):
         sequences = random_sequences(20 + step)

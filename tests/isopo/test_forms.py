@@ -253,6 +253,7 @@ def test_a_rule_asks_for_no_more_than_its_powers() -> None:
     assert needs["isopo-euclidean"] == Needs(norm=True)
     assert needs["isopo-npg"] == needs["isopo-figure4"] == Needs(fisher=True, norm=True)
     assert needs["isopo-natural"] == Needs(ntk=True)
+    assert needs["proma-intra"] == Needs()
     assert Settings(PRESETS["isopo"], fisher="sequences").needs == Needs(ntk=True)
 
 

@@ -12,7 +12,8 @@ from proxstep.isopo.head import head_log_probs
 from proxstep.training.output_layer import forward_with_head, output_head
 
 COEFFICIENTS = torch.tensor([0.7, -1.3, 0.4, 2.1], dtype=torch.float64)
-RULES = {name: rule for name, rule in PRESETS.items() if name not in ("isopo-natural", "proma")} | {
+NEED_A_FULL_HEAD = ["isopo-natural", "proma", "proma-intra"]
+RULES = {name: rule for name, rule in PRESETS.items() if name not in NEED_A_FULL_HEAD} | {
     "damped": IsometricRule(-0.5, -1.5, 0.7, damping=2.0, scale="preserved"),
     "relative": IsometricRule(-1.0, damping=0.5, damping_form="relative", scale="paper"),
 }
@@ -116,8 +117,10 @@ def test_fisher_norms_that_are_given() -> None:
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("option", [{"rule": "isopo-natural"}, {"fisher": "sequences"}])
-def test_rules_that_need_the_kernel_are_refused(option: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "option", [*({"rule": rule} for rule in NEED_A_FULL_HEAD), {"fisher": "sequences"}]
+)
+def test_rules_that_need_the_full_head_are_refused(option: dict[str, str]) -> None:
     model, data = build("qwen3-tied", 1), batch(0)
     isopo = Isopo(model, **option)  # type: ignore[arg-type]
     with isopo.microbatch(data["ids"], COEFFICIENTS) as microbatch:

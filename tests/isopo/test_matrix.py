@@ -1,5 +1,5 @@
-"""Every family, rule and setting against the slow oracle: sequence by sequence, position by
-position, in float64.
+"""Families, rules and settings, every two together, against the slow oracle: sequence by sequence,
+position by position, in float64.
 
 A cell costs one forward and backward per microbatch. The oracle's gradients depend on the family
 and the seed alone, and are kept while that family's cells run.
@@ -150,7 +150,9 @@ def isopo_steps(
 ) -> tuple[list[Gradients], Sampled]:
     """Optimizer steps without an optimizer: their gradients, and which positions they sampled."""
     model, case = prepared(family, seed, how.dtype, how.reentrant), RULES[rule]
-    options = {"num_overlap_positions": SAMPLES} if how.is_exact else {}
+    options: dict[str, Any] = {"overlap_source": "microbatch"}  # the oracle samples so
+    if how.is_exact:
+        options["num_overlap_positions"] = SAMPLES
     isopo = Isopo(model, case.rule, **(options | dict(case.options)), seed=seed)
     found, sampled = [], []
     try:

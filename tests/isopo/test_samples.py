@@ -10,9 +10,9 @@ from tests.threads import Threads
 from torch import Tensor
 
 from proxstep.isopo.embedding import LookupGradients
-from proxstep.isopo.gathering import Rows
 from proxstep.isopo.hooks import PositionGradients
 from proxstep.isopo.linear import OuterGradients
+from proxstep.isopo.plan import Rows
 from proxstep.isopo.plan import smallest as smallest_of
 from proxstep.isopo.sampling import GatheredSamples, SampleStore
 from proxstep.isopo.vector import VectorGradients
@@ -79,10 +79,7 @@ def test_the_ranks_sample_has_a_row_for_each_position_and_no_other(
     def on_rank(rank: int) -> dict[str, Any]:
         priority_T, kinds = parts[rank]
         samples = GatheredSamples(priority_T, limit, None)
-        return {
-            kind: samples.of(kind, gradients.at(samples.index_K))[0]
-            for kind, gradients in kinds.items()
-        }
+        return {kind: samples.of(kind, gradients)[0] for kind, gradients in kinds.items()}
 
     for found in Threads(len(parts)).run(on_rank):
         for kind, sample in found.items():

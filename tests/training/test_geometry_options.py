@@ -14,7 +14,7 @@ from tests.training.one_batch import one_batch
 from proxstep.training import lifecycle
 
 GEOMETRIES = {
-    "carried": {"overlap_source": "previous_step", "num_overlap_positions": 20},
+    "carried": {"overlap_source": "previous_step"},
     "ranks": {"overlap_source": "ranks"},
     "sequences": {"fisher": "sequences"},
     "trailing": {"fisher_denominator": "trailing"},
@@ -24,7 +24,10 @@ GEOMETRIES = {
 
 @pytest.mark.parametrize("options", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_options_of_the_geometry_change_the_run(tmp_path: Path, options: dict[str, Any]) -> None:
-    for name, geometry in (("plain", {}), ("given", options)):
+    plain = {"overlap_source": "microbatch", "num_overlap_positions": 20}
+    if "fisher" in options:
+        plain = {}
+    for name, geometry in (("plain", plain), ("given", plain | options)):
         recipe = tiny_recipe(
             tmp_path / name,
             "isopo",

@@ -23,6 +23,7 @@ from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.training import lifecycle
 from proxstep.training.optimizers import JointOptimizer, hidden_matrices, make_optimizer
+from proxstep.training.trainer import make_schedule
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -132,7 +133,7 @@ def refused_before_any_work(
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_every_trainable_parameter_is_in_exactly_one_group(model: Any, name: str) -> None:
     policy = model()
-    optimizer, _ = make_optimizer(recipe_with(name=name), policy)
+    optimizer = make_optimizer(recipe_with(name=name).optimizer, policy)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held))
     assert set(held) == {id(p) for p in policy.parameters() if p.requires_grad}
@@ -180,7 +181,7 @@ def test_adapters_of_output_and_embedding_are_not_muons() -> None:
     ],
 )
 def test_muon_leaves_out_a_part_that_would_be_empty(model: str, kinds: list[type]) -> None:
-    optimizer, _ = make_optimizer(recipe_with(name="muon"), MODELS[model]())
+    optimizer = make_optimizer(recipe_with(name="muon").optimizer, MODELS[model]())
     assert isinstance(optimizer, JointOptimizer)
     assert [type(part) for part in optimizer.parts] == kinds
 
@@ -199,7 +200,7 @@ def test_muon_leaves_out_a_part_that_would_be_empty(model: str, kinds: list[type
 )
 def test_a_recipes_options_reach_the_optimizer(name: str, own: dict[str, Any]) -> None:
     given = {"learning_rate": 1e-3, "weight_decay": 0.02, **own}
-    optimizer, _ = make_optimizer(recipe_with(name=name, **given), tiny_qwen3())
+    optimizer = make_optimizer(recipe_with(name=name, **given).optimizer, tiny_qwen3())
     (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (1e-3, 0.02)
     for key, value in own.items():
@@ -208,7 +209,7 @@ def test_a_recipes_options_reach_the_optimizer(name: str, own: dict[str, Any]) -
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZER_OPTIONS if name != "muon"])
 def test_null_is_the_optimizers_own_default(name: str) -> None:
-    optimizer, _ = make_optimizer(recipe_with(name=name), tiny_qwen3())
+    optimizer = make_optimizer(recipe_with(name=name).optimizer, tiny_qwen3())
     (group,) = optimizer.param_groups
     kind: Any = type(optimizer)
     plain = kind(nn.Linear(2, 2).parameters(), lr=1e-3)
@@ -221,7 +222,7 @@ def test_null_is_the_optimizers_own_default(name: str) -> None:
 def test_muons_options_reach_their_part(rate: float | None) -> None:
     given = {"betas": [0.8, 0.9], "eps": 1e-5, "momentum": 0.7, "weight_decay": 0.02}
     recipe = recipe_with(name="muon", learning_rate=1e-3, muon_learning_rate=rate, **given)
-    optimizer, _ = make_optimizer(recipe, tiny_qwen3())
+    optimizer = make_optimizer(recipe.optimizer, tiny_qwen3())
     adamw, muon = optimizer.param_groups
     assert (adamw["lr"], adamw["weight_decay"]) == (1e-3, 0.02)
     assert (list(adamw["betas"]), adamw["eps"]) == ([0.8, 0.9], 1e-5)
@@ -234,7 +235,8 @@ def test_muons_options_reach_their_part(rate: float | None) -> None:
 def test_the_schedule_reaches_both_of_muons_parts_also_after_a_restart() -> None:
     recipe = recipe_with(name="muon", learning_rate=4e-3, muon_learning_rate=8e-3, warmup_updates=3)
     model = tiny_qwen3()
-    optimizer, schedule = make_optimizer(recipe, model)
+    optimizer = make_optimizer(recipe.optimizer, model)
+    schedule = make_schedule(optimizer, recipe.optimizer.warmup_updates)
     state, when = optimizer.state_dict(), schedule.state_dict()
     for _ in range(2):
         rates = []
@@ -247,7 +249,8 @@ def test_the_schedule_reaches_both_of_muons_parts_also_after_a_restart() -> None
             schedule.step()
         shares = [0.25, 0.5, 0.75, 1.0, 1.0]
         assert rates == [[pytest.approx(4e-3 * s), pytest.approx(8e-3 * s)] for s in shares]
-        optimizer, schedule = make_optimizer(recipe, model)
+        optimizer = make_optimizer(recipe.optimizer, model)
+        schedule = make_schedule(optimizer, recipe.optimizer.warmup_updates)
         optimizer.load_state_dict(state)
         schedule.load_state_dict(when)
 
@@ -287,7 +290,7 @@ def test_muon_steps_as_its_two_parts_do_apart() -> None:
             list(matrices.values()), lr=3e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
         ),
     ]
-    joint = steps([make_optimizer(recipe, joint_model)[0]], joint_model, 3)
+    joint = steps([make_optimizer(recipe.optimizer, joint_model)], joint_model, 3)
     for a, b in zip(joint, steps(apart, apart_model, 3), strict=True):
         assert torch.equal(a, b)
 
@@ -296,7 +299,7 @@ def test_a_step_of_muon_is_as_long_as_the_recipe_says() -> None:
     model = tiny_qwen3()
     before = {name: p.detach().clone() for name, p in hidden_matrices(model).items()}
     recipe = recipe_with(name="muon", learning_rate=1e-3, muon_learning_rate=1e-2)
-    steps([make_optimizer(recipe, model)[0]], model, 1)
+    steps([make_optimizer(recipe.optimizer, model)], model, 1)
     for name, parameter in hidden_matrices(model).items():
         rms = (parameter.detach() - before[name]).square().mean().sqrt().item()
         assert rms == pytest.approx(0.2 * 1e-2, rel=0.3), name
@@ -315,7 +318,7 @@ class Matrix(nn.Linear):
 
 def matrix(name: str, start: Tensor, rate: float) -> tuple[Tensor, torch.optim.Optimizer]:
     model = Matrix(start)
-    return model.weight, make_optimizer(recipe_with(name=name, learning_rate=rate), model)[0]
+    return model.weight, make_optimizer(recipe_with(name=name, learning_rate=rate).optimizer, model)
 
 
 @pytest.mark.parametrize("seed", range(3))

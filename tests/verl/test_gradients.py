@@ -51,6 +51,7 @@ GEOMETRIES: dict[str, dict[str, Any] | None] = {
     "isopo-figure4": {"rule": "isopo-figure4", **ALL},
     "isopo-natural": {"rule": "isopo-natural"},
     "in groups": {"rule": "isopo-natural", "interact": "group"},
+    "proma-intra": {"rule": "proma-intra"},
     "five positions": {
         "rule": "isopo",
         "num_overlap_positions": 5,
@@ -156,11 +157,23 @@ def test_one_rank(tmp_path: Path, name: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["packed, checkpointed, tied", "padded, checkpointed"])
-@pytest.mark.parametrize("name", list(GEOMETRIES))
+@pytest.mark.parametrize("name", [name for name in GEOMETRIES if name != "proma-intra"])
 def test_two_ranks(tmp_path: Path, ranks: Ranks, name: str, layout: str) -> None:
     case, tied = made_case(tmp_path, name, layout)
     data, signal = rollout(1), torch.randn(8)
     recipe = recipe_of(tmp_path, name)
+    assert compare(case, data, signal, recipe, ranks, tied=tied) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", ["packed, checkpointed, tied", "padded, checkpointed"])
+def test_intra_proma_on_two_ranks(tmp_path: Path, ranks: Ranks, layout: str) -> None:
+    """Microbatches of 4 sequences.
+
+    Of 2, rank 10 leaves a tenth of a gradient, by singular values that nearly meet: both engines
+    are then 1.5e-5 to 3e-5 from float64 in the worst layers, and 1.2e-5 from each other.
+    """
+    case, tied = made_case(tmp_path, "proma-intra", layout, micro_batch=4)
+    data, signal, recipe = rollout(1), torch.randn(8), recipe_of(tmp_path, "proma-intra")
     assert compare(case, data, signal, recipe, ranks, tied=tied) <= 1e-5
 
 

@@ -97,9 +97,13 @@ def test_quantization() -> None:
     refused(Case("", engine={"qat": QATEngineConfig(enable=True)}), "fsdp_config.qat.enable")
 
 
-def test_the_natural_rule_and_batches_by_length() -> None:
-    case = Case("", geometry={"rule": "isopo-natural"}, actor={"use_dynamic_bsz": True})
-    refused(case, "use_dynamic_bsz and ISOPO's natural rule")
+@pytest.mark.parametrize("rule", ["isopo-natural", "proma", "proma-intra"])
+def test_a_rule_that_mixes_a_micro_batch_and_batches_by_length(rule: str) -> None:
+    case = Case("", geometry={"rule": rule}, actor={"use_dynamic_bsz": True})
+    refused(case, f"use_dynamic_bsz and geometry.rule {rule}")
+
+
+def test_another_rule_and_batches_by_length() -> None:
     actor_config(Case("", geometry={"rule": "isopo"}, actor={"use_dynamic_bsz": True}))
 
 

@@ -5,7 +5,6 @@ Shapes: B sequences, T token positions.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from proxstep.errors import ProxstepError
+from proxstep.errors import ProxstepError, did_you_mean
 from proxstep.logprobs.tokens import masked_mean, masked_sum
 from proxstep.typing import Bool, Float, Tensor
 
@@ -43,10 +42,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise ProxstepError, with the nearest choice, unless the value is one of the choices."""
     choices = list(choices)
     if value not in choices:
-        nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
-        raise ProxstepError(
-            f"{name} is {value!r}; did you mean {nearest!r}? Choices: {', '.join(choices)}."
-        )
+        hint = did_you_mean(value, choices) or "."
+        raise ProxstepError(f"{name} is {value!r}{hint} Choices: {', '.join(choices)}.")
 
 
 def check_positive(name: str, value: float) -> None:

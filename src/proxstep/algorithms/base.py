@@ -225,6 +225,7 @@ def sequence_coefficients(
         ProxstepError: The objective is token-level, or its gradient differs between the tokens of a
             sequence.
 
+    >>> import torch
     >>> log_probs, advantages = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]), torch.tensor([1.0, -3.0])
     >>> mask = torch.tensor([[True, True], [True, False]])
     >>> coefficient_B, _, _ = sequence_coefficients(

@@ -185,6 +185,11 @@ class Recipe(Section):
                 f"geometry.overlap_source {geometry.overlap_source} chooses positions, and "
                 "geometry.fisher sequences uses none: leave one of them out"
             )
+        if geometry.rule == "proma-intra" and geometry.diagnose_every is not None:
+            raise ValueError(
+                "geometry.diagnose_every describes a weight for each sequence, which the gradient "
+                "of geometry.rule proma-intra does not have: leave it out"
+            )
         size, generations = self.update.microbatch_size, self.rollout.num_generations
         if self.geometry.interact == "group" and size is not None and size < generations:
             raise ValueError(
@@ -197,10 +202,11 @@ class Recipe(Section):
     def _check_head(self) -> Recipe:
         if self.model.head == "full":
             return self
-        if self.geometry.needs_kernel:
+        if self.geometry.needs_full_head:
             raise ValueError(
-                "model.head chunked has no kernel, which geometry.rule isopo-natural and "
-                "geometry.fisher sequences need: use model.head full"
+                "model.head chunked has no kernel and never all gradients of the logits, which "
+                "geometry.rule isopo-natural, proma and proma-intra, and geometry.fisher sequences "
+                "need: use model.head full"
             )
         if self.regularizer.needs_logits:
             raise ValueError(

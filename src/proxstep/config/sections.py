@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from proxstep.isopo import PRESETS, IsometricRule, Isopo, NaturalRule, Rule
+from proxstep.isopo import PRESETS, IntraProjectingRule, IsometricRule, Isopo, NaturalRule, Rule
 from proxstep.rewards import overlong_punishment
 
 Positive = Annotated[int, Field(ge=1)]
@@ -212,14 +212,16 @@ class GeometrySection(Section):
     )
 
     @cached_property
-    def needs_kernel(self) -> bool:
-        """Whether the inner products of sequences' gradients are formed, as a chunked head cannot.
+    def needs_full_head(self) -> bool:
+        """Whether the rule needs the head's kernel or all its gradients, which chunks do not form.
 
         False where the rule is "none".
         """
         if self.rule == "none":
             return False
-        return PRESETS[self.rule].needs.ntk or self.fisher == "sequences"
+        preset = PRESETS[self.rule]
+        intra = isinstance(preset, IntraProjectingRule)
+        return intra or preset.needs.ntk or self.fisher == "sequences"
 
     def to_rule(self) -> Rule:
         """Return the preset with this section's values in place of its own."""

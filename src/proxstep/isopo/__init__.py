@@ -1,8 +1,16 @@
 """ISOPO: per layer, each sequence's gradient is re-scaled before the advantages act."""
 
 from proxstep.isopo.presets import PRESETS, Rule
-from proxstep.isopo.proma import ProjectingRule
+from proxstep.isopo.proma import IntraProjectingRule, ProjectingRule
 from proxstep.isopo.rule import IsometricRule, NaturalRule
 from proxstep.isopo.session import Isopo
 
-__all__ = ["PRESETS", "IsometricRule", "Isopo", "NaturalRule", "ProjectingRule", "Rule"]
+__all__ = [
+    "PRESETS",
+    "IntraProjectingRule",
+    "IsometricRule",
+    "Isopo",
+    "NaturalRule",
+    "ProjectingRule",
+    "Rule",
+]

@@ -23,7 +23,8 @@ from proxstep.isopo.hooks import (
     owner_of,
     parameter_gradient,
 )
-from proxstep.isopo.plan import Layout, wide
+from proxstep.isopo.plan import Layout
+from proxstep.logprobs.tokens import wide
 from proxstep.typing import Float, Int, Tensor
 
 

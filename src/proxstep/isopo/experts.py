@@ -28,7 +28,8 @@ from proxstep.isopo.hooks import (
     parameter_gradient,
 )
 from proxstep.isopo.linear import OuterGradients, gram, product
-from proxstep.isopo.plan import Layout, wide
+from proxstep.isopo.plan import Layout
+from proxstep.logprobs.tokens import wide
 from proxstep.typing import Float, Int, Tensor
 
 _LIMIT = 2**24
@@ -236,6 +237,11 @@ class ExpertGradients(PositionGradients):
         for expert, position_R, outer in self.by_expert():
             total_EOI[expert] = outer.contract(weight_T[position_R])
         return total_EOI
+
+    def factors(self, index_T: Int[Tensor, " kept"]) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Yield each expert that some position chose."""
+        for expert, _, outer in self.at(index_T).by_expert():
+            yield expert, outer.grad_TO, outer.input_TI
 
     def sums(self, layout: Layout) -> ExpertSums:
         """Return each sequence's gradient, which is left implicit."""

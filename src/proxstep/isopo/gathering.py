@@ -5,29 +5,15 @@ Legend for shape suffixes: T positions, K sampled positions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.hooks import PositionGradients
-from proxstep.isopo.plan import smallest
-from proxstep.typing import Float, Int, Tensor
+from proxstep.isopo.plan import Rows, smallest
+from proxstep.typing import Tensor
 
 Group = dist.ProcessGroup | None
-
-
-class Rows(NamedTuple):
-    """Sampled positions: their priorities, and whose they are."""
-
-    priority_K: Float[Tensor, " samples"]
-    key_K: Int[Tensor, " samples"]
-    group_K: Int[Tensor, " samples"]
-
-    def at(self, index: Int[Tensor, " some"]) -> Rows:
-        """Return some of them."""
-        return Rows(*(value[index] for value in self))
 
 
 Kept = dict[str, tuple[Rows, PositionGradients]]

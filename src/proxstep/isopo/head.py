@@ -23,6 +23,7 @@ from proxstep.isopo.hooks import OWNERS, SKIPPED, PositionGradients, owner_of
 from proxstep.isopo.linear import OuterGradients, product
 from proxstep.isopo.microbatch import Microbatch
 from proxstep.isopo.plan import Layout, Memory, Needs, Part
+from proxstep.isopo.proma import IntraProjectingRule
 from proxstep.logprobs.chunked import (
     ChunkedLogProbs,
     autocast_head,
@@ -60,8 +61,8 @@ def head_log_probs(
         As `chunked_log_probs`.
 
     Raises:
-        ProxstepError: In backward, if the rule needs the head's kernel (the natural rule, or
-            fisher="sequences").
+        ProxstepError: In backward, if the rule needs the head's kernel (the natural rule, PROMA,
+            fisher="sequences") or all its gradients (Intra-PROMA).
     """
     found = owner_of(head)
     if found is None:
@@ -116,10 +117,11 @@ class _GhostHead(torch.autograd.Function):
             sink = OWNERS[ctx.owner].resolve(int(ctx.microbatch_id), ctx.key)
         if not isinstance(sink, Microbatch) or not ctx.needs_input_grad[1]:
             return *ChunkedLogProbs.backward(ctx, upstream_N, upstream_entropy), *(None,) * 4
-        if sink.settings.needs.ntk:
+        if sink.settings.needs.ntk or isinstance(sink.settings.rule, IntraProjectingRule):
             raise ProxstepError(
-                f'{ctx.key}: the natural rule and fisher="sequences" need the head\'s kernel, '
-                "which the chunked head does not form; use the full head, or an isometric rule"
+                f'{ctx.key}: the natural rule, PROMA and fisher="sequences" need the head\'s '
+                "kernel or all its gradients, which the chunked head does not form; use the full "
+                "head, or an isometric rule"
             )
         hidden_ND, weight_VD, bias_V, token_N = ctx.saved_tensors
         rows = _Rows(hidden_ND, weight_VD, bias_V, token_N, upstream_N, ctx.temperature)

@@ -95,6 +95,18 @@ class PositionGradients(ABC):
         """Return <G_t, direction>, with a direction in the parameter's shape; for PROMA."""
         raise ProxstepError(f"PROMA does not cover {type(self).__name__}: freeze its parameters")
 
+    def factors(self, index_T: Int[Tensor, " kept"]) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Yield the matrices whose G_t are g_t a_t^T, for Intra-PROMA; none by default.
+
+        Args:
+            index_T: The positions that count.
+
+        Yields:
+            Where in the parameter a matrix is, its g_t, (rows, out), and its a_t, (rows, in).
+        """
+        del index_T
+        yield from ()
+
     def sums(self, layout: Layout) -> SequenceGradients:
         """Return each sequence's gradient; not for a class that measures its own `parts`."""
         raise NotImplementedError(f"{type(self).__name__}.sums")

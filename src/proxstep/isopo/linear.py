@@ -164,6 +164,11 @@ class OuterGradients(PositionGradients):
         moved_TO = product(self.input_TI, direction.to(self.input_TI.dtype).mT)
         return (moved_TO * self.grad_TO.to(moved_TO.dtype)).sum(dim=1)
 
+    def factors(self, index_T: Int[Tensor, " kept"]) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Yield the one matrix."""
+        outer = self if len(index_T) == self.num_rows else self.at(index_T)
+        yield ..., outer.grad_TO, outer.input_TI
+
     def parts(
         self,
         layout: Layout,

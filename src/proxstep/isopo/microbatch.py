@@ -18,6 +18,7 @@ from proxstep.isopo.diagnostics.records import LayerRecord, joined
 from proxstep.isopo.hooks import OWNERS, UNBOUND, PositionGradients
 from proxstep.isopo.plan import Layout, Memory, Needs, Statistics
 from proxstep.isopo.presets import Rule
+from proxstep.isopo.proma import IntraProjectingRule
 from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import Means, NaturalRule, fisher_squares, kernel_fisher_squares
 from proxstep.isopo.sampling import Samples
@@ -99,6 +100,11 @@ class Microbatch:
         self.settings, self.diagnose, self._measuring = settings, diagnose, measuring
         self.needs = settings.needs
         if diagnose:
+            if isinstance(settings.rule, IntraProjectingRule):
+                raise ProxstepError(
+                    "diagnose describes a weight for each sequence, which Intra-PROMA's gradient "
+                    "does not have: set it to False"
+                )
             positions = settings.fisher == "positions"
             self.needs = replace(self.needs, fisher=positions, norm=True, ntk=True)
         self.reduced: set[str] = set()
@@ -178,13 +184,15 @@ class Microbatch:
             )
         self.reduced.add(key)
         rule, sequences, past = self.settings.rule, self.sequences, self._past.get(key, {})
+        intra = rule if isinstance(rule, IntraProjectingRule) else None
         given_B = sequences.fisher_sq.get(key)
         needs = self.needs if given_B is None else replace(self.needs, fisher=False)
         excluded = self.settings.only_linear and not gradients.is_matrix
         if excluded or (needs == Needs() and given_B is None):
             weight_B = -sequences.coefficient_B * (not self._measuring)
             weight_T = functional.pad(weight_B, (0, 1))[self.layout.sequence_T]  # 0 at padding
-            return gradients.contract(weight_T)
+            total = gradients.contract(weight_T)
+            return total if intra is None else intra.project(total, gradients, self.layout)
         by_sequences = self.settings.fisher == "sequences"
         wanted = {"fisher_sq", *self._averages} if needs.fisher else self._averages
         separable = not (rule.interacting or by_sequences) and wanted <= past.keys()
@@ -238,15 +246,13 @@ class Microbatch:
         if needs.along:
             self._running[key] = total + self._running.get(key, 0.0)
         self._log.append((key, records[0] if len(records) == 1 else joined(records)))
-        return total
+        return total if intra is None else intra.project(total, gradients, self.layout)
 
     def _sample(
         self, key: str, gradients: PositionGradients, past: Means
     ) -> tuple[PositionGradients, Tensor, Tensor | None, dict[str, Tensor]]:
         """Return the sample, each sequence's sum_k |G_k|^2, what that leaves out, and its mean."""
-        sample, own_KB = gradients.at(self.samples.index_K), None
-        if self.samples.exchanged:
-            sample, own_KB = self.samples.of(key, sample)
+        sample, own_KB = self.samples.of(key, gradients)
         square_K = sample.squares()
         mean = square_K.sum() / max(len(square_K), 1)
         used = past.get("sample_sq", mean)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -147,6 +147,18 @@ def _bounds(sequence_T: Tensor, num_sequences: int) -> tuple[tuple[int, int], ..
     end_B = end_T[first_B].masked_fill(~present_B, 0) if num else first_B
     pairs = torch.stack([first_B, end_B], dim=1).tolist()
     return tuple((start, end) for start, end in pairs)
+
+
+class Rows(NamedTuple):
+    """Sampled positions: their priorities, and whose they are."""
+
+    priority_K: Float[Tensor, " samples"]
+    key_K: Int[Tensor, " samples"]
+    group_K: Int[Tensor, " samples"]
+
+    def at(self, index: Int[Tensor, " some"]) -> Rows:
+        """Return some of them."""
+        return Rows(*(value[index] for value in self))
 
 
 def smallest(value_T: Float[Tensor, " positions"], count: int | None) -> Int[Tensor, " samples"]:
@@ -358,13 +370,3 @@ class Memory:
         """Forget both."""
         self._buffer = None
         self._shared.clear()
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float32, or the dtype itself where it has more digits."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def wide(value: Tensor) -> Tensor:
-    """Return the value in float32, or as it is where it has more digits."""
-    return value.to(wide_dtype(value.dtype))

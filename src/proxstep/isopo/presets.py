@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from proxstep.isopo.proma import ProjectingRule
+from proxstep.isopo.proma import IntraProjectingRule, ProjectingRule
 from proxstep.isopo.rule import IsometricRule, NaturalRule
 
-Rule = IsometricRule | NaturalRule | ProjectingRule
+Rule = IsometricRule | NaturalRule | ProjectingRule | IntraProjectingRule
 
 PRESETS: dict[str, Rule] = {
     "reinforce": IsometricRule(0.0, 0.0, 0.0),
@@ -15,5 +15,6 @@ PRESETS: dict[str, Rule] = {
     "isopo-euclidean": IsometricRule(0.0, -1.0, 0.0),
     "isopo-natural": NaturalRule(),
     "proma": ProjectingRule(),
+    "proma-intra": IntraProjectingRule(),
 }
-"""ISOPO's settings in the paper, and PROMA's; "reinforce" is the identity."""
+"""ISOPO's settings in the paper, and PROMA's two rules; "reinforce" is the identity."""

@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo import gathering
-from proxstep.isopo.gathering import Group, Kept, Rows
+from proxstep.isopo.gathering import Group, Kept
 from proxstep.isopo.hooks import KINDS, PositionGradients
-from proxstep.isopo.plan import Layout, smallest
+from proxstep.isopo.plan import Layout, Rows, smallest
 from proxstep.isopo.rule import OverRanks
 from proxstep.typing import Bool, Float, Int, Tensor
 
@@ -35,23 +35,21 @@ class Samples:
 
     Attributes:
         index_K: The microbatch's own positions that were drawn.
-        exchanged: Whether `of` gives others than the microbatch's own.
         over_ranks: Sums over the ranks that share the sample; None where none is shared.
     """
 
-    exchanged = False
     over_ranks: OverRanks = None
 
     def __init__(self, index_K: Int[Tensor, " samples"]) -> None:
         self.index_K = index_K
 
-    def of(self, key: str, own: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
-        """Return a parameter's sample, given the gradients at the microbatch's own positions.
+    def of(self, key: str, every: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
+        """Return a parameter's sample, given the gradients at all of the microbatch's positions.
 
         The second is where a sampled position (row) must not measure a sequence (column).
         """
         del key
-        return own, None
+        return every.at(self.index_K), None
 
 
 class GatheredSamples(Samples):
@@ -59,8 +57,6 @@ class GatheredSamples(Samples):
 
     Every rank must run the same number of microbatches: each layer's backward is a collective.
     """
-
-    exchanged = True
 
     def __init__(
         self, priority_T: Float[Tensor, " positions"], count: int | None, group: Group
@@ -75,10 +71,10 @@ class GatheredSamples(Samples):
         counts = torch.tensor([len(self.index_K)], device=priority_T.device)
         self._counts = torch.cat(gathering.all_gather(counts, group)).tolist()
 
-    def of(self, key: str, own: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
+    def of(self, key: str, every: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
         """Return the ranks' gradients, those of the first rank first."""
         del key
-        return gathering.gather(own, self._counts, self._group), None
+        return gathering.gather(every.at(self.index_K), self._counts, self._group), None
 
     def _sum(self, value: Tensor) -> Tensor:
         total = value.clone()
@@ -95,30 +91,30 @@ class CarriedSamples(Samples):
     since in later ones they will not be there.
     """
 
-    exchanged = True
-
     def __init__(self, store: SampleStore, own: Rows, whose: Rows, *, first: bool) -> None:
         super().__init__(smallest(own.priority_K, store.count))
         self._store, self._own = store, own.at(self.index_K)
         self._whose, self._first = whose, first
         self._excluded: tuple[Rows, Tensor] | None = None
 
-    def of(self, key: str, own: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
+    def of(self, key: str, every: PositionGradients) -> tuple[PositionGradients, Tensor | None]:
         """Return what was kept of the previous step, and keep this microbatch's for the next."""
-        self._store.add(key, self._own, own)
-        if key not in self._store.current:
-            return own, None
-        rows, sample = self._store.current[key]
-        device = own.first.device  # a checkpoint's may be another
-        if self._excluded is None or self._excluded[0] is not rows:
-            self._excluded = (rows, self._own_rows(rows, device))
-        return sample.map(lambda value: value.to(device)), self._excluded[1]
+        kept, device = self._store.current.get(key), self._own.priority_K.device
+        if kept is not None and kept[0].priority_K.device != device:
+            kept = self._store.move(key, device)
+        own_KB = None if kept is None else self._own_rows(kept[0])
+        own = self._store.add(key, self._own, every, self.index_K)
+        return (own if kept is None else kept[1]), own_KB
 
-    def _own_rows(self, rows: Rows, device: torch.device) -> Bool[Tensor, "samples batch"]:
-        own_KB = rows.key_K.to(device)[:, None] == self._whose.key_K.to(device)
-        if self._first:
-            own_KB |= rows.group_K.to(device)[:, None] == self._whose.group_K.to(device)
-        return own_KB & ~own_KB.all(dim=0)  # where there are no others, its own have to do
+    def _own_rows(self, rows: Rows) -> Bool[Tensor, "samples batch"]:
+        """Return which sampled position is which sequence's own; layers share the answer."""
+        if self._excluded is None or self._excluded[0] is not rows:
+            own_KB = rows.key_K[:, None] == self._whose.key_K
+            if self._first:
+                own_KB |= rows.group_K[:, None] == self._whose.group_K
+            # where there are no others, its own have to do
+            self._excluded = (rows, own_KB & ~own_KB.all(dim=0))
+        return self._excluded[1]
 
 
 class SampleStore:
@@ -134,8 +130,22 @@ class SampleStore:
         self._pending: Kept = {}
         self._merged: tuple[Rows, Rows, Tensor, Rows] | None = None
 
-    def add(self, key: str, rows: Rows, gradients: PositionGradients) -> None:
-        """Keep the K smallest priorities of those kept before and these."""
+    def add(
+        self,
+        key: str,
+        rows: Rows,
+        every: PositionGradients,
+        index_K: Int[Tensor, " samples"] | None = None,
+    ) -> PositionGradients:
+        """Keep the K smallest priorities of those kept before and these; return these gradients.
+
+        Args:
+            key: The parameter.
+            rows: Positions.
+            every: Their gradients, or with `index_K` more gradients than theirs.
+            index_K: Which of the gradients are theirs.
+        """
+        own = gradients = every if index_K is None else every.at(index_K)
         if len(rows.priority_K) > self.count:
             index_K = smallest(rows.priority_K, self.count)
             rows, gradients = rows.at(index_K), gradients.at(index_K)
@@ -147,6 +157,14 @@ class SampleStore:
                 self._merged = (old, rows, index_K, both.at(index_K))  # other parameters' as well
             rows, gradients = self._merged[3], _both(kept, gradients).at(self._merged[2])
         self._pending[key] = (rows, gradients)
+        return own
+
+    def move(self, key: str, device: torch.device) -> tuple[Rows, PositionGradients]:
+        """Move what a checkpoint brought of a parameter to a device, and return it."""
+        rows, sample = self.current[key]
+        moved = Rows(*(value.to(device) for value in rows))
+        self.current[key] = (moved, sample.map(lambda value: value.to(device)))
+        return self.current[key]
 
     def fold(self, group: Group) -> None:
         """End the optimizer step: what was kept is the sample from now on.

@@ -59,7 +59,8 @@ class Isopo:
         model: Any model made of the kinds of layers that docs/isopo.md lists (linear layers,
             embeddings, norms, packed experts, attention), also one that is wrapped in DDP or
             sharded by FSDP2.
-        rule: A preset's name (see `PRESETS`), an `IsometricRule` or a `NaturalRule`.
+        rule: A preset's name (see `PRESETS`), or a rule: `IsometricRule`, `NaturalRule`,
+            `ProjectingRule`, `IntraProjectingRule`.
         other_parameters: What happens to trainable parameters that are not linear layers' weights
             (embeddings, normalizations, biases): "transform" treats them by the rule, "reinforce"
             gives them, and parameters of any other kind, the plain policy gradient, "freeze" sets
@@ -126,7 +127,8 @@ class Isopo:
         if self.rule.needs.along and dist.is_initialized() and dist.get_world_size() > 1:
             raise ProxstepError(
                 "PROMA projects the gradient that one process accumulates: on several ranks (DDP, "
-                "FSDP) the step's gradient is not at hand before its end; use one process"
+                "FSDP) the step's gradient is not at hand before its end; use one process, or "
+                "proma-intra"
             )
         self.model = model
         self.other_parameters = other_parameters

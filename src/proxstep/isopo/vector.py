@@ -20,7 +20,8 @@ from proxstep.isopo.hooks import (
     owner_of,
     parameter_gradient,
 )
-from proxstep.isopo.plan import Layout, wide, wide_dtype
+from proxstep.isopo.plan import Layout
+from proxstep.logprobs.tokens import wide, wide_dtype
 from proxstep.typing import Float, Int, Tensor
 
 
@@ -49,7 +50,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, microbatch_id = ctx.saved_tensors
-        features, wide = list(weight.shape), torch.promote_types(x.dtype, torch.float32)
+        features, wide = list(weight.shape), wide_dtype(x.dtype)
         grad, wide_x = grad.to(wide), x.to(wide)
         normalized, mean, rstd = torch.native_layer_norm(wide_x, features, None, None, ctx.eps)
         grad_x = grad_weight = grad_bias = None

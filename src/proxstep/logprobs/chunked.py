@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from proxstep.errors import ProxstepError
+from proxstep.logprobs.tokens import wide_dtype
 from proxstep.typing import Float, Int, Tensor
 
 CHUNK_BYTES = 2**26
@@ -98,11 +99,6 @@ def chunked_log_probs(
 def default_chunk_size(weight_VD: Float[Tensor, "vocab features"]) -> int:
     """Return how many positions' logits fit CHUNK_BYTES in float32 or better; at least one."""
     return max(1, CHUNK_BYTES // (weight_VD.shape[0] * wide_dtype(weight_VD.dtype).itemsize))
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what sums over the vocabulary and over chunks are kept in: float32 or better."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def logits_of(

@@ -111,14 +111,14 @@ def token_log_probs(
     Returns:
         Log-probabilities in float32 or better.
     """
-    wide_BTV = _wide(logits_BTV)
+    wide_BTV = wide(logits_BTV)
     chosen_BT = wide_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
     return chosen_BT - wide_BTV.logsumexp(-1)
 
 
 def entropy(logits_BTV: Float[Tensor, "batch tokens vocab"]) -> Float[Tensor, "batch tokens"]:
     """Return the entropy of the distribution over the vocabulary at each position, in nats."""
-    log_prob_BTV = _wide(logits_BTV).log_softmax(-1)
+    log_prob_BTV = wide(logits_BTV).log_softmax(-1)
     return -(log_prob_BTV.exp() * log_prob_BTV).sum(-1)
 
 
@@ -127,8 +127,8 @@ def kl_divergence(
     other_logits_BTV: Float[Tensor, "batch tokens vocab"],
 ) -> Float[Tensor, "batch tokens"]:
     """Return KL(p || q) over the vocabulary at each position, in nats; p comes first."""
-    log_p_BTV = _wide(logits_BTV).log_softmax(-1)
-    log_q_BTV = _wide(other_logits_BTV).log_softmax(-1)
+    log_p_BTV = wide(logits_BTV).log_softmax(-1)
+    log_q_BTV = wide(other_logits_BTV).log_softmax(-1)
     return (log_p_BTV.exp() * (log_p_BTV - log_q_BTV)).sum(-1)
 
 
@@ -179,6 +179,11 @@ def kl_estimate(
     raise ProxstepError(f"the KL estimator is {kind!r}; it must be k1, k2 or k3.")
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Return logits in float32 or better."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what sums are kept in: float32, or the dtype itself where it has more digits."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide(value: Tensor) -> Tensor:
+    """Return the value in float32, or as it is where it has more digits."""
+    return value.to(wide_dtype(value.dtype))

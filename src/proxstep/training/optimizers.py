@@ -1,4 +1,4 @@
-"""The recipe's optimizer and its schedule: torch's own, and pytorch-optimizer's SOAP and Kron."""
+"""The recipe's optimizer: torch's own, and pytorch-optimizer's SOAP and Kron."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from proxstep.config.recipe import Recipe
 from proxstep.config.sections import OPTIMIZER_OPTIONS, OptimizerSection
 from proxstep.errors import ProxstepError
 
@@ -49,14 +48,24 @@ class JointOptimizer(torch.optim.Optimizer):
         self.param_groups = self._groups()
 
 
-def make_optimizer(
-    recipe: Recipe, model: nn.Module
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return the recipe's optimizer over the trainable parameters, and its schedule."""
-    section = recipe.optimizer
-    optimizer, ramp = _make(section, model), section.warmup_updates
-    first = 1 / (ramp + 1)
-    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, first, total_iters=ramp)
+def make_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
+    """Return a recipe's optimizer over the trainable parameters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    common: dict[str, Any] = {"lr": section.learning_rate, "weight_decay": section.weight_decay}
+    options = section.options()
+    if section.name == "adamw":
+        return torch.optim.AdamW(parameters, **common, **options)
+    if section.name == "sgd":
+        return torch.optim.SGD(parameters, **common, **options)
+    if section.name == "muon":
+        return _muon(list(hidden_matrices(model).values()), parameters, common, options)
+    from pytorch_optimizer import SOAP, Kron
+
+    if section.name == "soap":
+        return SOAP(parameters, **common, **options)
+    # Balancing would draw from numpy's global generator, which a resumed run could not repeat; in
+    # float32 the factors do not need it.
+    return Kron(parameters, **common, **options, balance_prob=0.0)
 
 
 def check_optimizer(name: str) -> None:
@@ -100,25 +109,6 @@ def _is_linear(module: nn.Module) -> bool:
         type(module).__name__ == "Conv1D"
         and type(module).__module__ == "transformers.pytorch_utils"
     )
-
-
-def _make(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    common: dict[str, Any] = {"lr": section.learning_rate, "weight_decay": section.weight_decay}
-    options = section.options()
-    if section.name == "adamw":
-        return torch.optim.AdamW(parameters, **common, **options)
-    if section.name == "sgd":
-        return torch.optim.SGD(parameters, **common, **options)
-    if section.name == "muon":
-        return _muon(list(hidden_matrices(model).values()), parameters, common, options)
-    from pytorch_optimizer import SOAP, Kron
-
-    if section.name == "soap":
-        return SOAP(parameters, **common, **options)
-    # Balancing would draw from numpy's global generator, which a resumed run could not repeat; in
-    # float32 the factors do not need it.
-    return Kron(parameters, **common, **options, balance_prob=0.0)
 
 
 def _muon(

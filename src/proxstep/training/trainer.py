@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
@@ -45,6 +46,11 @@ class Progress(Protocol):
 
     def record(self, record: Mapping[str, Any]) -> None:
         """One line of metrics was written."""
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, warmup_updates: int) -> LambdaLR:
+    """Return the learning rate's schedule: a linear warm-up, then the optimizer's own rate."""
+    return LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / (warmup_updates + 1)))
 
 
 class Trainer(Resumable):
@@ -84,7 +90,8 @@ class Trainer(Resumable):
             check_chunkable(model)
         self.objective = Objective(recipe)
         self.isopo = make_isopo(recipe, model)
-        self.optimizer, self.schedule = make_optimizer(recipe, model)
+        self.optimizer = make_optimizer(recipe.optimizer, model)
+        self.schedule = make_schedule(self.optimizer, recipe.optimizer.warmup_updates)
         self.clock = Clock(self.device)
         self.probe: Probe | None = None
         self._idle_steps = 0

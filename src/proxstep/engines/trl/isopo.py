@@ -52,7 +52,7 @@ class IsopoTrainer(PolicyTrainer):
         section = self.args.geometry()
         self.isopo = install_geometry(section, self.model, self.args.seed)
         core = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        level, text = transform_head(core, self.temperature, needs_kernel=section.needs_kernel)
+        level, text = transform_head(core, self.temperature, needs_full=section.needs_full_head)
         logger.log(level, "ISOPO: %s", text)
         self._open: ExitStack | None = None
         self._passes_before = 0

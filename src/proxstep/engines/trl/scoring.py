@@ -40,13 +40,13 @@ _IGNORED = -100
 _FROM_ALL = "the output layer is transformed from all logits, in T x V memory"
 
 
-def transform_head(core: Any, temperature: float, *, needs_kernel: bool) -> tuple[int, str]:
+def transform_head(core: Any, temperature: float, *, needs_full: bool) -> tuple[int, str]:
     """Put the model's output layer under the rule of the `Isopo` that is installed on it.
 
     Args:
         core: The transformers model, with TRL's fused head already on it where TRL has one.
         temperature: Of the sampling.
-        needs_kernel: Whether the rule needs the head's kernel, which a chunked head does not form.
+        needs_full: Whether the rule needs what a chunked head does not form.
 
     Returns:
         What was done, for the log, and at which level: a warning where it costs memory.
@@ -61,7 +61,7 @@ def transform_head(core: Any, temperature: float, *, needs_kernel: bool) -> tupl
         reason = "this release of TRL has no fused one"
         return logging.WARNING, f"{_FROM_ALL}: {reason}"
     head, fused = output_head(core), core.forward
-    reason = "the rule needs its kernel" if needs_kernel else _not_chunkable(core, head)
+    reason = "the rule needs them" if needs_full else _not_chunkable(core, head)
     score = _full if reason else functools.partial(_chunked, head)
 
     @functools.wraps(fused)  # generate() looks at the signature

@@ -12,7 +12,7 @@ from proxstep.config.sections import GeometrySection
 from proxstep.engines.fields import Refusal, refuse_with_isopo
 from proxstep.engines.verl.seams import loss_mode
 from proxstep.errors import ProxstepError
-from proxstep.isopo import NaturalRule, Rule
+from proxstep.isopo import IsometricRule, Rule
 
 VERLS_SEQUENCE_LOSSES = ("gpg", "gspo", "bypass_mode")
 """Those of verl's policy losses whose gradient is one number for a response.
@@ -85,11 +85,11 @@ def refuse_actor(actor: Any, section: GeometrySection, rule: Rule) -> None:
     """
     refuse_with_isopo(actor, ACTOR, _ACTOR)
     refuse_with_isopo(actor.fsdp_config, ENGINE, _ENGINE)
-    if actor.use_dynamic_bsz and isinstance(rule, NaturalRule):
+    if actor.use_dynamic_bsz and not isinstance(rule, IsometricRule):
         raise ProxstepError(
-            f"{_ACTOR}use_dynamic_bsz and ISOPO's natural rule do not go together: the rule mixes "
-            "a micro-batch's sequences, which would be as many as their lengths allow; set it to "
-            f"False, or geometry.rule to another one than {section.rule}"
+            f"{_ACTOR}use_dynamic_bsz and geometry.rule {section.rule} do not go together: the "
+            "rule mixes a micro-batch's sequences, which would be as many as their lengths allow; "
+            "set it to False, or choose an isometric rule, such as isopo"
         )
     loss = actor.policy_loss
     if loss.loss_mode not in sequence_losses():
