@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,8 @@ def test_no_kill_costs_a_bit(tmp_path: Path, number: int) -> None:
     assert run(tmp_path / "whole") == 0
     events, seconds = map(float, (tmp_path / "measured").read_text().split())
     chance, tried = random.Random(number), Counter[str]()
-    folder = tmp_path / "run-0"
+    runs = (tmp_path / f"run-{count}" for count in itertools.count())
+    folder = next(runs)
     while tried.total() < number:
         if tried["files"] <= tried["seconds"]:  # most of them lie in a save, some within a write
             delay = chance.choice([0.0, 0.0, 0.003])
@@ -31,5 +33,5 @@ def test_no_kill_costs_a_bit(tmp_path: Path, number: int) -> None:
         if code == 0 or tried.total() == number or chance.random() < 1 / KILLS_A_RUN:
             assert code == 0 or run(folder) == 0
             assert differences(tmp_path / "whole", folder) == []
-            folder = tmp_path / f"run-{tried.total()}"
+            folder = next(runs)
     print(f"kills: {tried['files']} at file operations, {tried['seconds']} in time; lost: 0 bits")
