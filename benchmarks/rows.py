@@ -46,9 +46,9 @@ def _plain(model: nn.Module, batch: Batch, num_samples: int | None) -> Step:
     return lambda: reinforce(model, batch)
 
 
-def _isopo(rule: str) -> Build:
+def _isopo(rule: str, **options: Any) -> Build:
     def build(model: nn.Module, batch: Batch, num_samples: int | None) -> Step:
-        isopo = Isopo(model, rule, num_overlap_positions=num_samples)
+        isopo = Isopo(model, rule, num_overlap_positions=num_samples, **options)
         sequence_BT = batch.sequence_BT
 
         def step() -> None:
@@ -127,6 +127,7 @@ ROWS: dict[str, Row] = {
     "reinforce": Row(_plain),
     "untied-reinforce": Row(_plain, tied=False),
     "isopo": Row(_isopo("isopo"), kind="p", sampled=True),
+    "isopo-microbatch": Row(_isopo("isopo", overlap_source="microbatch"), sampled=True),
     "isopo-npg": Row(_isopo("isopo-npg"), kind="pqr", sampled=True),
     "isopo-figure4": Row(_isopo("isopo-figure4"), kind="pqr", sampled=True),
     "isopo-euclidean": Row(_isopo("isopo-euclidean"), kind="euclidean"),

@@ -300,6 +300,7 @@ def test_profiles_of_a_row_and_of_plain_reinforce(capsys) -> None:
     assert "aten::mm" in printed
 
 
+@pytest.mark.slow
 def test_the_memory_script_runs(tmp_path: Path) -> None:
     path = tmp_path / "memory.json"
     sizes = ["--hidden-size", "64", "--length", "64", "--samples", "4"]

@@ -49,7 +49,14 @@ def gradient_of(
     return gradients(model)
 
 
-@pytest.mark.parametrize("rule", ["reinforce", "isopo", "isopo-figure4", "isopo-natural"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "isopo",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("reinforce", "isopo-figure4")),
+        "isopo-natural",
+    ],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph_for_all_microbatches(name: str, rule: str) -> None:
     torch._dynamo.reset()

@@ -26,6 +26,8 @@ CASES: dict[str, tuple[Rule, dict[str, Any]]] = {
     "trailing denominators": (PRESERVED, {"fisher_denominator": "trailing"}),
 }
 
+FAST = ("isopo", "isopo-figure4")
+
 
 def run(rule: Rule, size: int, *, again: bool = False, **options: Any) -> list[list[Tensor]]:
     """The gradients of some steps at a learning rate of 0, each cut into microbatches of a size."""
@@ -63,7 +65,10 @@ def length(gradients: list[Tensor]) -> float:
     return float(torch.stack([g.norm() for g in gradients]).norm())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_the_gradient_does_not_depend_on_the_microbatches(case: str) -> None:
     rule, options = CASES[case]
     whole = run(rule, NUM_SEQUENCES, **options)

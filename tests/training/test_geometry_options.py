@@ -22,7 +22,14 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("options", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, marks=pytest.mark.slow if name in ("ranks", "small memory") else ())
+        for name, options in GEOMETRIES.items()
+    ],
+    ids=GEOMETRIES,
+)
 def test_options_of_the_geometry_change_the_run(tmp_path: Path, options: dict[str, Any]) -> None:
     plain = {"overlap_source": "microbatch", "num_overlap_positions": 20}
     if "fisher" in options:

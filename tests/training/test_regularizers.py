@@ -269,9 +269,9 @@ def run(folder: Path, algorithm: str, **changes: Any) -> list[dict[str, Any]]:
         ("reinforce", None, "exact"),
         ("reinforce", {"rank": 2}, "exact"),
         ("isopo", None, "exact"),
-        ("isopo", {"rank": 2}, "exact"),
+        pytest.param("isopo", {"rank": 2}, "exact", marks=pytest.mark.slow),
         ("reinforce", None, "k2"),
-        ("isopo", {"rank": 2}, "k2"),
+        pytest.param("isopo", {"rank": 2}, "k2", marks=pytest.mark.slow),
     ],
 )
 def test_a_large_penalty_keeps_the_policy_near_the_initial_one(

@@ -71,7 +71,7 @@ OF_EVERY_KIND = [
         },
     ),
     ("grpo", {"optimizer": {"name": "kron", "learning_rate": 1e-3}}),
-    ("isopo", {"model": {"autocast": "bfloat16"}}),
+    pytest.param("isopo", {"model": {"autocast": "bfloat16"}}, marks=pytest.mark.slow),
     (
         "isopo",
         {

@@ -86,7 +86,7 @@ def resumed(case: Case, folder: str) -> tuple[dict[str, Any], dict[str, Any], bo
 @pytest.mark.parametrize(
     "geometry",
     [
-        {"rule": "isopo", "num_overlap_positions": 5},
+        {"rule": "isopo", "overlap_source": "microbatch", "num_overlap_positions": 5},
         {"rule": "isopo", "overlap_source": "previous_step", "num_overlap_positions": 5},
         {"rule": "isopo-natural"},
     ],

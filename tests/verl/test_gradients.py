@@ -56,6 +56,7 @@ GEOMETRIES: dict[str, dict[str, Any] | None] = {
         "rule": "isopo",
         "num_overlap_positions": 5,
         "overlap_positions": "completion",
+        "overlap_source": "microbatch",
     },
     "not damped": {"rule": "isopo", **ALL, "damping": 0.0, "scale": "paper"},
     "linear layers alone": {"rule": "isopo", **ALL, "other_parameters": "reinforce"},
