@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from proxstep.runs.checkpoint import STATE_FILE, latest_checkpoint
+from proxstep.runs.checkpoint import STATE_FILE, latest_checkpoint, publish
 from tests.cli.command_case import REWARDS, TINY, make_run, mistake, run
 
 
@@ -65,10 +65,25 @@ class TestOutputFolders:
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         make_run(Path("run"))
-        state = Path("run/checkpoints/step-000001") / STATE_FILE
-        state.parent.mkdir(parents=True)
-        state.write_bytes(b"PK\x03\x04 and then nothing")
-        assert f"{state}: cannot be read" in mistake(capsys, "train", "--resume", "run")
+        scratch = Path("run/checkpoints/mine")
+        scratch.mkdir(parents=True)
+        (scratch / STATE_FILE).write_bytes(b"PK\x03\x04 and then nothing")
+        saved = publish(scratch, Path("run"), step=1, kept=2)
+        message = mistake(capsys, "train", "--resume", "run")
+        assert f"{saved / STATE_FILE}: cannot be read" in message
+        (saved / STATE_FILE).write_bytes(b"")
+        message = mistake(capsys, "train", "--resume", "run")
+        assert f"{saved} is damaged: {STATE_FILE} is not what was saved" in message
+
+    def test_with_a_damaged_run_json_cannot_be_resumed(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        make_run(Path("run"))
+        for content in (b"{", b"[1]", b"\xff"):
+            Path("run/run.json").write_bytes(content)
+            for command in (["train", "--resume", "run"], ["train", "tiny.yaml"]):
+                message = mistake(capsys, *command)
+                assert "run/run.json: damaged" in message or "already holds a run" in message
 
     def test_that_cannot_be_evaluated(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("folder").mkdir()
@@ -134,9 +149,10 @@ def test_a_state_of_something_else_cannot_be_resumed(
     capsys: pytest.CaptureFixture[str], state: Any
 ) -> None:
     make_run(Path("run"))
-    path = Path("run/checkpoints/step-000002") / STATE_FILE
-    path.parent.mkdir(parents=True)
-    torch.save(state, path)
+    scratch = Path("run/checkpoints/mine")
+    scratch.mkdir(parents=True)
+    torch.save(state, scratch / STATE_FILE)
+    path = publish(scratch, Path("run"), step=2, kept=2) / STATE_FILE
     assert f"{path}: cannot be read" in mistake(capsys, "train", "--resume", "run")
 
 

@@ -69,6 +69,7 @@ COMPUTED = {
     *("optimizer.name", "optimizer.betas", "optimizer.eps", "optimizer.momentum"),
     *("optimizer.max_grad_norm", "optimizer.warmup_updates"),
     *("logging.tracker", "logging.num_samples", "logging.checkpoint_every"),
+    "logging.checkpoints_kept",
 }
 """Recipe keys that `overrides` turns into other values."""
 
@@ -99,11 +100,13 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
             assert not left & right
     assert refused - set().union(*placed) == {
         "geometry.diagnose_every",
+        "logging.checkpoint_minutes",
         "model.head",
         "model.lora.dropout",
         "optimizer.muon_learning_rate",
         "rollout.dynamic_sampling_max_batches",
         "rollout.mask_truncated_completions",
+        "task.reward_seconds",
     }
 
 

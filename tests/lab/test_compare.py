@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from proxstep.cli import commands as cli
@@ -19,6 +21,7 @@ from proxstep.errors import ProxstepError
 from proxstep.lab import compare
 from proxstep.lab.compare import Job, check_output, plan, run_jobs
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.lock import is_locked
 from proxstep.runs.reading import find_runs, load_samples
 from tests.engine import tiny_recipe
 
@@ -94,20 +97,33 @@ def test_every_algorithm_is_planned_with_every_seed_seed_by_seed(tmp_path: Path)
 
 
 def test_taken_folders_are_refused_or_cleared_of_runs_alone(tmp_path: Path) -> None:
-    check_output(tmp_path / "none", overwrite=False)
+    check_output([], tmp_path / "none", overwrite=False)
     for name in ("opo-seed0", "opo-seed1"):
         (tmp_path / name).mkdir()
         RunFolder(tmp_path / name).update_info(status="finished")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(ProxstepError, match=f"output {tmp_path} already holds 2 runs: choose"):
-        check_output(tmp_path, overwrite=False)
+    with pytest.raises(ProxstepError, match=f"output {tmp_path} already holds 2 runs, and opo-see"):
+        check_output([], tmp_path, overwrite=False)
     assert (tmp_path / "opo-seed0" / "run.json").exists()
-    check_output(tmp_path, overwrite=True)
+    check_output([], tmp_path, overwrite=True)
     held = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert held == ["notes", "notes/mine.txt", "opo-seed0", "opo-seed1"]
-    check_output(tmp_path, overwrite=False)
+    check_output([], tmp_path, overwrite=False)
     assert (tmp_path / "notes" / "mine.txt").exists()
+
+
+def test_what_is_done_of_a_comparison_is_not_done_again(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "grpo", "opo", "dro")
+    for job, status in zip(jobs, ("finished", "running", "failed"), strict=True):
+        RunFolder(job.folder).create(job.recipe, torch.device("cpu"), 1)
+        RunFolder(job.folder).update_info(status=status)
+    again = jobs_of(tmp_path, "grpo", "opo", "dro")
+    check_output(again, tmp_path / "out", overwrite=False)
+    assert [job.state for job in again] == ["done", "waiting", "waiting"]
+    other = plan([job.recipe.model_copy(update={"steps": 9}) for job in jobs], 1, tmp_path / "out")
+    with pytest.raises(ProxstepError, match="3 runs, and dro-seed0 is none of this comparison"):
+        check_output(other, tmp_path / "out", overwrite=False)
 
 
 def test_the_last_record_carries_the_last_score(tmp_path: Path) -> None:
@@ -256,3 +272,64 @@ def test_two_algorithms_from_the_command_line(
     first, second = ([sample["prompt"] for sample in load_samples(run)] for run in runs)
     assert first == second
     assert "isopo" in (here / "out" / "report.html").read_text()
+
+
+PARENT = """
+import subprocess, sys
+from proxstep.runs.children import die_with_parent
+child = subprocess.Popen(["sleep", "60"], start_new_session=True, preexec_fn=die_with_parent())
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_child_ends_with_a_parent_that_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(500):
+        if not is_alive(child):
+            return
+        time.sleep(0.02)
+    pytest.fail("an orphan is left")
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(here: Path, number: int) -> None:
+    """Three runs, two at a time: one is done, the others are in the middle."""
+    (here / "tiny.yaml").write_text(f"{TINY}logging: {{checkpoint_every: 1}}\n")
+    words = ["compare", "tiny.yaml", "--algorithms", "grpo,opo,dro", "--output", "out"]
+    command = [sys.executable, "-m", "proxstep", *words, "--jobs", "2", "--steps", "40"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows = [here / "out" / f"{name}-seed0" / "metrics.jsonl" for name in ("grpo", "dro")]
+    while not rows[1].exists() or not rows[1].read_text().count("\n") > 2:
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(number)
+    process.wait()
+    folders = [path.parent for path in (here / "out").glob("*/run.json")]
+    while any(is_locked(folder) for folder in folders):  # after SIGKILL they end their step
+        assert number == signal.SIGKILL
+        time.sleep(0.1)
+    began = {path: path.info()["started"] for path in map(RunFolder, folders)}
+    done = [path for path in began if path.status() == "finished"]
+    assert len(done) < 3
+    assert cli.main(command[3:]) == 0
+    runs = find_runs([here / "out"])
+    assert [run.info["status"] for run in runs] == ["finished"] * 3
+    for path, started in began.items():
+        assert path.info()["started"] == started  # continued, not begun again
+    for run in runs:
+        assert [record["step"] for record in run.records] == list(range(41))

@@ -138,3 +138,14 @@ def test_long_settings_that_differ_at_their_end_do_differ(make_run):
     (note,) = fairness_notes([load_run(path) for path in paths])
     assert note.startswith("The algorithms differ in: prompt (xxx")
     assert "…" in note
+
+
+def test_a_run_that_learned_nothing_is_named(make_run):
+    steps = [{"step": step, "reward": 1.0, "advantage_range": None} for step in range(3)]
+    idle = make_run("opo", seed=0, records=steps)
+    steps = [{**row, "advantage_range": 0.0} for row in steps]
+    equal = make_run("opo", seed=1, records=steps)
+    steps[1]["advantage_range"] = 0.5
+    learned = make_run("opo", seed=2, records=steps)
+    notes = fairness_notes([load_run(path) for path in (idle, equal, learned)])
+    assert [note.partition(":")[0] for note in notes] == ["opo, seed 0", "opo, seed 1"]

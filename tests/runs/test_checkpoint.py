@@ -12,9 +12,11 @@ import torch
 
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import (
+    MANIFEST,
     STATE_FILE,
     STATE_KEYS,
     checkpoints,
+    damage,
     latest_checkpoint,
     load_state,
     save_checkpoint,
@@ -41,7 +43,8 @@ def state_at(step: int) -> dict[str, Any]:
 def save(folder: Path, step: int, text: str = "whole", **options: Any) -> Path:
     model: Any = options.get("model", Saved("model", text))
     tokenizer = options.get("tokenizer", Saved("tokenizer", text))
-    return save_checkpoint(folder, step, model, tokenizer, options.get("state", state_at(step)))
+    state = options.get("state", state_at(step))
+    return save_checkpoint(folder, step, model, tokenizer, state, options.get("kept", 2))
 
 
 def held(folder: Path) -> list[str]:
@@ -56,16 +59,28 @@ def test_a_checkpoint_holds_model_tokenizer_and_state(tmp_path: Path) -> None:
     }
     saved = save(tmp_path, 3, state=state)
     assert saved == tmp_path / "checkpoints" / "step-000003" == latest_checkpoint(tmp_path)
-    assert sorted(path.name for path in saved.iterdir()) == ["model", "tokenizer", STATE_FILE]
+    assert sorted(path.name for path in saved.iterdir()) == [
+        *(MANIFEST, "model", "tokenizer", STATE_FILE)
+    ]
     read = load_state(saved)
     assert torch.equal(read.pop("tensor"), state.pop("tensor"))
     assert read == state
 
 
-def test_only_the_newest_is_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 10):
-        save(tmp_path, step)
-        assert held(tmp_path) == [f"step-{step:06d}"]
+@pytest.mark.parametrize("kept", [2, 3])
+def test_only_the_newest_are_kept(tmp_path: Path, kept: int) -> None:
+    steps = [1, 2, 10, 11]
+    for number, step in enumerate(steps, start=1):
+        save(tmp_path, step, kept=kept)
+        assert held(tmp_path) == [f"step-{n:06d}" for n in steps[:number][-kept:]]
+
+
+def test_what_a_run_that_went_on_from_an_older_one_left_behind_goes(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, kept=3)
+    save(tmp_path, 2, "again")
+    assert held(tmp_path) == ["step-000001", "step-000002"]
+    assert (latest_checkpoint(tmp_path) / "model").read_text() == "again"
 
 
 def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
@@ -86,7 +101,7 @@ def test_leftovers_of_a_crash_are_ignored_and_replaced(tmp_path: Path) -> None:
     (leftover / "deep").mkdir(parents=True)
     (leftover / "half").write_text("a file that no checkpoint has")
     saved = save(tmp_path, 4)
-    assert held(tmp_path) == ["step-000004"]
+    assert held(tmp_path) == ["step-000003", "step-000004"]
     assert not (saved / "half").exists()
 
 
@@ -111,8 +126,9 @@ def test_a_save_that_fails_leaves_the_one_before(
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000001"]
     assert (latest_checkpoint(tmp_path) / "model").read_text() == "good"
     assert load_state(latest_checkpoint(tmp_path)) == state_at(1)
+    assert held(tmp_path) == ["step-000001"]  # a full disk needs the room
     save(tmp_path, 2)
-    assert held(tmp_path) == ["step-000002"]
+    assert held(tmp_path) == ["step-000001", "step-000002"]
 
 
 def test_the_old_ones_go_only_when_the_new_one_is_in_place(
@@ -127,10 +143,76 @@ def test_the_old_ones_go_only_when_the_new_one_is_in_place(
         replace(source, target)
         seen.append([path.name for path in checkpoints(tmp_path)])
 
-    monkeypatch.setattr(os, "replace", watched)
     save(tmp_path, 2)
-    assert seen == [["step-000001"], ["step-000001", "step-000002"]]
-    assert held(tmp_path) == ["step-000002"]
+    monkeypatch.setattr(os, "replace", watched)
+    save(tmp_path, 3)
+    old = ["step-000001", "step-000002"]
+    assert seen == [old, [*old, "step-000003"]]
+    assert held(tmp_path) == ["step-000002", "step-000003"]
+
+
+def test_everything_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    replace, before = os.replace, []
+
+    def named(source: Path, target: Path) -> None:
+        before.extend(synced)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", named)
+    save(tmp_path, 1)
+    scratch = tmp_path / "checkpoints" / "step-000001.incomplete"
+    names = ("model", "tokenizer", STATE_FILE, MANIFEST)
+    assert set(before) == {str(scratch), *(str(scratch / name) for name in names)}
+    assert synced[-1] == str(scratch.parent)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer", STATE_FILE, MANIFEST])
+def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 1)
+    damaged = save(tmp_path, 2)
+    (damaged / name).unlink()
+    notes: list[str] = []
+    assert latest_checkpoint(tmp_path, notes.append).name == "step-000001"
+    assert notes == [
+        f"{damaged} is damaged: {name} is missing; using step-000001, the one before it"
+    ]
+    (tmp_path / "checkpoints" / "step-000001" / "model").write_text("While")
+    with pytest.raises(ProxstepError) as caught:
+        latest_checkpoint(tmp_path)
+    assert str(caught.value) == (
+        f"{damaged} is damaged: {name} is missing; {damaged.parent}/step-000001 is damaged: model "
+        "is not what was saved (its SHA-256 sum differs); no other checkpoint is there: restore "
+        "one, or begin again with --overwrite"
+    )
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path) -> None:
+    os.replace(save(tmp_path, 1), tmp_path / "checkpoints" / "step-000009")
+    with pytest.raises(
+        ProxstepError, match=r"step-000009 is damaged: its manifest\.json is of step-0"
+    ):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_file_too_many_is_damage_unless_it_is_hidden(tmp_path: Path) -> None:
+    saved = save(tmp_path, 1)
+    (saved / ".DS_Store").write_text("a file browser's")
+    assert damage(saved) is None
+    (saved / "adapter_config.json").write_text("{}")  # it would be loaded
+    assert damage(saved) == "adapter_config.json is none of its files"
 
 
 def test_other_folders_are_not_checkpoints(tmp_path: Path) -> None:
@@ -162,9 +244,10 @@ def test_a_state_that_was_cut_off_is_refused(tmp_path: Path, share: float) -> No
 
 
 def test_a_missing_state_is_refused(tmp_path: Path) -> None:
-    (save(tmp_path, 1) / STATE_FILE).unlink()
+    saved = save(tmp_path, 1)
+    (saved / STATE_FILE).unlink()
     with pytest.raises(ProxstepError, match=r"trainer_state\.pt: cannot be read"):
-        load_state(latest_checkpoint(tmp_path))
+        load_state(saved)
 
 
 class Payload:

@@ -183,3 +183,75 @@ def test_samples_are_appended_a_line_each(folder: RunFolder) -> None:
     folder.add_samples([])
     lines = folder.samples.read_bytes().split(b"\n")[:-1]
     assert [json.loads(line) for line in lines] == samples
+
+
+def test_how_a_run_ended_fits_on_a_full_disk(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.create(tiny_recipe(folder.path), CPU, 1)
+    before = folder.info()
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("proxstep.runs.folder.write_file", full)
+        folder.conclude("failed")
+    assert folder.info() == {**before, "status": "failed"}
+    assert sorted(path.name for path in folder.path.iterdir()) == ["recipe.yaml", "run.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"null"])
+def test_a_damaged_run_json_is_named(folder: RunFolder, content: bytes) -> None:
+    folder.create(tiny_recipe(folder.path), CPU, 1)
+    (folder.path / "run.json").write_bytes(content)
+    with pytest.raises(ProxstepError, match=r"run\.json: damaged, it holds no JSON object; resto"):
+        folder.info()
+    folder.create(tiny_recipe(folder.path), CPU, 1)  # which overwrites it
+    assert folder.info()["status"] == "running"
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b"\xff\xfe"])
+def test_damaged_diagnostics_are_named(folder: RunFolder, line: bytes) -> None:
+    folder.create(tiny_recipe(folder.path), CPU, 1)
+    folder.diagnostics.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(ProxstepError, match=r"diagnostics\.jsonl, line 2"):
+        folder.find_diagnostics(1)
+
+
+def test_a_killed_start_leaves_a_folder_that_can_be_used(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever `create` is killed, the folder is empty or holds a run that can be overwritten."""
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("proxstep.runs.durable.os.replace", "proxstep.runs.folder.write_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                folder.create(tiny_recipe(folder.path), CPU, 1)
+        folder.check_usable(overwrite=True)
+    folder.create(tiny_recipe(folder.path), CPU, 1)
+
+
+def test_local_files_are_found_from_any_folder(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "r.py"):
+        Path(name).write_text("")
+    for name in ("model", "embedded"):
+        Path(name).mkdir()
+    task = {"name": "table", "train": "rows.jsonl", "validation": "hub/data"}
+    task |= {"rewards": ["r.py:mine", "numeric_answer", "package.module:f"]}
+    recipe = tiny_recipe(folder.path, model={"name": "model"}, task=task)
+    folder.create(recipe, CPU, 1)
+    written = load_recipe(folder.path / "recipe.yaml")
+    assert written.model.name == str(tmp_path / "model")
+    assert written.task.train == str(tmp_path / "rows.jsonl")
+    assert written.task.validation == "hub/data"
+    assert written.task.rewards == [f"{tmp_path}/r.py:mine", *task["rewards"][1:]]
+    folder.create(tiny_recipe(folder.path), CPU, 1)
+    assert load_recipe(folder.path / "recipe.yaml").model.name == "embedded"

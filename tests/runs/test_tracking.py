@@ -115,6 +115,15 @@ def test_resuming_drops_later_steps_and_what_a_kill_cut_off(path: Path, tail: st
     assert [child.name for child in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"step": 1, "rew', b"\xff\xfe", b'{"step": 9}', b"[]"])
+def test_a_damaged_line_before_the_last_kept_one_is_named(path: Path, damage: bytes) -> None:
+    rows = [json.dumps({"step": step}).encode() for step in range(4)]
+    path.write_bytes(b"\n".join([rows[0], damage, *rows[2:], b""]))
+    with pytest.raises(ProxstepError, match=r"metrics\.jsonl, line 2 is damaged: mend it, or move"):
+        drop_later_steps(path, 2)
+    assert damage in path.read_bytes()
+
+
 def test_resuming_without_a_log_begins_one(path: Path) -> None:
     drop_later_steps(path, 3)
     assert not path.exists()
@@ -153,7 +162,8 @@ def test_a_killed_run_that_goes_on_repeats_no_line(
     (tmp_path / "killed/checkpoints/step-000003.incomplete").mkdir()
     assert lifecycle.resume(tmp_path / "killed", Silent()) == "finished"
     assert [line["step"] for line in lines(tmp_path / "killed/metrics.jsonl")] == list(range(6))
-    assert [path.name for path in (tmp_path / "killed/checkpoints").iterdir()] == ["step-000005"]
+    held = sorted(path.name for path in (tmp_path / "killed/checkpoints").iterdir())
+    assert held == ["step-000004", "step-000005"]
 
     lifecycle.train(tiny_recipe(tmp_path / "whole", **changes), Silent())
     samples = lines(tmp_path / "killed/samples.jsonl")

@@ -226,6 +226,7 @@ examples:
   proxstep compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 3
   proxstep compare recipes/arithmetic.yaml --algorithms isopo,isopo+opo --seeds 5 --steps 80
 
+The same command again goes on where a comparison was stopped.
 Every algorithm gets the same recipe, prompts and seeds. Settings of one algorithm alone, such as a
 learning rate tuned for it, go under the recipe's key per_algorithm; the report says what differs.
 """,

@@ -127,7 +127,7 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     if Path(arguments.target).is_dir():
         lifecycle.load_run_recipe(arguments.target)
         recipe = load_recipe(Path(arguments.target) / "recipe.yaml", overrides)
-        checkpoint = latest_checkpoint(Path(arguments.target))
+        checkpoint = latest_checkpoint(Path(arguments.target), console.out)
     else:
         recipe = load_recipe(arguments.target, overrides)
     if arguments.output:
@@ -156,6 +156,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.lab.compare import check_output, plan, run_jobs
     from proxstep.runs.console import make_progress
     from proxstep.runs.folder import check_folder
+    from proxstep.runs.lock import locked
     from proxstep.training import lifecycle
     from proxstep.training.models import model_source, pick_device
 
@@ -171,18 +172,19 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     recipes = [load_recipe(arguments.recipe, [*overrides, ("algorithm", name)]) for name in names]
     check_folder(arguments.output, "--output")
     _check_figure(arguments.figure)
-    progress = make_progress(console)
-    try:
-        for recipe in recipes:
-            lifecycle.check(recipe)
-        check_output(arguments.output, overwrite=arguments.overwrite)
-        model_source(recipes[0], progress.note)  # once, before the runs would all do it
-    finally:
-        progress.end()
-    on_cpu = pick_device(recipes[0].device).type == "cpu"
-    num_parallel = arguments.jobs or (os.cpu_count() or 1 if on_cpu else 1)
     jobs = plan(recipes, arguments.seeds, arguments.output)
-    run_jobs(jobs, num_parallel, console)
+    progress = make_progress(console)
+    with locked(arguments.output, "--output"):
+        try:
+            for recipe in recipes:
+                lifecycle.check(recipe)
+            check_output(jobs, arguments.output, overwrite=arguments.overwrite)
+            model_source(recipes[0], progress.note)  # once, before the runs would all do it
+        finally:
+            progress.end()
+        on_cpu = pick_device(recipes[0].device).type == "cpu"
+        num_parallel = arguments.jobs or (os.cpu_count() or 1 if on_cpu else 1)
+        run_jobs(jobs, num_parallel, console)
     paths = [str(job.folder) for job in jobs]
     return _summarize(paths, arguments.output / "report.html", arguments.figure, console)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,31 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
         return recipe.model_validate(merged)
     except ValidationError as error:
         raise ProxstepError(explain(error, source, recipe)) from None
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return a recipe whose local model, data and reward files are found from any folder."""
+    task, model = recipe.task, recipe.model
+    sources: dict[str, Any] = {"train": _absolute(task.train)}
+    sources["validation"] = _absolute(task.validation)
+    sources["rewards"] = task.rewards and [_absolute_reward(spec) for spec in task.rewards]
+    name = model.name if model.name == "embedded" else _absolute(os.path.expanduser(model.name))
+    return recipe.model_copy(
+        update={
+            "task": task.model_copy(update=sources),
+            "model": model.model_copy(update={"name": name}),
+        }
+    )
+
+
+def _absolute(source: str | None) -> str | None:
+    """Return the absolute path of what exists here; anything else is a name on the hub."""
+    return os.path.abspath(source) if source and os.path.exists(source) else source
+
+
+def _absolute_reward(spec: str) -> str:
+    place, colon, name = spec.rpartition(":")
+    return f"{_absolute(place)}:{name}" if colon and place.endswith(".py") else spec
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -58,11 +58,6 @@ def undefined_composition(rule: str, objective: str) -> str | None:
     )
 
 
-def _chosen(section: Section, name: str) -> bool:
-    """Whether a key has another value than its default."""
-    return getattr(section, name) != type(section).model_fields[name].default
-
-
 _COMPARES = tuple(name for name in ADVANTAGES if name != "batch-normalized")
 
 
@@ -142,7 +137,7 @@ class Recipe(Section):
                 f"rollout.overlong_buffer {rollout.overlong_buffer} is longer than a completion "
                 f"can be (rollout.max_completion_length {longest}): lower it"
             )
-        if rollout.overlong_buffer is None and _chosen(rollout, "overlong_penalty"):
+        if rollout.overlong_buffer is None and rollout.differs("overlong_penalty"):
             raise ValueError(
                 "rollout.overlong_penalty is the largest punishment within "
                 "rollout.overlong_buffer, which is null: give a number of tokens"
@@ -155,7 +150,7 @@ class Recipe(Section):
                 "another advantage"
             )
         for name in ("kl_estimator", "kl_in"):
-            if self.regularizer.kl_coef == 0 and _chosen(self.regularizer, name):
+            if self.regularizer.kl_coef == 0 and self.regularizer.differs(name):
                 raise ValueError(
                     f"regularizer.{name} is of a divergence that regularizer.kl_coef 0 does not "
                     "price: raise kl_coef, or leave it out"

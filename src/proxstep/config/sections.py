@@ -28,6 +28,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    def differs(self, name: str) -> bool:
+        """Whether a key has another value than its default."""
+        return getattr(self, name) != type(self).model_fields[name].default
+
 
 class Lora(Section):
     """Low-rank adapters through peft; the base weights stay frozen."""
@@ -120,6 +124,12 @@ class TaskSection(Section):
     )
     reward_weights: list[float] | None = Field(
         default=None, description="One per reward; null for 1."
+    )
+    reward_seconds: float = Field(
+        default=1800.0,
+        gt=0,
+        description="Longest time that one call of a reward function may take; then the run ends "
+        "with an error that names it.",
     )
 
     @field_validator("level")
@@ -391,5 +401,18 @@ class LoggingSection(Section):
     project: str = Field(default="proxstep", description="The tracker's project.")
     num_samples: int = Field(default=4, ge=0, description="Completions kept per evaluation.")
     checkpoint_every: Positive | None = Field(
-        default=None, description="Steps between checkpoints; the last step always writes one."
+        default=None,
+        description="Steps between checkpoints; the last step always writes one, and so does a "
+        "run that fails or is interrupted between two steps.",
+    )
+    checkpoint_minutes: float | None = Field(
+        default=10.0,
+        gt=0,
+        description="Minutes after which a step's end writes one anyway; null for never.",
+    )
+    checkpoints_kept: int = Field(
+        default=2,
+        ge=2,
+        description="Checkpoints kept, the newest: where one is damaged, the one "
+        "before it is used.",
     )

@@ -17,11 +17,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from proxstep.config.loading import dump_recipe
+from proxstep.config.loading import dump_recipe, with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.runs.checkpoint import checkpoints
+from proxstep.runs.children import die_with_parent
 from proxstep.runs.console import cell
 from proxstep.runs.folder import RunFolder
+from proxstep.training.lifecycle import load_run_recipe
 
 
 @dataclass
@@ -51,11 +54,9 @@ class Job:
     @property
     def state(self) -> str:
         """Waiting, running, done or failed."""
-        if self.process is None:
-            return "waiting"
-        if self.code is None:
-            return "running"
-        return "done" if self.code == 0 else "failed"
+        if self.code is not None:
+            return "done" if self.code == 0 else "failed"
+        return "waiting" if self.process is None else "running"
 
     def last_record(self) -> dict[str, Any]:
         """Return the newest line of the run's metrics, with the last score measured."""
@@ -63,8 +64,11 @@ class Job:
         if not path.exists():
             return {}
         lines = path.read_bytes().split(b"\n")[:-1]
-        records = [json.loads(line) for line in lines]
-        scores = [record["score"] for record in records if record["score"] is not None]
+        try:
+            records = [json.loads(line) for line in lines]
+            scores = [record["score"] for record in records if record["score"] is not None]
+        except (ValueError, LookupError, TypeError):  # damaged; the run itself will say so
+            return {}
         return {**records[-1], "score": scores[-1]} if scores else {}
 
 
@@ -81,32 +85,48 @@ def plan(recipes: Sequence[Recipe], seeds: int, output: Path) -> list[Job]:
     ]
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that holds runs, or delete them where that is asked for.
+def check_output(jobs: Sequence[Job], output: Path, *, overwrite: bool) -> None:
+    """Find out what is done of a comparison that was stopped, or delete what the folder holds.
 
     Raises:
-        ProxstepError: With the ways out.
+        ProxstepError: If it holds a run of anything else, with the ways out.
     """
     held = sorted(path.parent for path in output.glob("*/run.json"))
-    if held and not overwrite:
-        raise ProxstepError(
-            f"output {output} already holds {len(held)} runs: choose another folder, or delete "
-            "them with --overwrite"
-        )
+    if overwrite:
+        for path in held:
+            with RunFolder(path).locked():
+                RunFolder(path).clear()
+        return
+    planned = {job.folder: job for job in jobs}
     for path in held:
-        RunFolder(path).clear()
+        if path not in planned or not _is_of(path, planned[path].recipe):
+            raise ProxstepError(
+                f"output {output} already holds {len(held)} runs, and {path.name} is none of this "
+                "comparison: choose another folder, or delete them with --overwrite"
+            )
+        if RunFolder(path).status() == "finished":
+            planned[path].code = 0
+
+
+def _is_of(path: Path, recipe: Recipe) -> bool:
+    """Whether a folder holds a run of a recipe, or of one that was stopped before it wrote any."""
+    if not (path / "recipe.yaml").exists():
+        return True
+    held = load_run_recipe(path).model_dump(exclude={"output_dir"})
+    return held == with_absolute_paths(recipe).model_dump(exclude={"output_dir"})
 
 
 def run_jobs(jobs: Sequence[Job], num_parallel: int, console: Console) -> None:
-    """Run every job, showing how far each of them is.
+    """Run every job that is not done, showing how far each of them is.
 
-    Ctrl-C asks the running ones to stop at their step's end; what they wrote stays.
+    Ctrl-C and SIGTERM ask the running ones to stop at their step's end; what they wrote stays.
 
     Raises:
         ProxstepError: If a run failed, with the last line that it printed; the others are finished
             first.
-        KeyboardInterrupt: After Ctrl-C, once the runs have stopped.
+        KeyboardInterrupt: After Ctrl-C or SIGTERM, once the runs have stopped.
     """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
     seen: dict[str, str] = {}
     if live:
@@ -126,6 +146,7 @@ def run_jobs(jobs: Sequence[Job], num_parallel: int, console: Console) -> None:
         if live:
             live.update(_overview(jobs), refresh=True)
             live.stop()
+        signal.signal(signal.SIGTERM, before)
     failed = [job for job in jobs if job.code]
     if failed:
         raise ProxstepError(
@@ -140,7 +161,7 @@ def _advance(jobs: Sequence[Job], num_parallel: int) -> None:
         if job.process is not None and job.code is None:
             job.code = job.process.poll()
     free = num_parallel - sum(job.state == "running" for job in jobs)
-    for job in [job for job in jobs if job.process is None][: max(free, 0)]:
+    for job in [job for job in jobs if job.state == "waiting"][: max(free, 0)]:
         job.process = _start(job)
 
 
@@ -148,15 +169,19 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
     recipe = job.log.with_suffix(".yaml")
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(dump_recipe(job.recipe), encoding="utf-8")
+    arguments = [str(recipe), "--overwrite"]  # begun, perhaps, but with nothing to go on from
+    if checkpoints(job.folder):
+        arguments = ["--resume", str(job.folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with job.log.open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "proxstep", "train", str(recipe)],
+            [sys.executable, "-m", "proxstep", "train", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
+            preexec_fn=die_with_parent(),
         )
 
 

@@ -37,11 +37,8 @@ __all__ = [
     "math_verify",
     "numeric_answer",
     "overlong_punishment",
-<<<<<<< HEAD
     "reference_number",
-=======
     "reward_columns",
->>>>>>> main
     "reward_name",
     "score_completions",
     "told_of_truncation",

@@ -9,11 +9,7 @@ import inspect
 import math
 import sys
 import zlib
-<<<<<<< HEAD
-from collections.abc import Callable, Iterable, Sequence
-=======
-from collections.abc import Iterable, Mapping, Sequence
->>>>>>> main
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from numbers import Real

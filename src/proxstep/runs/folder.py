@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import proxstep
-from proxstep.config.loading import dump_recipe
+from proxstep.config.loading import dump_recipe, with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
-from proxstep.runs.tracking import drop_later_steps
+from proxstep.runs.durable import sha256, sync, write_file
+from proxstep.runs.lock import LOCK, is_locked, locked
+from proxstep.runs.reading import read_jsonl
+from proxstep.runs.tracking import drop_later_steps, lines_until
 
 
 class RunFolder:
@@ -33,6 +40,32 @@ class RunFolder:
         self.diagnostics = self.path / "diagnostics.jsonl"
         self._info = self.path / "run.json"
 
+    @property
+    def _logs(self) -> tuple[Path, ...]:
+        return self.metrics, self.samples, self.diagnostics
+
+    @contextmanager
+    def claimed(self, *, overwrite: bool) -> Iterator[None]:
+        """Keep every other process out of the folder, after `check_usable`.
+
+        Raises:
+            ProxstepError: If another process writes there, or nobody can.
+        """
+        self.check_usable(overwrite=overwrite)
+        with self.locked():
+            self.check_usable(overwrite=overwrite)  # somebody may have been faster
+            yield
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out of the folder.
+
+        Raises:
+            ProxstepError: If another process writes there, or nobody can.
+        """
+        with locked(self.path, "output_dir"):
+            yield
+
     def check_usable(self, *, overwrite: bool) -> None:
         """Refuse a folder that holds a run, unless it is to be overwritten, or anything else.
 
@@ -45,20 +78,25 @@ class RunFolder:
                 "--resume, or delete it with --overwrite"
             )
         check_folder(self.path, "output_dir")
-        if not self._info.exists() and self.path.exists() and any(self.path.iterdir()):
+        if self._info.exists() or not self.path.exists():
+            return
+        if {path.name for path in self.path.iterdir()} - {LOCK, "run.tmp"}:
             raise ProxstepError(
                 f"output_dir {self.path} holds files that are no run: choose another folder"
             )
 
     def clear(self) -> None:
         """Delete the files of the run that the folder holds, and nothing else."""
-        if not self._info.exists():
-            return
+        if self._info.exists():
+            self._delete_results()
+            self._info.unlink()
+
+    def _delete_results(self) -> None:
+        """Delete everything of a run but run.json, without which nobody knows it for one."""
         for below in ("checkpoints", "verl"):
             shutil.rmtree(self.path / below, ignore_errors=True)
-        for file in (self.metrics, self.samples, self.diagnostics, self._info):
+        for file in (*self._logs, self.path / "recipe.yaml"):
             file.unlink(missing_ok=True)
-        (self.path / "recipe.yaml").unlink(missing_ok=True)
         for file in self.path.glob("events.out.tfevents.*"):
             file.unlink()
 
@@ -66,33 +104,107 @@ class RunFolder:
         """Begin a run: delete the one before, write the recipe and what it runs on."""
         import transformers
 
-        self.clear()
+        if self._info.exists():
+            self._delete_results()
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        self.update_info(
-            status="running",
-            proxstep_version=proxstep.__version__,
-            torch_version=torch.__version__,
-            transformers_version=transformers.__version__,
-            machine=describe_machine(device),
-            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            num_parameters=num_parameters,
+        self._write_info(
+            {
+                "status": "running",
+                "proxstep_version": proxstep.__version__,
+                "torch_version": torch.__version__,
+                "transformers_version": transformers.__version__,
+                "machine": describe_machine(device),
+                "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "num_parameters": num_parameters,
+            }
         )
+        write_file(self.path / "recipe.yaml", dump_recipe(with_absolute_paths(recipe)).encode())
+
+    def check_room(self, model: nn.Module) -> None:
+        """Refuse a disk on which what a model trains does not fit once.
+
+        Raises:
+            ProxstepError: With what is free and what is needed.
+        """
+        trained = [p for p in model.parameters() if p.requires_grad]
+        needed = sum(p.numel() * p.element_size() for p in trained)
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise ProxstepError(
+                f"output_dir {self.path}: {free / 2**30:.2g} GiB are free, and one checkpoint's "
+                f"weights alone take {needed / 2**30:.2g}: make room, or choose another folder"
+            )
 
     def update_info(self, **changes: Any) -> None:
         """Change fields of run.json, all or nothing."""
-        info = {**self.info(), **changes}
-        scratch = self._info.with_suffix(".tmp")
-        scratch.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, self._info)
+        self._write_info({**self.info(), **changes})
+
+    def _write_info(self, info: Mapping[str, Any]) -> None:
+        write_file(self._info, (json.dumps(info, indent=2) + "\n").encode())
+
+    def conclude(self, status: str) -> None:
+        """Write how a run ended; on a full disk into the room that run.json has already."""
+        try:
+            self.update_info(status=status)
+        except OSError:
+            with suppress(OSError), self._info.open("r+b") as file:
+                text = json.dumps({**self.info(), "status": status}, indent=2).encode()
+                size = len(file.read())
+                if len(text) < size:
+                    file.seek(0)
+                    file.write(text.ljust(size - 1) + b"\n")
 
     def info(self) -> dict[str, Any]:
-        """Return run.json, empty if there is none."""
-        return json.loads(self._info.read_text(encoding="utf-8")) if self._info.exists() else {}
+        """Return run.json, empty if there is none.
+
+        Raises:
+            ProxstepError: If it is damaged.
+        """
+        if not self._info.exists():
+            return {}
+        try:
+            info = json.loads(self._info.read_bytes())
+        except ValueError:
+            info = None
+        if not isinstance(info, dict):
+            raise ProxstepError(
+                f"{self._info}: damaged, it holds no JSON object; restore it, or delete it and "
+                "--resume the run, which writes a new one"
+            )
+        return info
+
+    def status(self) -> str | None:
+        """Return how the run ended, "running" or "killed"; None where there is none."""
+        status = self.info().get("status")
+        return "killed" if status == "running" and not is_locked(self.path) else status
+
+    def log_sums(self) -> dict[str, str]:
+        """Return the SHA-256 sums of the files of JSON lines, once they are on disk."""
+        held = [file for file in self._logs if file.exists()]
+        for file in held:
+            sync(file)
+        return {file.name: sha256(file) for file in held}
+
+    def check_logs(self, step: int, sums: Mapping[str, str], note: Callable[[str], None]) -> None:
+        """Refuse logs that are not what they were after a step.
+
+        Raises:
+            ProxstepError: If one is damaged. One that is missing is noted.
+        """
+        for name, digest in sums.items():
+            file = self.path / name
+            if not file.exists():
+                note(f"{file} is missing: what it had of the steps up to {step} is lost")
+            elif hashlib.sha256(lines_until(file, step)).hexdigest() != digest:
+                raise ProxstepError(
+                    f"{file} is not what the run wrote up to step {step}: a line was changed or is "
+                    "gone. Restore it, or move it away, and the run goes on without the lines "
+                    "that it had"
+                )
 
     def drop_later_steps(self, step: int) -> None:
         """Delete what came after a step, which a resumed run does again."""
-        for file in (self.metrics, self.samples, self.diagnostics):
+        for file in self._logs:
             drop_later_steps(file, step)
 
     def add_samples(self, samples: list[dict[str, Any]]) -> None:
@@ -107,8 +219,8 @@ class RunFolder:
         """
         if not self._info.exists():
             raise ProxstepError(f"{self.path}: not a run folder, it has no run.json")
-        lines = self.diagnostics.read_text("utf-8") if self.diagnostics.exists() else ""
-        records = [json.loads(line) for line in lines.splitlines()]
+        found = read_jsonl(self.diagnostics) if self.diagnostics.exists() else ()
+        records = [record for _, record in found]
         if not records:
             raise ProxstepError(
                 f"{self.path}: nothing was measured; train with a geometry.rule and "

@@ -92,7 +92,7 @@ def load_run(path: str | Path) -> Run:
 def load_samples(run: Run) -> list[dict[str, Any]]:
     """Return the lines of the run's `samples.jsonl`, none if it has no such file."""
     path = run.path / "samples.jsonl"
-    return [row for _, row in _read_jsonl(path)] if path.is_file() else []
+    return [row for _, row in read_jsonl(path)] if path.is_file() else []
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -141,10 +141,10 @@ def seed_spread(runs: Sequence[Run], name: str) -> dict[int, Spread]:
 def fairness_notes(runs: Sequence[Run]) -> list[str]:
     """Return one sentence for each thing that makes the runs less comparable than they look.
 
-    These are: runs that did not finish; seeds that repeat, are single or differ between
-    algorithms; and differences in the recipe, the machine or the versions, except those that a
-    comparison is about (seed and output folder; between algorithms also algorithm, objective,
-    geometry and advantage).
+    These are: runs that did not finish or learned nothing; seeds that repeat, are single or
+    differ between algorithms; and differences in the recipe, the machine or the versions, except
+    those that a comparison is about (seed and output folder; between algorithms also algorithm,
+    objective, geometry and advantage).
     """
     groups = by_algorithm(runs)
     return [*_unfinished_notes(runs), *_seed_notes(groups), *_setting_notes(groups)]
@@ -152,6 +152,12 @@ def fairness_notes(runs: Sequence[Run]) -> list[str]:
 
 def _unfinished_notes(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
+        ranges = [row.get("advantage_range", nan) for row in run.records if row["step"] > 0]
+        if ranges and not any(ranges):
+            yield (
+                f"{run.algorithm}, seed {run.seed}: no step learned anything; its rewards were "
+                "missing, not finite or equal."
+            )
         if run.info.get("status") != "finished":
             progress = f"step {run.records[-1]['step']} of {run.recipe.get('steps', '?')}"
             yield f"{run.algorithm}, seed {run.seed}: {run.info.get('status')} after {progress}."
@@ -260,7 +266,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield line numbers and objects, without an unfinished last line (no newline, no JSON)."""
     *lines, tail = _read(path).split(b"\n")
     for number, line in enumerate([*lines, tail] if tail else lines, start=1):
@@ -275,7 +281,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    for number, record in _read_jsonl(path):
+    for number, record in read_jsonl(path):
         where = f"{path}, line {number}"
         for name in FIELDS:
             if not isinstance(record.get(name), int | float | None):

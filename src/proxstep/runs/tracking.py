@@ -5,14 +5,28 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
+from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.runs.durable import write_file
 from proxstep.runs.schema import FIELDS, unknown_fields
+
+
+class Progress(Protocol):
+    """Shows a run: a terminal, a log, or nothing."""
+
+    def begin(self, recipe: Recipe) -> None:
+        """A run begins, or goes on."""
+
+    def note(self, text: str) -> None:
+        """Show a line, such as how far a warm-up is."""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics was written."""
 
 
 class MetricsLog:
@@ -46,17 +60,32 @@ class MetricsLog:
 def drop_later_steps(path: Path, step: int) -> None:
     """Delete the lines of later steps, and one that a kill cut off, from a file of JSON lines."""
     if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _of(line) <= step]
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(replacement, path)
+        write_file(path, lines_until(path, step))
 
 
-def _of(line: str) -> float:
+def lines_until(path: Path, step: int) -> bytes:
+    """Return the lines of a file of JSON lines up to the last one of a step.
+
+    Raises:
+        ProxstepError: If one of them is damaged.
+    """
+    lines = path.read_bytes().split(b"\n")
+    until = [_step_of(line) <= step for line in lines]
+    number = len(lines) - until[::-1].index(True) if any(until) else 0
+    if not all(until[:number]):
+        raise ProxstepError(
+            f"{path}, line {until.index(False) + 1} is damaged: mend it, or move the file away, "
+            "and the run goes on without the lines that it had"
+        )
+    return b"".join(line + b"\n" for line in lines[:number])
+
+
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
         return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 class Tracker:

@@ -337,14 +337,9 @@ def _generation_batch(
             top_k=section.top_k,
             with_log_probs=recipe.keeps_sampler,
         )
-<<<<<<< HEAD
-    with clock.phase("reward"):
+    with phase("reward"):
         truncated = completions.truncated_B.tolist()
         table = prompts.grade(repeated, completions.texts(tokenizer), truncated)
-=======
-    with phase("reward"):
-        table = prompts.grade(repeated, completions.texts(tokenizer))
->>>>>>> main
     reward_B = torch.tensor(table.total, dtype=torch.float64)
     group_B = torch.arange(len(rows)).repeat_interleave(section.num_generations)
     usable_B = reward_B.float().isfinite()

@@ -14,7 +14,7 @@ from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import latest_checkpoint, load_state
 from proxstep.runs.folder import RunFolder
-from proxstep.runs.tracking import check_tracker
+from proxstep.runs.tracking import Progress, check_tracker
 from proxstep.tasks import (
     REWARDS,
     Task,
@@ -36,7 +36,7 @@ from proxstep.training.models import (
 from proxstep.training.optimizers import check_optimizer
 from proxstep.training.prompts import Prompts, load_prompts, load_rewards
 from proxstep.training.rollout import autocast
-from proxstep.training.trainer import Progress, Trainer
+from proxstep.training.trainer import Trainer
 
 CHAT_TASKS = {"gsm8k": gsm8k_task, "math": math_task, "svamp": svamp_task}
 """Tasks whose prompts are chats where the tokenizer has a template."""
@@ -57,16 +57,17 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         ProxstepError: If anything in the recipe, the data or the model is wrong.
     """
     folder = RunFolder(recipe.output_dir)
-    folder.check_usable(overwrite=overwrite)
-    check(recipe)
-    source = model_source(recipe, progress.note)
-    tokenizer, prompts = _tokenized(recipe, source)
-    device = pick_device(recipe.device)
-    torch.manual_seed(recipe.seed)  # adapters are drawn at random
-    model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
-    trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
-    folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
-    return trainer.run()
+    with folder.claimed(overwrite=overwrite):
+        check(recipe)
+        source = model_source(recipe, progress.note)
+        tokenizer, prompts = _tokenized(recipe, source)
+        device = pick_device(recipe.device)
+        torch.manual_seed(recipe.seed)  # adapters are drawn at random
+        model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
+        folder.check_room(model)
+        trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
+        folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
+        return trainer.run()
 
 
 def resume(path: str | Path, progress: Progress) -> str:
@@ -77,22 +78,39 @@ def resume(path: str | Path, progress: Progress) -> str:
     """
     folder = RunFolder(path)
     recipe = load_run_recipe(path)
-    checkpoint = latest_checkpoint(folder.path)
-    state = load_state(checkpoint)
-    if state["step"] >= recipe.steps:
-        raise ProxstepError(
-            f"{path}: the run is finished, at step {state['step']} of {recipe.steps}"
-        )
-    check(recipe)
-    tokenizer, prompts = _tokenized(recipe, str(checkpoint))
-    device = pick_device(recipe.device)
-    model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
-    if recipe.keeps_initial:
-        source = model_source(recipe, progress.note)
-        initial = load_model(source, recipe.model.dtype, device).eval().requires_grad_(False)
-    trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
-    trainer.restore(state)
-    return trainer.run()
+    with folder.locked():
+        checkpoint = latest_checkpoint(folder.path, progress.note)
+        state = load_state(checkpoint)
+        waiting = state["unrecorded"] is not None
+        if state["step"] >= recipe.steps and not waiting:
+            if folder.status() in ("killed", "failed"):  # after its last checkpoint
+                folder.conclude("finished")
+                return "finished"
+            raise ProxstepError(
+                f"{path}: the run is finished, at step {state['step']} of {recipe.steps}"
+            )
+        if changed := _changed_keys(state["recipe"], recipe.model_dump()):
+            progress.note(f"recipe.yaml is not what the run wrote: {'; '.join(changed)}")
+        folder.check_logs(state["step"] - waiting, state["logs"], progress.note)
+        check(recipe)
+        tokenizer, prompts = _tokenized(recipe, str(checkpoint))
+        device = pick_device(recipe.device)
+        model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
+        if recipe.keeps_initial:
+            source = model_source(recipe, progress.note)
+            initial = load_model(source, recipe.model.dtype, device).eval().requires_grad_(False)
+        trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
+        trainer.restore(state)
+        return trainer.run()
+
+
+def _changed_keys(before: Any, now: Any, key: str = "") -> list[str]:
+    """Return what was changed of a recipe, the folder it lies in aside."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [name for name in {**before, **now} if name != "output_dir"]
+        below = (_changed_keys(before.get(k), now.get(k), f"{key}.{k}") for k in keys)
+        return [text for texts in below for text in texts]
+    return [] if before == now else [f"{key[1:]} {before} is now {now}"]
 
 
 def evaluate(

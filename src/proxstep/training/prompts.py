@@ -20,6 +20,7 @@ from proxstep.rewards import (
     score_completions,
 )
 from proxstep.tasks import Example, Task
+from proxstep.training.guarded import guarded
 
 ADDED_REWARDS = ("overlong", "kl")
 """What a recipe can add to the reward, by the names in rewards/NAME."""
@@ -69,19 +70,10 @@ class Prompts:
             text if isinstance(e.prompt, str) else [{"role": "assistant", "content": text}]
             for e, text in zip(examples, completions, strict=True)
         ]
-<<<<<<< HEAD
-        return score_completions(
-            self._functions,
-            self._weights,
-            prompts,
-            answers,
-            reward_columns(examples),
-            truncated,
-        )
-=======
         columns = reward_columns(examples)
-        return score_completions(self._functions, self._weights, prompts, answers, columns)
->>>>>>> main
+        return score_completions(
+            self._functions, self._weights, prompts, answers, columns, truncated
+        )
 
     def check(self, limit: int, where: str) -> None:
         """Refuse prompts that do not fit the tokenizer, are empty, or are longer than the limit.
@@ -135,7 +127,9 @@ def load_rewards(recipe: Recipe, task: Task) -> tuple[list[RewardFunction], list
         ProxstepError: If one cannot be loaded, does not accept the task's columns, or has a name
             that the metrics need for something else.
     """
-    functions = [load_reward(spec) for spec in recipe.task.rewards or task.rewards]
+    seconds = recipe.task.reward_seconds
+    specs = recipe.task.rewards or task.rewards
+    functions = [guarded(load_reward(spec), seconds) for spec in specs]
     weights = recipe.task.reward_weights or [1.0] * len(functions)
     check_rewards(functions, weights, reward_columns([task.train[0]]))
     for function in functions:

@@ -11,19 +11,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.summary import summary
-from proxstep.runs.checkpoint import save_checkpoint
 from proxstep.runs.folder import RunFolder
-from proxstep.runs.stop import stop_on_signal
-from proxstep.runs.tracking import MetricsLog, Tracker
+from proxstep.runs.stop import StopRequest, stop_on_signal
+from proxstep.runs.tracking import MetricsLog, Progress, Tracker
 from proxstep.training.batch import Batch, collect, shortage
 from proxstep.training.chunkable import check_chunkable
 from proxstep.training.evaluation import Probe, evaluate
@@ -32,24 +30,14 @@ from proxstep.training.optimizers import make_optimizer
 from proxstep.training.prompts import Prompts
 from proxstep.training.regularizers import loss_penalty
 from proxstep.training.rollout import Completions, Scores, autocast, score
+from proxstep.training.saving import Resumable
 from proxstep.typing import Tensor
 
-
-class Progress(Protocol):
-    """Shows a run: a terminal, a log, or nothing."""
-
-    def begin(self, recipe: Recipe) -> None:
-        """A run begins, or goes on."""
-
-    def note(self, text: str) -> None:
-        """Show a line, such as how far a warm-up is."""
-
-    def record(self, record: Mapping[str, Any]) -> None:
-        """One line of metrics was written."""
+_MOST_IDLE_STEPS = 5
 
 
 class Clock:
-    """Seconds since the run began, and seconds by phase since they were last taken.
+    """Seconds by phase since they were last taken.
 
     Args:
         device: Where the work happens; an accelerator is waited for at the end of a phase.
@@ -57,7 +45,6 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before, self._started = 0.0, time.perf_counter()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -76,21 +63,8 @@ class Clock:
         self._seconds = {}
         return taken
 
-    def elapsed(self) -> float:
-        """Return the seconds of the run, those of its earlier parts included."""
-        return self._before + time.perf_counter() - self._started
 
-    def continue_from(self, seconds: float) -> None:
-        """Count on from the seconds of the run's earlier parts."""
-        self._before, self._started = seconds, time.perf_counter()
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, warmup_updates: int) -> LambdaLR:
-    """Return the learning rate's schedule: a linear warm-up, then the optimizer's own rate."""
-    return LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / (warmup_updates + 1)))
-
-
-class Trainer:
+class Trainer(Resumable):
     """A run of one recipe.
 
     Args:
@@ -115,6 +89,7 @@ class Trainer:
         progress: Progress,
         initial: nn.Module | None = None,
     ) -> None:
+        super().__init__()
         self.recipe, self.model, self.tokenizer = recipe, model, tokenizer
         self.train_prompts, self.validation = train, validation
         self.folder, self.progress = folder, progress
@@ -130,7 +105,7 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, recipe.optimizer.warmup_updates)
         self.clock = Clock(self.device)
         self.probe: Probe | None = None
-        self.step, self.num_updates, self.num_sequences = 0, 0, 0
+        self._idle_steps = 0
         self._warned: set[str] = set()
 
     def run(self) -> str:
@@ -142,34 +117,54 @@ class Trainer:
         Raises:
             ProxstepError: If the gradient is not finite, or a reward function misbehaves.
         """
-        recipe = self.recipe
-        self.progress.begin(recipe)
-        self.folder.update_info(status="running")
-        if self.probe is not None:  # a resumed run does what came after its checkpoint again
-            self.folder.drop_later_steps(self.step)
-        log = MetricsLog(self.folder.metrics)
-        section = recipe.logging
-        tracker = Tracker(section.tracker, section.project, self.folder.path, recipe.model_dump())
-        status, saved = "failed", None
+        log, status = None, "failed"
         try:
-            with tracker, stop_on_signal() as stop:
-                if self.probe is None:
-                    self._write(log, tracker, {"step": 0, **self._evaluate()})
-                while self.step < recipe.steps and not stop.made:
-                    record = self._train_step()
-                    last = self.step == recipe.steps or stop.made
-                    if last or self.step % recipe.evaluation.every == 0:
-                        record |= self._evaluate()
-                    self._write(log, tracker, record)
-                    if section.checkpoint_every and self.step % section.checkpoint_every == 0:
-                        saved = self._save()
-            if saved != self.step:
-                self._save()
-            status = "finished" if self.step == recipe.steps else "interrupted"
+            self.folder.update_info(status="running")
+            # A resumed run does what came after its checkpoint again.
+            self.folder.drop_later_steps(self.step - (self.unrecorded is not None))
+            log = MetricsLog(self.folder.metrics)
+            self.progress.begin(self.recipe)
+            with self._tracker() as tracker, stop_on_signal() as stop:
+                self._train(log, tracker, stop)
+            done = self.step == self.recipe.steps and self.unrecorded is None
+            status = "finished" if done else "interrupted"
+        except BaseException as error:
+            saved = self.rescue()
+            if saved:
+                self.progress.note(
+                    f"saved up to step {self.step}: proxstep train --resume {self.folder.path}"
+                )
+            if isinstance(error, KeyboardInterrupt):
+                status = "interrupted"
+            elif (explained := self.explained(error)) is not None:
+                raise explained from error
+            if status == "failed" or not saved:
+                raise
         finally:
-            log.close()
-            self.folder.update_info(status=status)
+            if log is not None:
+                log.close()
+            self.folder.conclude(status)
         return status
+
+    def _tracker(self) -> Tracker:
+        section = self.recipe.logging
+        recipe = self.recipe.model_dump()
+        return Tracker(section.tracker, section.project, self.folder.path, recipe)
+
+    def _train(self, log: MetricsLog, tracker: Tracker, stop: StopRequest) -> None:
+        """Take the steps that are left, until asked to stop; evaluate, record and save them."""
+        recipe = self.recipe
+        while self.unrecorded is not None or self.step < recipe.steps:
+            if stop.made:
+                break
+            if self.unrecorded is None:
+                self.unrecorded = self._train_step()
+            record = dict(self.unrecorded)
+            if self.step == recipe.steps or self.step % recipe.evaluation.every == 0:
+                record |= self._evaluate()
+            self._write(log, tracker, record)
+            self.save_if_due()
+        self.save()
 
     def _train_step(self) -> dict[str, Any]:
         """Sample, reward and update once; return what was measured."""
@@ -188,9 +183,9 @@ class Trainer:
             self.clock.phase,
             self.initial,
         )
-        self.num_sequences += measured["generation_batches"] * batch_size
         measured["skipped"] = int(batch is None)
         self._warn("rollout", shortage(recipe, measured))
+        self._warn_of_idleness(measured)
         if batch is not None:
             with self.clock.phase("update"):
                 measured |= self._update(batch)
@@ -199,8 +194,25 @@ class Trainer:
             if measured["advantage_range"] > 0:
                 half_range = measured["advantage_range"] / 2
                 measured["grad_response_efficiency"] = measured["grad_norm"] / half_range
+        self.num_sequences += measured["generation_batches"] * batch_size
         self.step += 1
-        return {"step": self.step, **measured}
+        self.unrecorded = {"step": self.step, **measured}
+        self.torn = False
+        return self.unrecorded
+
+    def _warn_of_idleness(self, measured: Mapping[str, Any]) -> None:
+        """Warn where step after step no reward says which completion is better."""
+        added = self.recipe.regularizer.in_reward or self.recipe.rollout.overlong_buffer
+        idle = not measured.get("advantage_range")
+        idle = idle or bool(added and measured["frac_informative_groups"] == 0)
+        self._idle_steps = self._idle_steps + 1 if idle else 0
+        if self._idle_steps == min(_MOST_IDLE_STEPS, self.recipe.steps):
+            self._warn(
+                "rewards",
+                f"{self._idle_steps} steps in a row in which every reward was missing, not finite "
+                "or equal to the others: nothing is learned. Look at rewards/ in metrics.jsonl and "
+                "at the completions in samples.jsonl",
+            )
 
     def _warn(self, about: str, text: str | None) -> None:
         """Show a warning, once for each subject."""
@@ -221,7 +233,7 @@ class Trainer:
             for minibatch in batch.minibatches(section.num_minibatches):
                 self._measure_past(minibatch)
                 taken = self._accumulate(minibatch, sequences, measure_entropy=iteration == 0)
-                taken["grad_norm"] = self._optimizer_step()
+                taken["grad_norm"] = self._optimizer_step(taken)
                 taken |= self._geometry_step()
                 for name, value in taken.items():
                     steps.setdefault(name, []).append(value)
@@ -278,6 +290,7 @@ class Trainer:
     def _measure_past(self, minibatch: Batch) -> None:
         """Before the very first update, let the geometry measure what it starts from."""
         while self.isopo is not None and self.isopo.needs_past:
+            self.torn = True
             with self.isopo.measuring():
                 for part in minibatch.microbatches(self.recipe.update.microbatch_size):
                     completions = part.completions
@@ -332,20 +345,23 @@ class Trainer:
             taken[f"regularizer/{name}"] += value
         return loss
 
-    def _optimizer_step(self) -> float:
+    def _optimizer_step(self, losses: Mapping[str, float]) -> float:
         """Clip, step and clear; return the gradient's norm before clipping.
 
         Raises:
-            ProxstepError: If the gradient is not finite; the parameters are left as they were.
+            ProxstepError: If the gradient or a loss is not finite; the parameters are left as they
+                were.
         """
         limit = self.recipe.optimizer.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        if not math.isfinite(norm):
-            raise ProxstepError(
-                f"step {self.step + 1}, update {self.num_updates + 1}: the gradient's norm is "
-                f"{norm}; the parameters were not changed. Lower optimizer.learning_rate, or look "
-                "at the last completions in samples.jsonl"
-            )
+        for name, value in {"gradient's norm": norm, **losses}.items():
+            if not math.isfinite(value):
+                raise ProxstepError(
+                    f"step {self.step + 1}, update {self.num_updates + 1}: the {name} is {value}; "
+                    "the parameters were not changed. Lower optimizer.learning_rate, or look at "
+                    "the last completions in samples.jsonl"
+                )
+        self.torn = True
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -365,34 +381,10 @@ class Trainer:
         record |= {
             "num_updates": self.num_updates,
             "num_sequences": self.num_sequences,
-            "elapsed_seconds": self.clock.elapsed(),
+            "elapsed_seconds": self.elapsed(),
             **self.clock.take(),
         }
         log.write(record)
+        self.unrecorded = None
         tracker.log(record)
         self.progress.record(record)
-
-    def _save(self) -> int:
-        state = {
-            "step": self.step,
-            "num_updates": self.num_updates,
-            "num_sequences": self.num_sequences,
-            "elapsed_seconds": self.clock.elapsed(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "isopo": self.isopo.state_dict() if self.isopo else None,
-            "probe": self.probe.state_dict() if self.probe else None,
-        }
-        save_checkpoint(self.folder.path, self.step, self.model, self.tokenizer, state)
-        return self.step
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's state; the model was loaded from the same one."""
-        self.step, self.num_updates = state["step"], state["num_updates"]
-        self.num_sequences = state["num_sequences"]
-        self.clock.continue_from(state["elapsed_seconds"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.isopo is not None:
-            self.isopo.load_state_dict(state["isopo"])
-        self.probe = Probe.from_state_dict(state["probe"], self.device)

@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from proxstep.rewards import RewardFunction, reward_name
 from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.stop import stop_on_signal
-from proxstep.runs.tracking import MetricsLog, Tracker
+from proxstep.runs.tracking import MetricsLog, Progress, Tracker
 from proxstep.tasks import Task
 from proxstep.training import lifecycle
+from proxstep.training.guarded import guarded
 from proxstep.training.models import load_model, load_tokenizer, model_source
 from proxstep.training.prompts import Prompts, load_prompts
-from proxstep.training.trainer import Progress
 
 ADDED = ("completion_ids", "trainer_state", "log_extra", "log_metric")
 """What TRL hands to reward functions besides the prompts, the completions and the columns."""
@@ -63,19 +63,18 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
             it.
     """
     folder = RunFolder(recipe.output_dir)
-    if _is_first():
-        folder.check_usable(overwrite=overwrite)
-    prepared = _prepare(recipe, progress)
-    with ExitStack() as on_failure:
-        on_failure.callback(_remove_if_empty, folder.path)
-        trainer = _make_trainer(recipe, prepared)
-        on_failure.pop_all()
-    if _is_first():
-        device = trainer.accelerator.device
-        folder.create(recipe, device, sum(p.numel() for p in trainer.model.parameters()))
-        folder.update_info(engine="trl", trl_version=trl.__version__)
-    trainer.accelerator.wait_for_everyone()
-    return _run(recipe, prepared, trainer, folder, progress, None)
+    with folder.claimed(overwrite=overwrite) if _is_first() else nullcontext():
+        prepared = _prepare(recipe, progress)
+        with ExitStack() as on_failure:
+            on_failure.callback(_remove_if_empty, folder.path)
+            trainer = _make_trainer(recipe, prepared)
+            on_failure.pop_all()
+        if _is_first():
+            device = trainer.accelerator.device
+            folder.create(recipe, device, sum(p.numel() for p in trainer.model.parameters()))
+            folder.update_info(engine="trl", trl_version=trl.__version__)
+        trainer.accelerator.wait_for_everyone()
+        return _run(recipe, prepared, trainer, folder, progress, None)
 
 
 def resume(path: str | Path, progress: Progress) -> str:
@@ -86,16 +85,17 @@ def resume(path: str | Path, progress: Progress) -> str:
     """
     folder = RunFolder(path)
     recipe = lifecycle.load_run_recipe(path)
-    checkpoint = latest_checkpoint(folder.path)
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    step = state["global_step"] // recipe.update.num_updates
-    if step >= recipe.steps:
-        raise ProxstepError(f"{path}: the run is finished, at step {step} of {recipe.steps}")
-    prepared = _prepare(recipe, progress)
-    trainer = _make_trainer(recipe, prepared)
-    if _is_first():
-        folder.drop_later_steps(step)
-    return _run(recipe, prepared, trainer, folder, progress, checkpoint)
+    with folder.locked() if _is_first() else nullcontext():
+        checkpoint = latest_checkpoint(folder.path, progress.note)
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        step = state["global_step"] // recipe.update.num_updates
+        if step >= recipe.steps:
+            raise ProxstepError(f"{path}: the run is finished, at step {step} of {recipe.steps}")
+        prepared = _prepare(recipe, progress)
+        trainer = _make_trainer(recipe, prepared)
+        if _is_first():
+            folder.drop_later_steps(step)
+        return _run(recipe, prepared, trainer, folder, progress, checkpoint)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,10 @@ def _make_trainer(recipe: Recipe, prepared: _Prepared) -> Any:
     }
     trainer = make(made.trainer, world_size)(
         model=prepared.source,
-        reward_funcs=make(made.rewards, world_size),
+        reward_funcs=[
+            guarded(function, recipe.task.reward_seconds)
+            for function in make(made.rewards, world_size)
+        ],
         args=make(made.args.function, world_size)(**options),
         train_dataset=Dataset.from_list(rows(prepared.task.train)),
         peft_config=make(made.lora, world_size),
@@ -185,7 +188,7 @@ def _run(
         log = None
         if _is_first():
             folder.update_info(status="running")
-            stack.callback(lambda: folder.update_info(status=status))
+            stack.callback(lambda: folder.conclude(status))
             log = MetricsLog(folder.metrics)
             stack.callback(log.close)
             name, settings = section.tracker, recipe.model_dump()

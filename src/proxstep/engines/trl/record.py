@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.logs import record_of
 from proxstep.errors import ProxstepError
-from proxstep.runs.checkpoint import checkpoints
+from proxstep.runs.checkpoint import publish
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.stop import StopRequest
-from proxstep.runs.tracking import MetricsLog, Tracker
+from proxstep.runs.tracking import MetricsLog, Progress, Tracker
 from proxstep.training.evaluation import Probe, evaluate
 from proxstep.training.objective import Objective
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import autocast
-from proxstep.training.trainer import Clock, Progress
+from proxstep.training.trainer import Clock
 
 STATE_FILE = "proxstep_run.pt"
 CHECKPOINTS = "checkpoints"
@@ -70,6 +70,7 @@ class RunRecorder(TrainerCallback):
         self._clock, self._recorded = Clock(trainer.accelerator.device), 0.0
         self._logs: list[Mapping[str, Any]] = []
         self._probe: Probe | None = None
+        self._saved, self._started = time.monotonic(), time.perf_counter()
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint's probe and time."""
@@ -78,7 +79,7 @@ class RunRecorder(TrainerCallback):
             raise ProxstepError(f"{path} is missing, so the run cannot be continued")
         state = torch.load(path, map_location="cpu", weights_only=True)
         self._probe = Probe.from_state_dict(state["probe"], self._trainer.accelerator.device)
-        self._clock.continue_from(state["elapsed_seconds"])
+        self._started = time.perf_counter() - state["elapsed_seconds"]
         self._recorded = state["elapsed_seconds"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,11 +88,15 @@ class RunRecorder(TrainerCallback):
             self._write(0, self._evaluate(0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop between two rollouts, where a run can be continued exactly."""
-        made = torch.tensor([self._stop.made], device=self._trainer.accelerator.device)
-        between = state.global_step % self._num_updates == 0
-        if between and self._trainer.accelerator.gather(made).any():
-            control.should_save = control.should_training_stop = True
+        """Stop or save between two rollouts, where a run can be continued exactly."""
+        if state.global_step % self._num_updates:
+            return
+        minutes = self._recipe.logging.checkpoint_minutes or math.inf
+        due = time.monotonic() - self._saved >= 60 * minutes
+        asked = torch.tensor([[self._stop.made, due]], device=self._trainer.accelerator.device)
+        stop, save = self._trainer.accelerator.gather(asked).any(dim=0).tolist()
+        control.should_training_stop |= stop
+        control.should_save |= stop or save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a rollout's record after its last update."""
@@ -110,26 +115,31 @@ class RunRecorder(TrainerCallback):
         record = record_of(self._recipe, self._logs, kept["rewards"], kept["advantages"])
         record |= self._algorithm.bounds(record)
         self._logs = []
-        if control.should_training_stop or step % self._recipe.evaluation.every == 0:
+        if step == self._recipe.steps or step % self._recipe.evaluation.every == 0:
             record |= self._evaluate(step)
         self._write(step, record)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give a complete checkpoint its name, and delete the ones before it."""
+        """Give a complete checkpoint its manifest and its name, and delete the oldest ones."""
         self._trainer.accelerator.wait_for_everyone()
         if self._log is None:
             return
         assert self._probe is not None  # the run began with an evaluation
         parent = self._folder.path / CHECKPOINTS
         written = parent / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        kept = {"probe": self._probe.state_dict(), "elapsed_seconds": self._clock.elapsed()}
+        kept = {"probe": self._probe.state_dict(), "elapsed_seconds": self._seconds()}
         torch.save(kept, written / STATE_FILE)
-        final = parent / f"step-{state.global_step // self._num_updates:06d}"
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(written, final)
-        for other in [*checkpoints(self._folder.path), *parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]:
-            if other != final:
-                shutil.rmtree(other)
+        publish(
+            *(written, self._folder.path, state.global_step // self._num_updates),
+            self._recipe.logging.checkpoints_kept,
+        )
+        for other in parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(other)
+        self._saved = time.monotonic()
+
+    def _seconds(self) -> float:
+        """Return the seconds of the run, those of its earlier parts included."""
+        return time.perf_counter() - self._started
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Measure the policy as it is now; the training's generators stay as they are."""
@@ -150,7 +160,7 @@ class RunRecorder(TrainerCallback):
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
         rollout = self._recipe.rollout
-        elapsed = self._clock.elapsed()
+        elapsed = self._seconds()
         record = {
             "step": step,
             **record,

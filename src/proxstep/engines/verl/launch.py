@@ -5,7 +5,6 @@ The run folder is the local engine's, with what verl writes beside its metrics u
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -29,16 +28,15 @@ from proxstep.engines.verl.prompt_files import plan, prepare, write
 from proxstep.engines.verl.run_metrics import record, samples
 from proxstep.engines.versions import check_verl
 from proxstep.errors import ProxstepError
+from proxstep.runs.children import die_with_parent
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.stop import StopRequest, stop_on_signal
-from proxstep.runs.tracking import MetricsLog
+from proxstep.runs.tracking import MetricsLog, Progress
 from proxstep.training.lifecycle import check, load_run_recipe
 from proxstep.training.models import pick_device
-from proxstep.training.trainer import Progress
 
 _SECONDS_TO_STOP = 20
 _SECONDS_BETWEEN_LOOKS = 0.5
-_PR_SET_PDEATHSIG = 1
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -83,17 +81,17 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
     """
     check_verl()
     folder = RunFolder(recipe.output_dir)
-    folder.check_usable(overwrite=overwrite)
-    check(recipe)
-    machine = find_machine()
-    prepared, task = plan(recipe)
-    overrides(recipe, prepared, machine)  # refuses what verl cannot do
-    if overwrite:
-        folder.clear()
-    write(recipe, prepared, task, progress.note)
-    folder.create(recipe, pick_device(recipe.device), _num_parameters(prepared.model))
-    folder.update_info(engine="verl", verl_version=version("verl"))
-    return _run(recipe, folder, prepared, machine, progress, first_step=0)
+    with folder.claimed(overwrite=overwrite):
+        check(recipe)
+        machine = find_machine()
+        prepared, task = plan(recipe)
+        overrides(recipe, prepared, machine)  # refuses what verl cannot do
+        if overwrite:
+            folder.clear()
+        write(recipe, prepared, task, progress.note)
+        folder.create(recipe, pick_device(recipe.device), _num_parameters(prepared.model))
+        folder.update_info(engine="verl", verl_version=version("verl"))
+        return _run(recipe, folder, prepared, machine, progress, first_step=0)
 
 
 def resume(path: str | Path, progress: Progress) -> str:
@@ -114,9 +112,10 @@ def resume(path: str | Path, progress: Progress) -> str:
     if step >= recipe.steps:
         raise ProxstepError(f"{path}: the run is finished, at step {step} of {recipe.steps}")
     machine = find_machine()
-    folder.drop_later_steps(step)
-    prepared = prepare(recipe, progress.note)
-    return _run(recipe, folder, prepared, machine, progress, first_step=step)
+    with folder.locked():
+        folder.drop_later_steps(step)
+        prepared = prepare(recipe, progress.note)
+        return _run(recipe, folder, prepared, machine, progress, first_step=step)
 
 
 def _run(
@@ -146,7 +145,7 @@ def _run(
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent(),
         )
         try:
             for number, line in enumerate(_follow(process, measured, stop)):
@@ -264,9 +263,3 @@ def _num_parameters(source: str) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _die_with_parent() -> None:
-    """Have Linux end this process where the one that started it is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -260,7 +260,7 @@ def _run(recipe: Recipe) -> dict[str, Any]:
         "trainer.logger": ["console", "file"],
         "trainer.total_epochs": 1,  # the training file holds every step's prompts
         "trainer.save_freq": section.checkpoint_every or recipe.steps,
-        "trainer.max_actor_ckpt_to_keep": 1,
+        "trainer.max_actor_ckpt_to_keep": section.checkpoints_kept,
         "trainer.resume_mode": "auto",
         f"{ACTOR}.data_loader_seed": recipe.seed,
         f"{ACTOR}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],

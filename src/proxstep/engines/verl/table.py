@@ -82,6 +82,16 @@ REFUSED: tuple[Refusal, ...] = (
         lambda recipe: recipe.optimizer.muon_learning_rate is not None,
         "verl has no muon: leave it null",
     ),
+    (
+        "logging.checkpoint_minutes",
+        lambda recipe: recipe.logging.differs("checkpoint_minutes"),
+        "verl saves by steps alone: leave it out, and set logging.checkpoint_every",
+    ),
+    (
+        "task.reward_seconds",
+        lambda recipe: recipe.task.differs("reward_seconds"),
+        "verl's reward workers have no limit: leave it out",
+    ),
 )
 """Recipe keys that verl does not offer: when, and what to do instead."""
 

@@ -1,0 +1,162 @@
+"""What of a run is saved, when, and how it goes on from there."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from proxstep.config.loading import with_absolute_paths
+from proxstep.config.recipe import Recipe
+from proxstep.errors import ProxstepError
+from proxstep.isopo import Isopo
+from proxstep.runs.checkpoint import save_checkpoint
+from proxstep.runs.folder import RunFolder
+from proxstep.training.evaluation import Probe
+
+_OF_THE_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    *(errno.EIO, errno.ENOENT),
+)
+
+
+class Resumable:
+    """A run that can be stopped between any two steps and go on to the bit.
+
+    Attributes:
+        step: Rollout steps done.
+        num_updates: Optimizer steps done.
+        num_sequences: Completions sampled for training in them.
+        unrecorded: What the last step measured, while it is not in metrics.jsonl yet. Step 0 is the
+            evaluation before any training.
+        torn: Whether parameters or optimizer are in the middle of a step, which nothing can
+            continue.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    tokenizer: Any
+    folder: RunFolder
+    device: torch.device
+    isopo: Isopo | None
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    probe: Probe | None
+
+    def __init__(self) -> None:
+        self.step, self.num_updates, self.num_sequences = 0, 0, 0
+        self.unrecorded: dict[str, Any] | None = {"step": 0}
+        self.torn = False
+        self._saved_step, self._saved_time = -1, time.monotonic()
+        self._started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Return the seconds of the run, those of its earlier parts included."""
+        return time.perf_counter() - self._started
+
+    def save_if_due(self) -> None:
+        """Save the run if the recipe wants it, by steps or by time."""
+        section = self.recipe.logging
+        if self.step == 0:
+            return
+        by_steps = section.checkpoint_every and self.step % section.checkpoint_every == 0
+        seconds = time.monotonic() - self._saved_time
+        if by_steps or (section.checkpoint_minutes and seconds >= 60 * section.checkpoint_minutes):
+            self.save()
+
+    def save(self) -> None:
+        """Save the run, if the last step did not already.
+
+        Raises:
+            ProxstepError: If it cannot be written.
+        """
+        if self.step == self._saved_step:
+            return
+        kept = self.recipe.logging.checkpoints_kept
+        path = self.folder.path
+        try:
+            if self.unrecorded is not None:
+                self.folder.drop_later_steps(self.step - 1)
+            save_checkpoint(path, self.step, self.model, self.tokenizer, self._state(), kept)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own
+            raise ProxstepError(
+                f"step {self.step}: the checkpoint cannot be written below {path} ({error}); those "
+                f"before it are whole. Make room, then proxstep train --resume {path}"
+            ) from error
+        self._saved_step, self._saved_time = self.step, time.monotonic()
+
+    def rescue(self) -> bool:
+        """After a failure, save the last whole step, and return whether it is saved."""
+        if self.torn or (self.step == 0 and self.unrecorded is not None):
+            return False
+        try:
+            self.save()
+        except ProxstepError:  # the disk is full, say, which may be the failure itself
+            return False
+        return True
+
+    def explained(self, error: BaseException) -> ProxstepError | None:
+        """Return a failure in plain words with its step, if it is a mistake or the disk's."""
+        step = f"step {self.step + (self.unrecorded is None)}"
+        if isinstance(error, ProxstepError) and not str(error).startswith("step "):
+            return ProxstepError(f"{step}: {error}")
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            path = self.folder.path
+            return ProxstepError(
+                f"{step}: {error.filename or path} cannot be written ({error.strerror}): make "
+                f"room or mend the folder, then proxstep train --resume {path}"
+            )
+        return None
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "num_updates": self.num_updates,
+            "num_sequences": self.num_sequences,
+            "elapsed_seconds": self.elapsed(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "isopo": self.isopo.state_dict() if self.isopo else None,
+            "probe": self.probe.state_dict() if self.probe else None,
+            "recipe": with_absolute_paths(self.recipe).model_dump(),
+            "trained": self._trained(),
+            "unrecorded": self.unrecorded,
+            "logs": self.folder.log_sums(),
+        }
+
+    def _trained(self) -> dict[str, Any]:
+        """Return whose the optimizer's state is."""
+        named = self.model.named_parameters()
+        shapes = {name: list(p.shape) for name, p in named if p.requires_grad}
+        return {"optimizer": self.recipe.optimizer.name, "parameters": shapes}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state; the model was loaded from the same one.
+
+        Raises:
+            ProxstepError: If the state is another model's or optimizer's.
+        """
+        foreign = ProxstepError(
+            f"{self.folder.path}: the checkpoint's optimizer state is of another model or "
+            "optimizer than recipe.yaml names: restore recipe.yaml as the run wrote it"
+        )
+        if state["trained"] != self._trained():
+            raise foreign
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.isopo is not None:
+                self.isopo.load_state_dict(state["isopo"])
+            if state["probe"] is not None:
+                self.probe = Probe.from_state_dict(state["probe"], self.device)
+        except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+            raise foreign from error
+        self.step, self.num_updates = state["step"], state["num_updates"]
+        self.num_sequences, self.unrecorded = state["num_sequences"], state["unrecorded"]
+        self._started = time.perf_counter() - state["elapsed_seconds"]
+        self._saved_step = self.step
