@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
@@ -62,6 +63,11 @@ class Clock:
         taken["seconds_step"] = sum(self._seconds.values())
         self._seconds = {}
         return taken
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, warmup_updates: int) -> LambdaLR:
+    """Return the learning rate's schedule: a linear warm-up, then the optimizer's own rate."""
+    return LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / (warmup_updates + 1)))
 
 
 class Trainer(Resumable):
