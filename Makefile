@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figure reference test test-all test-trl-oldest test-verl lint bench gpu clean
+.PHONY: help setup demo figure reference test test-all trust test-trl-oldest test-verl lint bench gpu clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ test: setup  ## The test suite (under 10 minutes on two cores)
 test-all: test  ## The test suite, the slow tests, TRL's with its oldest release, verl's
 	$(BIN)/python -m pytest -q -n 2 -m slow
 	$(MAKE) test-trl-oldest test-verl
+
+trust: setup  ## The suites behind docs/reliability.md, with their counts (under 30 minutes)
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not verl" tests/trust
 
 test-trl-oldest: $(TRL_OLDEST)/.installed  ## TRL's tests with the oldest release that is supported
 	$(OLDEST) -c 'import trl; assert trl.__version__ == "1.14.2", trl.__file__'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ KILLS_A_RUN = 9
 
 
 @pytest.mark.parametrize("number", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_no_kill_costs_a_bit(tmp_path: Path, number: int) -> None:
+def test_no_kill_costs_a_bit(tmp_path: Path, number: int, counted: Callable[..., None]) -> None:
     assert run(tmp_path / "whole") == 0
     events, seconds = map(float, (tmp_path / "measured").read_text().split())
     chance, tried = random.Random(number), Counter[str]()
@@ -34,4 +35,5 @@ def test_no_kill_costs_a_bit(tmp_path: Path, number: int) -> None:
             assert code == 0 or run(folder) == 0
             assert differences(tmp_path / "whole", folder) == []
             folder = next(runs)
-    print(f"kills: {tried['files']} at file operations, {tried['seconds']} in time; lost: 0 bits")
+    counted("kills at a file operation, then resumed: bits lost", tried["files"])
+    counted("kills at a random time, then resumed: bits lost", tried["seconds"])

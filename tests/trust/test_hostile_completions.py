@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,9 @@ def graded(name: str, completions: list[Any]) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["numeric_answer", "exact_match"])
-def test_ten_thousand_fuzzed_completions(name: str) -> None:
+def test_ten_thousand_fuzzed_completions(name: str, counted: Callable[..., None]) -> None:
     assert sum(graded(name, fuzzed(10_000, seed=1))) == 0
+    counted(f"fuzzed completions, {name}: executed, hung or rewarded", 10_000)
 
 
 def test_no_fuzzed_completion_raises_when_it_was_cut_off() -> None:
@@ -129,15 +130,16 @@ def test_math_verify_on_fuzzed_completions() -> None:
 
 
 @pytest.mark.slow
-def test_math_verify_on_ten_thousand_fuzzed_completions() -> None:
+def test_math_verify_on_ten_thousand_fuzzed_completions(counted: Callable[..., None]) -> None:
     assert sum(graded("math_verify", fuzzed(10_000, seed=1))) == 0
+    counted("fuzzed completions, math_verify: executed, hung or rewarded", 10_000)
 
 
 @pytest.mark.parametrize(
     "name",
     ["numeric_answer", "exact_match", pytest.param("math_verify", marks=pytest.mark.slow)],
 )
-def test_payloads_are_not_executed(name: str, tmp_path: Path) -> None:
+def test_payloads_are_not_executed(name: str, tmp_path: Path, counted: Callable[..., None]) -> None:
     assert len(PAYLOADS) > 50
     canary = tmp_path / "canary"
     payloads = [payload.replace("CANARY", str(canary)) for payload in PAYLOADS]
@@ -145,6 +147,7 @@ def test_payloads_are_not_executed(name: str, tmp_path: Path) -> None:
     assert sum(graded(name, completions)) == 0
     assert not canary.exists()
     assert list(tmp_path.iterdir()) == []
+    counted(f"payloads, {name}: executed, hung or rewarded", len(completions))
 
 
 @pytest.mark.parametrize(
