@@ -26,7 +26,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     rows: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for report in (r for reports in terminalreporter.stats.values() for r in reports):
         for key, value in getattr(report, "user_properties", []):
-            if key == _KEY:
+            if key == _KEY and report.when == "call":
                 what, *numbers = value
                 rows[what] = [have + new for have, new in zip(rows[what], numbers, strict=True)]
     if rows:
