@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import jaxtyping
 import pytest
@@ -22,11 +21,9 @@ pytestmark = pytest.mark.filterwarnings(  # torch's own, of how it traces autogr
 
 
 @pytest.fixture(autouse=True)
-def _check_no_shapes() -> Iterator[None]:
+def _check_no_shapes() -> None:
     """The checks of shapes and types, which are the tests' alone, cannot be traced."""
     jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 MODELS = {"qwen3": tiny_qwen3, "gpt2": tiny_gpt2}

@@ -15,7 +15,6 @@ from functools import lru_cache
 from itertools import accumulate, product
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from tests.families import FAMILIES, MORE, build
@@ -84,14 +83,6 @@ SETTINGS = {
     "bfloat16": Setting("left", dtype=torch.bfloat16),
     "autocast": Setting("left", dtype=torch.float32, autocast=True),
 }
-
-
-@pytest.fixture(autouse=True)
-def _check_shapes_in_one_setting(setting: str) -> Iterator[None]:
-    """The checks of shapes and types take longer than what they check."""
-    jaxtyping.config.update("jaxtyping_disable", setting != "padded-right")
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 MORE_CELLS = product(
