@@ -16,10 +16,10 @@ import torch
 from tests.engine import Silent, made_trainer, records, spread_reward, tiny_recipe, weights
 
 from proxstep.errors import ProxstepError
-from proxstep.runs import limit, tracking
+from proxstep.runs import tracking
 from proxstep.runs.checkpoint import checkpoints, latest_checkpoint, load_state
 from proxstep.runs.folder import RunFolder
-from proxstep.training import lifecycle, saving
+from proxstep.training import guarded, lifecycle, saving
 from proxstep.training.objective import Objective
 
 REWARD = """\
@@ -45,7 +45,7 @@ def flaky(prompts, completions, **columns):
 def _calm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TROUBLE", "")
     monkeypatch.setenv("SEEN", "0")
-    monkeypatch.setattr(limit, "SECONDS_AFTER_SIGTERM", 0.2)
+    monkeypatch.setattr(guarded, "SECONDS_AFTER_SIGTERM", 0.2)
 
 
 def recipe_in(folder: Path, algorithm: str = "isopo", **changes: Any) -> Any:
@@ -227,7 +227,7 @@ def test_a_reward_that_hangs_is_named_with_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TROUBLE", "16 2 hang")
-    monkeypatch.setattr(limit, "SECONDS_AFTER_SIGTERM", 60)
+    monkeypatch.setattr(guarded, "SECONDS_AFTER_SIGTERM", 60)
     task = {"rewards": [f"{tmp_path}/reward.py:flaky"], "num_validation": 6, "reward_seconds": 1.0}
     expected = "^step 2: reward function 'flaky' took longer than task.reward_seconds 1 for 16"
     with pytest.raises(ProxstepError, match=expected):

@@ -12,8 +12,8 @@ from contextlib import suppress
 
 import pytest
 
-from proxstep.runs import limit
 from proxstep.runs.stop import stop_on_signal
+from proxstep.training import guarded
 from proxstep.training.guarded import TimeIsUp, time_limit
 
 
@@ -50,7 +50,7 @@ def _send_sigterm_and_sleep(seconds: float) -> None:
 
 
 def test_after_sigterm_little_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limit, "SECONDS_AFTER_SIGTERM", 0.2)
+    monkeypatch.setattr(guarded, "SECONDS_AFTER_SIGTERM", 0.2)
     with stop_on_signal() as stop:
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt), time_limit(60):
