@@ -40,8 +40,26 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep the embedded models of the tests out of the user's cache."""
-    os.environ["PROXSTEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Keep the embedded models of the tests out of the user's cache.
+
+    Those without a warm-up are there already, and much smaller than the real one.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from proxstep.training import demo_model
+
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["PROXSTEP_CACHE"] = str(cache)
+    tokenizer, model = demo_model.build_embedded_model()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(Qwen3Config(**{**model.config.to_dict(), **sizes, **heads}))
+    for difficulty in range(1, 6):
+        folder = demo_model._folder(difficulty, 0.0)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(autouse=True)

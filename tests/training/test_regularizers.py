@@ -289,9 +289,9 @@ def test_a_large_penalty_keeps_the_policy_near_the_initial_one(
 @pytest.mark.parametrize("algorithm", ["reinforce", "isopo"])
 def test_a_bonus_keeps_the_policy_open(tmp_path: Path, algorithm: str) -> None:
     free = run(tmp_path / "free", algorithm)
-    bonus = run(tmp_path / "open", algorithm, regularizer={"entropy_coef": 5.0})
+    bonus = run(tmp_path / "open", algorithm, regularizer={"entropy_coef": 20.0})
     assert bonus[-1]["entropy"] > free[-1]["entropy"] + 0.01
     for record in bonus[1:]:
         assert record["regularizer/entropy"] == pytest.approx(record["entropy"], rel=1e-4)
-        expected = -5.0 * record["regularizer/entropy"]
+        expected = -20.0 * record["regularizer/entropy"]
         assert record["regularizer/loss"] == pytest.approx(expected, rel=1e-4)

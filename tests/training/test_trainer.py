@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.engine import Silent, records, tiny_recipe, weights
+from tests.engine import Silent, records, spread_reward, tiny_recipe, weights
 
 from proxstep.config.recipe import algorithm_names
 from proxstep.errors import ProxstepError
@@ -250,7 +250,8 @@ def test_samples_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("algorithm", ["reinforce", "isopo"])
 def test_lora_trains_adapters_alone_and_resumes(tmp_path: Path, algorithm: str) -> None:
     folder = tmp_path / "run"
-    recipe = tiny_recipe(folder, algorithm, steps=2, model={"lora": {"rank": 2}})
+    reward = spread_reward(tmp_path)
+    recipe = tiny_recipe(folder, algorithm, steps=2, model={"lora": {"rank": 2}}, task=reward)
     lifecycle.train(recipe.model_copy(update={"steps": 1}), Silent())
     files = {path.name for path in latest_checkpoint(folder).iterdir()}
     assert "adapter_model.safetensors" in files
