@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from pathlib import Path
@@ -168,7 +169,9 @@ def test_the_recipe_s_task(path: Path) -> None:
     task = load_task(chosen, chat=True)
     assert (len(task.train), len(task.validation)) == (8, 5)
     assert isinstance(task.train[0].prompt, list)
-    assert load_rewards(chosen, task) == ([math_verify], [1.0])
+    [reward], weights = load_rewards(chosen, task)
+    assert inspect.unwrap(reward) is math_verify
+    assert weights == [1.0]
     plain = recipe(name="math", train=source, validation=source, prompt_format="plain")
     assert isinstance(load_task(plain, chat=True).train[0].prompt, str)
     examples = task.train
