@@ -50,8 +50,10 @@ def gradient_of(
     "rule",
     [
         "isopo",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("reinforce", "isopo-figure4")),
-        "isopo-natural",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("reinforce", "isopo-figure4", "isopo-natural")
+        ),
     ],
 )
 @pytest.mark.parametrize("name", MODELS)

@@ -80,7 +80,7 @@ CASES = [
     pytest.param(
         *(rule, family, wrapper),
         # The order of wrapping is tried with one rule, and the rules with one order.
-        marks=() if wrapper in (DDP, FSDP) or rule is DAMPED else pytest.mark.slow,
+        marks=() if wrapper == FSDP or rule is DAMPED else pytest.mark.slow,
     )
     for rule, family in RULES
     for wrapper in WRAPPERS
@@ -243,7 +243,12 @@ def test_a_group_of_one_rank_knows_nothing_of_the_other(ranks: Ranks, source: st
 
 @pytest.mark.parametrize(
     ("source", "wrapper"),
-    [("microbatch", FSDP), ("ranks", DDP), ("previous_step", DDP), ("previous_step", FSDP)],
+    [
+        ("microbatch", FSDP),
+        ("previous_step", DDP),
+        pytest.param("ranks", DDP, marks=pytest.mark.slow),
+        pytest.param("previous_step", FSDP, marks=pytest.mark.slow),
+    ],
 )
 def test_a_restart_changes_nothing(ranks: Ranks, source: str, wrapper: str) -> None:
     options = {"num_overlap_positions": 9, "overlap_source": source}

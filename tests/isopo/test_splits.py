@@ -78,7 +78,7 @@ def test_the_gradient_does_not_depend_on_the_microbatches(case: str) -> None:
                 assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_step_is_inflated(again: bool) -> None:
     """An average sequence keeps its weight, from the first step on."""
     plain = run(IsometricRule(0.0, 0.0, 0.0), NUM_SEQUENCES, again=again)

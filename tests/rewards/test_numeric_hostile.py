@@ -43,8 +43,17 @@ HOSTILE = [
 ]
 
 
+PREFIXES = [
+    "",
+    *(
+        pytest.param(prefix, marks=pytest.mark.slow)
+        for prefix in (r"\frac{", r"\boxed{", "#### ", "1", "answer")
+    ),
+]
+
+
 @pytest.mark.parametrize("unit", HOSTILE)
-@pytest.mark.parametrize("prefix", ["", r"\frac{", r"\boxed{", "#### ", "1", "answer"])
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_time_is_linear_in_the_text(unit, prefix, monkeypatch):
     """Without the cap on characters: quadratic time would take a minute for each of these."""
     monkeypatch.setattr(answers, "MAX_CHARACTERS", 10**9)

@@ -93,15 +93,16 @@ def _same_content(saved: Path, copy: Path) -> bool:
     return True
 
 
+@pytest.mark.parametrize("flips", [5, pytest.param(40, marks=pytest.mark.slow)])
 def test_every_damage_to_a_file_is_noticed_or_changes_nothing(
-    stopped: Path, tmp_path: Path, counted: Callable[..., None]
+    stopped: Path, tmp_path: Path, flips: int, counted: Callable[..., None]
 ) -> None:
     chance, tried = random.Random(0), Counter[str]()
     saved = latest_checkpoint(stopped)
     shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
     newest = checkpoints(tmp_path)[-1]
     for name in sorted(path.name for path in saved.iterdir()):
-        for kind, harm in damages(saved, name, chance, flips=40):
+        for kind, harm in damages(saved, name, chance, flips):
             harm(newest / name)
             notes: list[str] = []
             found = latest_checkpoint(tmp_path, notes.append)
@@ -117,7 +118,7 @@ def test_every_damage_to_a_file_is_noticed_or_changes_nothing(
     harmless = tried.pop("changes nothing", 0)
     counted("damaged files of a checkpoint: silent ones", tried.total() - harmless)
     counted("damaged files of a checkpoint that still say the same", harmless)
-    assert tried["flip"] >= 40 * 5
+    assert tried["flip"] >= 5 * flips
 
 
 def test_every_bit_of_a_manifest_counts(tmp_path: Path, counted: Callable[..., None]) -> None:
