@@ -186,9 +186,10 @@ def run_tests(channel: Channel, job: dict[str, Any]) -> bool:
     if channel.receive() != "loaded":
         return False
     namespace: dict[str, Any] = {"__name__": "tests"}
-    if job["prompt"] is not None:  # functions that the tests use and the prompt defines
+    for body in ("", "pass", "\n    pass"):  # what the tests use and the prompt defines
         try:
-            exec(compile(job["prompt"], "prompt.py", "exec"), namespace)
+            exec(compile((job["prompt"] or "") + body, "prompt.py", "exec"), namespace)
+            break
         except Exception:  # noqa: BLE001  a prompt need not be Python
             namespace = {"__name__": "tests"}
     for source in job["setup"]:
