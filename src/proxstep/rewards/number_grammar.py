@@ -121,7 +121,9 @@ def _beginnings(tokens: Sequence[Token]) -> list[bool]:
 
 
 def _is_changed(tokens: Sequence[Token], run: Run) -> bool:
-    """Whether a word right before a number makes it another one."""
+    """Whether a word right before a number that was not computed makes it another one."""
+    if run.is_equation:
+        return False
     for token in reversed(tokens[max(run.start - _NUM_CHANGES, 0) : run.start]):
         if token.kind not in ("word", "join", "unreadable"):
             return False

@@ -201,7 +201,7 @@ def ratio(above: int | None, below: int | None) -> Fraction | None:
 
 def _word(place: _Place) -> str:
     word, lower = place.piece, place.piece.lower()
-    if word in "xX" and place.after_value and re.match(r" ?[-+$\\(0-9]", place.follows(2)):
+    if word in "xX" and place.after_value and re.match(r" ?[-+$\\(0-9.]", place.follows(2)):
         return "*"
     if place.glued and place.last != "%":
         if word in GLUED_SCALES:
