@@ -21,6 +21,7 @@ from proxstep.rewards import (
     reference_number,
 )
 
+SPELLINGS_FILE = Path(__file__).with_name("answer_spellings.txt")
 DOCS = Path(__file__).parents[2] / "docs" / "tasks.md"
 
 VALUES = [
@@ -245,6 +246,22 @@ def test_a_reference_of_thousands_of_digits_is_an_error() -> None:
             if not isinstance(reference, str):
                 with pytest.raises(ProxstepError, match="integer of thousands of digits"):
                     function([""], ["5"], [reference])
+
+
+def written_spellings() -> list[tuple[str, str]]:
+    """What an attacker wrote: "value" or "reference value", and the text."""
+    lines = SPELLINGS_FILE.read_text(encoding="utf-8").split("\n")[1:-1]
+    rows = [line.split("\t") for line in lines]
+    return [(value, text.encode().decode("unicode_escape")) for value, text in rows]
+
+
+def test_spellings_that_an_attacker_wrote() -> None:
+    rows = written_spellings()
+    assert len(rows) > 800
+    for value, text in rows:
+        expected = None if value.endswith("none") else Fraction(value.removeprefix("reference "))
+        read = reference_number if value.startswith("reference ") else final_number
+        assert read(text) == expected, text
 
 
 def rows_of_the_table() -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,12 +155,3 @@ def test_payloads_are_not_executed(name: str, tmp_path: Path, counted: Callable[
 def test_what_is_no_completion_is_wrong(completion: Any) -> None:
     for function in (numeric_answer, exact_match, math_verify):
         assert function([""], [completion], ["5"]) == [0.0]
-
-
-def test_five_hundred_gsm8k_grades_a_second() -> None:
-    solution = "She has 16 - 3 - 4 = <<16-3-4=9>>9 eggs a day.\n" * 8
-    completions = [f"{solution}So she makes 9 * {i} = ${9 * i:,} in all." for i in range(500)]
-    answers = [str(9 * i) for i in range(500)]
-    start = time.process_time()
-    assert sum(numeric_answer([""] * 500, completions, answers)) == 500
-    assert time.process_time() - start < 1

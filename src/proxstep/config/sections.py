@@ -118,9 +118,9 @@ class TaskSection(Section):
     rewards: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Reward functions: numeric_answer, exact_match, math_verify or "
-        "FILE.py:FUNCTION with TRL's signature; null for the task's own. The first is the "
-        "validation score.",
+        description="Reward functions: numeric_answer, exact_match, math_verify, run_code_tests "
+        "(which runs what the model wrote, in a sandbox) or FILE.py:FUNCTION with TRL's signature; "
+        "null for the task's own. The first is the validation score.",
     )
     reward_weights: list[float] | None = Field(
         default=None, description="One per reward; null for 1."

@@ -1,6 +1,12 @@
 """Reward functions: graders, loading by name, weighted sums. Standard library only."""
 
 from proxstep.rewards.answers import boxed_answer, final_number, reference_number
+from proxstep.rewards.code_tests import (
+    CODE_REWARDS,
+    problem_of,
+    run_code_tests,
+    run_code_tests_without_sandbox,
+)
 from proxstep.rewards.functions import (
     NOT_A_NUMBER,
     MeasuredRewards,
@@ -24,6 +30,7 @@ from proxstep.rewards.scoring import (
 
 __all__ = [
     "BUILTIN_REWARDS",
+    "CODE_REWARDS",
     "NOT_A_NUMBER",
     "MeasuredRewards",
     "RewardFunction",
@@ -37,9 +44,12 @@ __all__ = [
     "math_verify",
     "numeric_answer",
     "overlong_punishment",
+    "problem_of",
     "reference_number",
     "reward_columns",
     "reward_name",
+    "run_code_tests",
+    "run_code_tests_without_sandbox",
     "score_completions",
     "told_of_truncation",
 ]

@@ -20,6 +20,8 @@ MAX_CHARACTERS = 20_000
 _MARKER = re.compile("####+")
 _PHRASE = re.compile(r"answer[*_ ]{0,4}(?:is\b|:|=)", re.IGNORECASE)
 _NOT = re.compile(r"[*_ ]{0,4}(?:not|never)\b", re.IGNORECASE)
+_TAKEN_BACK = re.compile(r"\b(?:wait|actually|correction|oops|sorry|mistake)\b", re.IGNORECASE)
+MAX_NAME_WORDS = 4
 _MAY_HOLD_A_NUMBER = re.compile(r"[0-9]|[^\x00-\x7f]")
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
@@ -173,7 +175,9 @@ def reference_number(reference: Any) -> Fraction | None:
     before, after = tokens[: run.start], tokens[run.end :]
     if after and after[-1].text == ".":
         after.pop()
-    is_name = run.is_equation and len(before) < 4 and all(t.kind == "word" for t in before)
+    is_name = (
+        run.is_equation and len(before) < MAX_NAME_WORDS and all(t.kind == "word" for t in before)
+    )
     is_unit = all(token.kind in ("word", "/") for token in after)
     return run.value if is_unit and (is_name or not before) else None
 
@@ -190,10 +194,10 @@ def _after_marker(text: str, truncated: bool) -> Run | None:
     for piece, is_last in _pieces(text, _MARKER):
         tokens = tokenize(piece)
         run = next(find_runs(tokens, alone=True), None)
-        if run is None or any(token.kind in ("word", "join") for token in tokens[: run.start]):
+        if run is None or not _is_first(run, tokens):
             continue
         if not (truncated and is_last) or _has_ended(run, tokens, piece):
-            return run
+            return _kept(run, tokens, piece)
     return None
 
 
@@ -204,8 +208,23 @@ def _after_phrase(text: str, truncated: bool) -> Run | None:
         run = next(find_runs(tokens, alone=True), None)
         if run is None or (truncated and is_last and not _has_ended(run, tokens, piece)):
             continue
-        return run._replace(value=None) if _NOT.match(piece) else run
+        return run._replace(value=None) if _NOT.match(piece) else _kept(run, tokens, piece)
     return None
+
+
+def _is_first(run: Run, tokens: list[Token]) -> bool:
+    """Whether nothing but a name stands before a number: "Total = 5"."""
+    words = [token for token in tokens[: run.start] if token.kind in ("word", "join", "break")]
+    names = all(token.kind == "word" for token in words) and len(words) < MAX_NAME_WORDS
+    return not any(token.kind != "break" for token in words) or (
+        names and tokens[run.start].kind == "="
+    )
+
+
+def _kept(run: Run, tokens: list[Token], piece: str) -> Run:
+    """Return the run, without its value where the text takes it back: "5. Wait, no: 7"."""
+    taken_back = run.end and _TAKEN_BACK.search(piece, tokens[run.end - 1].end)
+    return run._replace(value=None) if taken_back else run
 
 
 def _pieces(text: str, marker: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
@@ -234,9 +253,15 @@ def _in_box(text: str) -> Run | None:
         content += scale[0]
     tokens = tokenize(content)
     run = next(find_runs(tokens, alone=True), None)
-    if run is None or any(token.text == "!" for token in tokens):
+    if run is None or any(token.text == "!" for token in tokens) or _others(tokens, run):
         return Run(None, 0, 0, is_equation=False, is_listed=False)
     return run
+
+
+def _others(tokens: list[Token], run: Run) -> bool:
+    r"""Whether another line of a box holds a number: "5 \\ 7"."""
+    rest = tokens[run.end :]
+    return bool(rest) and rest[0].kind == "break" and any(token.value is not None for token in rest)
 
 
 def _last_run(text: str) -> Run | None:

@@ -70,7 +70,7 @@ def numeric_answer(
     cut = [False] * len(completions) if truncated is None else truncated
     references = [_reference(index, reference) for index, reference in enumerate(answer)]
     return [
-        float(final_number(_text(completion), truncated=bool(was_cut)) == reference)
+        float(final_number(text_of(completion), truncated=bool(was_cut)) == reference)
         for completion, reference, was_cut in zip(completions, references, cut, strict=True)
     ]
 
@@ -109,7 +109,7 @@ def exact_match(
     check_length("exact_match", completions, answer)
     references = _texts("exact_match", answer)
     return [
-        float(_text(completion).strip() == reference)
+        float(text_of(completion).strip() == reference)
         for completion, reference in zip(completions, references, strict=True)
     ]
 
@@ -141,7 +141,7 @@ def math_verify(
     check_length("math_verify", completions, answer)
     references = _texts("math_verify", answer)
     pairs = [
-        (spelled(reference), spelled(_box(_text(completion), reference)))
+        (spelled(reference), spelled(_box(text_of(completion), reference)))
         for completion, reference in zip(completions, references, strict=True)
     ]
     verdicts_of = {pair: _decided(*pair) for pair in pairs}
@@ -186,7 +186,7 @@ def _box(text: str, reference: str) -> str:
     return boxed_list(text) or box if is_list and box and "," not in box else box
 
 
-def _text(completion: Any) -> str:
+def text_of(completion: Any) -> str:
     """Return a completion's text, nothing for what is no completion."""
     try:
         text = completion_text(completion)

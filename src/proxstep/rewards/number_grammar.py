@@ -22,13 +22,46 @@ MAX_WORDS_AFTER_EQUALS = 8
 # Words after a number that are not its unit.
 _CONNECTIVES = frozenset(
     [
-        *("a", "after", "an", "as", "at", "because", "before", "but", "by", "each", "every", "for"),
-        *("from", "had", "has", "have", "if", "in", "is", "left", "less", "more", "not", "of"),
-        *("on", "per", "since", "so", "than", "that", "the", "then", "was", "were", "when"),
-        *("where", "which", "while", "with"),
+        *("a", "after", "an", "as", "at", "because", "before", "but", "each", "every", "for"),
+        *("from", "had", "has", "have", "if", "in", "is", "left", "not", "of", "on", "per"),
+        *("since", "so", "that", "the", "then", "was", "were", "when", "where", "which", "while"),
+        "with",
     ]
 )
 _PARTS = frozenset(["half", "third", "quarter", "thirds", "quarters"])
+# Words before a number that make it another one, or no answer: "at least 5", "twice 5".
+_CHANGES = frozenset(
+    [
+        *(
+            "not",
+            "never",
+            "cannot",
+            "isn",
+            "wasn",
+            "longer",
+            "neither",
+            "than",
+            "least",
+            "most",
+            "above",
+        ),
+        *(
+            "below",
+            "over",
+            "under",
+            "up",
+            "between",
+            "after",
+            "before",
+            "almost",
+            "nearly",
+            "twice",
+        ),
+        *("double", "triple", "half", "third", "quarter", "root", "square", "cube", "loss", "neg"),
+        *("hundred", "thousand", "million", "billion"),
+    ]
+)
+_NUM_CHANGES = 3  # words before a number that are looked at
 _VALUES = ("number", "power", "fraction")
 _SIGNS = ("+", "-", "negative")
 _PREFIXES = (*_SIGNS, "(", "=", "*", "/", "bullet", "operator", "unreadable", "unreadable(")
@@ -70,6 +103,7 @@ def find_runs(tokens: Sequence[Token], *, alone: bool) -> Iterator[Run]:
             continue
         run = _Parser(tokens, begins, index, alone).run()
         is_item = (listed and not run.is_equation) or (run.is_listed and alone)
+        is_item |= _is_changed(tokens, run) or (alone and _has_rival(tokens, run))
         yield run._replace(value=None) if is_item else run
         index, listed = run.end, run.is_listed
 
@@ -86,6 +120,34 @@ def _beginnings(tokens: Sequence[Token]) -> list[bool]:
     return begins
 
 
+def _is_changed(tokens: Sequence[Token], run: Run) -> bool:
+    """Whether a word right before a number that was not computed makes it another one."""
+    if run.is_equation:
+        return False
+    for token in reversed(tokens[max(run.start - _NUM_CHANGES, 0) : run.start]):
+        if token.kind not in ("word", "join", "unreadable"):
+            return False
+        if token.text.lower() in _CHANGES:
+            return True
+    return False
+
+
+def _has_rival(tokens: Sequence[Token], run: Run) -> bool:
+    """Whether the sentence goes on with another number before a clause begins: "5, no, 7"."""
+    for index in range(run.end, len(tokens)):
+        token = tokens[index]
+        if token.kind in _VALUES:
+            return True
+        if token.kind == "break":
+            is_point = token.text in (".", ":") and index + 1 < len(tokens)
+            return is_point and tokens[index + 1].kind in _VALUES
+        if token.text == ";" and index + 1 < len(tokens) and tokens[index + 1].kind == "word":
+            return index + 2 < len(tokens) and tokens[index + 2].kind == "="
+        if token.kind == "word" and token.text.lower() in _CONNECTIVES:
+            return False
+    return False
+
+
 class _Parser:
     """Reads one run from left to right."""
 
@@ -95,7 +157,7 @@ class _Parser:
         self._tokens, self._begins, self._alone = tokens, begins, alone
         self._start = self._index = start
         self._depth = 0
-        self._is_equation = self._is_listed = False
+        self._is_equation = self._is_listed = self._is_algebra = False
 
     def run(self) -> Run:
         """Return the run."""
@@ -105,8 +167,10 @@ class _Parser:
                 value = self._side(value)
                 continue
             value = None
+            self._is_algebra |= self._at(-1).kind == "glued" and self._at(-1).text.isalpha()
             if self._begins[self._index] and self._at().kind != "=":
                 self._quantity()
+        value = None if self._is_algebra else value  # 2x = 10 is still to be solved
         return Run(value, self._start, self._index, self._is_equation, self._is_listed)
 
     def _at(self, ahead: int = 0) -> Token:
@@ -202,11 +266,13 @@ class _Parser:
             return True
         if words:
             return False
+        if kind == "/":  # "18/hour"
+            return self._at(1).kind != "word"
         if kind == "-":  # before a word it is a dash
             return self._at(1).kind not in ("word", "negative", "join")
         if kind == "word":  # "of", after a percentage or a fraction
             return self._at().text.lower() == "of" and follows and self._is_part_of_something()
-        return kind in ("glued", "+", "*", "operator")
+        return kind in ("glued", "+", "*", "operator", "negative")
 
     def _is_part_of_something(self) -> bool:
         """Whether the last quantity is a percentage or a fraction, and "of" comes after it."""

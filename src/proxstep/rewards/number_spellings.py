@@ -5,7 +5,7 @@ from __future__ import annotations
 # U+00AD to U+FF0D: hyphens, dashes and minus signs. Zero-width characters go, spaces become one.
 NORMAL = str.maketrans(
     dict.fromkeys("\u00ad\u058a\u05be\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2796", "-")
-    | dict.fromkeys("\ufe58\ufe63\uff0d", "-")
+    | dict.fromkeys("\u2e3a\u2e3b\u30fc\ufe58\ufe63\uff0d", "-")
     | dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff", None)
     | dict.fromkeys("\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008", " ")
     | dict.fromkeys("\u2009\u200a\u202f\u205f\u3000\t\v\f", " ")
@@ -13,12 +13,12 @@ NORMAL = str.maketrans(
     | dict.fromkeys("\u2715\u2a2f\u22c5\u00b7\u2219\u2217", "\u00d7")
     | dict(
         zip(
-            "\uff0c\u3001\uff1a\uff1b\uff08\uff09\u3002\uff0b\uff0f\uff1d\uff05",
-            ",,:;().+/=%",
+            "\uff0c\u3001\uff1a\uff1b\uff08\uff09\uff0b\uff0f\uff1d\uff05",
+            ",,:;()+/=%",
             strict=True,
         )
     )
-    | {"\u2044": "/", "\u2215": "/", "\u2795": "+", "\u2019": "'", "\u02bc": "'"}
+    | {"\u3002": ". ", "\u2044": "/", "\u2215": "/", "\u2795": "+", "\u2019": "'", "\u02bc": "'"}
     | dict.fromkeys("\u8d1f\u8ca0", " minus ")
 )
 _COMMANDS = {
@@ -26,8 +26,9 @@ _COMMANDS = {
     "=": r"\approx \equiv \simeq \cong",
     "operator": r"\div \pm \mp \le \leq \leqslant \ge \geq \geqslant \lt \gt \ne \neq \over \mod "
     r"\bmod \pmod \not \sim \choose \mid \in \cup \cap \to",
-    "break": r"\rightarrow \Rightarrow \longrightarrow \Longrightarrow \implies \therefore "
-    r"\because \item \hline \par \newline \square \blacksquare \checkmark \bullet \iff",
+    "arrow": r"\rightarrow \Rightarrow \longrightarrow \Longrightarrow \implies \iff",
+    "break": r"\therefore \because \item \hline \par \newline \square \blacksquare \checkmark "
+    r"\bullet",
     "": r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \Bigg \text \textbf \textit \textrm "
     r"\textsf \texttt \mathrm \mathbf \mathit \mathsf \mathtt \boldsymbol \bm \mbox \hbox \emph "
     r"\underline \boxed \fbox \bf \rm \it \displaystyle \textstyle \quad \qquad \hfill \phantom "

@@ -77,7 +77,7 @@ _PATTERNS = {
     "subscript": r"(?<=[0-9A-Za-z)\]}])_(?:\{[^{}\n]{0,40}\}|[0-9A-Za-z]+)",
     "superscript": r"\^(?: ?\{[^{}\n]{0,40}\}| ?-?[0-9A-Za-z])?|[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+",
     "arrow": r"<?[-=]+>|[\u2190-\u21ff]",
-    "relation": r"[<>!]=|[<>]|\+/-",
+    "relation": r"[<>!]=|[<>]|\+/-|~~",
     "equals": r":?=+|[\u2248\u2245\u2261]",
     "dots": r"\.{2,}|\u2026",
     "dashes": r"--+",
@@ -92,6 +92,7 @@ _SIGNED_INTEGER = re.compile(rf" ?([-+]?) ?({_INTEGER % ('comma', 'comma')}) ?")
 
 _HAS_VALUE = ("number", "power", "fraction", "scale", "%", ")")
 _VARIABLES = frozenset("xyzXnije")
+_GLUED_VARIABLES = _VARIABLES | frozenset("aopqruvw")  # "5a", but "5 a day"
 
 
 def tokenize(text: str, *, starts_line: bool = False) -> list[Token]:
@@ -200,19 +201,21 @@ def ratio(above: int | None, below: int | None) -> Fraction | None:
 
 def _word(place: _Place) -> str:
     word, lower = place.piece, place.piece.lower()
-    if word in "xX" and place.after_value and re.match(r" ?[-+$\\(0-9]", place.follows(2)):
+    if word in "xX" and place.after_value and re.match(r" ?[-+$\\(0-9.]", place.follows(2)):
         return "*"
     if place.glued and place.last != "%":
         if word in GLUED_SCALES:
             return "scale"
-        if word in _VARIABLES or not re.fullmatch("[A-Za-z]+[23]?", word):
+        if word in _GLUED_VARIABLES or not re.fullmatch("[A-Za-z]+[23]?", word):
             return "glued"
     if _singular(word) in SCALES and place.after_value:
         return "scale"
+    if place.after_value and re.fullmatch("[eE][0-9]+", word):
+        return "glued"
     if place.after_value and (lower in POSTFIXES or (word in _VARIABLES and len(word) == 1)):
         return "glued"
     if lower in OPERATORS and place.last in (*_HAS_VALUE, "word"):
-        follows = re.match(r"(?: by)? [-+$\\(]*[0-9]", place.follows(12))
+        follows = re.match(r"(?: by)? [-+$\\(]*[0-9]|\W*\Z", place.follows(12))
         return "operator" if follows else "word"
     if lower == "by" and place.last == "operator":
         return ""
@@ -237,7 +240,8 @@ def _dash(place: _Place) -> str:
     if previous.isalpha() and following.isdigit():
         word = place.precedes(8)
         is_unit = re.search("[0-9][A-Za-z]{1,6}$", word)
-        return "-" if is_unit or not word[-2:].isalpha() else "word"  # covid-18, but x-5
+        # covid-18, but x-5
+        return "-" if is_unit or not f" {word}"[-2:].isalpha() else "word"
     return "-"
 
 
@@ -258,11 +262,19 @@ def _opening(place: _Place) -> str:
         return "unreadable("
     if place.glued:
         return "glued"
-    return "break" if place.after_value else "("
+    if place.after_value:
+        return "operator" if _RIVAL.match(place.text, place.start) else "break"
+    return "("
+
+
+# "5 (7)", "5 (or 7)", but not "5 (3 steps)".
+_RIVAL = re.compile(r"[(\[] ?(?:or |mod )?[-+$]{0,2}[0-9][-+*/=.,0-9 ]{0,40}%?[)\]]")
 
 
 def _full_stop(place: _Place) -> str:
     following = place.follows()
+    if following.isdigit() and place.precedes().isdigit() and not place.glued:
+        return "unreadable"  # v1.5
     if following.isdigit() or re.match(r"\\[A-Za-z]", place.follows(2)):
         return "glued" if place.glued else ""
     if following.isalpha() and not place.glued:
@@ -271,6 +283,8 @@ def _full_stop(place: _Place) -> str:
 
 
 def _comma(place: _Place) -> str:
+    if place.follows().isdigit() and not place.touches and place.precedes() in (" ", ""):
+        return "unreadable"  # a decimal comma
     return "glued" if place.glued and place.follows().isdigit() else ","
 
 
@@ -295,7 +309,7 @@ def _quote(place: _Place) -> str:
 def _bar(place: _Place) -> str:
     if place.glued:
         return "glued"
-    return "unreadable" if re.match("-?[0-9]", place.follows(2)) else "break"
+    return "unreadable" if re.match("-?[0-9]", place.follows(2)) else "bar"
 
 
 def _superscript(place: _Place) -> str:
@@ -317,6 +331,8 @@ def _other(place: _Place) -> str:
     if category[0] == "L":
         is_greek = "\u0370" <= character <= "\u03ff" and character not in "\u03bc\u03a9"
         return "unreadable" if is_greek else "word"
+    if category == "Cf" or (category[0] == "M" and place.glued):
+        return "unreadable"  # it turns or strikes out what it stands at
     return "operator" if category == "Sm" else ""
 
 
@@ -329,6 +345,8 @@ def _dashes(place: _Place) -> str:
 
 
 def _escaped(place: _Place) -> str:
+    if place.piece[1].isdigit():
+        return "operator"
     return {"\\": "break", "%": "%", "{": "unreadable", "}": "glued", "|": "unreadable"}.get(
         place.piece[1], ""
     )
@@ -360,7 +378,7 @@ _CHARACTERS = {
     "|": _bar,
 }
 _VALUES = {"number": _number, "power": _power, "fraction": _latex_fraction}
-_KINDS = {"environment": "break", "times": "*", "arrow": "break", "equals": "="}
+_KINDS = {"environment": "break", "times": "*", "arrow": "arrow", "equals": "="}
 _READERS = {
     "command": lambda place: COMMAND_KINDS.get(place.piece, "unreadable"),
     "escaped": _escaped,

@@ -18,6 +18,11 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 from proxstep.errors import ProxstepError, did_you_mean
+from proxstep.rewards.code_tests import (
+    check_run_code_tests,
+    run_code_tests,
+    run_code_tests_without_sandbox,
+)
 from proxstep.rewards.functions import (
     MeasuredRewards,
     check_math_verify,
@@ -49,7 +54,11 @@ BUILTIN_REWARDS: dict[str, RewardFunction] = {
     "numeric_answer": numeric_answer,
     "exact_match": exact_match,
     "math_verify": math_verify,
+    "run_code_tests": run_code_tests,
+    "run_code_tests_without_sandbox": run_code_tests_without_sandbox,
 }
+# What must hold here before a reward can be used.
+_NEEDS = {"math_verify": check_math_verify, "run_code_tests": check_run_code_tests}
 
 
 def load_reward(spec: str) -> RewardFunction:
@@ -64,7 +73,7 @@ def load_reward(spec: str) -> RewardFunction:
 
     Raises:
         ProxstepError: Nothing of that name exists, it cannot be imported, or it is not callable;
-            or what math_verify needs is not there.
+            or what it needs is not there.
     """
     place, colon, name = spec.rpartition(":")
     if not colon:
@@ -73,8 +82,7 @@ def load_reward(spec: str) -> RewardFunction:
                 f"reward {spec!r} is unknown{did_you_mean(spec, BUILTIN_REWARDS)}; use one of "
                 f"{', '.join(BUILTIN_REWARDS)}, or FILE.py:FUNCTION, or PACKAGE.MODULE:FUNCTION"
             )
-        if spec == "math_verify":
-            check_math_verify()
+        _NEEDS.get(spec, lambda: None)()
         return BUILTIN_REWARDS[spec]
     if not place or not name:
         raise ProxstepError(

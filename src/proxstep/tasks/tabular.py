@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from proxstep.errors import ProxstepError
-from proxstep.rewards import NOT_A_NUMBER, boxed_answer, reference_number
+from proxstep.rewards import CODE_REWARDS, NOT_A_NUMBER, boxed_answer, problem_of, reference_number
 from proxstep.tasks.base import REWARDS, Example, Prompt, Task
 from proxstep.tasks.data import (
     Row,
@@ -296,6 +296,11 @@ def task_of_rows(
         example = to_example(row)
         if "numeric_answer" in graded_by and reference_number(example.answer) is None:
             raise ProxstepError(f"{row.where}: the answer {example.answer!r:.80} {NOT_A_NUMBER}")
+        if not set(CODE_REWARDS).isdisjoint(graded_by):
+            try:
+                problem_of(example.columns)
+            except ProxstepError as error:
+                raise ProxstepError(f"{row.where}: {error}") from None
         return example
 
     return Task(

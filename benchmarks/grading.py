@@ -1,0 +1,156 @@
+"""Completions graded in a second on one core, by numeric_answer and by math_verify, once warm.
+
+    python benchmarks/grading.py
+    python benchmarks/grading.py --data gsm8k_test.jsonl svamp_test.jsonl
+    python benchmarks/grading.py --json benchmarks/baselines/grading-cpu.json
+
+Without data, numeric_answer grades solutions of GSM8K's shape that are made here. With it, each
+row's own solution (GSM8K) or a sentence with its answer (SVAMP) is graded against its answer.
+math_verify grades answers of MATH's shape, each of them once; half of them are wrong, and none is
+decided without math-verify. Seconds are of processor time, the grading process's included: what
+else the machine does is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from proxstep.rewards import numeric_answer
+from proxstep.rewards.equality import decided, spelled
+from proxstep.rewards.grading_pool import GradingPool
+from proxstep.runs.folder import check_file, describe_machine
+
+Graded = tuple[list[str], list[str]]
+"""Completions and their reference answers."""
+
+SHAPES: list[tuple[str, str, str]] = [
+    (r"\frac{{{n}\sqrt{{3}}}}{{7}}", r"\frac{{{n}}}{{7}}\sqrt 3", r"\frac{{{n}\sqrt{{5}}}}{{7}}"),
+    (r"{n}\pi", r"\pi\cdot {n}", r"{n}\pi^2"),
+    (r"x^2+{n}x+1", r"1+{n}x+x^2", r"x^2-{n}x+1"),
+    (r"(x+{n})(x-1)", r"(x-1)(x+{n})", r"(x+{n})(x+1)"),
+    (r"\{{1,{n},x\}}", r"\{{x,1,{n}\}}", r"\{{1,x\}}"),
+    (r"[0,{n}) \cup (2{n},\infty)", r"(2{n},\infty) \cup [0,{n})", r"[0,{n}] \cup (2{n},\infty)"),
+    (
+        r"\begin{{pmatrix}}{n}\\1\end{{pmatrix}}",
+        r"\begin{{bmatrix}}{n}\\1\end{{bmatrix}}",
+        r"\begin{{pmatrix}}1\\{n}\end{{pmatrix}}",
+    ),
+    (r"y={n}x+2", r"y=2+{n}x", r"y={n}x-2"),
+    (r"{n}+2i", r"2i+{n}", r"{n}-2i"),
+    (r"\sqrt{{{n}+x}}", r"\sqrt{{x+{n}}}", r"\sqrt{{{n}-x}}"),
+]
+"""A reference answer, an equal one and a wrong one."""
+
+
+def made_solutions(number: int) -> Graded:
+    """Return solutions of GSM8K's shape; every second one is right."""
+    steps = "She has 16 - 3 - 4 = <<16-3-4=9>>9 eggs a day.\n" * 4
+    ends = [
+        f"She makes 9 * {i} = $<<9*{i}={9 * i}>>{9 * i:,}.\n#### {9 * i}" for i in range(number)
+    ]
+    return [steps + end for end in ends], [str(9 * i + i % 2) for i in range(number)]
+
+
+def solutions_of(files: list[Path]) -> Graded:
+    """Return what rows of GSM8K or SVAMP hold; the files are read where they are."""
+    completions, answers = [], []
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if "Answer" in row:
+                completions.append(f"{row['Body']} So the answer is {row['Answer']}.")
+                answers.append(str(row["Answer"]))
+            else:
+                completions.append(row["answer"])
+                answers.append(row["answer"].rpartition("####")[2].strip())
+    return completions, answers
+
+
+def math_pairs(number: int, first: int) -> list[tuple[str, str]]:
+    """Return pairs of a reference and an answer that only math-verify can decide."""
+    pairs = []
+    for i in range(number):
+        reference, equal, wrong = SHAPES[i // 2 % len(SHAPES)]
+        n = first + i // 2
+        answer = wrong if i % 2 else equal
+        pairs.append((spelled(reference.format(n=n)), spelled(answer.format(n=n))))
+    assert all(decided(*pair) is None for pair in pairs)
+    return pairs
+
+
+def rates(grade: Callable[[], int], seconds: Callable[[], float], repeats: int) -> list[float]:
+    """Return the grades in a second of each repeat; the first, not counted, warms up."""
+    found = []
+    for _ in range(repeats + 1):
+        start = seconds()
+        number = grade()
+        found.append(number / (seconds() - start))
+    return found[1:]
+
+
+def process_seconds(pid: int) -> float:
+    """Return the processor time of a process (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="JSONL of GSM8K or SVAMP")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    if arguments.json:
+        check_file(arguments.json, "--json")
+    torch.set_num_threads(1)
+    completions, answers = solutions_of(arguments.data) if arguments.data else made_solutions(2_000)
+
+    def grade_numbers() -> int:
+        return len(numeric_answer([""] * len(completions), completions, answers))
+
+    found = {"numeric_answer": rates(grade_numbers, time.process_time, arguments.repeats)}
+    pool = GradingPool(1)
+    pool.grade(math_pairs(20, 11))
+    [worker] = pool._workers
+    first = itertools.count(1_000, 1_000)  # an answer that was graded before costs nothing
+
+    def seconds() -> float:
+        return time.process_time() + process_seconds(worker.process.pid)
+
+    def grade_answers() -> int:
+        verdicts = pool.grade(math_pairs(400, next(first)))
+        assert verdicts == [True, False] * 200
+        return len(verdicts)
+
+    found["math_verify"] = rates(grade_answers, seconds, arguments.repeats)
+    pool.close()
+    table = Table("grader", "grades a second, median", "least", "most", "wanted")
+    medians = {name: sorted(each)[len(each) // 2] for name, each in found.items()}
+    for name, each in found.items():
+        wanted = {"numeric_answer": "500", "math_verify": "100"}[name]
+        table.add_row(name, *(f"{x:,.0f}" for x in (medians[name], min(each), max(each))), wanted)
+    Console().print(table)
+    if arguments.json:
+        report = {
+            "date": datetime.date.today().isoformat(),
+            "machine": describe_machine(torch.device("cpu")),
+            "data": [path.name for path in arguments.data],
+            "grades_a_second": found,
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
