@@ -47,20 +47,27 @@ class IsopoTrainer(PolicyTrainer):
     ) -> None:
         refuse_adapters(options.get("peft_config"), model)
         super().__init__(model, reward_funcs, args, *more, **options)
-        core = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        refuse_vision(core)
+        refuse_vision(self._core())
+        self._forward: Any = None
         self.isopo = self._install()
-        needs_full = self.args.geometry().needs_full_head
-        level, text = transform_head(core, self.temperature, needs_full=needs_full)
         self.isopo.remove()
-        logger.log(level, "ISOPO: %s", text)
         self._open: ExitStack | None = None
         self._passes_before = 0
         self._value: Tensor | None = None
         self.add_callback(_EndOfStep(self))
 
+    def _core(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
     def _install(self) -> Isopo:
-        return install_geometry(self.args.geometry(), self.model, self.args.seed)
+        """Install ISOPO on the model, and on its scoring where another trainer has put its own."""
+        section, core = self.args.geometry(), self._core()
+        isopo = install_geometry(section, self.model, self.args.seed)
+        if vars(core).get("forward") is not self._forward or self._forward is None:
+            level, text = transform_head(core, self.temperature, needs_full=section.needs_full_head)
+            self._forward = vars(core).get("forward")
+            logger.log(level, "ISOPO: %s", text)
+        return isopo
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train with ISOPO on the model, which before and after is an ordinary one."""
