@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -13,6 +13,7 @@ from proxstep.algorithms.aggregate import check_choice
 from proxstep.config.objectives import ObjectiveSection
 from proxstep.config.sections import GeometrySection, default_of
 from proxstep.engines.fields import (
+    Option,
     algorithm_options,
     objective_of,
     read_section,
@@ -33,8 +34,24 @@ TRL_ADVANTAGE = "group-zscore"
 _AlgorithmOptions: Any = dataclasses.make_dataclass(
     "_AlgorithmOptions", algorithm_options(TRL_OPTIONS)
 )
+
+
+def _as_text(option: Option) -> Option:
+    """Return an option that a command line can set to None, where that is not its default."""
+    name, hint, field = option
+    other = field.default is not None and type(None) in get_args(hint)
+    return name, (str | None if other else hint), field
+
+
+def _read(value: Any) -> Any:
+    """Return what a text stands for where None or a number may be meant."""
+    if not isinstance(value, str):
+        return value
+    return None if value.lower() in ("none", "null") else int(value) if value.isdigit() else value
+
+
 _GeometryOptions: Any = dataclasses.make_dataclass(
-    "_GeometryOptions", section_options(GeometrySection, "diagnose_every")
+    "_GeometryOptions", map(_as_text, section_options(GeometrySection, "diagnose_every"))
 )
 
 
@@ -61,10 +78,18 @@ class PolicyConfig(_AlgorithmOptions, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        section = self.objective()  # refuses unknown algorithms before TRL looks at more
+        self.objective()  # refuses unknown algorithms before TRL looks at more
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what our trainers do not do; they ask again, since options may be set later.
+
+        Raises:
+            ProxstepError: Naming the option and the remedy.
+        """
         refuse_without_effect(self, self.own_advantage())
-        refuse_sampler(self, ratio_to_sampler=section.algorithm.ratio_to_sampler)
+        refuse_sampler(self, ratio_to_sampler=self.objective().algorithm.ratio_to_sampler)
 
     def objective(self) -> ObjectiveSection:
         """Return the algorithm with its keys, as a recipe has them.
@@ -111,15 +136,16 @@ class IsopoConfig(_GeometryOptions, PolicyConfig):
         default_of(Isopo, "rule"), "A preset of ISOPO; options that are None are the preset's."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Refuse what ISOPO does not go together with as well."""
+        super().check()
         refuse_with_isopo(self, ISOPO)
         self.to_rule()
 
     def geometry(self) -> GeometrySection:
         """Return ISOPO's keys as a recipe has them."""
         names = {field.name for field in dataclasses.fields(_GeometryOptions)}
-        return read_section(GeometrySection, {name: getattr(self, name) for name in names})
+        return read_section(GeometrySection, {name: _read(getattr(self, name)) for name in names})
 
     def to_rule(self) -> Rule:
         """Return the rule that the keys describe.

@@ -17,8 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from proxstep.algorithms import sequence_coefficients
 from proxstep.engines.trl.configs import IsopoConfig, PolicyConfig
 from proxstep.engines.trl.policy import GROUP, KEY, PolicyTrainer, Scored, response_mask
+from proxstep.engines.trl.refusals import refuse_adapters, refuse_vision
 from proxstep.engines.trl.scoring import transform_head
-from proxstep.errors import ProxstepError
+from proxstep.isopo import Isopo
 from proxstep.training.objective import install_geometry
 from proxstep.typing import Tensor
 
@@ -30,7 +31,8 @@ STATE_FILE = "proxstep.pt"
 class IsopoTrainer(PolicyTrainer):
     """PolicyTrainer with ISOPO's gradient; same arguments, with an `IsopoConfig`.
 
-    `isopo` is the `proxstep.Isopo` that is installed on the model.
+    `isopo` is the `proxstep.Isopo` that is installed on the model while `train` runs; before and
+    after, the model is an ordinary one, so that another trainer can have it.
 
     Source: arXiv 2512.23353.
     """
@@ -43,21 +45,39 @@ class IsopoTrainer(PolicyTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **options: Any
     ) -> None:
+        refuse_adapters(options.get("peft_config"), model)
         super().__init__(model, reward_funcs, args, *more, **options)
-        if self.aux_loss_enabled:
-            raise ProxstepError(
-                "the model's router has an auxiliary loss, which goes through the layers that "
-                "ISOPO transforms: set router_aux_loss_coef=0.0"
-            )
-        section = self.args.geometry()
-        self.isopo = install_geometry(section, self.model, self.args.seed)
-        core = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        level, text = transform_head(core, self.temperature, needs_full=section.needs_full_head)
-        logger.log(level, "ISOPO: %s", text)
+        refuse_vision(self._core())
+        self._forward: Any = None
+        self.isopo = self._install()
+        self.isopo.remove()
         self._open: ExitStack | None = None
         self._passes_before = 0
         self._value: Tensor | None = None
         self.add_callback(_EndOfStep(self))
+
+    def _core(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def _install(self) -> Isopo:
+        """Install ISOPO on the model, and on its scoring where another trainer has put its own."""
+        section, core = self.args.geometry(), self._core()
+        isopo = install_geometry(section, self.model, self.args.seed)
+        if vars(core).get("forward") is not self._forward or self._forward is None:
+            level, text = transform_head(core, self.temperature, needs_full=section.needs_full_head)
+            self._forward = vars(core).get("forward")
+            logger.log(level, "ISOPO: %s", text)
+        return isopo
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train with ISOPO on the model, which before and after is an ordinary one."""
+        before, self.isopo = self.isopo, self._install()
+        self.isopo.load_state_dict(before.state_dict())
+        self.isopo.diagnose = before.diagnose
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.isopo.remove()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Keep the microbatch open until its backward has ended; return the loss's value."""
@@ -87,11 +107,13 @@ class IsopoTrainer(PolicyTrainer):
         with self.isopo.measuring(), self.accelerator.no_sync(model):
             for inputs in buffered[: self.current_gradient_accumulation_steps]:
                 counted_B = response_mask(inputs).any(dim=1)
-                if counted_B.any():
-                    with ExitStack() as opened:
-                        with self.compute_loss_context_manager():
-                            objective, _ = self._objective(opened, model, inputs, counted_B)
-                        self.accelerator.backward(objective)
+                with ExitStack() as opened:
+                    with self.compute_loss_context_manager():
+                        if not counted_B.any():  # other ranks exchange what they measure
+                            self._without_completions(model, inputs)
+                            continue
+                        objective, _ = self._objective(opened, model, inputs, counted_B)
+                    self.accelerator.backward(objective)
         self._metrics["train"].clear()
         self._metrics["train"].update(logged)
 
@@ -104,12 +126,12 @@ class IsopoTrainer(PolicyTrainer):
         if self._open is None:  # evaluation
             return super()._compute_loss(model, inputs)
         counted_B = response_mask(inputs).any(dim=1)  # the others are no part of the microbatch
-        if not counted_B.any():  # every completion is masked: the policy term is exactly zero
+        if not counted_B.any():
             self._open.enter_context(self.isopo.off())
-            self._value = (other_loss := self._score(model, inputs).other_loss).detach()
+            other_loss, self._value = self._without_completions(model, inputs)
             return other_loss
         other_value: Tensor | float = 0.0
-        if self.beta != 0 or self.entropy_coef != 0:
+        if self.beta != 0 or self.entropy_coef != 0 or self.aux_loss_enabled:
             with self.isopo.off():
                 other_loss = self._score(model, inputs).other_loss
                 self.accelerator.backward(other_loss)
@@ -117,6 +139,12 @@ class IsopoTrainer(PolicyTrainer):
         objective, value = self._objective(self._open, model, inputs, counted_B)
         self._value = value + other_value
         return objective
+
+    def _without_completions(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Return the other terms' loss and the whole value, where all completions are masked."""
+        scored = self._score(model, inputs)
+        _, value = self._coefficients(scored, inputs)
+        return scored.other_loss, value + scored.other_loss.detach()
 
     def _objective(
         self, opened: ExitStack, model: Any, inputs: Any, counted_B: Tensor
@@ -158,8 +186,8 @@ class IsopoTrainer(PolicyTrainer):
         """Return each sequence's coefficient, and the loss's value."""
         tensors, options = self._loss_arguments(scored, inputs)
         coefficient_B, loss, metrics = sequence_coefficients(self.algorithm, *tensors, **options)
-        self._note(metrics)
         share = self._share(inputs)
+        self._note(loss * share, metrics)
         return coefficient_B * share, loss * share
 
     # -- checkpoints -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 import trl
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.expressions import make
@@ -146,6 +146,7 @@ def _check_rewards(functions: Sequence[RewardFunction]) -> None:
 def _make_trainer(recipe: Recipe, prepared: _Prepared) -> Any:
     """Return TRL's trainer, which writes below the run folder and reports to nobody."""
     made, world_size = prepared.translation, int(os.environ.get("WORLD_SIZE", "1"))
+    set_seed(recipe.seed)
     options = {name: make(value, world_size) for name, value in made.args.keywords.items()}
     options |= {
         "output_dir": str(Path(recipe.output_dir) / CHECKPOINTS),

@@ -9,16 +9,19 @@ Shapes: B sequences, T completion tokens, W sequences of all ranks, F reward fun
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import set_seed
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from proxstep.algorithms import ADVANTAGES, Aggregation, OldPolicy, SignalInputs
-from proxstep.engines.trl.configs import OpoConfig, PolicyConfig
+from proxstep.engines.trl.configs import IsopoConfig, OpoConfig, PolicyConfig
 from proxstep.engines.trl.release import SCORING_INPUTS
+from proxstep.engines.trl.scoring import rebind_forwards
 from proxstep.errors import ProxstepError
 from proxstep.training.rollout import vocabulary_size
 from proxstep.typing import Tensor
@@ -40,7 +43,7 @@ _REGULARIZER_LOSS = "dapo"
 """TRL's default loss: a term with coefficient beta is a mean over the step's tokens."""
 
 _OF_POLICY_TERM = ("policy_loss", "clip_ratio/")
-"""TRL's metrics of the term that vanishes."""
+"""TRL's metrics of the term that vanishes; the first one is then logged for ours."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,18 @@ class PolicyTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else str(model.config._name_or_path)
             args = ours(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
-        if type(args) is not ours:
+        if not isinstance(args, ours):
             raise ProxstepError(
                 f"args is a {type(args).__name__}: give {type(self).__name__} a {ours.__name__}, "
                 "which takes the same options"
             )
+        if isinstance(args, IsopoConfig) and not issubclass(ours, IsopoConfig):
+            raise ProxstepError(
+                f"args is a {type(args).__name__}, and {type(self).__name__} would leave its "
+                f"geometry out: use IsopoTrainer, or give it a {ours.__name__}"
+            )
+        args.check()
+        set_seed(args.seed)  # TRL 1.14 draws adapters before it does so
         super().__init__(model, reward_funcs, args, *more, **options)
         self.loss_type = _REGULARIZER_LOSS
         section = args.objective()
@@ -107,6 +117,14 @@ class PolicyTrainer(GRPOTrainer):
         self._advantage, self._mode = args.own_advantage(), section.loss_agg_mode
         self._rewards_WF: Tensor | None = None
         self._last_scores: tuple[Tensor, ...] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy the trainer with its model, whose samples are then the copy's own."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        for model in filter(None, (self.model, self.ref_model)):
+            rebind_forwards(model, memo)
+        return copied
 
     # -- once for a rollout ------------------------------------------------------------------------
 
@@ -202,8 +220,9 @@ class PolicyTrainer(GRPOTrainer):
         scored = self._score(model, inputs)
         tensors, options = self._loss_arguments(scored, inputs)
         loss, metrics = self.algorithm.loss(*tensors, **options)
-        self._note(metrics)
-        return loss * self._share(inputs) + scored.other_loss
+        loss = loss * self._share(inputs)
+        self._note(loss, metrics)
+        return loss + scored.other_loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """Remember what TRL's loss computed, whichever inputs its release passes on."""
@@ -215,10 +234,12 @@ class PolicyTrainer(GRPOTrainer):
         without = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
         if self.beta == 0:  # then only a policy term would take the ratio, which can overflow
             without.pop("old_per_token_logps", None)
-        other_loss = super()._compute_loss(model, without)
         measured = self._metrics["train" if self.model.training else "eval"]
+        ours = {name: list(measured[name]) for name in measured if name.startswith(_OF_POLICY_TERM)}
+        other_loss = super()._compute_loss(model, without)
         for name in [key for key in measured if key.startswith(_OF_POLICY_TERM)]:
             del measured[name]
+        measured.update(ours)
         assert self._last_scores is not None
         log_prob_BT, self._last_scores = self._last_scores[0], None
         old_log_prob_BT = inputs.get("old_per_token_logps")
@@ -261,12 +282,18 @@ class PolicyTrainer(GRPOTrainer):
             count = count * steps
         return 1 / count
 
-    def _note(self, metrics: dict[str, Tensor]) -> None:
-        """Log a loss's metrics, averaged over sequences and ranks."""
-        mode = "train" if self.model.training else "eval"
-        for name, value_B in metrics.items():
+    def _note(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Log the algorithm's part of a loss and its metrics, averaged over sequences and ranks.
+
+        A step's losses add up to its own, and TRL averages what its microbatches log.
+        """
+        mode, count = "eval", 1
+        if self.model.training:
+            mode, count = "train", self.current_gradient_accumulation_steps
+        measured = {f"objective/{name}": value_B for name, value_B in metrics.items()}
+        for name, value_B in {"policy_loss": loss * count, **measured}.items():
             mean = self.accelerator.gather(value_B.detach().float()).mean().item()
-            self._metrics[mode][f"objective/{name}"].append(mean)
+            self._metrics[mode][name].append(mean)
 
 
 class OpoTrainer(PolicyTrainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -85,6 +86,73 @@ def refuse_sampler(args: Any, *, ratio_to_sampler: bool) -> None:
             )
 
 
+ADAPTERS = ("LORA", "LN_TUNING")
+"""PEFT's kinds whose parameters are in layers that ISOPO covers."""
+
+
+def refuse_adapters(peft_config: Any, model: Any) -> None:
+    """Refuse kinds of adapters that ISOPO does not cover, before anything is loaded.
+
+    Args:
+        peft_config: Of the adapters that TRL is to add, or None.
+        model: The model or its name; it may have adapters already.
+
+    Raises:
+        ProxstepError: Naming the kind and what works.
+    """
+    found = [] if peft_config is None else [peft_config]
+    for config in [*found, *getattr(model, "peft_config", {}).values()]:
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind not in ADAPTERS:
+            raise ProxstepError(
+                f"peft_config is a {type(config).__name__} ({kind}): of PEFT's adapters ISOPO "
+                "covers LoraConfig, with rsLoRA and DoRA, and LNTuningConfig; use one of them, or "
+                "PolicyTrainer or OpoTrainer, which leave the adapters to TRL"
+            )
+
+
+def refuse_vision(core: Any) -> None:
+    """Refuse a trainable vision tower: its layers see patches of images, not tokens.
+
+    Args:
+        core: The transformers model.
+
+    Raises:
+        ProxstepError: Naming the parts to freeze.
+    """
+    if core.config.get_text_config() is core.config:
+        return
+    language = (core.get_decoder(), core.get_input_embeddings(), core.get_output_embeddings())
+    tokens = {id(p) for part in language if part is not None for p in part.parameters()}
+    others: dict[str, None] = {}
+    for name, parameter in core.named_parameters():
+        if parameter.requires_grad and id(parameter) not in tokens:
+            others[_largest_without(core, name, tokens)] = None
+    if others:
+        thawed = ", ".join(others)
+        freeze = "; ".join(f'model.get_submodule("{n}").requires_grad_(False)' for n in others)
+        raise ProxstepError(
+            f"{thawed} of {type(core).__name__} would be trained, and ISOPO covers the language "
+            f"model alone: freeze the vision tower before you make the trainer ({freeze}), and "
+            "keep adapters out of it with exclude_modules"
+        )
+
+
+def _largest_without(core: Any, name: str, tokens: set[int]) -> str:
+    """Return the largest part of the model that holds a parameter and none of the tokens'."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        prefix = ".".join(parts[:count])
+        if not any(id(p) in tokens for p in core.get_submodule(prefix).parameters()):
+            return prefix
+    return name
+
+
+def _launched_with(name: str, *without: str) -> bool:
+    """Whether `accelerate launch` asks for something that no option of the configuration shows."""
+    return os.environ.get(f"ACCELERATE_{name}", "").lower() not in ("", "false", "no", *without)
+
+
 def _uses_kernels(args: Any) -> bool:
     options = args.model_init_kwargs
     return isinstance(options, dict) and bool(options.get("use_kernels"))
@@ -93,7 +161,7 @@ def _uses_kernels(args: Any) -> bool:
 ISOPO: tuple[Refusal, ...] = (
     (
         "fp16",
-        lambda args: args.fp16,
+        lambda args: args.fp16 or (not args.bf16 and _launched_with("MIXED_PRECISION", "bf16")),
         "its gradient scaler's factor would enter ISOPO's norms; use bf16, or fp16=False with "
         "bf16=False for float32",
     ),
@@ -115,14 +183,29 @@ ISOPO: tuple[Refusal, ...] = (
     ),
     (
         "torch_compile",
-        lambda args: args.torch_compile,
+        lambda args: args.torch_compile or _launched_with("DYNAMO_BACKEND"),
         "the compiled model would bypass ISOPO's output layer; turn it off",
     ),
-    ("deepspeed", lambda args: args.deepspeed, "ISOPO was not tested with it; use DDP"),
-    ("fsdp", lambda args: args.fsdp, "ISOPO was not tested with it in TRL; use DDP"),
+    (
+        "deepspeed",
+        lambda args: args.deepspeed or _launched_with("USE_DEEPSPEED"),
+        "ISOPO was not tested with it; use DDP",
+    ),
+    (
+        "fsdp",
+        lambda args: args.fsdp or _launched_with("USE_FSDP"),
+        "ISOPO was not tested with it in TRL; use DDP",
+    ),
+    (
+        "megatron_lm",
+        lambda args: _launched_with("USE_MEGATRON_LM"),
+        "its layers are not those that ISOPO transforms; use DDP",
+    ),
     (
         "parallelism_config",
-        lambda args: args.parallelism_config is not None,
+        lambda args: (
+            args.parallelism_config is not None or _launched_with("USE_PARALLELISM_CONFIG")
+        ),
         "ISOPO needs whole sequences and whole layers; use DDP",
     ),
     (

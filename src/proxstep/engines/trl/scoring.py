@@ -15,6 +15,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import types
@@ -60,7 +61,14 @@ def transform_head(core: Any, temperature: float, *, needs_full: bool) -> tuple[
         _give_every_position(core)
         reason = "this release of TRL has no fused one"
         return logging.WARNING, f"{_FROM_ALL}: {reason}"
-    head, fused = output_head(core), core.forward
+    try:
+        head, fused = output_head(core), core.forward
+    except ProxstepError as error:
+        reason, _, _ = str(error).partition(";")
+        raise ProxstepError(
+            f"{reason}; leave it out of target_modules, modules_to_save and "
+            "trainable_token_indices, or freeze it"
+        ) from None
     reason = "the rule needs them" if needs_full else _not_chunkable(core, head)
     score = _full if reason else functools.partial(_chunked, head)
 
@@ -107,18 +115,61 @@ def _chunked(head: nn.Linear, forward: Any, labels_BT: Tensor, temperature: floa
     scored_BT = labels_BT[:, 1:] != _IGNORED
     score, entropies = scoring_forward(head, labels_BT, scored_BT, temperature, with_entropy=True)
     with head_computes(head, score):
-        log_prob_BT = forward().logits
-    return _output(log_prob_BT, entropies[0], scored_BT)
+        found = forward()
+    return _output(found.logits, entropies[0], scored_BT, found)
 
 
 def _full(forward: Any, labels_BT: Tensor, temperature: float) -> Any:
     """Score the labels from all positions' logits, which come out of the output layer's forward."""
     scored_BT = labels_BT[:, 1:] != _IGNORED
-    logits_NV = forward().logits[:, :-1][scored_BT] / temperature
+    found = forward()
+    logits_NV = found.logits[:, :-1][scored_BT] / temperature
     log_prob_N = token_log_probs(logits_NV[None], labels_BT[:, 1:][scored_BT][None])[0]
     entropy_N = entropy(logits_NV.detach()[None])[0]
-    return _output(spread(log_prob_N, scored_BT), spread(entropy_N, scored_BT), scored_BT)
+    return _output(spread(log_prob_N, scored_BT), spread(entropy_N, scored_BT), scored_BT, found)
 
 
-def _output(log_prob_BT: Tensor, entropy_BT: Tensor, scored_BT: Tensor) -> Any:
-    return FusedOutput(log_probs=log_prob_BT, entropy=entropy_BT, label_mask=scored_BT)
+def _output(log_prob_BT: Tensor, entropy_BT: Tensor, scored_BT: Tensor, found: Any) -> Any:
+    return FusedOutput(
+        log_probs=log_prob_BT,
+        entropy=entropy_BT,
+        label_mask=scored_BT,
+        aux_loss=getattr(found, "aux_loss", None),
+    )
+
+
+def rebind_forwards(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Let a deep copy's forwards be its own: a function is copied as it is, with what it holds.
+
+    TRL's and ours hold the forward that they replaced, bound to the model that they were made for.
+
+    Args:
+        model: The model that was copied.
+        memo: Of `copy.deepcopy`.
+    """
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, types.MethodType):
+            vars(memo[id(module)])["forward"] = _rebound(forward, memo)
+
+
+def _rebound(method: types.MethodType, memo: dict[int, Any]) -> types.MethodType:
+    """Return a bound method of the copied object, with copies of what its function holds."""
+    function: Any = method.__func__
+    if function.__closure__:
+        held = [cell.cell_contents for cell in function.__closure__]
+        cells = tuple(
+            types.CellType(
+                _rebound(value, memo)
+                if isinstance(value, types.MethodType)
+                else copy.deepcopy(value, memo)
+            )
+            for value in held
+        )
+        copied = types.FunctionType(
+            *(function.__code__, function.__globals__, function.__name__),
+            *(function.__defaults__, cells),
+        )
+        copied.__kwdefaults__ = function.__kwdefaults__
+        function = functools.update_wrapper(copied, function)
+    return types.MethodType(function, copy.deepcopy(method.__self__, memo))
