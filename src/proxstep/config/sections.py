@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from proxstep.isopo import PRESETS, IntraProjectingRule, IsometricRule, Isopo, NaturalRule, Rule
 from proxstep.rewards import overlong_punishment
@@ -131,15 +131,6 @@ class TaskSection(Section):
         description="Longest time that one call of a reward function may take; then the run ends "
         "with an error that names it.",
     )
-
-    @field_validator("level")
-    @classmethod
-    def _check_level(cls, level: int | None, info: ValidationInfo) -> int | None:
-        if level is not None and info.data.get("name", "math") != "math":
-            raise ValueError(
-                f"only math has levels, and task.name is {info.data['name']}: leave it out"
-            )
-        return level
 
 
 if TYPE_CHECKING:
