@@ -107,7 +107,9 @@ def _size(value: Any, key: str, level: int, known: dict[int, int]) -> int:
         raise YAMLError(f"{key:.80} is more than {_MOST_LEVELS} levels deep")
     known[id(value)] = 0
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    size = 1 + sum(_size(part, f"{key}.{name}".strip("."), level + 1, known) for name, part in items)
+    size = 1
+    for name, part in items:
+        size += _size(part, f"{key}.{name}".strip("."), level + 1, known)
     if size > _MOST_VALUES:
         raise YAMLError(f"{key or 'it'} has more than {_MOST_VALUES:,} values")
     known[id(value)] = size
