@@ -50,7 +50,7 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: str | bytes, complain
 )
 def test_values_that_yaml_cannot_construct(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "r.yaml", "algorithm: grpo\n")
-    with pytest.raises(ProxstepError, match=r"^--output_dir: .* is not a valid YAML value$"):
+    with pytest.raises(ProxstepError, match=r"^--output_dir: .* is not a valid YAML value: .{,90}$"):
         load_recipe(path, [("output_dir", text)])
     write(path, f"algorithm: grpo\noutput_dir: {text}\n")
     with pytest.raises(ProxstepError, match=rf"^{path}(, line 2)?: not valid YAML: ") as caught:
@@ -84,12 +84,30 @@ def test_a_value_that_contains_itself_is_refused(tmp_path: Path, text: str) -> N
         load_recipe(path)
 
 
+def test_another_version_of_yaml_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", "# mine\n%YAML 1.1\n---\nalgorithm: grpo\nseed: 010\n")
+    with pytest.raises(ProxstepError, match=r"recipes are YAML 1\.2: remove the line"):
+        load_recipe(path)
+
+
+def test_more_than_anybody_wrote_is_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    path = write(tmp_path / "r.yaml", "\n".join(lines))
+    with pytest.raises(ProxstepError, match=r"a3\S* has more than 10,000 values"):
+        load_recipe(path)
+    write(path, "a: " + "[" * 30 + "]" * 30)
+    with pytest.raises(ProxstepError, match="more than 20 levels deep"):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize("name", ["missing.yaml", "", "no/such/folder.yaml"])
 def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     with pytest.raises(ProxstepError) as caught:
         load_recipe(path)
-    assert str(caught.value) == f"{path}: no such recipe file; recipes/ has examples"
+    what = "no such recipe file" if name else "a folder, not a recipe file"
+    assert str(caught.value) == f"{path}: {what}; recipes/ has examples"
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> None:

@@ -72,6 +72,48 @@ def test_several_mistakes_come_in_one_message() -> None:
     assert {line.strip().split()[0] for line in lines} == {"unknown", "seed:", "model.dtype:"}
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("learning_rate", "did you mean optimizer.learning_rate?"),
+        ("optimizer.num_prompts", "did you mean rollout.num_prompts?"),
+        ("every", "did you mean evaluation.every?"),
+        ("model.rank", "did you mean model.lora.rank?"),
+    ],
+)
+def test_a_key_in_the_wrong_section_comes_with_its_own(key: str, hint: str) -> None:
+    message = mistake({"algorithm": "grpo"}, **nested(key, 1))
+    assert message.startswith(f"unknown key {key}; {hint}")
+
+
+# Words and numbers of YAML 1.1 and Python
+
+
+@pytest.mark.parametrize("value", [100.0, 1e2])
+def test_an_exact_integer_may_have_an_exponent(value: float, tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", f"algorithm: grpo\nsteps: {value}\n")
+    assert load_recipe(path, [("update.microbatch_size", "1.6e1")]).steps == 100
+    with pytest.raises(ProxstepError, match=r"seed: .*got 0\.5"):
+        load_recipe(path, [("seed", "5e-1")])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("evaluation.kl_policy_initial", "off", "got 'off'; YAML 1.2 writes false"),
+        ("evaluation.kl_policy_initial", "Yes", "got 'Yes'; YAML 1.2 writes true"),
+        ("steps", "1e2", "got '1e2'; write it without quotes"),
+        ("task.validation", "None", "null is what stands for nothing in YAML, got 'None'"),
+        ("optimizer.max_grad_norm", "None", "null is what stands for nothing in YAML"),
+        ("optimizer.betas", "none", "null is what stands for nothing in YAML"),
+    ],
+)
+def test_words_of_other_languages_come_with_yamls(key: str, value: str, hint: str) -> None:
+    message = mistake({"algorithm": "grpo"}, **nested(key, value))
+    assert message.startswith(f"{key}: ")
+    assert hint in message
+
+
 # Wrong types and values
 
 

@@ -261,3 +261,28 @@ def test_an_objective_or_geometry_that_is_not_the_algorithms(
     data: dict[str, Any], complaint: str
 ) -> None:
     assert complaint in mistake(data)
+
+
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ({"nonsense": 3}, "unknown key nonsense"),
+        ({"objective": {"nonsense": 3}}, "unknown key objective.nonsense"),
+        ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: input should be"),
+        ({"objective": {"mu": -1}}, "objective.mu: input should be greater than 0"),
+        ({"algorithm": "grpo"}, " cannot change the algorithm"),
+        ({"geometry": {"rule": "isopo"}}, "algorithm opo does not go with"),
+        (3, "expected a mapping of keys to values, got 3"),
+    ],
+)
+def test_parts_of_algorithms_that_are_not_chosen_are_checked_too(part: Any, complaint: str) -> None:
+    for algorithm in ("grpo", "opo"):
+        message = mistake({"algorithm": algorithm, "per_algorithm": {"opo": part}})
+        assert message.startswith("per_algorithm.opo")
+        assert complaint in message
+
+
+def test_a_part_may_need_the_rest_of_the_recipe() -> None:
+    parts = {"isopo-natural": {"geometry": {"damping_form": "relative"}}}
+    data = {"algorithm": "isopo", "geometry": {"scale": "paper"}, "per_algorithm": parts}
+    assert resolve(data, {}, "test").geometry.damping_form is None

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import asyncio
 import math
 
 import numpy
 import pytest
+import torch
 
 from proxstep.errors import ProxstepError
 from proxstep.rewards import exact_match, numeric_answer, score_completions
+from proxstep.training.guarded import guarded
 
 
 def returns(rewards, name="fixed"):
@@ -89,8 +92,6 @@ def test_an_empty_batch():
     [
         ([1.0], "'fixed' returned 1 rewards for 2 completions"),
         ([1.0, 2.0, 3.0], "'fixed' returned 3 rewards for 2 completions"),
-        ((1.0, 2.0), "'fixed' returned a tuple"),
-        (numpy.zeros(2), "'fixed' returned a ndarray"),
         (None, "'fixed' returned a NoneType"),
         ([1.0, "2"], "'fixed' returned a str for completion 1"),
         ([1.0, [2.0]], "'fixed' returned a list for completion 1"),
@@ -144,3 +145,82 @@ def test_a_type_error_inside_a_function_is_its_own():
 
     with pytest.raises(TypeError, match="unsupported operand"):
         score_completions([broken], [1.0], [""], [""], {})
+
+
+# Arrays, tensors and coroutines, as TRL takes them
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        numpy.array([1.0, 0.0]),
+        numpy.array([1, 0], dtype=object),
+        torch.tensor([1.0, 0.0], requires_grad=True),
+        torch.tensor([1.0, 0.0], dtype=torch.bfloat16),
+        [torch.tensor(1.0), numpy.array(0)],
+        (1, False),
+    ],
+    ids=repr,
+)
+def test_arrays_and_tensors_are_rewards(rewards):
+    assert total(rewards) == [1.0, 0.0]
+
+
+def test_an_array_of_objects_may_hold_none():
+    assert total(numpy.array([None, 2.0]), [1.0, 1.0]) == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "complaint"),
+    [
+        (numpy.array(1.0), "a ndarray of 0 dimensions"),
+        (torch.ones(2, 1), "a Tensor of 2 dimensions"),
+        (numpy.array([[1.0], [1.0]]), "a ndarray of 2 dimensions"),
+        (numpy.array(["1", "0"]), "a str for completion 0"),
+        (numpy.array([1j, 0]), "a complex for completion 0"),
+        ([[1.0], [0.0]], "a list for completion 0"),
+        ([torch.ones(1), 0.0], "a Tensor for completion 0"),
+        (numpy.ones(3), "3 rewards for 2 completions"),
+        ({0: 1.0, 1: 0.0}, "a dict"),
+        ("10", "a str"),
+        (iter([1.0, 0.0]), "a list_iterator"),
+    ],
+    ids=repr,
+)
+def test_what_is_not_one_number_each_is_named(rewards, complaint):
+    with pytest.raises(ProxstepError, match=f"'fixed' returned {complaint}"):
+        score_completions([returns(rewards)], [1.0], ["", ""], ["", ""], {})
+
+
+def asynchronous(rewards, error=None):
+    async def later(prompts, completions, **columns):
+        await asyncio.sleep(0)
+        if error is not None:
+            raise error
+        return rewards
+
+    return later
+
+
+def test_a_function_may_be_async_and_the_caller_in_a_loop():
+    async def outside():
+        functions = [asynchronous(numpy.array([1.0])), exact_match]
+        return score_completions(functions, [1.0, 1.0], ["p"], ["c"], {"answer": ["c"]}).total
+
+    assert asyncio.run(outside()) == [2.0]
+    assert score_completions([asynchronous([3])], [1.0], ["p"], ["c"], {}).total == [3.0]
+
+
+def test_async_functions_are_guarded_too():
+    guard = guarded(asynchronous([1.0]), 60)
+    assert guard(prompts=["p"], completions=["c"]) == [1.0]
+    with pytest.raises(ProxstepError, match="'later' raised KeyError"):
+        guarded(asynchronous([1.0], KeyError("x")), 60)(prompts=["p"], completions=["c"])
+
+    async def forever(prompts, completions):
+        await asyncio.sleep(60)
+
+    with pytest.raises(ProxstepError, match=r"took longer than task\.reward_seconds 0\.1"):
+        guarded(forever, 0.1)(prompts=["p"], completions=["c"])
+    with pytest.raises(ProxstepError, match="returned 2 rewards for 1 completions"):
+        guarded(returns([1.0, 2.0]), 60)(prompts=["p"], completions=["c"])

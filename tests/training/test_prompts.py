@@ -4,13 +4,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from proxstep.config.loading import resolve
 from proxstep.errors import ProxstepError
 from proxstep.rewards import exact_match, load_reward
 from proxstep.tasks import Example, arithmetic_task
 from proxstep.training.demo_model import build_embedded_model
-from proxstep.training.prompts import Prompts, batch_rows, encode_prompt, load_rewards
+from proxstep.training.models import load_tokenizer
+from proxstep.training.prompts import (
+    Prompts,
+    appends_end,
+    batch_rows,
+    encode_prompt,
+    load_rewards,
+)
 
 
 @pytest.mark.parametrize(("num_rows", "num_per_batch"), [(10, 3), (4, 4), (3, 8), (1, 2)])
@@ -36,6 +44,47 @@ def test_chats_go_through_the_template_once() -> None:
     )
     chat = [{"role": "user", "content": "1+2"}]
     assert encode_prompt(tokenizer, chat) == encode_prompt(tokenizer, "1+2=")
+
+
+def ending(tokenizer):
+    """The tokenizer with a post-processor that appends the end token."""
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+def test_no_prompt_ends_with_an_end_that_the_tokenizer_appends() -> None:
+    plain, tokenizer = build_embedded_model()[0], ending(build_embedded_model()[0])
+    assert tokenizer("1+2=")["input_ids"][-1] == tokenizer.eos_token_id
+    assert not appends_end(plain)
+    assert encode_prompt(tokenizer, "1+2=") == encode_prompt(plain, "1+2=")
+    assert Prompts([Example("1+2=", "3")], tokenizer, [exact_match], [1.0]).tokens(0) == (
+        encode_prompt(plain, "1+2=")
+    )
+    own = f"1+2={plain.eos_token}"  # one that the data itself has stays
+    assert encode_prompt(plain, own)[-1] == plain.eos_token_id
+
+
+def test_a_chat_that_ends_with_the_assistants_words_is_refused() -> None:
+    tokenizer, _ = build_embedded_model()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"}]
+    prompts = Prompts(
+        [Example(chat[:1], "3"), Example(chat, "3")], tokenizer, [exact_match], [1.0]
+    )
+    with pytest.raises(ProxstepError, match="rows row 2: the chat ends with an assistant's"):
+        prompts.check(64, "rows")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    tokenizer, model = build_embedded_model()
+    model.config.save_pretrained(tmp_path)
+    tokenizer.add_tokens([f"<{i}>" for i in range(model.config.vocab_size)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ProxstepError, match="resize_token_embeddings"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_rewards_see_the_columns_and_chats_as_messages() -> None:

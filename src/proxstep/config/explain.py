@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -81,20 +82,55 @@ def explain(error: ValidationError, source: str, recipe: type[BaseModel] = Recip
         problem = str(detail["msg"]).removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
             names = list(_names_at([str(part) for part in detail["loc"][:-1]], recipe))
-            guess = did_you_mean(place[-1], names)
+            guess = _elsewhere(place[-1], recipe) or did_you_mean(place[-1], names)
             lines[key] = f"unknown key {key}{guess} (known here: {', '.join(names)})"
         elif not key:
             lines[key] = problem
         elif detail["type"] in ("model_type", "model_attributes_type", "union_tag_not_found"):
-            lines[key] = f"{key}: expected keys and values, got {detail['input']!r:.80}"
+            lines[key] = f"{key}: expected keys and values, got {_shown(detail['input'])}"
         else:
             problem = f"{problem[0].lower()}{problem[1:]}"
-            got = f", got {detail['input']!r:.80}"
+            got = f", got {_shown(detail['input'])}{_hint(detail['type'], detail['input'])}"
             if detail["type"] == "literal_error" and lines.get(key, "").endswith(got):
                 lines[key] = lines[key].removesuffix(got) + f", or {problem}{got}"
             else:
                 lines.setdefault(key, f"{key}: {problem}{got}")
     return f"{source}: " + "\n  ".join(lines.values())
+
+
+def _elsewhere(name: str, recipe: type[BaseModel]) -> str:
+    """Return "; did you mean SECTION.NAME?" where other sections have a key of that name."""
+    found = [key for key in _dotted(recipe) if key.rpartition(".")[2] == name]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _dotted(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        if below := _section_in(field.annotation):
+            yield from _dotted(below, f"{prefix}{name}.")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "an integer of thousands of digits"
+
+
+def _hint(kind: str, value: Any) -> str:
+    """Return what YAML 1.2 calls a word of YAML 1.1 or Python."""
+    word = value.lower() if isinstance(value, str) else ""
+    if kind == "bool_type" and word in ("on", "yes", "y"):
+        return "; YAML 1.2 writes true"
+    if kind == "bool_type" and word in ("off", "no", "n"):
+        return "; YAML 1.2 writes false"
+    if kind in ("int_type", "float_type", "bool_type") and word:
+        return "; write it without quotes" if re.fullmatch(_PLAIN, word) else ""
+    return ""
+
+
+_PLAIN = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|true|false"
 
 
 def _place(location: Sequence[int | str], recipe: type[BaseModel]) -> list[str]:

@@ -76,9 +76,9 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
                 f"{', '.join(algorithm_names())}, or RULE+OBJECTIVE such as isopo+opo"
             )
     merged = meaning = meaning_of(str(algorithm)) or {}
+    for name, part in per_algorithm.items():
+        _check_part(str(name), part or {}, source)
     own = per_algorithm.get(algorithm) or {}
-    if isinstance(own, Mapping) and "algorithm" in own:
-        raise ProxstepError(f"{source}: per_algorithm.{algorithm} cannot change the algorithm")
     for part in (data, own, changes):
         merged = _merge(merged, _without_empty_sections(part), source)
     _check_algorithm(algorithm, meaning, merged, source)
@@ -87,6 +87,26 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
         return recipe.model_validate(merged)
     except ValidationError as error:
         raise ProxstepError(explain(error, source, recipe)) from None
+
+
+def _check_part(name: str, part: Any, source: str) -> None:
+    """Refuse keys and values of a part of per_algorithm, whether it is the one that is used or not.
+
+    Raises:
+        ProxstepError: Naming the part and the key.
+    """
+    place = f"{source}: per_algorithm.{name}"
+    if isinstance(part, Mapping) and "algorithm" in part:
+        raise ProxstepError(f"{place} cannot change the algorithm")
+    meaning = meaning_of(name) or {}
+    merged = _merge(meaning, _without_empty_sections(part), place)
+    _check_algorithm(name, meaning, merged, place)
+    recipe = recipe_of(ALGORITHMS[meaning["objective"]["name"]])
+    try:
+        recipe.model_validate({"algorithm": name, **merged})
+    except ValidationError as error:
+        if any(detail["loc"] for detail in error.errors()):  # else it needs the rest of the recipe
+            raise ProxstepError(explain(error, place, recipe)) from None
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:

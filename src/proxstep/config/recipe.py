@@ -26,6 +26,7 @@ from proxstep.config.sections import (
     TaskSection,
     UpdateSection,
 )
+from proxstep.config.unread import unread_key
 from proxstep.isopo import PRESETS
 
 
@@ -137,11 +138,6 @@ class Recipe(Section):
                 f"rollout.overlong_buffer {rollout.overlong_buffer} is longer than a completion "
                 f"can be (rollout.max_completion_length {longest}): lower it"
             )
-        if rollout.overlong_buffer is None and rollout.differs("overlong_penalty"):
-            raise ValueError(
-                "rollout.overlong_penalty is the largest punishment within "
-                "rollout.overlong_buffer, which is null: give a number of tokens"
-            )
         punished = rollout.overlong_buffer is not None or self.regularizer.in_reward
         if punished and self.objective.advantage in NONNEGATIVE:
             raise ValueError(
@@ -149,12 +145,6 @@ class Recipe(Section):
                 "rollout.overlong_buffer and regularizer.kl_in reward give: leave them out, or use "
                 "another advantage"
             )
-        for name in ("kl_estimator", "kl_in"):
-            if self.regularizer.kl_coef == 0 and self.regularizer.differs(name):
-                raise ValueError(
-                    f"regularizer.{name} is of a divergence that regularizer.kl_coef 0 does not "
-                    "price: raise kl_coef, or leave it out"
-                )
         if rollout.dynamic_sampling_max_batches is not None and rollout.num_generations == 1:
             raise ValueError(
                 "rollout.dynamic_sampling_max_batches looks for completions of a prompt with "
@@ -245,6 +235,12 @@ class Recipe(Section):
                     "of the weights, and model.dtype bfloat16 is too coarse for one: use float32, "
                     "with model.autocast bfloat16"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_unread(self) -> Recipe:
+        if unread := unread_key(self):
+            raise ValueError(unread)
         return self
 
 

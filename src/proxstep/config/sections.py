@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import types
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -23,10 +24,30 @@ def default_of(function: Callable[..., Any], name: str) -> Any:
     return inspect.signature(function).parameters[name].default
 
 
+def _options(annotation: Any) -> list[Any]:
+    """Return the types that a value may have."""
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [found for each in get_args(annotation) for found in _options(each)]
+    return [annotation]
+
+
 class Section(BaseModel):
     """A part of the recipe: immutable, without unknown keys, and strict about types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take 1e2 for an integer, and no word of another language for nothing."""
+        hints = _options(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, float) and value.is_integer() and int in hints and float not in hints:
+            return int(value)
+        if type(None) in hints and isinstance(value, str) and value.lower() in ("none", "nil"):
+            raise ValueError("null is what stands for nothing in YAML")
+        return value
 
     def differs(self, name: str) -> bool:
         """Whether a key has another value than its default."""
@@ -131,15 +152,6 @@ class TaskSection(Section):
         description="Longest time that one call of a reward function may take; then the run ends "
         "with an error that names it.",
     )
-
-    @field_validator("level")
-    @classmethod
-    def _check_level(cls, level: int | None, info: ValidationInfo) -> int | None:
-        if level is not None and info.data.get("name", "math") != "math":
-            raise ValueError(
-                f"only math has levels, and task.name is {info.data['name']}: leave it out"
-            )
-        return level
 
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from proxstep.algorithms import ALGORITHMS, Algorithm
 from proxstep.config.objectives import ObjectiveSection, section_of
 from proxstep.config.sections import GeometrySection, Section
+from proxstep.config.unread import unread_geometry
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Rule
 
@@ -131,9 +132,12 @@ def rule_of(section: GeometrySection, place: str = "") -> Rule:
         ProxstepError: If one of them, named as in the host library, is not of the preset's rule.
     """
     try:
-        return section.to_rule()
+        rule = section.to_rule()
+        if unread := unread_geometry(section):
+            raise ValueError(unread)
     except ValueError as error:
         raise ProxstepError(place + str(error).removeprefix("geometry.")) from None
+    return rule
 
 
 def refuse_with_isopo(config: Any, refusals: Iterable[Refusal], place: str = "") -> None:

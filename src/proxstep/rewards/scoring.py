@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
-from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -30,6 +29,7 @@ from proxstep.rewards.functions import (
     math_verify,
     numeric_answer,
 )
+from proxstep.rewards.returns import awaited, checked_rewards
 
 
 class Answered(Protocol):
@@ -43,9 +43,12 @@ class Answered(Protocol):
 
 
 class RewardFunction(Protocol):
-    """A function from completions to rewards, with TRL's signature; None means "does not apply"."""
+    """A function from completions to rewards, with TRL's signature; None means "does not apply".
 
-    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Any]:
+    It may be async, and it may return an array or a tensor.
+    """
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
         """Return one reward, or None, per completion."""
         ...
 
@@ -214,7 +217,7 @@ def score_completions(
 
     Raises:
         ProxstepError: The arguments do not fit together, a function does not accept the columns, or
-            it does not return a list of B numbers or None.
+            what it returns, or what is awaited of it, is not B numbers or None.
     """
     names = _checked_names(functions, weights)
     for column, values in {"prompts": prompts, **columns}.items():
@@ -227,11 +230,11 @@ def score_completions(
     per_function: dict[str, list[float | None]] = {}
     for name, function in zip(names, functions, strict=True):
         call = _bind(name, function, prompts, completions, columns, cut)
-        rewards = function(*call.args, **call.kwargs)
-        per_function[name] = _checked_rewards(name, rewards, len(completions))
+        rewards = awaited(function(*call.args, **call.kwargs))
+        per_function[name] = checked_rewards(name, rewards, len(completions))
         if isinstance(rewards, MeasuredRewards):
             for key, values in rewards.measured.items():
-                per_function[f"{name}/{key}"] = _checked_rewards(name, values, len(completions))
+                per_function[f"{name}/{key}"] = checked_rewards(name, values, len(completions))
     total = [
         _weighted_sum(rewards, weights)
         for rewards in zip(*(per_function[name] for name in names), strict=True)
@@ -337,21 +340,6 @@ def _checked_names(functions: Sequence[RewardFunction], weights: Sequence[float]
     return names
 
 
-def _checked_rewards(name: str, rewards: Any, num_completions: int) -> list[float | None]:
-    """Return a function's rewards; raise where they are not one number or None per completion."""
-    if not isinstance(rewards, list):
-        raise ProxstepError(
-            f"reward function {name!r} returned a {type(rewards).__name__}; "
-            "return a list of numbers or None"
-        )
-    if len(rewards) != num_completions:
-        raise ProxstepError(
-            f"reward function {name!r} returned {len(rewards)} rewards for "
-            f"{num_completions} completions; return one each"
-        )
-    return [_checked_reward(name, index, reward) for index, reward in enumerate(rewards)]
-
-
 def _bind(
     name: str,
     function: RewardFunction,
@@ -371,21 +359,6 @@ def _bind(
             f"({', '.join(columns) or 'none'}): {error}; it must be f(prompts, completions, "
             "**columns)"
         ) from error
-
-
-def _checked_reward(name: str, index: int, reward: Any) -> float | None:
-    """Return a reward as a float or None; raise where it is neither."""
-    if reward is None:
-        return None
-    if not isinstance(reward, Real):
-        raise ProxstepError(
-            f"reward function {name!r} returned a {type(reward).__name__} for completion {index}; "
-            "return a number or None"
-        )
-    try:
-        return float(reward)
-    except OverflowError:  # an integer beyond the largest float
-        return math.inf
 
 
 def _weighted_sum(rewards: Sequence[float | None], weights: Sequence[float]) -> float:

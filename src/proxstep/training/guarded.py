@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from proxstep.errors import ProxstepError
-from proxstep.rewards import RewardFunction, reward_name
+from proxstep.rewards import MeasuredRewards, RewardFunction, reward_name
+from proxstep.rewards.returns import awaited, checked_rewards
 
 _SECONDS_TO_SEARCH = 60.0
 SECONDS_AFTER_SIGTERM = 5.0
@@ -95,7 +96,10 @@ def guarded(function: RewardFunction, seconds: float) -> RewardFunction:
         given = _by_name(function, arguments, columns)
         try:
             with time_limit(seconds):
-                return function(**given)
+                rewards = awaited(function(**given))
+            if isinstance(rewards, MeasuredRewards):
+                return rewards
+            return checked_rewards(name, rewards, len(given["completions"]))
         except TimeIsUp:
             raise ProxstepError(
                 f"reward function {name!r} took longer than task.reward_seconds {seconds:g} for "
@@ -145,7 +149,7 @@ def _culprit(function: RewardFunction, given: Mapping[str, Any], error: Exceptio
     with suppress(TimeIsUp, Exception), time_limit(_SECONDS_TO_SEARCH):
         for index in range(number):
             try:
-                function(**{key: alone(index, values) for key, values in given.items()})
+                awaited(function(**{key: alone(index, value) for key, value in given.items()}))
             except type(error):
                 return f"completion {index}: {given['completions'][index]!r:.200}"
     return f"{number} completions, not on one of them alone"

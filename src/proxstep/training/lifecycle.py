@@ -14,6 +14,7 @@ from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import latest_checkpoint, load_state
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.telemetry import switch_off_telemetry
 from proxstep.runs.tracking import Progress, check_tracker
 from proxstep.tasks import (
     REWARDS,
@@ -147,6 +148,7 @@ def check(recipe: Recipe) -> None:
         ProxstepError: If the device, the tracker, the optimizer, the data or the rewards are not
             as they must be.
     """
+    switch_off_telemetry()
     quiet_transformers()
     pick_device(recipe.device)
     check_tracker(recipe.logging.tracker)

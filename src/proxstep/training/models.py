@@ -80,7 +80,27 @@ def load_tokenizer(source: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    _check_vocabulary(source, tokenizer)
     return tokenizer
+
+
+def _check_vocabulary(source: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer with tokens for which the model has no embedding."""
+    from transformers import AutoConfig
+
+    if not (Path(source) / "config.json").is_file() and Path(source).is_dir():
+        return  # adapters, whose base model was checked when they were begun
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except _LOADING_ERRORS:
+        return  # whoever loads the model says it better
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    highest = max([*tokenizer.get_vocab().values(), tokenizer.pad_token_id])
+    if rows is not None and highest >= rows:
+        raise ProxstepError(
+            f"model.name {source}: its tokenizer has tokens up to {highest}, the model embeds "
+            f"{rows}: call model.resize_token_embeddings(len(tokenizer)) and save both again"
+        )
 
 
 def load_model(

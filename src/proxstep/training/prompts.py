@@ -95,6 +95,11 @@ class Prompts:
                     "template: use a chat model, or give prompts as strings (for gsm8k, math and "
                     "svamp: task.prompt_format plain)"
                 )
+            if not isinstance(example.prompt, str) and example.prompt[-1]["role"] == "assistant":
+                raise ProxstepError(
+                    f"{place}: the chat ends with an assistant's message, after which the template "
+                    "would begin another: end it with the user's"
+                )
             try:
                 length = len(self.tokens(row))
             except (jinja2.TemplateError, ValueError, TypeError) as error:
@@ -113,11 +118,21 @@ class Prompts:
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Return the token ids of a string, or of a chat up to the assistant's turn."""
+    """Return the token ids of a string, or of a chat up to the assistant's turn.
+
+    An end token that the tokenizer itself puts after a string is left out: nothing follows it.
+    """
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
+        ended = ids[-1:] == [tokenizer.eos_token_id] and appends_end(tokenizer)
+        return ids[:-1] if ended else ids
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def appends_end(tokenizer: Any) -> bool:
+    """Whether a tokenizer ends every text with its end token."""
+    return tokenizer("1")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
 def load_rewards(recipe: Recipe, task: Task) -> tuple[list[RewardFunction], list[float]]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import trl
 from datasets import Dataset
 from transformers import PrinterCallback, set_seed
@@ -32,7 +31,7 @@ from proxstep.tasks import Task
 from proxstep.training import lifecycle
 from proxstep.training.guarded import guarded
 from proxstep.training.models import load_model, load_tokenizer, model_source
-from proxstep.training.prompts import Prompts, load_prompts
+from proxstep.training.prompts import Prompts, appends_end, load_prompts
 
 ADDED = ("completion_ids", "trainer_state", "log_extra", "log_metric")
 """What TRL hands to reward functions besides the prompts, the completions and the columns."""
@@ -113,13 +112,17 @@ def _prepare(recipe: Recipe, progress: Progress) -> _Prepared:
     """Check the recipe, and load tokenizer and data."""
     translate(recipe, chat=False)  # refuses before anything is loaded
     lifecycle.check(recipe)
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # it was read at import
     source = model_source(recipe, progress.note)
     tokenizer = load_tokenizer(source)
     chat = tokenizer.chat_template is not None
     task = lifecycle.load_task(recipe, chat=chat)
     _, validation = load_prompts(recipe, tokenizer, task)
+    if isinstance(task.train[0].prompt, str) and appends_end(tokenizer):
+        raise ProxstepError(
+            f"model.name {source}: its tokenizer ends every prompt with {tokenizer.eos_token}, and "
+            "TRL would sample what comes after the end: save it without (add_eos_token False), "
+            "use task.prompt_format chat, or --engine local, which leaves it out"
+        )
     if len(task.train) < recipe.rollout.num_prompts:
         raise ProxstepError(
             f"rollout.num_prompts {recipe.rollout.num_prompts} is more than the {len(task.train)} "

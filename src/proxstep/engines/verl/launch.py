@@ -37,7 +37,6 @@ from proxstep.training.models import pick_device
 
 _SECONDS_TO_STOP = 20
 _SECONDS_BETWEEN_LOOKS = 0.5
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def command(recipe: Recipe) -> str:
@@ -132,7 +131,7 @@ def _run(
     measured.unlink(missing_ok=True)
     arguments = overrides(recipe, prepared, machine)
     arguments.append(override("trainer.val_before_train", first_step == 0))
-    environment = os.environ | _ENVIRONMENT | {"VERL_FILE_LOGGER_PATH": str(measured)}
+    environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(measured)}
     folder.update_info(status="running")
     progress.note("verl starts; its output goes to " + str(log))
     before = folder.info().get("elapsed_seconds", 0.0)

@@ -87,6 +87,14 @@ REFUSED: tuple[Refusal, ...] = (
         lambda recipe: recipe.logging.differs("checkpoint_minutes"),
         "verl saves by steps alone: leave it out, and set logging.checkpoint_every",
     ),
+    *(
+        (
+            f"evaluation.{key}",
+            lambda recipe, key=key: recipe.evaluation.differs(key),
+            "it is of the local engine's measurements, which verl does not make: leave it out",
+        )
+        for key in ("batch_size", "num_probe_prompts")
+    ),
     (
         "task.reward_seconds",
         lambda recipe: recipe.task.differs("reward_seconds"),

@@ -1,0 +1,164 @@
+"""Keys that only some settings read: where one is set and would not be read, that is an error.
+
+`READ` has an entry for every key that does not always count. A key at its default is not set: a
+resolved recipe holds them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxstep.config.sections import GeometrySection
+from proxstep.isopo import PRESETS
+
+if TYPE_CHECKING:
+    from proxstep.config.recipe import Recipe
+
+Reading = tuple[Callable[[Any], bool], str]
+"""When a key is read, and what to say and to do where it is not."""
+
+_FILES = (".jsonl", ".json", ".parquet")
+
+
+def _files_end_in(recipe: Recipe, *endings: str) -> bool:
+    """Whether all of the task's sources are files with one of these endings."""
+    sources = [s for s in (recipe.task.train, recipe.task.validation) if s is not None]
+    return bool(sources) and all(Path(source).suffix in endings for source in sources)
+
+
+def _is_table(recipe: Recipe) -> bool:
+    return recipe.task.name == "table"
+
+
+_DATA = (
+    lambda r: r.task.name != "arithmetic",
+    "is of data, and task.name arithmetic makes its own problems: set task.name (table for a file "
+    "of your own), or leave it out",
+)
+_TABLE = (_is_table, "is of task.name table: the other tasks know theirs; leave it out")
+_KL = (
+    lambda r: r.regularizer.kl_coef > 0,
+    "is of a divergence that regularizer.kl_coef 0 does not price: raise kl_coef, or leave it out",
+)
+_SPLIT = (
+    lambda r: _is_table(r) and not _files_end_in(r, ".jsonl", ".parquet"),
+    "is of a hub data set or a .json file with several, read by task.name table: leave it out",
+)
+
+READ: Mapping[str, Reading] = {
+    "model.warmup_score": (
+        lambda r: r.model.name == "embedded",
+        "is of model.name embedded, the only one that is warmed up: leave it out",
+    ),
+    "task.difficulty": (
+        lambda r: r.task.name == "arithmetic",
+        "is of task.name arithmetic: leave it out",
+    ),
+    "task.level": (
+        lambda r: r.task.name == "math",
+        "is of task.name math: only math has levels; leave it out",
+    ),
+    "task.train": _DATA,
+    "task.validation": _DATA,
+    "task.num_train": _DATA,
+    "task.prompt_column": _TABLE,
+    "task.answer_column": _TABLE,
+    "task.config": (
+        lambda r: _is_table(r) and not _files_end_in(r, *_FILES),
+        "is of a hub data set, read by task.name table: leave it out",
+    ),
+    "task.train_split": _SPLIT,
+    "task.validation_split": (
+        lambda r: _SPLIT[0](r) and r.task.validation is not None,
+        "is of task.validation, a hub data set or a .json file with several splits, read by "
+        "task.name table: name one, or leave it out",
+    ),
+    "task.prompt_format": (
+        lambda r: r.task.name in ("gsm8k", "math", "svamp"),
+        "is of task.name gsm8k, math and svamp: the others' prompts are as they are; leave it out",
+    ),
+    "regularizer.kl_estimator": _KL,
+    "regularizer.kl_in": _KL,
+    "rollout.overlong_penalty": (
+        lambda r: r.rollout.overlong_buffer is not None,
+        "is the largest punishment within rollout.overlong_buffer, which is null: give a number of "
+        "tokens",
+    ),
+    "logging.project": (
+        lambda r: r.logging.tracker in ("trackio", "wandb"),
+        "is of logging.tracker trackio and wandb: choose one, or leave it out",
+    ),
+}
+"""By dotted key of the recipe."""
+
+
+def _rule(section: GeometrySection) -> Any:
+    return section.to_rule()
+
+
+def _measures(section: GeometrySection) -> bool:
+    """Whether Fisher norms are estimated, for the rule or for its diagnosis."""
+    return _rule(section).needs.fisher or section.diagnose_every is not None
+
+
+def _samples(section: GeometrySection) -> bool:
+    return _measures(section) and section.fisher == "positions"
+
+
+_FISHER = "is of the Fisher norm, which this geometry.rule does not look at: leave it out"
+_POSITIONS = (
+    _samples,
+    "is of the positions that estimate the Fisher norm, which this geometry.rule or "
+    "geometry.fisher does not look at: leave it out",
+)
+
+GEOMETRY: Mapping[str, Reading] = {
+    "scale": (
+        lambda s: "scale" in {field.name for field in dataclasses.fields(_rule(s))},
+        "is of isometric rules and the natural one: leave it out",
+    ),
+    "fisher": (_measures, _FISHER),
+    "num_overlap_positions": _POSITIONS,
+    "overlap_positions": _POSITIONS,
+    "overlap_source": _POSITIONS,
+    "fisher_denominator": _POSITIONS,
+    "decay": (
+        lambda s: (
+            bool(_rule(s).averages)
+            or s.diagnose_every is not None
+            or (_samples(s) and s.fisher_denominator == "trailing")
+        ),
+        "is of trailing means, and this geometry.rule keeps none: leave it out",
+    ),
+}
+"""By key of the geometry's section, under a rule; without one none is read."""
+
+
+def unread_key(recipe: Recipe) -> str | None:
+    """Return what is wrong with the first key that is set and would not be read, or None."""
+    for key, (is_read, remedy) in READ.items():
+        section, name = key.split(".")
+        part = getattr(recipe, section)
+        if part.differs(name) and not is_read(recipe):
+            return f"{key} {remedy}"
+    if recipe.geometry.rule == "none":
+        names = [name for name in type(recipe.geometry).model_fields if name != "rule"]
+        for name in filter(recipe.geometry.differs, names):
+            return (
+                f"geometry.{name} is of a rule, and algorithm {recipe.algorithm} has none: choose "
+                f"one of {', '.join(PRESETS)}, leave it out, or put it under the per_algorithm of "
+                "those that have one"
+            )
+        return None
+    return unread_geometry(recipe.geometry)
+
+
+def unread_geometry(section: GeometrySection) -> str | None:
+    """Return what is wrong with the first key of a rule that would not be read, or None."""
+    for name, (is_read, remedy) in GEOMETRY.items():
+        if section.differs(name) and not is_read(section):
+            return f"geometry.{name} {remedy}"
+    return None
