@@ -54,7 +54,9 @@ def _isopo(rule: str, **options: Any) -> Build:
         def step() -> None:
             model.zero_grad()
             with isopo.microbatch(sequence_BT, batch.coefficient_B) as microbatch:
-                microbatch.objective(completion_log_probs(model, batch.token_BT, batch.num_prompt)).backward()
+                microbatch.objective(
+                    completion_log_probs(model, batch.token_BT, batch.num_prompt)
+                ).backward()
             isopo.step()
 
         return step

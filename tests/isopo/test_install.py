@@ -71,9 +71,9 @@ def test_forward_may_run_outside_and_backward_too() -> None:
     model.zero_grad()
     isopo.step()
     isopo.load_state_dict({"step": 0, "trailing": {}})
-    total = log_probs(model).sum()
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        total.backward()
+    log_prob = log_probs(model)
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_prob).backward()
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, inside[name])
 
@@ -140,11 +140,12 @@ def test_a_bypassed_head_is_found() -> None:
     model = tiny_qwen3(tied=True)
     isopo = Isopo(model)
     with (  # noqa: PT012
-        pytest.raises(ProxstepError, match=r"lm_head\.weight received a gradient without"),
-        isopo.microbatch(IDS, COEFFICIENTS),
+        pytest.raises(ProxstepError, match=r"lm_head\.weight is used past its layer's forward"),
+        isopo.microbatch(IDS, COEFFICIENTS) as microbatch,
     ):
         hidden = model.model(input_ids=TOKENS).last_hidden_state
-        (hidden @ model.lm_head.weight.mT).log_softmax(-1)[..., 0].sum().backward()
+        logits = hidden @ model.lm_head.weight.mT
+        microbatch.objective(logits.log_softmax(-1)[..., 0]).backward()
 
 
 def test_logits_to_keep_is_found() -> None:
@@ -152,9 +153,10 @@ def test_logits_to_keep_is_found() -> None:
     isopo = Isopo(model)
     with (
         pytest.raises(ProxstepError, match="logits_to_keep"),
-        isopo.microbatch(IDS, COEFFICIENTS),
+        isopo.microbatch(IDS, COEFFICIENTS) as microbatch,
     ):
-        model(input_ids=TOKENS, logits_to_keep=2).logits.log_softmax(-1)[..., 0].sum().backward()
+        logits = model(input_ids=TOKENS, logits_to_keep=2).logits
+        microbatch.objective(logits.log_softmax(-1)[..., 0]).backward()
 
 
 def test_two_backwards_in_one_microbatch_are_refused() -> None:
@@ -162,10 +164,10 @@ def test_two_backwards_in_one_microbatch_are_refused() -> None:
     isopo = Isopo(model)
     with (  # noqa: PT012
         pytest.raises(ProxstepError, match="twice in one microbatch"),
-        isopo.microbatch(IDS, COEFFICIENTS),
+        isopo.microbatch(IDS, COEFFICIENTS) as microbatch,
     ):
-        log_probs(model).sum().backward()
-        log_probs(model).sum().backward()
+        microbatch.objective(log_probs(model)).backward()
+        microbatch.objective(log_probs(model)).backward()
 
 
 def test_two_installations_are_refused_and_remove_allows_another() -> None:
@@ -212,7 +214,7 @@ def test_forgetting_step_is_found_where_it_matters() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
         microbatch.objective(log_probs(model)).backward()
-    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:  # accumulation: the parameters have not moved
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:  # the parameters have not moved
         microbatch.objective(log_probs(model)).backward()
     optimizer.step()
     with (
@@ -286,7 +288,7 @@ def test_norms_over_heads_in_either_order(heads_first: bool, num_heads: int) -> 
     isopo = Isopo(model, paper("isopo-euclidean"))
     model.zero_grad()
     with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
-        microbatch.objective((model(TOKENS) * (IDS >= 0))).backward()
+        microbatch.objective(model(TOKENS) * (IDS >= 0)).backward()
     wanted = -sum(
         c * g / (g.norm() ** 2 + 1e-8) ** 0.5 for c, g in zip(COEFFICIENTS, expected, strict=True)
     )
@@ -401,10 +403,10 @@ def test_autocast_is_close_to_float32() -> None:
         model.zero_grad()
         isopo.load_state_dict({"step": 0, "trailing": {}})
         with (
-            isopo.microbatch(IDS, COEFFICIENTS.float()),
+            isopo.microbatch(IDS, COEFFICIENTS.float()) as microbatch,
             torch.autocast("cpu", torch.bfloat16, enabled=enabled),
         ):
-            log_probs(model).sum().backward()
+            microbatch.objective(log_probs(model)).backward()
         results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     cosine = torch.nn.functional.cosine_similarity(*results, dim=0)
