@@ -22,6 +22,13 @@ def check_inputs(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, response_mask: Tensor
 ) -> None:
     """Raise ProxstepError unless the four tensors of an objective fit together."""
+    given = {"log_probs": log_probs, "old_log_probs": old_log_probs, "advantages": advantages}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            what = getattr(value, "dtype", type(value).__name__)
+            raise ProxstepError(f"{name} is {what}; it must be a tensor of floating-point numbers.")
+    if not isinstance(response_mask, Tensor):
+        raise ProxstepError(f"response_mask is {type(response_mask).__name__}; pass a tensor.")
     shape = tuple(log_probs.shape)
     if len(shape) != 2:
         raise ProxstepError(f"log_probs has shape {shape}; it must be (batch, tokens).")

@@ -29,7 +29,7 @@ from proxstep.isopo.rule import (
     kernel_fisher_squares,
 )
 from proxstep.isopo.sampling import Samples
-from proxstep.logprobs.tokens import SumOfLogProbs
+from proxstep.logprobs.tokens import SumOfLogProbs, wide_dtype
 from proxstep.typing import Bool, Float, Tensor
 
 Log = list[tuple[str, LayerRecord]]
@@ -209,7 +209,7 @@ class Microbatch:
         sample, sample_sq_B, own_KB, moments = None, None, None, {}
         if needs.fisher:
             sample, sample_sq_B, own_KB, moments = self._sample(key, gradients, past)
-        dtype = torch.promote_types(sequences.coefficient_B.dtype, torch.float32)
+        dtype = torch.promote_types(sequences.coefficient_B.dtype, wide_dtype(gradients.first.dtype))
         along_B = None
         if needs.along and key not in self._running:  # nothing to project
             needs = replace(needs, ntk=self.diagnose)

@@ -24,6 +24,7 @@ from proxstep.isopo.coverage import (
     check_sum,
     freeze_others,
     install,
+    some_values,
     unpatch,
 )
 from proxstep.isopo.diagnostics.records import LayerRecord
@@ -155,6 +156,7 @@ class Isopo:
         self._measuring, self._passes = False, 0
         self._running: dict[str, Tensor] = {}
         self._versions: dict[nn.Parameter, int] = {}
+        self._values: tuple[list[int], Tensor] | None = None
         self._frozen = freeze_others(model) if other_parameters == "freeze" else []
         if only_linear:
             self._router.rescue = Rescue(self._router.number)
@@ -397,14 +399,20 @@ class Isopo:
 
     def _check_step_was_called(self) -> None:
         """Refuse a microbatch of the next step before `step` has ended the last one."""
-        if not self._router.accumulated:
-            self._versions.clear()
         trainable = [parameter for _, parameter in uses(self._modules)]
         if not trainable:
             raise ProxstepError("every parameter that ISOPO covered is frozen now: nothing is left")
+        if not self._router.accumulated:
+            self._versions, self._values = {}, None
         # FSDP2 swaps a sharded parameter for an unsharded one, with a version of its own.
         before = [self._versions.setdefault(p, p._version) for p in trainable]
-        if any(p._version != version for p, version in zip(trainable, before, strict=True)):
+        moved = any(p._version != version for p, version in zip(trainable, before, strict=True))
+        values = some_values(trainable)  # a fused optimizer leaves the versions as they are
+        if self._values is None or self._values[0] != values[0]:
+            self._values = values
+        elif not moved:
+            moved = not torch.equal(self._values[1], values[1])
+        if moved:
             raise ProxstepError(
                 "the parameters changed, but isopo.step() was not called: call it after "
                 "optimizer.step(), so that the next step starts from what this one measured"
