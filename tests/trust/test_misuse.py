@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -232,7 +235,7 @@ ORDER: dict[str, Use] = {
     "two Isopos": lambda world: Isopo(world.model),
     "fewer positions": lambda world: with_tokens(world, TOKENS[:, :4]),
     "more rows": lambda world: with_tokens(world, TOKENS.repeat(2, 1)),
-    "one row": lambda world: with_tokens(world, TOKENS[:1]),
+    "rows one after another": lambda world: with_tokens(world, TOKENS[:, :3].reshape(1, 6)),
     "a float mask": lambda world: announced(world, lambda x: x, MASK.double()),
     "a mask one too wide": lambda world: announced(world, lambda x: x, IDS >= 0),
     "a mask of one row": lambda world: announced(world, lambda x: x, MASK[0]),
@@ -427,3 +430,12 @@ def test_a_legal_use_is_right(rule: str, counted: Callable[..., None]) -> None:
             wrong.append(name)
     counted("legal uses of the library: the oracle's gradient", len(RIGHT), len(wrong))
     assert not wrong
+
+
+def test_wrong_arguments_are_errors_that_name_them(counted: Callable[..., None]) -> None:
+    """In a process of its own: here the tests' checks of shapes would refuse them first."""
+    command = [sys.executable, "-m", "tests.trust.calls"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    counted("misuse of the library: wrong arguments", found["tried"], len(found["lost"]))
+    assert not found["lost"]

@@ -258,7 +258,9 @@ class Sequences:
                     f"groups must be {len(coefficient_B)} numbers, one per sequence"
                 )
         given = {}
-        for key, square in dict(fisher_squares or {}).items():
+        if not isinstance(fisher_squares, Mapping | None):
+            raise ProxstepError("fisher_squares must be a dictionary, by parameter use")
+        for key, square in (fisher_squares or {}).items():
             given[key] = as_tensor(f"fisher_squares[{key!r}]", square, coefficient_B)
             if given[key].shape != coefficient_B.shape or not bool(
                 (given[key].isfinite() & (given[key] >= 0)).all()

@@ -313,6 +313,8 @@ class Drawing:
             first = ((step % 2**20) << 42) + (rank << 26) + self._count_of_step
             self._count_of_step += count
             return list(range(first, first + count))
+        if sequence_keys.dim() != 1:
+            raise ProxstepError(f"sequence_keys must be {count} numbers, one per sequence")
         keys = everyone = sequence_keys.tolist()
         if self._source == "ranks" and dist.is_initialized():
             everyone = gathering.keys_on_all_ranks(keys, self._group)

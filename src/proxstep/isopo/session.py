@@ -118,7 +118,7 @@ class Isopo:
         if decay >= 1:
             raise ProxstepError(f"decay must be below 1, got {decay}: the means would stand still")
         for name, value in (("seed", seed), ("num_overlap_positions", num_overlap_positions)):
-            if value is not None and type(value) is not int:
+            if type(value) is not int and (value is not None or name == "seed"):
                 raise ProxstepError(f"{name} must be an integer, got {value!r}")
         check_literal("other_parameters", other_parameters, OtherParameters)
         check_literal("fisher", fisher, Fisher)
