@@ -53,8 +53,10 @@ def _isopo(rule: str, **options: Any) -> Build:
 
         def step() -> None:
             model.zero_grad()
-            with isopo.microbatch(sequence_BT, batch.coefficient_B):
-                completion_log_probs(model, batch.token_BT, batch.num_prompt).sum().backward()
+            with isopo.microbatch(sequence_BT, batch.coefficient_B) as microbatch:
+                microbatch.objective(
+                    completion_log_probs(model, batch.token_BT, batch.num_prompt)
+                ).backward()
             isopo.step()
 
         return step
@@ -78,8 +80,8 @@ def _chunked(rule: str | None) -> Build:
                 log_prob_B = completion_log_probs_chunked(model, *inputs)[0].sum(dim=1)
                 (-(batch.coefficient_B * log_prob_B).sum()).backward()
                 return
-            with isopo.microbatch(batch.sequence_BT, batch.coefficient_B):
-                completion_log_probs_chunked(model, *inputs)[0].sum().backward()
+            with isopo.microbatch(batch.sequence_BT, batch.coefficient_B) as microbatch:
+                microbatch.objective(completion_log_probs_chunked(model, *inputs)[0]).backward()
             isopo.step()
 
         return step

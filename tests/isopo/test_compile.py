@@ -115,8 +115,8 @@ def test_freeing_another_model_compiles_nothing_again() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     for step in range(2):
-        with isopo.microbatch(IDS, COEFFICIENTS):
-            compiled(x).sum().backward()
+        with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            microbatch.objective(compiled(x)).backward()
         isopo.step()
         if step == 0:
             del other, others
@@ -135,7 +135,7 @@ def test_off_and_on_are_two_graphs() -> None:
         compiled(x).sum().backward()
     assert torch.allclose(layer.weight.grad, x.sum((0, 1)).expand(4, 4))  # type: ignore[arg-type]
     layer.zero_grad()
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        compiled(x).sum().backward()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(compiled(x)).backward()
     assert not torch.allclose(layer.weight.grad, x.sum((0, 1)).expand(4, 4))  # type: ignore[arg-type]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -64,23 +64,23 @@ def test_copies_are_ordinary_and_independent(clone) -> None:
 def test_forward_may_run_outside_and_backward_too() -> None:
     model = tiny_qwen3()
     isopo = Isopo(model, paper("isopo"))
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        log_probs(model).sum().backward()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model)).backward()
     inside = gradients(model)
 
     model.zero_grad()
     isopo.step()
     isopo.load_state_dict({"step": 0, "trailing": {}})
-    total = log_probs(model).sum()
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        total.backward()
+    log_prob = log_probs(model)
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_prob).backward()
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, inside[name])
 
     model.zero_grad()
     isopo.load_state_dict({"step": 0, "trailing": {}})
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        total = log_probs(model).sum()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(log_probs(model))
     total.backward()
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, inside[name])
@@ -140,11 +140,12 @@ def test_a_bypassed_head_is_found() -> None:
     model = tiny_qwen3(tied=True)
     isopo = Isopo(model)
     with (  # noqa: PT012
-        pytest.raises(ProxstepError, match=r"lm_head\.weight received a gradient without"),
-        isopo.microbatch(IDS, COEFFICIENTS),
+        pytest.raises(ProxstepError, match=r"lm_head\.weight is used past its layer's forward"),
+        isopo.microbatch(IDS, COEFFICIENTS) as microbatch,
     ):
         hidden = model.model(input_ids=TOKENS).last_hidden_state
-        (hidden @ model.lm_head.weight.mT).log_softmax(-1)[..., 0].sum().backward()
+        logits = hidden @ model.lm_head.weight.mT
+        microbatch.objective(logits.log_softmax(-1)[..., 0]).backward()
 
 
 def test_logits_to_keep_is_found() -> None:
@@ -152,9 +153,10 @@ def test_logits_to_keep_is_found() -> None:
     isopo = Isopo(model)
     with (
         pytest.raises(ProxstepError, match="logits_to_keep"),
-        isopo.microbatch(IDS, COEFFICIENTS),
+        isopo.microbatch(IDS, COEFFICIENTS) as microbatch,
     ):
-        model(input_ids=TOKENS, logits_to_keep=2).logits.log_softmax(-1)[..., 0].sum().backward()
+        logits = model(input_ids=TOKENS, logits_to_keep=2).logits
+        microbatch.objective(logits.log_softmax(-1)[..., 0]).backward()
 
 
 def test_two_backwards_in_one_microbatch_are_refused() -> None:
@@ -162,10 +164,10 @@ def test_two_backwards_in_one_microbatch_are_refused() -> None:
     isopo = Isopo(model)
     with (  # noqa: PT012
         pytest.raises(ProxstepError, match="twice in one microbatch"),
-        isopo.microbatch(IDS, COEFFICIENTS),
+        isopo.microbatch(IDS, COEFFICIENTS) as microbatch,
     ):
-        log_probs(model).sum().backward()
-        log_probs(model).sum().backward()
+        microbatch.objective(log_probs(model)).backward()
+        microbatch.objective(log_probs(model)).backward()
 
 
 def test_two_installations_are_refused_and_remove_allows_another() -> None:
@@ -210,10 +212,10 @@ def test_forgetting_step_is_found_where_it_matters() -> None:
     model = tiny_qwen3()
     isopo = Isopo(model, "isopo-natural")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        log_probs(model).sum().backward()
-    with isopo.microbatch(IDS, COEFFICIENTS):  # accumulation: the parameters have not moved
-        log_probs(model).sum().backward()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model)).backward()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:  # the parameters have not moved
+        microbatch.objective(log_probs(model)).backward()
     optimizer.step()
     with (
         pytest.raises(ProxstepError, match=r"call it after optimizer\.step"),
@@ -221,8 +223,8 @@ def test_forgetting_step_is_found_where_it_matters() -> None:
     ):
         pass
     isopo.step()
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        log_probs(model).sum().backward()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model)).backward()
 
 
 def test_other_parameters_reinforce_and_freeze() -> None:
@@ -234,8 +236,8 @@ def test_other_parameters_reinforce_and_freeze() -> None:
         (frozen, "isopo", "freeze"),
     ):
         isopo = Isopo(model, rule, other_parameters=other)
-        with isopo.microbatch(IDS, COEFFICIENTS):
-            log_probs(model).sum().backward()
+        with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            microbatch.objective(log_probs(model)).backward()
     assert torch.allclose(mixed.transformer.wpe.weight.grad, plain.transformer.wpe.weight.grad)
     layer, same = mixed.transformer.h[0], plain.transformer.h[0]
     assert torch.allclose(layer.ln_1.weight.grad, same.ln_1.weight.grad)
@@ -253,8 +255,8 @@ def test_padding_idx_is_honoured() -> None:
     embedding = nn.Embedding(12, 4, padding_idx=3).double()
     model = nn.Sequential(embedding, nn.Linear(4, 12).double())
     isopo = Isopo(model)
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        model(TOKENS).log_softmax(-1)[..., 0].sum().backward()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(model(TOKENS).log_softmax(-1)[..., 0]).backward()
     assert (embedding.weight.grad[3] == 0).all()
     assert (embedding.weight.grad[4] != 0).any()
 
@@ -285,8 +287,8 @@ def test_norms_over_heads_in_either_order(heads_first: bool, num_heads: int) -> 
         expected.append(model.norm.weight.grad.clone())
     isopo = Isopo(model, paper("isopo-euclidean"))
     model.zero_grad()
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        (model(TOKENS) * (IDS >= 0)).sum().backward()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(model(TOKENS) * (IDS >= 0)).backward()
     wanted = -sum(
         c * g / (g.norm() ** 2 + 1e-8) ** 0.5 for c, g in zip(COEFFICIENTS, expected, strict=True)
     )
@@ -298,7 +300,7 @@ def test_overlap_positions_of_the_completion() -> None:
     completion = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 0]]).bool()
     isopo = Isopo(model, overlap_positions="completion", num_overlap_positions=3)
     with isopo.microbatch(IDS, COEFFICIENTS, completion) as microbatch:
-        log_probs(model).sum().backward()
+        microbatch.objective(log_probs(model)).backward()
     sampled = microbatch.samples.index_K
     assert len(sampled) == 3
     predicting = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]]).bool()
@@ -326,8 +328,8 @@ def test_a_sequence_without_overlap_gets_the_mean_scale() -> None:
     embedding = nn.Embedding(12, 4).double()
     isopo = Isopo(embedding, overlap_positions="completion")
     only_first = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
-    with isopo.microbatch(IDS, torch.ones(2, dtype=torch.float64), only_first):
-        embedding(TOKENS).sin().sum().backward()
+    with isopo.microbatch(IDS, torch.ones(2, dtype=torch.float64), only_first) as microbatch:
+        microbatch.objective(embedding(TOKENS).sin()).backward()
     diagnostics = isopo.step()
     assert diagnostics["frac_filled_fisher"] == 0.5
     assert embedding.weight.grad.abs().max() < 100
@@ -340,8 +342,8 @@ def test_state_continues() -> None:
 
     def one_step() -> dict[str, torch.Tensor]:
         model.zero_grad()
-        with isopo.microbatch(IDS, COEFFICIENTS):
-            log_probs(model).sum().backward()
+        with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            microbatch.objective(log_probs(model)).backward()
         isopo.step()
         return gradients(model)
 
@@ -359,8 +361,8 @@ def test_state_continues() -> None:
 def test_a_model_and_its_isopo_are_freed_together() -> None:
     model = tiny_qwen3()
     isopo = Isopo(model)
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        log_probs(model).sum().backward()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model)).backward()
     alive = weakref.ref(model.lm_head)
     del model, isopo
     gc.collect()
@@ -385,8 +387,8 @@ def test_gradient_checkpointing_gives_the_same() -> None:
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         isopo = Isopo(model, "isopo-figure4")
-        with isopo.microbatch(IDS, COEFFICIENTS):
-            log_probs(model).sum().backward()
+        with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            microbatch.objective(log_probs(model)).backward()
         results.append(gradients(model))
     for name in results[0]:
         assert torch.allclose(results[0][name], results[1][name], rtol=1e-10, atol=1e-14)
@@ -401,10 +403,10 @@ def test_autocast_is_close_to_float32() -> None:
         model.zero_grad()
         isopo.load_state_dict({"step": 0, "trailing": {}})
         with (
-            isopo.microbatch(IDS, COEFFICIENTS.float()),
+            isopo.microbatch(IDS, COEFFICIENTS.float()) as microbatch,
             torch.autocast("cpu", torch.bfloat16, enabled=enabled),
         ):
-            log_probs(model).sum().backward()
+            microbatch.objective(log_probs(model)).backward()
         results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     cosine = torch.nn.functional.cosine_similarity(*results, dim=0)

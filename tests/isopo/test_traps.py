@@ -70,8 +70,8 @@ def test_reentrant_checkpointing_is_right_inside(rule: str) -> None:
 def test_reentrant_checkpointing_is_refused_outside() -> None:
     model = reentrant(tiny_qwen3())
     isopo = Isopo(model)
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        total = log_probs(model).sum()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(log_probs(model))
     with pytest.raises(ProxstepError, match="use_reentrant=False"):
         total.backward()
 
@@ -81,8 +81,8 @@ def test_other_checkpointing_is_right_outside() -> None:
     model = tiny_qwen3().train()
     model.activation_checkpointing_enable({"use_reentrant": False})
     isopo = Isopo(model)
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        total = log_probs(model).sum()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(log_probs(model))
     total.backward()
     assert_same(gradients(model), one_gradient())
 
@@ -400,8 +400,8 @@ def test_a_backward_in_anothers_microbatch_is_refused() -> None:
 def test_a_backward_after_the_step_is_refused() -> None:
     model = tiny_qwen3()
     isopo = Isopo(model)
-    with isopo.microbatch(IDS, COEFFICIENTS):
-        total = log_probs(model).sum()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(log_probs(model))
     isopo.step()
     with pytest.raises(ProxstepError, match="earlier optimizer step"):
         total.backward()

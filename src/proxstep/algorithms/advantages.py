@@ -250,6 +250,11 @@ def spread_metrics(reward_B: Float[Tensor, " batch"], groups: Groups) -> dict[st
 
 def checked_groups(reward_B: Tensor, group_B: Tensor) -> Groups:
     """Return the groups, or raise ProxstepError for rewards that have no advantages."""
+    for name, value in (("reward_B", reward_B), ("group_B", group_B)):
+        if not isinstance(value, Tensor):
+            raise ProxstepError(f"{name} is {type(value).__name__}; it must be a tensor.")
+    if group_B.is_floating_point() or group_B.is_complex():
+        raise ProxstepError(f"group_B is {group_B.dtype}; it must be integers.")
     if reward_B.ndim != 1 or reward_B.shape != group_B.shape:
         raise ProxstepError(
             "reward_B and group_B must be vectors of one entry per sequence, got shapes "

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, get_args
 
 import torch
 
@@ -21,6 +22,13 @@ def check_inputs(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, response_mask: Tensor
 ) -> None:
     """Raise ProxstepError unless the four tensors of an objective fit together."""
+    given = {"log_probs": log_probs, "old_log_probs": old_log_probs, "advantages": advantages}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            what = getattr(value, "dtype", type(value).__name__)
+            raise ProxstepError(f"{name} is {what}; it must be a tensor of floating-point numbers.")
+    if not isinstance(response_mask, Tensor):
+        raise ProxstepError(f"response_mask is {type(response_mask).__name__}; pass a tensor.")
     shape = tuple(log_probs.shape)
     if len(shape) != 2:
         raise ProxstepError(f"log_probs has shape {shape}; it must be (batch, tokens).")
@@ -38,12 +46,83 @@ def check_inputs(
         raise ProxstepError(f"response_mask is {response_mask.dtype}: pass response_mask.bool().")
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ProxstepError, with the nearest choice, unless the value is one of the choices."""
     choices = list(choices)
     if value not in choices:
         hint = did_you_mean(value, choices) or "."
         raise ProxstepError(f"{name} is {value!r}{hint} Choices: {', '.join(choices)}.")
+
+
+def check_literal(name: str, value: object, literal: Any) -> None:
+    """Raise ProxstepError unless the value is one of a literal's."""
+    check_choice(name, value, get_args(literal))
+
+
+def check_number(name: str, value: Any, low: float = 0.0, *, above: bool = False) -> None:
+    """Raise ProxstepError unless a value is a finite number, of a least size."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < low or (above and value == low):
+        limit = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
+        raise ProxstepError(f"{name} must be a finite number{limit}, got {value!r}")
+
+
+def as_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
+    """Return an argument as a tensor on the device of another; lists and arrays keep their values.
+
+    Args:
+        name: Of the argument.
+        value: A tensor, a NumPy array, or a list of numbers.
+        like: Tensor on the wanted device.
+
+    Raises:
+        ProxstepError: If it is none of these.
+    """
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.tensor(value if hasattr(value, "dtype") else _doubles(value))
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ProxstepError(
+                f"{name} must be a tensor, a NumPy array or a list of numbers: {error}"
+            ) from None
+    if value.is_complex() or value.is_meta or value.layout is not torch.strided:
+        raise ProxstepError(f"{name} must be an ordinary tensor of real numbers")
+    return value if like is None or value.device == like.device else value.to(like.device)
+
+
+def _doubles(value: Any) -> Any:
+    """Return lists of numbers with their floats in an array that keeps all digits."""
+    found = torch.tensor(value)
+    return torch.tensor(value, dtype=torch.float64).numpy() if found.is_floating_point() else value
+
+
+def as_integers(name: str, value: Any, like: Tensor | None = None) -> Tensor:
+    """Return an argument as a tensor of integers.
+
+    Raises:
+        ProxstepError: If it holds anything else.
+    """
+    found = as_tensor(name, value, like)
+    if found.is_floating_point() or found.dtype == torch.bool:
+        raise ProxstepError(f"{name} must be integers, got {found.dtype}")
+    return found
+
+
+def as_mask(name: str, value: Any, like: Tensor) -> Tensor:
+    """Return an argument as a mask in the shape of a tensor; 0 and 1 stand for False and True.
+
+    Raises:
+        ProxstepError: If its shape or its type is another.
+    """
+    found = as_tensor(name, value, like)
+    if found.is_floating_point():
+        raise ProxstepError(f"{name} is {found.dtype}: pass {name}.bool()")
+    if found.shape != like.shape:
+        raise ProxstepError(
+            f"{name} has shape {tuple(found.shape)}; it must be {tuple(like.shape)}, as what it "
+            "belongs to"
+        )
+    return found.bool()
 
 
 def check_positive(name: str, value: float) -> None:

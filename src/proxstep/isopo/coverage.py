@@ -6,9 +6,11 @@ checkpoint of ISOPO's state does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +18,7 @@ from proxstep.errors import ProxstepError
 from proxstep.isopo import attention, dora, embedding, experts, watched  # noqa: F401
 from proxstep.isopo.hooks import COVERAGE, SITE, Coverage, Modules, Owner, Site, kind_of, uses
 
+_NUMBERS_AT_A_TIME = 2**24
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -139,6 +142,67 @@ def check_graph(log_prob: Tensor, modules: Modules, owner: Owner) -> None:
         if hasattr(node, "_forward_cls"):  # an autograd function has its parameters to itself
             following = [one for one in following if not _is_parameter(one)]
         stack += following
+
+
+_SOURCES = {"LogSoftmaxBackward0": 1, "LogsumexpBackward0": -1, "_GhostHeadBackward": 1}
+"""What makes log-probabilities, and the gradient there of a sum of them, where it is not 0."""
+
+
+def check_sum(log_prob: Tensor) -> None:
+    """Have the backward that follows refuse anything but the plain sum of log-probabilities.
+
+    Advantages, ratios, a mean or a sign between the log-probabilities and their sum show in the
+    gradient where a softmax begins. What makes log-probabilities otherwise (a fused kernel, a
+    compiled function) is not seen, and neither is one that is made of others.
+
+    Raises:
+        ProxstepError: In backward, if there is something else.
+    """
+    sources = [n for n in _walk([log_prob.grad_fn], _SOURCES) if n.name() in _SOURCES]
+    below = [one for source in sources for one, _ in source.next_functions]
+    if any(node.name() in _SOURCES for node in _walk(below, {})):
+        return
+    for source in sources:
+        source.register_prehook(partial(_check_ones, _SOURCES[source.name()]))
+
+
+def _walk(stack: list[Any], ends: Container[str]) -> list[Any]:
+    """Return the graph's nodes below some, as far as autograd functions and those named `ends`."""
+    seen: dict[Any, None] = {}
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen[node] = None
+        if not hasattr(node, "_forward_cls") and node.name() not in ends:
+            stack += [one for one, _ in node.next_functions]
+    return [*seen]
+
+
+def _check_ones(one: int, grads: tuple[Tensor | None, ...]) -> None:
+    grad = grads[0]
+    if grad is None:
+        return
+    flat = grad.reshape(-1)
+    wrong = [((part != 0) & (part != one)).any() for part in flat.split(_NUMBERS_AT_A_TIME)]
+    if wrong and bool(torch.stack(wrong).any()):
+        raise ProxstepError(
+            "microbatch.objective(...) was given something else than log-probabilities: they were "
+            "multiplied (advantages, a mean, a sign, a ratio to old ones), or another loss shares "
+            "their backward. Give it the log-probabilities as they are, and put advantages and "
+            "averages into the coefficients; losses of their own belong inside isopo.off()"
+        )
+
+
+def some_values(parameters: Sequence[Tensor]) -> tuple[list[int], Tensor]:
+    """Return what tells which parameters these are, and copies of some numbers of some of them.
+
+    A step of an optimizer changes them, whatever it does to the tensors' versions.
+    """
+    chosen = parameters[:: max(1, len(parameters) // 16)]
+    own = [getattr(parameter, "_local_tensor", parameter).detach() for parameter in chosen]
+    parts = [value.reshape(-1)[value.numel() // 2 :][:64] for value in own]
+    return list(map(id, chosen)), torch.cat([part.to(own[0].device) for part in parts])
 
 
 def _is_parameter(node: Any) -> bool:

@@ -48,7 +48,7 @@ class TrailingMeans:
                 total, count = pending[name][0] + total, pending[name][1] + count
             pending[name] = (total, count)
 
-    def fold(self, group: dist.ProcessGroup | None = None) -> None:
+    def fold(self, group: dist.ProcessGroup | None = None) -> str | None:
         """End the optimizer step: fold its measurements into the averages.
 
         Args:
@@ -58,16 +58,20 @@ class TrailingMeans:
         """
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             self._pending = _sum_over_ranks(self._pending, self.means, group)
-        for key, pending in self._pending.items():
+        pending, self._pending = self._pending, {}
+        broken = _not_finite(pending)
+        if broken is not None:
+            return broken
+        for key, measured in pending.items():
             means = self.means.setdefault(key, {})
-            for name, (total, count) in pending.items():
+            for name, (total, count) in measured.items():
                 if not count:
                     continue
                 new = total / count
                 means[name] = (
                     self.decay * means[name] + (1 - self.decay) * new if name in means else new
                 )
-        self._pending = {}
+        return None
 
     @property
     def has_pending(self) -> bool:
@@ -88,6 +92,16 @@ class TrailingMeans:
         for flat, mean in state.items():
             key, name = flat.rsplit("/", 1)
             self.means.setdefault(key, {})[name] = mean
+
+
+def _not_finite(pending: Pending) -> str | None:
+    """Return the first parameter of which a sum is not finite, with one copy from the device."""
+    keys = [key for key, measured in pending.items() for _ in measured]
+    totals = [total for measured in pending.values() for total, _ in measured.values()]
+    if not totals:
+        return None
+    finite = torch.stack([total.to(totals[0].device) for total in totals]).isfinite()
+    return None if bool(finite.all()) else keys[finite.tolist().index(False)]
 
 
 def step_means(records: Sequence[LayerRecord]) -> dict[str, float]:

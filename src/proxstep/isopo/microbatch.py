@@ -7,63 +7,36 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
 
+from proxstep.algorithms.aggregate import as_mask
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.records import LayerRecord, joined
 from proxstep.isopo.hooks import OWNERS, UNBOUND, PositionGradients
 from proxstep.isopo.plan import Layout, Memory, Needs, Statistics
-from proxstep.isopo.presets import Rule
 from proxstep.isopo.proma import IntraProjectingRule
 from proxstep.isopo.rescue import Rescue
-from proxstep.isopo.rule import Means, NaturalRule, fisher_squares, kernel_fisher_squares
+from proxstep.isopo.rule import (
+    Means,
+    NaturalRule,
+    Sequences,
+    Settings,
+    check_coefficients,
+    fisher_squares,
+    kernel_fisher_squares,
+)
 from proxstep.isopo.sampling import Samples
-from proxstep.typing import Bool, Float, Int, Tensor
+from proxstep.logprobs.tokens import SumOfLogProbs, wide_dtype
+from proxstep.typing import Bool, Float, Tensor
 
-Fisher = Literal["positions", "sequences"]
-Denominator = Literal["sample", "trailing"]
 Log = list[tuple[str, LayerRecord]]
 """What was measured, by parameter use, in the order of the reductions."""
 
 _NUMBERS = itertools.count()
 _MOST_PENDING = 64
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What holds for all microbatches; see `Isopo` for the meaning."""
-
-    rule: Rule
-    fisher: Fisher = "positions"
-    fisher_denominator: Denominator = "sample"
-    only_linear: bool = False
-
-    @property
-    def needs(self) -> Needs:
-        """The statistics that the weights are made of."""
-        needs = self.rule.needs
-        if needs.fisher and self.fisher == "sequences":
-            return replace(needs, fisher=False, ntk=True)
-        return needs
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """What is known of a microbatch's sequences.
-
-    Attributes:
-        coefficient_B: Each one's coefficient.
-        group_B: Each one's group, where groups were given.
-        fisher_sq: F_b^2 by parameter use, where the caller knows them better than an estimate.
-    """
-
-    coefficient_B: Float[Tensor, " batch"]
-    group_B: Int[Tensor, " batch"] | None
-    fisher_sq: Mapping[str, Float[Tensor, " batch"]]
 
 
 class Microbatch:
@@ -108,6 +81,7 @@ class Microbatch:
             positions = settings.fisher == "positions"
             self.needs = replace(self.needs, fisher=positions, norm=True, ntk=True)
         self.reduced: set[str] = set()
+        self.announced = self.reached = False
         self._averages = set(settings.rule.averages)
         self.before_backward: Callable[[Tensor, Tensor], None] | None = None
         self._past, self._memory, self._log = past, memory, log
@@ -124,10 +98,11 @@ class Microbatch:
             ProxstepError: If they are not one finite number per sequence, or a parameter was
                 back-propagated with the earlier ones.
         """
-        check_coefficients(coefficients, len(self.sequences.coefficient_B))
+        like = self.layout.sequence_T
+        coefficient_B = check_coefficients(coefficients, like, self.layout.num_sequences)
         if self.reduced:
             raise ProxstepError("set_coefficients() came after backward: call it before")
-        self.sequences = replace(self.sequences, coefficient_B=coefficients.detach())
+        self.sequences = replace(self.sequences, coefficient_B=coefficient_B)
 
     def objective(
         self, log_prob_BT: Float[Tensor, ...], response_mask: Bool[Tensor, ...] | None = None
@@ -139,18 +114,43 @@ class Microbatch:
             response_mask: True at those that count; None for all.
 
         Raises:
-            ProxstepError: In backward, if the sum was multiplied by anything: a gradient scaler, or
-                a division by accumulation steps, would enter the norms.
+            ProxstepError: If the log-probabilities have no graph, or the mask does not fit them. In
+                backward, if the sum is not finite or was multiplied by anything: a gradient scaler,
+                or a division by accumulation steps, would enter the norms.
         """
+        if not isinstance(log_prob_BT, Tensor) or not log_prob_BT.is_floating_point():
+            raise ProxstepError("log_prob_BT must be a tensor of log-probabilities, with its graph")
+        if torch.is_grad_enabled() and not log_prob_BT.requires_grad:
+            raise ProxstepError(
+                "log_prob_BT has no graph: the forward ran under no_grad or inference_mode, it was "
+                "detached, or nothing in it is trainable"
+            )
         if response_mask is not None:
-            log_prob_BT = log_prob_BT.masked_fill(~response_mask, 0.0)
+            mask_BT = as_mask("response_mask", response_mask, log_prob_BT)
+            log_prob_BT = log_prob_BT.masked_fill(~mask_BT, 0.0)
         total = log_prob_BT.sum()
         if total.requires_grad:
-            total.register_hook(_refuse_scale)
-            if self.before_backward is not None:
-                prepare = self.before_backward
-                total.register_hook(lambda _: prepare(log_prob_BT, self.sequences.coefficient_B))
-        return total
+            value = total.detach()
+            total.register_hook(lambda grad: self._begin_backward(grad, value, log_prob_BT))
+        return total.as_subclass(SumOfLogProbs)
+
+    def _begin_backward(self, grad: Tensor, value: Tensor, log_prob_BT: Tensor) -> None:
+        """Check what is back-propagated, before any parameter's gradient follows from it."""
+        if bool((grad != 1) | ~value.isfinite()):
+            if not bool(value.isfinite()):
+                raise ProxstepError(
+                    f"the sum of log-probabilities is {value.item()}: no gradient was computed. "
+                    "Look for parameters or log-probabilities that are not finite"
+                )
+            raise ProxstepError(
+                f"the sum of log-probabilities was multiplied by {grad.item():g} before backward: "
+                "a loss scale, a gradient scaler or a division by accumulation steps would enter "
+                "ISOPO's norms. Back-propagate microbatch.objective(...) as it is, and put the "
+                "factor into the coefficients"
+            )
+        if self.before_backward is not None:
+            self.before_backward(log_prob_BT, self.sequences.coefficient_B)
+        self.announced = True
 
     # -- one layer ---------------------------------------------------------------------------------
 
@@ -175,8 +175,18 @@ class Microbatch:
         """Return the parameter's gradient, -sum_b weight_b G_b.
 
         Raises:
-            ProxstepError: If the parameter's use was reduced before in this microbatch.
+            ProxstepError: If the parameter's use was reduced before in this microbatch, or its
+                statistics are not finite.
         """
+        try:
+            return self._reduce(key, gradients)
+        except torch.linalg.LinAlgError as error:
+            raise ProxstepError(
+                f"{key}: the sequences' gradients are not finite, or too large to be multiplied: "
+                "look for parameters and activations that are not finite"
+            ) from error
+
+    def _reduce(self, key: str, gradients: PositionGradients) -> Tensor:
         if key in self.reduced:
             raise ProxstepError(
                 f"{key} was back-propagated twice in one microbatch: a sequence's gradient must "
@@ -199,7 +209,7 @@ class Microbatch:
         sample, sample_sq_B, own_KB, moments = None, None, None, {}
         if needs.fisher:
             sample, sample_sq_B, own_KB, moments = self._sample(key, gradients, past)
-        dtype = torch.promote_types(sequences.coefficient_B.dtype, torch.float32)
+        dtype = torch.promote_types(sequences.coefficient_B.dtype, wide_dtype(gradients.first.dtype))
         along_B = None
         if needs.along and key not in self._running:  # nothing to project
             needs = replace(needs, ntk=self.diagnose)
@@ -297,6 +307,7 @@ class Router:
         grid: Shape of the active microbatch's token grid.
         active: Where a backward goes whose forward was outside.
         rescue: The parameters that get the plain policy gradient.
+        accumulated: Whether there was a backward in this optimizer step.
     """
 
     def __init__(self) -> None:
@@ -304,6 +315,7 @@ class Router:
         self.microbatch_id, self.grid = torch.tensor(UNBOUND), None
         self.active: Sink | None = None
         self.rescue: Rescue | None = None
+        self.accumulated = False
         self._pending: dict[int, Microbatch] = {}
         OWNERS[self.number] = self
 
@@ -314,11 +326,17 @@ class Router:
         self._pending[number] = self.active = microbatch
         self.microbatch_id, self.grid = torch.tensor(number), microbatch.layout.grid
 
-    def end(self, number: int, microbatch: Microbatch) -> None:
-        """Bind no more forwards; unless there was a backward, it is still to come."""
+    def end(self, number: int, microbatch: Microbatch, *, failed: bool) -> None:
+        """Bind no more forwards; unless there was a backward or an error, it is still to come.
+
+        Raises:
+            ProxstepError: If there was a backward of something else than the model.
+        """
         self.active, self.grid, self.microbatch_id = None, None, torch.tensor(UNBOUND)
-        if microbatch.reduced:
+        if microbatch.reduced or failed:
             self._pending.pop(number, None)
+        if not failed:
+            self._check_reached(microbatch)
 
     def switch(self, *, on: bool) -> None:
         """Route forwards from now on, or let them and their backwards be ordinary ones."""
@@ -327,8 +345,22 @@ class Router:
             self.rescue.off = not on
 
     def forget(self) -> None:
-        """End the optimizer step: no backward is still to come."""
-        self._pending.clear()
+        """End the optimizer step: no backward is still to come.
+
+        Raises:
+            ProxstepError: As `end`.
+        """
+        pending, self._pending, self.accumulated = self._pending, {}, False
+        for microbatch in pending.values():
+            self._check_reached(microbatch)
+
+    def _check_reached(self, microbatch: Microbatch) -> None:
+        if microbatch.announced and not microbatch.reached and self.rescue is None:
+            raise ProxstepError(
+                "microbatch.objective(...) was back-propagated, but reached no parameter of the "
+                "model that this Isopo was given: the log-probabilities are those of a copy of it, "
+                "or of another model. Copies are ordinary models: install Isopo on what is trained"
+            )
 
     def spares(self, parameter: Tensor) -> bool:
         """Whether a parameter's uses are not to be routed."""
@@ -355,7 +387,7 @@ class Router:
                     "its own. With activation checkpointing set use_reentrant=False, or run the "
                     "backward inside isopo.microbatch(...)"
                 )
-            return self.active
+            return self._checked(self.active, key)
         if microbatch_id not in self._pending:
             raise ProxstepError(
                 f"backward reached {key} for a microbatch that was back-propagated before, or that "
@@ -368,21 +400,17 @@ class Router:
                 f"backward reached {key} for another microbatch than the one that is active: run "
                 "it inside its own isopo.microbatch(...), or outside all of them"
             )
-        return bound
+        return self._checked(bound, key)
 
-
-def check_coefficients(coefficients: Tensor, count: int | None = None) -> None:
-    """Raise ProxstepError unless they are one finite number per sequence."""
-    fits = coefficients.dim() == 1 and count in (None, len(coefficients))
-    if not fits or not torch.isfinite(coefficients).all():
-        raise ProxstepError("coefficients must be one finite number per sequence")
-
-
-def _refuse_scale(grad: Tensor) -> None:
-    if bool(grad != 1):
-        raise ProxstepError(
-            f"the sum of log-probabilities was multiplied by {grad.item():g} before backward: a "
-            "loss scale, a gradient scaler or a division by accumulation steps would enter ISOPO's "
-            "norms. Back-propagate microbatch.objective(...) as it is, and put the factor into the "
-            "coefficients"
-        )
+    def _checked(self, sink: Sink, key: str) -> Sink:
+        """Return where a gradient goes, if it is one of what is to be back-propagated."""
+        if isinstance(sink, Microbatch):
+            if not sink.announced:
+                raise ProxstepError(
+                    f"backward reached {key} from another loss than microbatch.objective(...): its "
+                    "sign, its scale and its advantages would enter ISOPO's norms. Back-propagate "
+                    "microbatch.objective(log_probs), put the advantages into the coefficients, "
+                    "and run losses of their own forward and backward inside isopo.off()"
+                )
+            sink.reached = self.accumulated = True
+        return sink

@@ -114,15 +114,17 @@ def make_layout(sequence_ids: Tensor, num_sequences: int) -> Layout:
 
 
 def _check_ids(sequence_ids: Tensor, num_sequences: int) -> None:
-    highest = int(sequence_ids.max()) if sequence_ids.numel() else -1
+    lowest, highest = -1, -1
+    if sequence_ids.numel():
+        lowest, highest = torch.stack(sequence_ids.aminmax()).tolist()
     present_RB = torch.zeros(
         sequence_ids.shape[0], max(highest, num_sequences - 1) + 2, device=sequence_ids.device
     ).scatter_(1, sequence_ids.long().clamp(min=-1) + 1, 1.0)[:, 1:]
     rows_of_B = present_RB.sum(dim=0)
-    if highest >= num_sequences or bool((rows_of_B == 0).any()):
+    if lowest < -1 or highest >= num_sequences or bool((rows_of_B == 0).any()):
         raise ProxstepError(
             f"sequence_ids must name each of the {num_sequences} sequences that have a "
-            f"coefficient, 0 to {num_sequences - 1}, and no other"
+            f"coefficient, 0 to {num_sequences - 1}, and no other; -1 is padding"
         )
     if bool((rows_of_B > 1).any()):
         raise ProxstepError(

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from proxstep.algorithms.aggregate import check_number
 from proxstep.errors import ProxstepError
 from proxstep.isopo.hooks import PositionGradients
 from proxstep.isopo.plan import Layout, Needs, Statistics
@@ -62,8 +63,7 @@ class ProjectingRule:
     interacting, needs, averages = True, Needs(ntk=True, along=True), ()
 
     def __post_init__(self) -> None:
-        if self.ridge < 0:
-            raise ProxstepError(f"ridge must be 0 or more, got {self.ridge}")
+        check_number("ridge", self.ridge)
 
     def weigh(
         self, found: Statistics, past: Any, over_ranks: Any = None
@@ -134,9 +134,10 @@ class IntraProjectingRule:
     interacting, needs, averages = False, Needs(), ()
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ProxstepError(f"rank must be 0 or more, got {self.rank}")
-        if not 0 <= self.shrinkage <= 1:
+        if type(self.rank) is not int or self.rank < 0:
+            raise ProxstepError(f"rank must be an integer, 0 or more, got {self.rank!r}")
+        check_number("shrinkage", self.shrinkage)
+        if self.shrinkage > 1:
             raise ProxstepError(f"shrinkage must be between 0 and 1, got {self.shrinkage}")
 
     def weigh(

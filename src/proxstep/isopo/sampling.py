@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -127,7 +127,7 @@ class SampleStore:
     def __init__(self, count: int) -> None:
         self.count = count
         self.current: Kept = {}
-        self._pending: Kept = {}
+        self.pending: Kept = {}
         self._merged: tuple[Rows, Rows, Tensor, Rows] | None = None
 
     def add(
@@ -149,14 +149,14 @@ class SampleStore:
         if len(rows.priority_K) > self.count:
             index_K = smallest(rows.priority_K, self.count)
             rows, gradients = rows.at(index_K), gradients.at(index_K)
-        if key in self._pending:
-            old, kept = self._pending[key]
+        if key in self.pending:
+            old, kept = self.pending[key]
             if self._merged is None or self._merged[0] is not old or self._merged[1] is not rows:
                 both = Rows(*(torch.cat(pair) for pair in zip(old, rows, strict=True)))
                 index_K = both.priority_K.argsort(stable=True)[: self.count]
                 self._merged = (old, rows, index_K, both.at(index_K))  # other parameters' as well
             rows, gradients = self._merged[3], _both(kept, gradients).at(self._merged[2])
-        self._pending[key] = (rows, gradients)
+        self.pending[key] = (rows, gradients)
         return own
 
     def move(self, key: str, device: torch.device) -> tuple[Rows, PositionGradients]:
@@ -172,11 +172,11 @@ class SampleStore:
         Raises:
             ProxstepError: If ranks kept samples of different parameters, or of the same sequence.
         """
-        kept = self._pending
+        kept = self.pending
         if dist.is_initialized():
             kept = gathering.merge(kept, self.count, group)
         self.current |= kept
-        self._pending, self._merged = {}, None
+        self.pending, self._merged = {}, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs: each parameter's sample, as tensors and numbers."""
@@ -187,7 +187,7 @@ class SampleStore:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the sample by that of `state_dict`, and forget what is pending."""
-        self._pending, self._merged, self.current = {}, None, {}
+        self.pending, self._merged, self.current = {}, None, {}
         for key, of in state.items():
             fields = {name: value for name, value in of.items() if name not in ("kind", "rows")}
             self.current[key] = (Rows(*of["rows"]), KINDS[of["kind"]](**fields))
@@ -245,11 +245,8 @@ class Drawing:
         """
         eligible_T = None
         if self._positions == "completion":
-            if completion_mask is None or completion_mask.shape != layout.grid:
-                raise ProxstepError(
-                    'overlap_positions="completion" needs completion_mask in the shape of '
-                    "sequence_ids"
-                )
+            if completion_mask is None:
+                raise ProxstepError('overlap_positions="completion" needs completion_mask')
             eligible_T = _predicting(completion_mask).reshape(-1)
             eligible_T = eligible_T if layout.order_T is None else eligible_T[layout.order_T]
         keys = self._keys(sequence_keys, layout.num_sequences, step)
@@ -272,12 +269,26 @@ class Drawing:
         """Whether samples are carried over from one step to the next."""
         return self._store is not None
 
-    def end_step(self) -> None:
+    def end_step(self, *, keep: bool = True) -> None:
         """End the optimizer step: its sample is carried over, its sequences are forgotten."""
-        if self._store is not None:
+        if self._store is not None and keep:
             self._store.fold(self._group)
+        elif self._store is not None:
+            self._store.pending = {}
         self._seen.clear()
         self._count_of_step = 0
+
+    def bookmark(self) -> Callable[[], None]:
+        """Return what forgets the sequences and the samples that come from now on."""
+        seen, count = set(self._seen), self._count_of_step
+        pending = None if self._store is None else dict(self._store.pending)
+
+        def undo() -> None:
+            self._seen, self._count_of_step = seen, count
+            if self._store is not None and pending is not None:
+                self._store.pending = pending
+
+        return undo
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is carried over; empty where nothing is."""
@@ -302,6 +313,8 @@ class Drawing:
             first = ((step % 2**20) << 42) + (rank << 26) + self._count_of_step
             self._count_of_step += count
             return list(range(first, first + count))
+        if sequence_keys.dim() != 1:
+            raise ProxstepError(f"sequence_keys must be {count} numbers, one per sequence")
         keys = everyone = sequence_keys.tolist()
         if self._source == "ranks" and dist.is_initialized():
             everyone = gathering.keys_on_all_ranks(keys, self._group)

@@ -16,26 +16,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from proxstep.algorithms.aggregate import as_integers, as_mask, check_literal, check_number
 from proxstep.errors import ProxstepError
-from proxstep.isopo.coverage import check_coverage, check_graph, freeze_others, install, unpatch
+from proxstep.isopo.coverage import (
+    check_coverage,
+    check_graph,
+    check_sum,
+    freeze_others,
+    install,
+    some_values,
+    unpatch,
+)
 from proxstep.isopo.diagnostics.records import LayerRecord
 from proxstep.isopo.diagnostics.step import StepDiagnostics, diagnose
 from proxstep.isopo.hooks import check_bypassed, gradient_stamps, parts_of, uses
 from proxstep.isopo.means import TrailingMeans, step_means
-from proxstep.isopo.microbatch import (
-    Denominator,
-    Fisher,
-    Log,
-    Microbatch,
-    Router,
-    Sequences,
-    Settings,
-    check_coefficients,
-)
+from proxstep.isopo.microbatch import Log, Microbatch, Router
 from proxstep.isopo.plan import MEMORY_BUDGET, Memory, make_layout
 from proxstep.isopo.presets import PRESETS, Rule
 from proxstep.isopo.rescue import Rescue
-from proxstep.isopo.rule import NaturalRule
+from proxstep.isopo.rule import Denominator, Fisher, NaturalRule, Sequences, Settings
 from proxstep.isopo.sampling import Drawing, OverlapPositions, OverlapSource
 from proxstep.typing import Bool, Float, Int, Tensor
 
@@ -110,15 +110,24 @@ class Isopo:
         memory_budget: int = MEMORY_BUDGET,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ProxstepError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.rule = _as_rule(rule)
-        _check_choice("other_parameters", other_parameters, OtherParameters)
-        _check_choice("fisher", fisher, Fisher)
-        _check_choice("overlap_positions", overlap_positions, OverlapPositions)
-        _check_choice("fisher_denominator", fisher_denominator, Denominator)
+        check_number("decay", decay)
+        check_number("memory_budget", memory_budget, above=True)
+        if decay >= 1:
+            raise ProxstepError(f"decay must be below 1, got {decay}: the means would stand still")
+        for name, value in (("seed", seed), ("num_overlap_positions", num_overlap_positions)):
+            if type(value) is not int and (value is not None or name == "seed"):
+                raise ProxstepError(f"{name} must be an integer, got {value!r}")
+        check_literal("other_parameters", other_parameters, OtherParameters)
+        check_literal("fisher", fisher, Fisher)
+        check_literal("overlap_positions", overlap_positions, OverlapPositions)
+        check_literal("fisher_denominator", fisher_denominator, Denominator)
         if overlap_source is None:
             carries = fisher == "positions" and num_overlap_positions is not None
             overlap_source = "previous_step" if carries else "microbatch"
-        _check_choice("overlap_source", overlap_source, OverlapSource)
+        check_literal("overlap_source", overlap_source, OverlapSource)
         if fisher == "sequences" and overlap_source != "microbatch":
             raise ProxstepError(
                 f'overlap_source="{overlap_source}" chooses positions, and fisher="sequences" uses '
@@ -146,7 +155,8 @@ class Isopo:
         self._step, self._microbatch = 0, 0
         self._measuring, self._passes = False, 0
         self._running: dict[str, Tensor] = {}
-        self._versions: dict[int, int] = {}
+        self._versions: dict[nn.Parameter, int] = {}
+        self._values: tuple[list[int], Tensor] | None = None
         self._frozen = freeze_others(model) if other_parameters == "freeze" else []
         if only_linear:
             self._router.rescue = Rescue(self._router.number)
@@ -202,33 +212,45 @@ class Isopo:
             check_coverage(self.model, self._modules, self._router)
             self._covered = model
         self._check_step_was_called()
-        check_coefficients(coefficients)
-        layout = make_layout(sequence_ids, len(coefficients))
-        sequences = Sequences(coefficients.detach(), groups, dict(fisher_squares or {}))
+        sequence_ids = as_integers("sequence_ids", sequence_ids)
+        sequences = Sequences.of(coefficients, groups, fisher_squares, sequence_ids)
+        layout = make_layout(sequence_ids, len(sequences.coefficient_B))
+        if completion_mask is not None:
+            completion_mask = as_mask("completion_mask", completion_mask, sequence_ids)
+        if sequence_keys is not None:
+            sequence_keys = as_integers("sequence_keys", sequence_keys)
         self._check_sequences(sequences)
-        samples = self._drawing.draw(layout, completion_mask, sequence_keys, groups, self._step)
-        microbatch = Microbatch(
-            layout,
-            sequences,
-            self._settings,
-            samples,
-            self.trailing.means,
-            self._memory,
-            self._log,
-            diagnose=self.diagnose,
-            measuring=self._measuring,
-            running=self._running,
-        )
-        microbatch.before_backward = self._before_backward(sequence_ids)
-        self._diagnosing |= self.diagnose
-        before = gradient_stamps(self._modules)
+        undo, failed = self._bookmark(), True
         number = self._step * 2**20 + self._microbatch
-        self._microbatch += 1
-        self._router.begin(number, microbatch)
+        microbatch = None
         try:
+            samples = self._drawing.draw(
+                layout, completion_mask, sequence_keys, sequences.group_B, self._step
+            )
+            microbatch = Microbatch(
+                layout,
+                sequences,
+                self._settings,
+                samples,
+                self.trailing.means,
+                self._memory,
+                self._log,
+                diagnose=self.diagnose,
+                measuring=self._measuring,
+                running=self._running,
+            )
+            microbatch.before_backward = self._before_backward(sequence_ids)
+            self._diagnosing |= self.diagnose
+            before = gradient_stamps(self._modules)
+            self._microbatch += 1
+            self._router.begin(number, microbatch)
             yield microbatch
+            failed = False
         finally:
-            self._router.end(number, microbatch)
+            if failed:
+                undo()
+            if microbatch is not None:
+                self._router.end(number, microbatch, failed=failed)
             self._memory.release()
         if microbatch.reduced:
             check_bypassed(self._modules, microbatch.reduced, before, self._router)
@@ -269,10 +291,7 @@ class Isopo:
         measured = [] if collecting and self._settings.needs.fisher else self._log
         for key, record in measured:
             self.trailing.add(key, record.moments)
-        self._log, self._diagnosing, self._microbatch = [], False, 0
-        self.trailing.fold(self.process_group)
-        self._drawing.end_step()
-        self._router.forget()
+        self._end_step()
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -306,14 +325,24 @@ class Isopo:
         if kept and self._diagnosing:
             self.diagnostics = diagnose(kept)
             measured |= self.diagnostics.scalars()
-        self._log, self._diagnosing = [], False
-        self._running.clear()
-        self.trailing.fold(self.process_group)
-        self._drawing.end_step()
-        self._memory.release()
-        self._router.forget()
-        self._step, self._microbatch = self._step + 1, 0
+        self._end_step()
+        self._step += 1
         return measured
+
+    def _end_step(self) -> None:
+        """Fold what was measured into what the next step builds on."""
+        self._log, self._diagnosing, self._microbatch = [], False, 0
+        self._running.clear()
+        self._memory.release()
+        broken = self.trailing.fold(self.process_group)
+        self._drawing.end_step(keep=broken is None)
+        self._router.forget()
+        if broken is not None:
+            raise ProxstepError(
+                f"{broken}: the gradients of this optimizer step are not finite, or too large to "
+                "be multiplied: nothing of it was kept. Do not take the step, and look for "
+                "parameters and activations that are not finite"
+            )
 
     def remove(self) -> None:
         """Give every module its own forward back, and thaw what was frozen."""
@@ -337,6 +366,8 @@ class Isopo:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._step, self._microbatch, self._log = state["step"], 0, []
+        self._running.clear()
+        self._router.forget()
         self.trailing.load_state_dict(state["trailing"])
         self._drawing.load_state_dict(state.get("samples", {}))
 
@@ -350,46 +381,61 @@ class Isopo:
                 return
             if not isopo._graph_is_checked:
                 check_graph(log_prob, isopo._modules, isopo._router)
-                isopo._graph_is_checked = True
             if isopo._router.rescue is not None:
                 isopo._router.rescue.measure(log_prob, sequence_ids, coefficient_B)
+            if not isopo._graph_is_checked:
+                check_sum(log_prob)
+                isopo._graph_is_checked = True
 
         return prepare
 
     def _check_sequences(self, sequences: Sequences) -> None:
-        groups, count = sequences.group_B, len(sequences.coefficient_B)
+        groups = sequences.group_B
         if groups is None and isinstance(self.rule, NaturalRule) and self.rule.interact == "group":
             raise ProxstepError('interact="group" needs groups, one number per sequence')
-        if groups is not None and groups.shape != (count,):
-            raise ProxstepError(f"groups must be {count} numbers, one per sequence")
         unknown = sorted(set(sequences.fisher_sq) - {key for key, _ in uses(self._modules)})
         if unknown:
             raise ProxstepError(f"fisher_squares: {unknown[0]} is no parameter that ISOPO covers")
 
     def _check_step_was_called(self) -> None:
-        """Refuse to damp by averages that are never folded in."""
-        if not self._log:
-            self._versions.clear()
-        # FSDP2 swaps a sharded parameter for an unsharded one, with a version of its own.
-        _, parameter = next(uses(self._modules), ("", None))
-        if parameter is None:
+        """Refuse a microbatch of the next step before `step` has ended the last one."""
+        trainable = [parameter for _, parameter in uses(self._modules)]
+        if not trainable:
             raise ProxstepError("every parameter that ISOPO covered is frozen now: nothing is left")
-        before = self._versions.setdefault(id(parameter), parameter._version)
-        if self.rule.averages and parameter._version != before:
+        if not self._router.accumulated:
+            self._versions, self._values = {}, None
+        # FSDP2 swaps a sharded parameter for an unsharded one, with a version of its own.
+        before = [self._versions.setdefault(p, p._version) for p in trainable]
+        moved = any(p._version != version for p, version in zip(trainable, before, strict=True))
+        values = some_values(trainable)  # a fused optimizer leaves the versions as they are
+        if self._values is None or self._values[0] != values[0]:
+            self._values = values
+        elif not moved:
+            moved = not torch.equal(self._values[1], values[1])
+        if moved:
             raise ProxstepError(
                 "the parameters changed, but isopo.step() was not called: call it after "
-                "optimizer.step(), so that the trailing means that this rule damps by are updated"
+                "optimizer.step(), so that the next step starts from what this one measured"
             )
+
+    def _bookmark(self) -> Callable[[], None]:
+        """Return what undoes whatever a microbatch that fails has left behind, but gradients."""
+        length, running, drawn = len(self._log), dict(self._running), self._drawing.bookmark()
+
+        def undo() -> None:
+            del self._log[length:]
+            self._running.clear()
+            self._running.update(running)
+            drawn()
+
+        return undo
 
 
 def _as_rule(rule: str | Rule) -> Rule:
-    if not isinstance(rule, str):
+    if isinstance(rule, get_args(Rule)):
         return rule
+    if not isinstance(rule, str):
+        raise ProxstepError(f"rule must be a preset's name or a rule, got {rule!r}")
     if rule not in PRESETS:
         raise ProxstepError(f"rule {rule!r} is not a preset; choose one of {', '.join(PRESETS)}")
     return PRESETS[rule]
-
-
-def _check_choice(name: str, value: object, literal: Any) -> None:
-    if value not in get_args(literal):
-        raise ProxstepError(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")

@@ -5,7 +5,8 @@ Legend for shape suffixes: B sequences, T token positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 
@@ -187,3 +188,48 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def wide(value: Tensor) -> Tensor:
     """Return the value in float32, or as it is where it has more digits."""
     return value.to(wide_dtype(value.dtype))
+
+
+class SumOfLogProbs(Tensor):
+    """The sum of a microbatch's log-probabilities: another loss is not added to it.
+
+    In the same backward, the other loss's gradient would be taken for the log-probabilities'.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, and refuse one that puts something else with a graph to the sum."""
+        del types
+        given = [*args, *(kwargs or {}).values()]
+        if func in (Tensor.backward, torch.autograd.grad):
+            with torch._C.DisableTorchFunctionSubclass():
+                args = tuple(x.as_subclass(Tensor) if isinstance(x, cls) else x for x in args)
+            if isinstance(args[0], Tensor) and not args[0].requires_grad:
+                raise ProxstepError(
+                    "microbatch.objective(...) has no graph: it was called under no_grad or "
+                    "inference_mode, or detached"
+                )
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            others = [x for x in _tensors(given) if x.requires_grad and not isinstance(x, cls)]
+        if others and torch.is_grad_enabled():
+            raise ProxstepError(
+                "another loss was added to microbatch.objective(...), or multiplied with it: its "
+                "gradient would be taken for that of the log-probabilities. Give it a forward and "
+                "a backward of its own inside isopo.off()"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            if type(result) is Tensor and result.requires_grad:
+                return result.as_subclass(cls)
+        return result
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
