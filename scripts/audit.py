@@ -1,4 +1,4 @@
-"""Known vulnerabilities of what is installed: red for a finding, a note where nobody could be asked.
+"""Known vulnerabilities of what is installed: red for a finding, a note where none can be asked.
 
     python scripts/audit.py
 
