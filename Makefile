@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figure reference test test-all trust test-trl-oldest test-verl lint bench gpu clean
+.PHONY: help setup demo figure reference test test-all trust test-trl-oldest test-verl lint audit bench gpu clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -79,9 +79,13 @@ lint: setup  ## Formatting, style and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+audit: setup  ## Known vulnerabilities of what is installed; a note where nobody can be asked
+	$(BIN)/python scripts/audit.py
+
 bench: setup  ## Time and memory of ISOPO against plain REINFORCE's, on one thread
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/grading.py
 
 gpu: setup  ## The accelerator's tests and benchmark (needs CUDA)
 	$(BIN)/python -m pytest -q -m gpu

@@ -6,8 +6,10 @@
 
 Without data, numeric_answer grades solutions of GSM8K's shape that are made here. With it, each
 row's own solution (GSM8K) or a sentence with its answer (SVAMP) is graded against its answer.
-math_verify grades answers of MATH's shape, each of them once; half of them are wrong, and none is
-decided without math-verify. Seconds are of processor time, the grading process's included: what
+math_verify grades steps of MATH's shape: 8 completions to a problem, of which 3 are the reference
+to the letter, 2 equal in another spelling and 3 wrong, and 6 of 10 problems have a number for an
+answer. "undecided" are answers alone, each of them once, half of them wrong, none of which the text
+decides: the worst case. Seconds are of processor time, the grading process's included: what
 else the machine does is left out.
 """
 
@@ -26,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from proxstep.rewards import numeric_answer
+from proxstep.rewards import grading_pool, math_verify, numeric_answer
 from proxstep.rewards.equality import decided, spelled
 from proxstep.rewards.grading_pool import GradingPool
 from proxstep.runs.folder import check_file, describe_machine
@@ -89,6 +91,20 @@ def math_pairs(number: int, first: int) -> list[tuple[str, str]]:
     return pairs
 
 
+def math_step(number: int, first: int) -> Graded:
+    """Return completions of so many problems and their reference answers."""
+    completions, answers = [], []
+    for i in range(number):
+        n = first + i
+        shape = SHAPES[i % len(SHAPES)] if i % 10 >= 6 else ("{n}", "{n}.0", "-{n}")
+        reference, equal, wrong = (text.format(n=n) for text in shape)
+        wrongs = [wrong, shape[0].format(n=n + 1), shape[2].format(n=n + 1)]
+        boxes = [reference] * 3 + [equal] * 2 + wrongs
+        completions += [rf"So it is $\boxed{{{box}}}$." for box in boxes]
+        answers += [reference] * len(boxes)
+    return completions, answers
+
+
 def rates(grade: Callable[[], int], seconds: Callable[[], float], repeats: int) -> list[float]:
     """Return the grades in a second of each repeat; the first, not counted, warms up."""
     found = []
@@ -109,7 +125,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="JSONL of GSM8K or SVAMP")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     if arguments.json:
@@ -130,16 +146,24 @@ def main() -> None:
         return time.process_time() + process_seconds(worker.process.pid)
 
     def grade_answers() -> int:
-        verdicts = pool.grade(math_pairs(400, next(first)))
-        assert verdicts == [True, False] * 200
+        verdicts = pool.grade(math_pairs(100, next(first)))
+        assert verdicts == [True, False] * 50
         return len(verdicts)
 
-    found["math_verify"] = rates(grade_answers, seconds, arguments.repeats)
+    def grade_step() -> int:
+        completions, answers = math_step(50, next(first))
+        rewards = math_verify([""] * len(completions), completions, answers)
+        assert sum(rewards) == 5 / 8 * len(rewards)
+        return len(rewards)
+
+    grading_pool._POOLS[os.getpid()] = pool  # one process, where there would be one a core
+    found["math_verify"] = rates(grade_step, seconds, arguments.repeats)
+    found["math_verify, undecided"] = rates(grade_answers, seconds, arguments.repeats)
     pool.close()
     table = Table("grader", "grades a second, median", "least", "most", "wanted")
     medians = {name: sorted(each)[len(each) // 2] for name, each in found.items()}
     for name, each in found.items():
-        wanted = {"numeric_answer": "500", "math_verify": "100"}[name]
+        wanted = {"numeric_answer": "500", "math_verify": "100"}.get(name, "")
         table.add_row(name, *(f"{x:,.0f}" for x in (medians[name], min(each), max(each))), wanted)
     Console().print(table)
     if arguments.json:
