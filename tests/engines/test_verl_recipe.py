@@ -188,6 +188,7 @@ def test_renamed_keys_carry_their_value(key: str) -> None:
     ("changes", "expected"),
     [
         ({"algorithm": "dapo"}, {"loss_agg_mode": "token-mean"}),
+        ({"seed": 7}, {"fsdp_config.seed": "7", "data_loader_seed": "7"}),
         ({"objective": {"clip_ratio_high": 0.3}}, {"policy_loss.clip_ratio_high": "0.3"}),
         ({"algorithm": "dro", "objective": {"beta": 0.5}}, {"policy_loss.beta": "0.5"}),
         ({"objective": {"loss_agg_mode": "token-mean"}}, {"loss_agg_mode": "token-mean"}),

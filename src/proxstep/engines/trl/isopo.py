@@ -5,6 +5,7 @@ Shapes: B sequences, T token positions.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from proxstep.algorithms import sequence_coefficients
 from proxstep.engines.trl.configs import IsopoConfig, PolicyConfig
@@ -45,7 +47,9 @@ class IsopoTrainer(PolicyTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **options: Any
     ) -> None:
-        refuse_adapters(options.get("peft_config"), model)
+        named = inspect.signature(GRPOTrainer.__init__)
+        given = named.bind_partial(self, model, reward_funcs, args, *more, **options)
+        refuse_adapters(given.arguments.get("peft_config"), model)
         super().__init__(model, reward_funcs, args, *more, **options)
         refuse_vision(self._core())
         self._forward: Any = None

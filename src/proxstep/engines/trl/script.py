@@ -40,6 +40,8 @@ def script(recipe: Recipe) -> str:
     if asks:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(model)\n")
     lines.append(f"task = {write(made.task)}\n")
+    if made.lora is not None:
+        lines.append(f"set_seed({recipe.seed})  # TRL 1.14 draws adapters before it does so\n")
     arguments = {
         "model": Code("model"),
         "reward_funcs": made.rewards,
@@ -62,6 +64,8 @@ def _imports(made: Translation, *, asks: bool) -> str:
     names |= imports_of([Name("datasets", "Dataset"), Name("proxstep.engines.trl.rows", "rows")])
     if asks:
         names.add(("transformers", "AutoTokenizer"))
+    if made.lora is not None:
+        names.add(("transformers", "set_seed"))
     by_module: dict[str, list[str]] = {}
     for module, name in sorted(names):
         by_module.setdefault(module, []).append(name)

@@ -71,6 +71,12 @@ class IsopoEngine(FSDPEngineWithLMHead):
         self._open = ExitStack()
         self._measured: dict[str, float] = {}
 
+    def _build_lora_module(self, module: nn.Module) -> nn.Module:
+        """Draw the adapters from the seed; verl draws them from whatever came before."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.engine_config.seed)
+            return super()._build_lora_module(module)
+
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """Install the geometry on the whole model, with its adapters, before it is sharded."""
         if not self.engine_config.forward_only:

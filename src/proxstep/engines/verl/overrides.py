@@ -281,6 +281,7 @@ def _model(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         f"{MODEL}.path": prepared.model,
         f"{MODEL}.external_lib": LIBRARY,
         f"{ACTOR}.fsdp_config.model_dtype": weights,
+        f"{ACTOR}.fsdp_config.seed": recipe.seed,
         f"+{ACTOR}.fsdp_config.mixed_precision": precision,
         f"{ROLLOUT}.dtype": "bfloat16" if computes == "bf16" else "float32",
     }
