@@ -7,6 +7,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ class Poison:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self._canary,)
+
+
+def mistake(call: Callable[[], Any], otherwise: str) -> str:
+    """Return the message of a refusal, or something else where nothing is refused."""
+    try:
+        call()
+    except ProxstepError as error:
+        return str(error)
+    return otherwise
 
 
 @pytest.fixture
@@ -93,11 +103,12 @@ def test_poisoned_weights(
     found = poisons(canary)
     for content in found:
         (model / name).write_bytes(content)
-        with pytest.raises(ProxstepError, match="could be loaded"):
-            if name.startswith("adapter"):
-                (model / "adapter_config.json").write_text(json.dumps(config))
+        if name.startswith("adapter"):
+            (model / "adapter_config.json").write_text(json.dumps(config))
+            with pytest.raises(ProxstepError, match="could be loaded"):
                 load_adapters(base, model)
-            else:
+        else:
+            with pytest.raises(ProxstepError, match="could be loaded"):
                 load_model(str(model), "float32", _CPU)
         assert not canary.exists()
     counted(WHAT, len(found))
@@ -111,16 +122,13 @@ def test_code_of_a_model_folder(
     names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "AutoProcessor")
     for kind in ("own", "unknown"):
         settings = json.loads((model / file).read_text())
-        settings["auto_map"] = {name: "evil.Evil" for name in names}
+        settings["auto_map"] = dict.fromkeys(names, "evil.Evil")
         settings["auto_map"]["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
         if kind == "unknown":
             settings |= {"model_type": "evil", "tokenizer_class": "Evil", "architectures": ["Evil"]}
         (model / file).write_text(json.dumps(settings))
         for load in (load_tokenizer, lambda source: load_model(source, "float32", _CPU)):
-            try:
-                load(str(model))
-            except ProxstepError as error:
-                assert str(model) in str(error)
+            assert str(model) in mistake(partial(load, str(model)), str(model))
         assert not canary.exists()
         assert "evil" not in sys.modules
     counted(WHAT, 4)
@@ -167,10 +175,7 @@ def test_poisoned_chat_templates(canary: Path, counted: Callable[..., None]) -> 
     for template in TEMPLATES:
         tokenizer.chat_template = template.replace("CANARY", str(canary))
         prompts = Prompts([Example(chat, "3")], tokenizer, [exact_match], [1.0])
-        try:
-            prompts.check(64, "rows")
-        except ProxstepError as error:
-            assert "rows row 1: " in str(error)
+        assert "rows row 1: " in mistake(partial(prompts.check, 64, "rows"), "rows row 1: ")
         assert not canary.exists(), template
     counted(WHAT, len(TEMPLATES))
 
@@ -193,10 +198,8 @@ def test_poisoned_rows(tmp_path: Path, canary: Path, counted: Callable[..., None
     file = tmp_path / "rows.jsonl"
     for row in ROWS:
         file.write_text(3 * (row.replace("CANARY", str(canary)) + "\n"))
-        try:
-            table_task(str(file), num_validation=1, rewards=("exact_match",))
-        except ProxstepError as error:
-            assert f"{file}, line 1" in str(error)
+        read = partial(table_task, str(file), num_validation=1, rewards=("exact_match",))
+        assert f"{file}, line 1" in mistake(read, f"{file}, line 1")
         assert not canary.exists(), row
     counted(WHAT, len(ROWS))
 

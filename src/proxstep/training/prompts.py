@@ -104,7 +104,7 @@ class Prompts:
             except Exception as error:  # whatever a model's template raises
                 raise ProxstepError(
                     f"{place}: the tokenizer's chat template refuses this prompt: {error}"
-                ) from None
+                ) from error
             if length == 0:
                 raise ProxstepError(
                     f"{place}: the prompt has no tokens; is the tokenizer of model.name complete?"
