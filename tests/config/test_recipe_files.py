@@ -50,7 +50,9 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: str | bytes, complain
 )
 def test_values_that_yaml_cannot_construct(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "r.yaml", "algorithm: grpo\n")
-    with pytest.raises(ProxstepError, match=r"^--output_dir: .* is not a valid YAML value: .{,90}$"):
+    with pytest.raises(
+        ProxstepError, match=r"^--output_dir: .* is not a valid YAML value: .{,90}$"
+    ):
         load_recipe(path, [("output_dir", text)])
     write(path, f"algorithm: grpo\noutput_dir: {text}\n")
     with pytest.raises(ProxstepError, match=rf"^{path}(, line 2)?: not valid YAML: ") as caught:

@@ -71,9 +71,7 @@ def test_a_chat_that_ends_with_the_assistants_words_is_refused() -> None:
     tokenizer, _ = build_embedded_model()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     chat = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"}]
-    prompts = Prompts(
-        [Example(chat[:1], "3"), Example(chat, "3")], tokenizer, [exact_match], [1.0]
-    )
+    prompts = Prompts([Example(chat[:1], "3"), Example(chat, "3")], tokenizer, [exact_match], [1.0])
     with pytest.raises(ProxstepError, match="rows row 2: the chat ends with an assistant's"):
         prompts.check(64, "rows")
 

@@ -29,8 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 for success, 2 for a mistake in the input, 130 after Ctrl-C.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        own, overrides = split_keys(list(sys.argv[1:] if argv is None else argv))
+        if any("\0" in word for word in words):
+            raise ProxstepError("an argument holds a NUL character, which no name has")
+        own, overrides = split_keys(words)
         arguments, unexpected = make_parser().parse_known_args(own)
         if unexpected:
             raise ProxstepError(
@@ -47,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[arguments.command](arguments, overrides, console)
     except ProxstepError as error:
         sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"error: {error.filename!s:.200}: {error.strerror}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import YAMLError
 
@@ -21,6 +22,22 @@ _MISTAKES = (YAMLError, ValueError, RecursionError)
 """Impossible dates, endless numbers and deep nesting are no YAMLErrors."""
 _DIRECTIVE = re.compile(r"(\s*(#.*)?\n)*%")
 _MOST_LEVELS, _MOST_VALUES = 20, 10_000
+
+
+class _Composer(Composer):
+    """Refuses deep nesting before it takes time."""
+
+    _level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._level += 1
+        if self._level > _MOST_LEVELS:
+            mark = self.parser.peek_event().start_mark
+            raise ComposerError(None, None, f"more than {_MOST_LEVELS} levels deep", mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._level -= 1
 
 
 class _Constructor(SafeConstructor):
@@ -44,7 +61,7 @@ def _mistake(node: Any, problem: str) -> ConstructorError:
 
 def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor = _Constructor
+    yaml.Composer, yaml.Constructor = _Composer, _Constructor
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 1000
@@ -91,25 +108,25 @@ def _load(text: str) -> Any:
     if _DIRECTIVE.match(text):
         raise YAMLError("recipes are YAML 1.2: remove the line that begins with %")
     data = _yaml().load(text)
-    _size(data, "", 0, {})
+    _size(data, "", {})
     return data
 
 
-def _size(value: Any, key: str, level: int, known: dict[int, int]) -> int:
+def _size(value: Any, key: str, known: dict[int, int]) -> int:
     """Return how many values one is made of; those that anchors name are looked at once."""
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise YAMLError(f"{key or 'it'} holds a NUL or half a character (a lone surrogate)")
     if not isinstance(value, dict | list):
         return 1
     if id(value) in known:
         if known[id(value)] == 0:
             raise YAMLError(f"{key} contains itself, by its anchor")
         return known[id(value)]
-    if level > _MOST_LEVELS:
-        raise YAMLError(f"{key:.80} is more than {_MOST_LEVELS} levels deep")
     known[id(value)] = 0
     items = value.items() if isinstance(value, dict) else enumerate(value)
     size = 1
     for name, part in items:
-        size += _size(part, f"{key}.{name}".strip("."), level + 1, known)
+        size += _size(part, f"{key}.{name}".strip("."), known)
     if size > _MOST_VALUES:
         raise YAMLError(f"{key or 'it'} has more than {_MOST_VALUES:,} values")
     known[id(value)] = size
@@ -122,8 +139,6 @@ def _line(error: Exception) -> str:
 
 
 def _problem(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is too deep"
     if not isinstance(error, YAMLError):
         return "a value cannot be read"
     problem = getattr(error, "problem", None) or str(error).partition("\n")[0]

@@ -56,6 +56,9 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 
+_NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+"""Characters that no XML holds, which a name may."""
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -271,7 +274,7 @@ def _describe(runs: Sequence[Run], chart: Chart) -> str:
 def _inline(document: str, label: str) -> str:
     """Return an SVG document as an element, without metadata, fixed size and page-wide style."""
     name = "{http://www.w3.org/2000/svg}"
-    root = ElementTree.fromstring(document)
+    root = ElementTree.fromstring(_NOT_XML.sub("\ufffd", document))
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in {f"{name}metadata", f"{name}style"}:

@@ -181,7 +181,7 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
             f"{where}: not valid JSON ({error.msg}, column {error.colno}); "
             "write one JSON object per line"
         ) from error
-    except ValueError as error:  # not UTF-8, or an integer with thousands of digits
+    except (ValueError, RecursionError) as error:  # not UTF-8, thousands of digits, too deep
         raise ProxstepError(f"{where}: not readable ({error}); correct the line") from error
     if not isinstance(values, dict):
         raise ProxstepError(

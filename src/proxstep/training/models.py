@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,10 @@ def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
     return str(ensure_embedded_model(difficulty, score, note))
 
 
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+_LOADING_ERRORS = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
 """What transformers raises for folders that are damaged, foreign or incomplete."""
 
 
@@ -184,6 +188,8 @@ def _check_local(source: str) -> None:
 
 def _not_loaded(what: str, source: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):  # whose own advice is to trust the file
+        reason = "its weights are a damaged pickle, or one with code in it; save safetensors"
     return (
         f"model.name {source}: no {what} could be loaded ({reason}); check the name and the "
         "network, or give a local folder"

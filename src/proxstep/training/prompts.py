@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jinja2
 import torch
 
 from proxstep.config.recipe import Recipe
@@ -102,10 +101,10 @@ class Prompts:
                 )
             try:
                 length = len(self.tokens(row))
-            except (jinja2.TemplateError, ValueError, TypeError) as error:
+            except Exception as error:  # whatever a model's template raises
                 raise ProxstepError(
                     f"{place}: the tokenizer's chat template refuses this prompt: {error}"
-                ) from None
+                ) from error
             if length == 0:
                 raise ProxstepError(
                     f"{place}: the prompt has no tokens; is the tokenizer of model.name complete?"

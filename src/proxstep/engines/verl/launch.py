@@ -31,6 +31,7 @@ from proxstep.errors import ProxstepError
 from proxstep.runs.children import die_with_parent
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.stop import StopRequest, stop_on_signal
+from proxstep.runs.telemetry import SWITCHES, switch_off_telemetry
 from proxstep.runs.tracking import MetricsLog, Progress
 from proxstep.training.lifecycle import check, load_run_recipe
 from proxstep.training.models import pick_device
@@ -62,7 +63,7 @@ def command(recipe: Recipe) -> str:
         f"python -m proxstep.engines.verl {folder}/recipe.yaml",
         f"# The run, on one machine with {machine.num_ranks} GPU(s).",
         "# On several: start Ray on all of them, and set trainer.nnodes.",
-        *(f"export {name}={shlex.quote(value)}" for name, value in _ENVIRONMENT.items()),
+        *(f"export {name}={shlex.quote(value)}" for name, value in SWITCHES.items()),
         "python -m verl.trainer.main_ppo \\",
         " \\\n".join(f"  {text}" for text in arguments),
     ]
@@ -131,6 +132,7 @@ def _run(
     measured.unlink(missing_ok=True)
     arguments = overrides(recipe, prepared, machine)
     arguments.append(override("trainer.val_before_train", first_step == 0))
+    switch_off_telemetry()
     environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(measured)}
     folder.update_info(status="running")
     progress.note("verl starts; its output goes to " + str(log))
