@@ -1,6 +1,6 @@
 """Wrong arguments, in a process without the tests' own checks of shapes and types.
 
-    python -m tests.trust.calls    # prints what was tried, and what passed in silence
+python -m tests.trust.calls    # prints what was tried, and what passed in silence
 """
 
 from __future__ import annotations

@@ -105,9 +105,7 @@ FAST = ("isopo",)
 @pytest.mark.parametrize(
     "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in RULES]
 )
-def test_a_rule_does_not_depend_on_the_arrangement(
-    name: str, counted: Callable[..., None]
-) -> None:
+def test_a_rule_does_not_depend_on_the_arrangement(name: str, counted: Callable[..., None]) -> None:
     whole, failed = train(RULES[name]), []
     changes = arrangements(name)
     # Near an eigenvalue of 0 the singular vectors of Intra-PROMA are known to rounding alone.

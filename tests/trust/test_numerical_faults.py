@@ -120,7 +120,9 @@ def test_a_number_in_the_log_probabilities(rule: str, counted: Callable[..., Non
                     microbatch.objective(log_prob, MASK).backward()
 
             spoken = is_spoken_of(world, act)
-            if not spoken or (counts and not math.isfinite(value) and world.model.head.bias.grad):
+            if not spoken or (
+                counts and not math.isfinite(value) and world.model.head.bias.grad is not None
+            ):
                 silent.append(f"{what}, {counts}")
             if not counts and wanted and not world.is_right():
                 silent.append(f"{what} is not left out")
@@ -151,7 +153,9 @@ def test_gradients_of_zero(rule: str, counted: Callable[..., None]) -> None:
         with world.isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
             log_prob = log_probs(world.model)
             held = torch.where(scale.bool(), log_prob, log_prob * 0.0)
-            microbatch.objective(held.detach() + held - held.detach(), MASK & scale.bool()).backward()
+            microbatch.objective(
+                held.detach() + held - held.detach(), MASK & scale.bool()
+            ).backward()
         world.isopo.step()
         found = [g for g in world.gradients().values() if g is not None]
         if not all(bool(g.isfinite().all()) for g in found):
