@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.trust.library import COEFFICIENTS, FORMULAS, IDS, MASK, TOKENS, Tiny, World, log_probs
 from torch import nn
 
 from proxstep import PRESETS, Isopo
+from tests.trust.library import COEFFICIENTS, FORMULAS, IDS, MASK, TOKENS, Tiny, World, log_probs
 
 Use = Callable[[World], Any]
 ERRORS = (TypeError, ValueError)

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine import collected, made_trainer
-from tests.trust.library import COEFFICIENTS, FORMULAS, IDS, MASK, Tiny, World, expected, log_probs
 from torch import nn
 
 from proxstep import PRESETS, IsometricRule, NaturalRule, ProxstepError
 from proxstep.algorithms import ALGORITHMS
 from proxstep.isopo.rule import fisher_squares
 from proxstep.training.trainer import Trainer
+from tests.engine import collected, made_trainer
+from tests.trust.library import COEFFICIENTS, FORMULAS, IDS, MASK, Tiny, World, expected, log_probs
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS = {
