@@ -262,7 +262,8 @@ def test_a_wrong_use_is_an_error(rule: str, counted: Callable[..., None]) -> Non
         try:
             use(world)
         except ERRORS as error:
-            assert len(str(error)) > 20, name
+            if len(str(error)) <= 20:
+                silent.append(name)
         else:
             silent.append(name)
     counted("misuse of the library: refused", len(USES), len(silent))

@@ -180,7 +180,7 @@ class Microbatch:
         """
         try:
             return self._reduce(key, gradients)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise ProxstepError(
                 f"{key}: the sequences' gradients are not finite, or too large to be multiplied: "
                 "look for parameters and activations that are not finite"
