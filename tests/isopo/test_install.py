@@ -151,7 +151,7 @@ def test_a_bypassed_head_is_found() -> None:
 def test_logits_to_keep_is_found() -> None:
     model = tiny_qwen3()
     isopo = Isopo(model)
-    with (
+    with (  # noqa: PT012
         pytest.raises(ProxstepError, match="logits_to_keep"),
         isopo.microbatch(IDS, COEFFICIENTS) as microbatch,
     ):

@@ -1,6 +1,6 @@
 """Wrong arguments, in a process without the tests' own checks of shapes and types.
 
-    python -m tests.trust.calls    # prints what was tried, and what passed in silence
+python -m tests.trust.calls    # prints what was tried, and what passed in silence
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.trust.library import COEFFICIENTS, IDS, Tiny, World
 
 from proxstep import IsometricRule, Isopo, NaturalRule, ProxstepError
 from proxstep.algorithms import (
@@ -23,6 +22,7 @@ from proxstep.algorithms import (
     sequence_coefficients,
 )
 from proxstep.isopo.proma import IntraProjectingRule, ProjectingRule
+from tests.trust.library import COEFFICIENTS, IDS, Tiny, World
 
 NAN, INF = float("nan"), float("inf")
 Call = tuple[str, str, Callable[[], Any]]
@@ -296,4 +296,4 @@ if __name__ == "__main__":
     every = [*arguments(), *options(), *objectives(), *advantages()]
     found = {what: outcome(named, call) for what, named, call in every}
     lost = {what: text[:200] for what, text in found.items() if text}
-    print(json.dumps({"tried": len(every), "lost": lost}))  # noqa: T201
+    print(json.dumps({"tried": len(every), "lost": lost}))

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tests import oracle
 from torch import Tensor, nn
 
 from proxstep import Isopo
+from tests import oracle
 
 TOKENS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 2]])
 IDS = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 1, 1, -1]])

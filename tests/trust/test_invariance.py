@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.algorithms.loss_cases import make_case
-from tests.isopo.grids import Layout, log_probs, make_grid
-from tests.models import tiny_qwen3
-from tests.oracle import random_sequences
 from torch import Tensor
 
 from proxstep import PRESETS, Isopo
 from proxstep.algorithms import ALGORITHMS, Aggregation
 from proxstep.isopo import NaturalRule, Rule
+from tests.algorithms.loss_cases import make_case
+from tests.isopo.grids import Layout, log_probs, make_grid
+from tests.models import tiny_qwen3
+from tests.oracle import random_sequences
 
 NUM, STEPS = 4, 2
 ORDERS = ((3, 1, 0, 2), (1, 0, 3, 2))
@@ -105,9 +105,7 @@ FAST = ("isopo",)
 @pytest.mark.parametrize(
     "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in RULES]
 )
-def test_a_rule_does_not_depend_on_the_arrangement(
-    name: str, counted: Callable[..., None]
-) -> None:
+def test_a_rule_does_not_depend_on_the_arrangement(name: str, counted: Callable[..., None]) -> None:
     whole, failed = train(RULES[name]), []
     changes = arrangements(name)
     # Near an eigenvalue of 0 the singular vectors of Intra-PROMA are known to rounding alone.

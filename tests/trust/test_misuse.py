@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.trust.library import COEFFICIENTS, FORMULAS, IDS, MASK, TOKENS, Tiny, World, log_probs
 from torch import nn
 
 from proxstep import PRESETS, Isopo
+from tests.trust.library import COEFFICIENTS, FORMULAS, IDS, MASK, TOKENS, Tiny, World, log_probs
 
 Use = Callable[[World], Any]
 ERRORS = (TypeError, ValueError)
@@ -53,10 +53,12 @@ LOSSES: dict[str, Use] = {
         "masked mean": lambda x: -(x * MASK).sum() / MASK.sum(),
         "ratio": lambda x: -((x - x.detach()).exp() * COEFFICIENTS[:, None]).sum(),
         "k3": lambda x: ((x.detach() - x).exp() - 1 + x).sum(),
-        "PPO": lambda x: -torch.min(
-            (x - x.detach()).exp() * COEFFICIENTS[:, None],
-            (x - x.detach()).exp().clamp(0.8, 1.2) * COEFFICIENTS[:, None],
-        ).mean(),
+        "PPO": lambda x: (
+            -torch.min(
+                (x - x.detach()).exp() * COEFFICIENTS[:, None],
+                (x - x.detach()).exp().clamp(0.8, 1.2) * COEFFICIENTS[:, None],
+            ).mean()
+        ),
         "DPO": lambda x: -nn.functional.logsigmoid(x[0].sum() - x[1].sum()),
     }.items()
 }
@@ -260,7 +262,8 @@ def test_a_wrong_use_is_an_error(rule: str, counted: Callable[..., None]) -> Non
         try:
             use(world)
         except ERRORS as error:
-            assert len(str(error)) > 20, name
+            if len(str(error)) <= 20:
+                silent.append(name)
         else:
             silent.append(name)
     counted("misuse of the library: refused", len(USES), len(silent))
@@ -403,7 +406,9 @@ RIGHT: dict[str, Use] = {
     "cross entropy": with_log_prob(
         lambda z, y: -nn.functional.cross_entropy(z.transpose(1, 2), y, reduction="none")
     ),
-    "Categorical": with_log_prob(lambda z, y: torch.distributions.Categorical(logits=z).log_prob(y)),
+    "Categorical": with_log_prob(
+        lambda z, y: torch.distributions.Categorical(logits=z).log_prob(y)
+    ),
     "row by row": with_log_prob(
         lambda z, y: torch.stack(
             [a.log_softmax(-1).gather(-1, b[:, None])[:, 0] for a, b in zip(z, y, strict=True)]

@@ -180,7 +180,7 @@ class Microbatch:
         """
         try:
             return self._reduce(key, gradients)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise ProxstepError(
                 f"{key}: the sequences' gradients are not finite, or too large to be multiplied: "
                 "look for parameters and activations that are not finite"
@@ -209,7 +209,9 @@ class Microbatch:
         sample, sample_sq_B, own_KB, moments = None, None, None, {}
         if needs.fisher:
             sample, sample_sq_B, own_KB, moments = self._sample(key, gradients, past)
-        dtype = torch.promote_types(sequences.coefficient_B.dtype, wide_dtype(gradients.first.dtype))
+        dtype = torch.promote_types(
+            sequences.coefficient_B.dtype, wide_dtype(gradients.first.dtype)
+        )
         along_B = None
         if needs.along and key not in self._running:  # nothing to project
             needs = replace(needs, ntk=self.diagnose)

@@ -245,6 +245,8 @@ class Isopo:
             self._microbatch += 1
             self._router.begin(number, microbatch)
             yield microbatch
+            if microbatch.reduced:
+                check_bypassed(self._modules, microbatch.reduced, before, self._router)
             failed = False
         finally:
             if failed:
@@ -252,8 +254,6 @@ class Isopo:
             if microbatch is not None:
                 self._router.end(number, microbatch, failed=failed)
             self._memory.release()
-        if microbatch.reduced:
-            check_bypassed(self._modules, microbatch.reduced, before, self._router)
 
     @property
     def needs_past(self) -> bool:
@@ -432,10 +432,10 @@ class Isopo:
 
 
 def _as_rule(rule: str | Rule) -> Rule:
-    if isinstance(rule, get_args(Rule)):
-        return rule
     if not isinstance(rule, str):
-        raise ProxstepError(f"rule must be a preset's name or a rule, got {rule!r}")
+        if not isinstance(rule, get_args(Rule)):
+            raise ProxstepError(f"rule must be a preset's name or a rule, got {rule!r}")
+        return rule
     if rule not in PRESETS:
         raise ProxstepError(f"rule {rule!r} is not a preset; choose one of {', '.join(PRESETS)}")
     return PRESETS[rule]

@@ -205,12 +205,14 @@ class SumOfLogProbs(Tensor):
         given = [*args, *(kwargs or {}).values()]
         if func in (Tensor.backward, torch.autograd.grad):
             with torch._C.DisableTorchFunctionSubclass():
-                args = tuple(x.as_subclass(Tensor) if isinstance(x, cls) else x for x in args)
-            if isinstance(args[0], Tensor) and not args[0].requires_grad:
+                first = [x.as_subclass(Tensor) for x in _tensors(args[:1])]
+                tracked = all(x.requires_grad for x in first)
+            if not tracked:
                 raise ProxstepError(
                     "microbatch.objective(...) has no graph: it was called under no_grad or "
                     "inference_mode, or detached"
                 )
+            args = (first if isinstance(args[0], (tuple, list)) else first[0], *args[1:])
             return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             others = [x for x in _tensors(given) if x.requires_grad and not isinstance(x, cls)]
