@@ -6,7 +6,7 @@ checkpoint of ISOPO's state does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from functools import partial
 from typing import Any
 
@@ -192,17 +192,6 @@ def _check_ones(one: int, grads: tuple[Tensor | None, ...]) -> None:
             "their backward. Give it the log-probabilities as they are, and put advantages and "
             "averages into the coefficients; losses of their own belong inside isopo.off()"
         )
-
-
-def some_values(parameters: Sequence[Tensor]) -> tuple[list[int], Tensor]:
-    """Return what tells which parameters these are, and copies of some numbers of some of them.
-
-    A step of an optimizer changes them, whatever it does to the tensors' versions.
-    """
-    chosen = parameters[:: max(1, len(parameters) // 16)]
-    own = [getattr(parameter, "_local_tensor", parameter).detach() for parameter in chosen]
-    parts = [value.reshape(-1)[value.numel() // 2 :][:64] for value in own]
-    return list(map(id, chosen)), torch.cat([part.to(own[0].device) for part in parts])
 
 
 def _is_parameter(node: Any) -> bool:

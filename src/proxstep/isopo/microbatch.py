@@ -19,17 +19,10 @@ from proxstep.isopo.hooks import OWNERS, UNBOUND, PositionGradients
 from proxstep.isopo.plan import Layout, Memory, Needs, Statistics
 from proxstep.isopo.proma import IntraProjectingRule
 from proxstep.isopo.rescue import Rescue
-from proxstep.isopo.rule import (
-    Means,
-    NaturalRule,
-    Sequences,
-    Settings,
-    check_coefficients,
-    fisher_squares,
-    kernel_fisher_squares,
-)
+from proxstep.isopo.rule import Means, NaturalRule, fisher_squares, kernel_fisher_squares
 from proxstep.isopo.sampling import Samples
-from proxstep.logprobs.tokens import SumOfLogProbs, wide_dtype
+from proxstep.isopo.settings import Sequences, Settings, check_coefficients
+from proxstep.logprobs.tokens import SumOfLogProbs
 from proxstep.typing import Bool, Float, Tensor
 
 Log = list[tuple[str, LayerRecord]]
@@ -209,9 +202,8 @@ class Microbatch:
         sample, sample_sq_B, own_KB, moments = None, None, None, {}
         if needs.fisher:
             sample, sample_sq_B, own_KB, moments = self._sample(key, gradients, past)
-        dtype = torch.promote_types(
-            sequences.coefficient_B.dtype, wide_dtype(gradients.first.dtype)
-        )
+        dtype = torch.promote_types(sequences.coefficient_B.dtype, gradients.first.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
         along_B = None
         if needs.along and key not in self._running:  # nothing to project
             needs = replace(needs, ntk=self.diagnose)

@@ -9,32 +9,24 @@ Legend for shape suffixes: B sequences of the microbatch, K sampled positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from proxstep.algorithms.aggregate import as_integers, as_tensor, check_literal, check_number
+from proxstep.algorithms.aggregate import check_choice, check_literal, check_number
 from proxstep.errors import ProxstepError
 from proxstep.isopo.plan import Needs, Statistics
-from proxstep.typing import Bool, Float, Int, Tensor
+from proxstep.typing import Bool, Float, Tensor
 
-if TYPE_CHECKING:
-    from proxstep.isopo.presets import Rule
-
-GUARD = 1e-8
-"""The paper's additive guard under the root (figure 3)."""
+GUARD = 1e-8  # the paper's additive guard under the root (figure 3)
 Means = Mapping[str, Float[Tensor, ""]]
 """Averages of moments over earlier optimizer steps; without those that have no past yet."""
 OverRanks = Callable[[Tensor], Tensor] | None
 """Sums over the ranks that share a sample; None where there are none."""
 DampingForm = Literal["additive", "relative"]
 Scale = Literal["paper", "preserved"]
-Interact = Literal["microbatch", "group"]
-Fisher = Literal["positions", "sequences"]
-Denominator = Literal["sample", "trailing"]
 Weighed = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 """Weights, moments for the trailing means, and what is reported, by name."""
 
@@ -51,11 +43,10 @@ def fisher_squares(
         trailing mean, or without a past the others' mean.
     """
     square_B = cross_KB.square().sum(dim=0) / sample_sq.clamp(min=torch.finfo(torch.float32).tiny)
-    if "fisher_sq" in past:
-        mean = past["fisher_sq"].to(square_B)
-    else:
+    mean = past.get("fisher_sq")
+    if mean is None:
         mean = _mean(square_B, square_B.count_nonzero(), over_ranks)
-    return torch.where(square_B == 0, mean, square_B), square_B == 0
+    return torch.where(square_B == 0, mean.to(square_B), square_B), square_B == 0
 
 
 def kernel_fisher_squares(ntk_BB: Float[Tensor, "batch batch"]) -> Float[Tensor, " batch"]:
@@ -94,7 +85,7 @@ class IsometricRule:
 
     def __post_init__(self) -> None:
         for name in ("fisher_power", "norm_power", "relative_fisher_power"):
-            check_number(name, getattr(self, name), -math.inf)
+            check_number(name, getattr(self, name), float("-inf"))
         check_number("damping", self.damping)
         check_literal("damping_form", self.damping_form, DampingForm)
         check_literal("scale", self.scale, Scale)
@@ -167,14 +158,14 @@ class NaturalRule:
     ntk_damping: float = 1.0
     damping_form: DampingForm = "additive"
     scale: Scale = "preserved"
-    interact: Interact = "microbatch"
+    interact: Literal["microbatch", "group"] = "microbatch"
     interacting, needs, averages = True, Needs(ntk=True), ("eigenvalue",)
 
     def __post_init__(self) -> None:
         check_number("ntk_damping", self.ntk_damping, above=True)  # the kernel can be singular
         check_literal("damping_form", self.damping_form, DampingForm)
         check_literal("scale", self.scale, Scale)
-        check_literal("interact", self.interact, Interact)
+        check_choice("interact", self.interact, ("microbatch", "group"))
         if self.damping_form == "relative" and self.scale == "preserved":
             what = 'damping_form "relative" has no units to preserve'
             raise ProxstepError(f'{what}: use scale="paper"')
@@ -206,81 +197,3 @@ def _mean(square_B: Tensor, count: int | Tensor, over_ranks: OverRanks) -> Tenso
     sums = torch.stack([square_B.sum(), torch.as_tensor(count).to(square_B)])
     total, number = (sums if over_ranks is None else over_ranks(sums)).unbind()
     return total / number.clamp(min=1)
-
-
-# -- what a rule is applied to ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What holds for all microbatches; see `Isopo` for the meaning."""
-
-    rule: Rule
-    fisher: Fisher = "positions"
-    fisher_denominator: Denominator = "sample"
-    only_linear: bool = False
-
-    @property
-    def needs(self) -> Needs:
-        """The statistics that the weights are made of."""
-        needs = self.rule.needs
-        if needs.fisher and self.fisher == "sequences":
-            return replace(needs, fisher=False, ntk=True)
-        return needs
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """What is known of a microbatch's sequences.
-
-    Attributes:
-        coefficient_B: Each one's coefficient.
-        group_B: Each one's group, where groups were given.
-        fisher_sq: F_b^2 by parameter use, where the caller knows them better than an estimate.
-    """
-
-    coefficient_B: Float[Tensor, " batch"]
-    group_B: Int[Tensor, " batch"] | None
-    fisher_sq: Mapping[str, Float[Tensor, " batch"]]
-
-    @classmethod
-    def of(cls, coefficients: Any, groups: Any, fisher_squares: Any, like: Tensor) -> Sequences:
-        """Return a microbatch's arguments, checked.
-
-        Raises:
-            ProxstepError: If they are not one number per sequence.
-        """
-        coefficient_B = check_coefficients(coefficients, like)
-        if groups is not None:
-            groups = as_integers("groups", groups, like)
-            if groups.shape != coefficient_B.shape:
-                raise ProxstepError(
-                    f"groups must be {len(coefficient_B)} numbers, one per sequence"
-                )
-        given = {}
-        if not isinstance(fisher_squares, Mapping | None):
-            raise ProxstepError("fisher_squares must be a dictionary, by parameter use")
-        for key, square in (fisher_squares or {}).items():
-            given[key] = as_tensor(f"fisher_squares[{key!r}]", square, coefficient_B)
-            if given[key].shape != coefficient_B.shape or not bool(
-                (given[key].isfinite() & (given[key] >= 0)).all()
-            ):
-                raise ProxstepError(
-                    f"fisher_squares[{key!r}] must be {len(coefficient_B)} finite numbers, 0 or "
-                    "more, one per sequence"
-                )
-        return cls(coefficient_B, groups, given)
-
-
-def check_coefficients(coefficients: Any, like: Tensor, count: int | None = None) -> Tensor:
-    """Return the coefficients as a tensor without a graph.
-
-    Raises:
-        ProxstepError: Unless they are one finite number per sequence.
-    """
-    found = as_tensor("coefficients", coefficients, like).detach()
-    fits = found.dim() == 1 and count in (None, len(found)) and found.dtype != torch.bool
-    found = found if found.is_floating_point() else found.to(torch.get_default_dtype())
-    if not fits or not torch.isfinite(found).all():
-        raise ProxstepError("coefficients must be one finite number per sequence")
-    return found

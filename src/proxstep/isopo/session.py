@@ -8,9 +8,9 @@ and gradient reduction stay as they are.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,6 @@ from proxstep.isopo.coverage import (
     check_sum,
     freeze_others,
     install,
-    some_values,
     unpatch,
 )
 from proxstep.isopo.diagnostics.records import LayerRecord
@@ -33,10 +32,10 @@ from proxstep.isopo.hooks import check_bypassed, gradient_stamps, parts_of, uses
 from proxstep.isopo.means import TrailingMeans, step_means
 from proxstep.isopo.microbatch import Log, Microbatch, Router
 from proxstep.isopo.plan import MEMORY_BUDGET, Memory, make_layout
-from proxstep.isopo.presets import PRESETS, Rule
 from proxstep.isopo.rescue import Rescue
-from proxstep.isopo.rule import Denominator, Fisher, NaturalRule, Sequences, Settings
+from proxstep.isopo.rule import NaturalRule
 from proxstep.isopo.sampling import Drawing, OverlapPositions, OverlapSource
+from proxstep.isopo.settings import Denominator, Fisher, Rule, Sequences, Settings, as_rule
 from proxstep.typing import Bool, Float, Int, Tensor
 
 OtherParameters = Literal["transform", "reinforce", "freeze"]
@@ -112,7 +111,7 @@ class Isopo:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ProxstepError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.rule = _as_rule(rule)
+        self.rule = as_rule(rule)
         check_number("decay", decay)
         check_number("memory_budget", memory_budget, above=True)
         if decay >= 1:
@@ -407,7 +406,7 @@ class Isopo:
         # FSDP2 swaps a sharded parameter for an unsharded one, with a version of its own.
         before = [self._versions.setdefault(p, p._version) for p in trainable]
         moved = any(p._version != version for p, version in zip(trainable, before, strict=True))
-        values = some_values(trainable)  # a fused optimizer leaves the versions as they are
+        values = _some_values(trainable)  # a fused optimizer leaves the versions as they are
         if self._values is None or self._values[0] != values[0]:
             self._values = values
         elif not moved:
@@ -431,11 +430,12 @@ class Isopo:
         return undo
 
 
-def _as_rule(rule: str | Rule) -> Rule:
-    if not isinstance(rule, str):
-        if not isinstance(rule, get_args(Rule)):
-            raise ProxstepError(f"rule must be a preset's name or a rule, got {rule!r}")
-        return rule
-    if rule not in PRESETS:
-        raise ProxstepError(f"rule {rule!r} is not a preset; choose one of {', '.join(PRESETS)}")
-    return PRESETS[rule]
+def _some_values(parameters: Sequence[Tensor]) -> tuple[list[int], Tensor]:
+    """Return what tells which parameters these are, and copies of some numbers of some of them.
+
+    A step of an optimizer changes them, whatever it does to the tensors' versions.
+    """
+    chosen = parameters[:: max(1, len(parameters) // 16)]
+    own = [getattr(parameter, "_local_tensor", parameter).detach() for parameter in chosen]
+    parts = [value.reshape(-1)[value.numel() // 2 :][:64] for value in own]
+    return list(map(id, chosen)), torch.cat([part.to(own[0].device) for part in parts])

@@ -29,8 +29,8 @@ from proxstep.algorithms import (
 from proxstep.algorithms.advantages import group_zscore
 from proxstep.isopo.means import TrailingMeans
 from proxstep.isopo.plan import Statistics
-from proxstep.isopo.presets import PRESETS
 from proxstep.isopo.rule import IsometricRule, NaturalRule
+from proxstep.isopo.settings import PRESETS
 from proxstep.lab.categorical import (
     chi_square,
     cosines,

@@ -27,8 +27,8 @@ from proxstep.algorithms import (
     sequence_coefficients,
 )
 from proxstep.isopo.plan import Statistics
-from proxstep.isopo.presets import PRESETS
 from proxstep.isopo.rule import IsometricRule
+from proxstep.isopo.settings import PRESETS
 from proxstep.typing import Float, Tensor
 
 Coordinate = Literal["z", "v"]

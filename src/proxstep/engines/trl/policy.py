@@ -122,7 +122,8 @@ class PolicyTrainer(GRPOTrainer):
         """Copy the trainer with its model, whose samples are then the copy's own."""
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy(vars(self), memo))
-        for model in filter(None, (self.model, self.ref_model)):
+        models: tuple[Any, ...] = (self.model, self.ref_model)
+        for model in filter(None, models):
             rebind_forwards(model, memo)
         return copied
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,14 @@ class IsopoEngine(FSDPEngineWithLMHead):
     def optimizer_step(self) -> float:
         """Step the optimizer, and end ISOPO's step after it."""
         grad_norm = super().optimizer_step()
-        if self.isopo is not None:
+        if self.isopo is None:
+            return grad_norm
+        if math.isfinite(grad_norm):
             self._measured = self.isopo.step()
+        else:  # verl skipped the step and goes on: nothing of it is kept
+            self._measured = {}
+            with suppress(ProxstepError):
+                self.isopo.step()
         return grad_norm
 
     # -- a micro-batch -----------------------------------------------------------------------------
