@@ -124,7 +124,8 @@ class PolicyTrainer(GRPOTrainer):
         held = vars(self).items()  # in TRL 1.14 a view among them, which cannot be copied
         held = {name: tuple(v) if isinstance(v, KeysView) else v for name, v in held}
         vars(copied).update(copy.deepcopy(held, memo))
-        for model in filter(None, (self.model, self.ref_model)):
+        models: list[Any] = [self.model, self.ref_model]
+        for model in filter(None, models):
             rebind_forwards(model, memo)
         return copied
 
