@@ -80,6 +80,7 @@ def chat_reward(completions: list[Any], **columns: Any) -> list[float]:
 
 def run(folder: Path, trainer_class: Any, *, images: bool, **options: Any) -> Watch:
     processor, model = llava()
+    options["generation_kwargs"] = {"suppress_tokens": [processor.tokenizer.image_token_id]}
     data, reward = (pictures(), chat_reward) if images else (dataset(), text_reward)
     with quiet():
         args = trainer_class.config_class(str(folder), **(OPTIONS | options))

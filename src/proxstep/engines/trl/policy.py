@@ -10,7 +10,7 @@ Shapes: B sequences, T completion tokens, W sequences of all ranks, F reward fun
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +121,10 @@ class PolicyTrainer(GRPOTrainer):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copy the trainer with its model, whose samples are then the copy's own."""
         copied = memo[id(self)] = object.__new__(type(self))
-        vars(copied).update(copy.deepcopy(vars(self), memo))
-        models: tuple[Any, ...] = (self.model, self.ref_model)
+        held = vars(self).items()  # in TRL 1.14 a view among them, which cannot be copied
+        held = {name: tuple(v) if isinstance(v, KeysView) else v for name, v in held}
+        vars(copied).update(copy.deepcopy(held, memo))
+        models: list[Any] = [self.model, self.ref_model]
         for model in filter(None, models):
             rebind_forwards(model, memo)
         return copied
