@@ -38,7 +38,7 @@ class Silent:
 
 
 def tiny_recipe(folder: Path, algorithm: str = "reinforce", **changes: Any) -> Recipe:
-    data = {
+    data: dict[str, Any] = {
         "algorithm": algorithm,
         "steps": 3,
         "output_dir": str(folder),
@@ -48,6 +48,10 @@ def tiny_recipe(folder: Path, algorithm: str = "reinforce", **changes: Any) -> R
         "optimizer": {"learning_rate": 1e-3},
         "evaluation": {"every": 2, "num_probe_prompts": 3},
     }
+    if changes.get("model", {}).get("name", "embedded") != "embedded":
+        del data["model"]["warmup_score"]
+    if changes.get("task", {}).get("name", "arithmetic") != "arithmetic":
+        del data["task"]["difficulty"]
     return resolve(data, changes, "test")
 
 

@@ -66,6 +66,8 @@ def table(
         "task.name": "table",
         "task.train": rows,
         "task.num_validation": 2,
+        "task.difficulty": 3,
+        "model.warmup_score": 0.6,
         "model.name": models / model,
     }
     return ("train", "tiny.yaml", *(f"--{key}={value}" for key, value in keys.items()), *more)

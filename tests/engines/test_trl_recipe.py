@@ -31,13 +31,16 @@ OTHERS = {"text": "other", "int": 5, "float": 0.35, "true": True, "list of float
 """A value of each kind; the recipes below have no such one by default."""
 
 TABLE = {"model": {"name": "some/model"}, "task": {"name": "table", "train": "rows.jsonl"}}
+HUB = {**TABLE, "task": {"name": "table", "train": "some/data", "validation": "some/data"}}
 GSM8K = {"model": {"name": "some/model"}, "task": {"name": "gsm8k"}}
 ADAPTIVE = {"objective": {"adaptive_tau": True}}
 BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "model.lora.": ("isopo", {"model": {"lora": {"rank": 4}}}),
     "task.prompt_column": ("isopo", TABLE),
     "task.answer_column": ("isopo", TABLE),
-    "task.config": ("isopo", TABLE),
+    "task.config": ("isopo", HUB),
+    "task.train_split": ("isopo", HUB),
+    "task.validation_split": ("isopo", HUB),
     "task.train": ("isopo", TABLE),
     "task.validation": ("isopo", TABLE),
     "task.num_train": ("isopo", TABLE),

@@ -40,9 +40,10 @@ def trained(folder: Path, seed: int, option: dict[str, Any], elsewhere: int) -> 
     random.seed(elsewhere)
     np.random.seed(elsewhere)
     torch.manual_seed(elsewhere)
-    option = {"warmup_score": 0.0, **option}
-    if option.get("name") == "LOCAL":
-        option["name"] = str(folder.parent / "model")
+    if "name" not in option:
+        option = {"warmup_score": 0.0, **option}
+    else:
+        option = {"warmup_score": 0.6, "name": str(folder.parent / "model")}
         tokenizer, model = build_embedded_model()
         for part in (tokenizer, model):
             part.save_pretrained(option["name"])  # type: ignore[operator]

@@ -9,13 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from proxstep.config.sections import GeometrySection
 from proxstep.isopo import PRESETS
-
-if TYPE_CHECKING:
-    from proxstep.config.recipe import Recipe
 
 Reading = tuple[Callable[[Any], bool], str]
 """When a key is read, and what to say and to do where it is not."""
@@ -23,13 +20,13 @@ Reading = tuple[Callable[[Any], bool], str]
 _FILES = (".jsonl", ".json", ".parquet")
 
 
-def _files_end_in(recipe: Recipe, *endings: str) -> bool:
+def _files_end_in(recipe: Any, *endings: str) -> bool:
     """Whether all of the task's sources are files with one of these endings."""
     sources = [s for s in (recipe.task.train, recipe.task.validation) if s is not None]
     return bool(sources) and all(Path(source).suffix in endings for source in sources)
 
 
-def _is_table(recipe: Recipe) -> bool:
+def _is_table(recipe: Any) -> bool:
     return recipe.task.name == "table"
 
 
@@ -137,7 +134,7 @@ GEOMETRY: Mapping[str, Reading] = {
 """By key of the geometry's section, under a rule; without one none is read."""
 
 
-def unread_key(recipe: Recipe) -> str | None:
+def unread_key(recipe: Any) -> str | None:
     """Return what is wrong with the first key that is set and would not be read, or None."""
     for key, (is_read, remedy) in READ.items():
         section, name = key.split(".")

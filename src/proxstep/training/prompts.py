@@ -123,8 +123,8 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[in
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
-        ended = ids[-1:] == [tokenizer.eos_token_id] and appends_end(tokenizer)
-        return ids[:-1] if ended else ids
+        end = getattr(tokenizer, "eos_token_id", None)
+        return ids[:-1] if ids[-1:] == [end] and appends_end(tokenizer) else ids
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
