@@ -19,7 +19,7 @@ class TestMistakesOnTheCommandLine:
             (["train"], "which recipe? Try proxstep train recipes/arithmetic.yaml"),
             (["train", "--dry-run"], "which recipe?"),
             (["train", "none.yaml"], "none.yaml: no such recipe file; recipes/ has examples"),
-            (["train", "."], ".: no such recipe file"),
+            (["train", "."], ".: a folder, not a recipe file"),
             (["eval", "none"], "none: no such recipe file"),
             (["compare", "none.yaml", "--algorithms", "opo"], "none.yaml: no such recipe file"),
             (["train", "tiny.yaml", "more"], "'more' is not expected here; see proxstep train"),
@@ -185,10 +185,10 @@ class TestMistakesInData:
         rows = [{"question": f"{i}+1", "answer": f"#### {i + 1}"} for i in range(4)]
         path = jsonl(Path("gsm.jsonl"), rows)
         keys = ("--task.name=gsm8k", "--task.num_validation=1", f"--task.train={path}")
+        arithmetic_s = ("--task.difficulty=3", "--model.warmup_score=0.6")  # the defaults
         model = f"--model.name={models / 'plain'}"
-        message = mistake(
-            capsys, "train", "tiny.yaml", *keys, model, "--task.prompt_format", "chat"
-        )
+        keys = (*keys, *arithmetic_s, model)
+        message = mistake(capsys, "train", "tiny.yaml", *keys, "--task.prompt_format", "chat")
         assert "has no chat template: use a chat model" in message
         assert "task.prompt_format plain" in message
 
