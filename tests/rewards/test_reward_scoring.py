@@ -185,7 +185,6 @@ def test_an_array_of_objects_may_hold_none():
         ("10", "a str"),
         (iter([1.0, 0.0]), "a list_iterator"),
     ],
-    ids=repr,
 )
 def test_what_is_not_one_number_each_is_named(rewards, complaint):
     with pytest.raises(ProxstepError, match=f"'fixed' returned {complaint}"):
