@@ -207,7 +207,7 @@ def _watch(patch: pytest.MonkeyPatch, count: Counter[str]) -> None:
 def _carried(isopo: Isopo) -> int:
     """Return the bytes of the last step's rows and of this one's, a shared tensor once."""
     store = isopo._drawing._store
-    kept = [] if store is None else [*store.current.values(), *store._pending.values()]
+    kept = [] if store is None else [*store.current.values(), *store.pending.values()]
     tensors = [value for rows, sample in kept for value in (*rows, *vars(sample).values())]
     found = {id(value): value.nbytes for value in tensors if isinstance(value, Tensor)}
     return sum(found.values())

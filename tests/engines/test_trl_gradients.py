@@ -231,8 +231,9 @@ CASES = [
 @pytest.mark.parametrize(("rule", "tied"), CASES)
 def test_isopo(tmp_path: Path, rule: str, tied: bool) -> None:
     """Four microbatches with checkpointing, the head's weight included, every parameter."""
-    changes = {"geometry": ALL}
-    assert compare(tmp_path, IsopoTrainer, rule, changes, rule=rule, tied=tied, **ALL) <= 1e-5
+    sample = {} if rule in ("isopo-natural", "proma-intra") else ALL  # these look at none
+    changes = {"geometry": sample}
+    assert compare(tmp_path, IsopoTrainer, rule, changes, rule=rule, tied=tied, **sample) <= 1e-5
 
 
 ISOPO_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

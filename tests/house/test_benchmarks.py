@@ -63,8 +63,9 @@ def isopo_gradients(model: nn.Module, batch: Batch, rule: str) -> dict[str, Tens
     """From all positions."""
     isopo = Isopo(model, replace(PRESETS[rule], scale="paper"), num_overlap_positions=None)
     model.zero_grad()
-    with isopo.microbatch(batch.sequence_BT, batch.coefficient_B):
-        completion_log_probs(model, batch.token_BT, batch.num_prompt).sum().backward()
+    with isopo.microbatch(batch.sequence_BT, batch.coefficient_B) as microbatch:
+        log_prob_B = completion_log_probs(model, batch.token_BT, batch.num_prompt)
+        microbatch.objective(log_prob_B).backward()
     return gradients(model)
 
 

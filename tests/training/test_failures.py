@@ -149,8 +149,11 @@ def test_what_is_not_finite_is_no_step_and_the_run_is_kept(
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         poison(patch, 3, what)
-        name = {"loss": "loss", "gradient": "gradient's norm"}[what]
-        with pytest.raises(ProxstepError, match=f"^step 3, update 3: the {name} is nan; the para"):
+        told = {
+            "loss": "step 3, update 3: the loss is nan; the para",
+            "gradient": "step 3: the sum of log-probabilities is -inf: no gradient was computed",
+        }[what]
+        with pytest.raises(ProxstepError, match=f"^{told}"):
             lifecycle.train(recipe_in(folder), Silent())
     assert load_state(latest_checkpoint(folder))["step"] == 2
     assert lifecycle.resume(folder, Silent()) == "finished"
