@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,9 @@ def of_grpo() -> list[str]:
 
 def other_value(field: dataclasses.Field[Any]) -> Any:
     """A value that is not the default, by the field's type."""
-    kind, default = str(field.type), field.default
+    # A text, unless a parser has resolved it in place: then "typing.Optional[int]" or "<class...".
+    kind = re.sub(r"^(typing\.\w+\[|<class ')", "", str(field.type))
+    default = field.default
     if isinstance(default, bool) or kind.startswith("bool"):
         return not default
     if "dict" in kind:
