@@ -93,6 +93,7 @@ def test_a_card_says_what_trained_the_model(tmp_path: Path, trainer_class: Any) 
     assert set(trainer_class._tag_names) <= set(trainer.model.model_tags)
 
 
+@pytest.mark.slow
 def test_opo_with_torch_compile(tmp_path: Path) -> None:
     """The compiled model has the gradient of the plain one."""
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}

@@ -75,7 +75,10 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     [
         ("isopo", {}),
         ("opo", {"update": {"num_minibatches": 2, "num_iterations": 2, "microbatch_size": 4}}),
-        ("cispo", {"rollout": {"overlong_buffer": 2}, "optimizer": {"warmup_updates": 2}}),
+        pytest.param(
+            *("cispo", {"rollout": {"overlong_buffer": 2}, "optimizer": {"warmup_updates": 2}}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_printed_script_trains_the_same_weights(

@@ -188,7 +188,11 @@ def test_samples_of_all_ranks_make_the_spread_over_ranks_irrelevant(
 
 @pytest.mark.parametrize(
     ("rule", "num_positions", "wrapper"),
-    [(paper("isopo"), 9, DDP), (paper("isopo-figure4"), 2, FSDP), (DAMPED, 100, FSDP)],
+    [
+        (paper("isopo"), 9, DDP),
+        pytest.param(paper("isopo-figure4"), 2, FSDP, marks=pytest.mark.slow),
+        (DAMPED, 100, FSDP),
+    ],
 )
 def test_samples_of_the_previous_step_make_the_spread_irrelevant(
     ranks: Ranks, rule: str | Rule, num_positions: int, wrapper: str

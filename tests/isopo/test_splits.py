@@ -26,7 +26,7 @@ CASES: dict[str, tuple[Rule, dict[str, Any]]] = {
     "trailing denominators": (PRESERVED, {"fisher_denominator": "trailing"}),
 }
 
-FAST = ("isopo", "isopo-figure4")
+FAST = ("isopo",)
 
 
 def run(rule: Rule, size: int, *, again: bool = False, **options: Any) -> list[list[Tensor]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from proxstep.training.demo_model import (
@@ -21,6 +22,7 @@ def test_the_tokenizer_reads_every_character_and_gives_it_back() -> None:
     assert 0.7e6 < sum(p.numel() for p in model.parameters()) < 0.9e6
 
 
+@pytest.mark.slow
 def test_it_is_built_once_and_cached() -> None:
     reports = []
     folder = ensure_embedded_model(1, 0.05, reports.append)

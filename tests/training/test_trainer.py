@@ -70,7 +70,9 @@ OF_EVERY_KIND = [
             "update": {"num_iterations": 4},  # it renews its basis in the 11th update of 16
         },
     ),
-    ("grpo", {"optimizer": {"name": "kron", "learning_rate": 1e-3}}),
+    pytest.param(
+        *("grpo", {"optimizer": {"name": "kron", "learning_rate": 1e-3}}), marks=pytest.mark.slow
+    ),
     pytest.param("isopo", {"model": {"autocast": "bfloat16"}}, marks=pytest.mark.slow),
     (
         "isopo",

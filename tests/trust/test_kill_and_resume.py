@@ -15,7 +15,7 @@ from tests.trust.attempts import differences, run
 KILLS_A_RUN = 9
 
 
-@pytest.mark.parametrize("number", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_no_kill_costs_a_bit(tmp_path: Path, number: int, counted: Callable[..., None]) -> None:
     assert run(tmp_path / "whole") == 0
     events, seconds = map(float, (tmp_path / "measured").read_text().split())

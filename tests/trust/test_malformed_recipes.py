@@ -22,6 +22,7 @@ WRONG = [
     "2026-01-01",
 ]
 """No key takes any of these."""
+SOME_WRONG = [*WRONG[:2], *(pytest.param(text, marks=pytest.mark.slow) for text in WRONG[2:])]
 
 DOCUMENTS: dict[str, bytes] = {
     "empty": b"",
@@ -190,7 +191,7 @@ def keys() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=lambda text: text[:20])
+@pytest.mark.parametrize("wrong", SOME_WRONG, ids=lambda text: text[:20])
 def test_every_key_with_what_no_key_takes(
     wrong: str, capsys: pytest.CaptureFixture[str], counted: Callable[..., None]
 ) -> None:
@@ -200,6 +201,7 @@ def test_every_key_with_what_no_key_takes(
     counted("malformed recipes and arguments: a traceback, or no key named", len(keys()))
 
 
+@pytest.mark.slow
 def test_every_key_misspelt_and_misplaced(
     capsys: pytest.CaptureFixture[str], counted: Callable[..., None]
 ) -> None:
