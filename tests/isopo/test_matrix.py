@@ -93,8 +93,10 @@ MORE_CELLS = product(
 
 
 def cells() -> Iterator[Any]:
-    """Half of all cells. Those are fast in which a family and a rule give the setting, as in a Latin
-    square: every two of a family, a rule and a setting meet there.
+    """Half of all cells, most of them slow.
+
+    The fast ones are a Latin square, a setting for each family and rule: every two of the three
+    meet there.
     """
     places = map(range, (len(FAMILIES), len(RULES), len(SETTINGS)))
     for place, cell in zip(product(*places), product(FAMILIES, RULES, SETTINGS), strict=True):
