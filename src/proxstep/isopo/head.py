@@ -150,11 +150,6 @@ class _Rows:
     upstream_N: Tensor
     temperature: float
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The gradients' type."""
-        return self.weight_VD.dtype
-
     def gradient(self, rows: Tensor | slice) -> OuterGradients:
         """Return the gradients of some rows, as those of a linear layer."""
         hidden_nD = self.hidden_ND[rows]

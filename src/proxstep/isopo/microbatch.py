@@ -141,8 +141,11 @@ class Microbatch:
                 "ISOPO's norms. Back-propagate microbatch.objective(...) as it is, and put the "
                 "factor into the coefficients"
             )
+        coefficient_B = self.sequences.coefficient_B
         if self.before_backward is not None:
-            self.before_backward(log_prob_BT, self.sequences.coefficient_B)
+            self.before_backward(log_prob_BT, coefficient_B)
+        dtype = torch.promote_types(coefficient_B.dtype, log_prob_BT.dtype)
+        self.sequences = replace(self.sequences, coefficient_B=coefficient_B.to(dtype))
         self.announced = True
 
     # -- one layer ---------------------------------------------------------------------------------
@@ -202,8 +205,7 @@ class Microbatch:
         sample, sample_sq_B, own_KB, moments = None, None, None, {}
         if needs.fisher:
             sample, sample_sq_B, own_KB, moments = self._sample(key, gradients, past)
-        dtype = torch.promote_types(sequences.coefficient_B.dtype, gradients.first.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = torch.promote_types(sequences.coefficient_B.dtype, torch.float32)
         along_B = None
         if needs.along and key not in self._running:  # nothing to project
             needs = replace(needs, ntk=self.diagnose)
