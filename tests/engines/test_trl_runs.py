@@ -13,6 +13,7 @@ from tests.engine import tiny_recipe
 from tests.engines.test_trl_gradients import difference, local_gradients
 from tests.engines.trl_case import environment, made, tiny, trained
 from torch import nn
+from transformers import TrainerCallback
 
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer
 from proxstep.engines.trl.isopo import STATE_FILE
@@ -83,9 +84,14 @@ def test_the_log_says_what_becomes_of_the_head(
 
 
 def test_a_head_that_bypasses_the_rule_is_an_error(tmp_path: Path) -> None:
-    """As another library's fused output layer would, put in after the trainer was made."""
+    """As another library's fused output layer would, put in when the training begins."""
+
+    class Replaces(TrainerCallback):
+        def on_train_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            model.forward = model.forward.__wrapped__
+
     trainer, _ = made(IsopoTrainer, tmp_path, *_model())
-    trainer.model.forward = trainer.model.forward.__wrapped__
+    trainer.add_callback(Replaces())
     said = "received a gradient" if FusedOutput is not None else r"saw \d+ token positions, but"
     with pytest.raises(ProxstepError, match=rf"lm_head\.weight {said}"):
         trained(trainer)
