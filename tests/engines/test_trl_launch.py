@@ -74,7 +74,11 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     ("algorithm", "changes"),
     [
         ("isopo", {}),
-        ("opo", {"update": {"num_minibatches": 2, "num_iterations": 2, "microbatch_size": 4}}),
+        pytest.param(
+            "opo",
+            {"update": {"num_minibatches": 2, "num_iterations": 2, "microbatch_size": 4}},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("cispo", {"rollout": {"overlong_buffer": 2}, "optimizer": {"warmup_updates": 2}}),
             marks=pytest.mark.slow,
@@ -143,6 +147,7 @@ def test_the_first_step_has_the_local_engine_s_figures(tmp_path: Path, algorithm
     assert missing <= {f"seconds_{phase}" for phase in phases}
 
 
+@pytest.mark.slow
 def test_lora_adapters_are_trained_and_saved(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     lora = {"model": {"lora": {"rank": 2}}, "regularizer": {"kl_coef": 0.1, "kl_estimator": "k3"}}

@@ -275,10 +275,20 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"max_grad_norm": 0.1},
     "log_completions": {"log_completions": True},
 }
+SLOW_ACTIVE = {
+    "beta, several iterations",
+    "scale_rewards",
+    "bf16",
+    "pad_to_multiple_of",
+    "max_grad_norm",
+}
+SOME_ACTIVE = [
+    pytest.param(case, marks=pytest.mark.slow if case in SLOW_ACTIVE else ()) for case in ACTIVE
+]
 
 
 @pytest.mark.parametrize("trainer_class", TRAINERS)
-@pytest.mark.parametrize("case", ACTIVE)
+@pytest.mark.parametrize("case", SOME_ACTIVE)
 def test_options_in_a_step(tmp_path: Path, trainer_class: Any, case: str) -> None:
     options = dict(ACTIVE[case])
     tokenizer, model = tiny(lora=options.pop("lora", False))

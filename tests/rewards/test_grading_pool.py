@@ -93,7 +93,7 @@ def test_a_process_that_was_killed_while_idle_is_replaced(pool: GradingPool) -> 
         "os.kill(os.getpid(), 11)",
         "os.write(1, b'?')",
         "time.sleep(600)",
-        "os.kill(os.getpid(), 19)",
+        pytest.param("os.kill(os.getpid(), 19)", marks=pytest.mark.slow),
     ],
     ids=["exit", "crash", "nonsense", "sleep", "stopped"],
 )

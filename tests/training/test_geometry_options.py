@@ -25,7 +25,12 @@ GEOMETRIES = {
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(options, marks=pytest.mark.slow if name in ("ranks", "small memory") else ())
+        pytest.param(
+            options,
+            marks=pytest.mark.slow
+            if name in ("ranks", "small memory", "sequences", "carried")
+            else (),
+        )
         for name, options in GEOMETRIES.items()
     ],
     ids=GEOMETRIES,
@@ -109,7 +114,14 @@ def test_diagnostics_do_not_change_the_run(tmp_path: Path) -> None:
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "grpo", "isopo", "isopo+opo"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "grpo",
+        "isopo+opo",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("reinforce", "isopo")),
+    ],
+)
 def test_the_chunked_head_gives_the_same_run(tmp_path: Path, algorithm: str) -> None:
     for head in ("full", "chunked"):
         recipe = tiny_recipe(

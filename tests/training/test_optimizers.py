@@ -69,7 +69,13 @@ def reward(tmp_path: Path) -> str:
     return f"{path}:spread"
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "grpo", "isopo", "isopo-natural"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "isopo",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("reinforce", "grpo", "isopo-natural")),
+    ],
+)
 @pytest.mark.parametrize("name", OPTIMIZER_OPTIONS)
 def test_every_optimizer_trains_every_parameter(
     tmp_path: Path, reward: str, name: str, algorithm: str

@@ -125,7 +125,7 @@ def by_hand(
     return gradients(policy), float(entropy.detach()), float(divergence.detach())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
 @pytest.mark.parametrize("size", [None, 1, 3])
 @pytest.mark.parametrize("coefs", COEFS)
 @pytest.mark.parametrize("algorithm", ["reinforce", "isopo", "isopo-natural"])
@@ -186,7 +186,10 @@ def estimate_by_hand(
 @pytest.mark.parametrize("head", ["full", "chunked"])
 @pytest.mark.parametrize("size", [None, 3])
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("algorithm", ["reinforce", "isopo", "isopo+opo"])
+@pytest.mark.parametrize(
+    "algorithm",
+    ["isopo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("reinforce", "isopo+opo"))],
+)
 def test_the_gradient_of_an_estimate_is_the_one_written_by_hand(
     tmp_path: Path, algorithm: str, kind: str, size: int | None, head: str
 ) -> None:

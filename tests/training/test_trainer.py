@@ -53,7 +53,7 @@ def test_a_checkpoint_is_an_ordinary_model(tmp_path: Path) -> None:
 
 OF_EVERY_KIND = [
     ("reinforce", {}),
-    ("opo", {}),
+    pytest.param("opo", {}, marks=pytest.mark.slow),
     ("isopo-natural", {}),
     ("grpo", {"optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}}),
     (
