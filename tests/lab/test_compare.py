@@ -311,7 +311,7 @@ def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(here: Path, num
     """Three runs, two at a time: one is done, the others are in the middle."""
     (here / "tiny.yaml").write_text(f"{TINY}logging: {{checkpoint_every: 1}}\n")
     words = ["compare", "tiny.yaml", "--algorithms", "grpo,opo,dro", "--output", "out"]
-    command = [sys.executable, "-m", "proxstep", *words, "--jobs", "2", "--steps", "40"]
+    command = [sys.executable, "-m", "proxstep", *words, "--jobs", "2", "--steps", "100"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     rows = [here / "out" / f"{name}-seed0" / "metrics.jsonl" for name in ("grpo", "dro")]
     while not rows[1].exists() or not rows[1].read_text().count("\n") > 2:
@@ -332,4 +332,4 @@ def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(here: Path, num
     for path, started in began.items():
         assert path.info()["started"] == started  # continued, not begun again
     for run in runs:
-        assert [record["step"] for record in run.records] == list(range(41))
+        assert [record["step"] for record in run.records] == list(range(101))
