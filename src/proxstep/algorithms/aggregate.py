@@ -64,7 +64,7 @@ def check_number(name: str, value: Any, low: float = 0.0, *, above: bool = False
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < low or (above and value == low):
         limit = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
-        raise ProxstepError(f"{name} must be a finite number{limit}, got {value!r}")
+        raise ProxstepError(f"{name} is {value!r}; it must be a finite number{limit}.")
 
 
 def as_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
@@ -127,8 +127,7 @@ def as_mask(name: str, value: Any, like: Tensor) -> Tensor:
 
 def check_positive(name: str, value: float) -> None:
     """Raise ProxstepError unless the number is finite and above 0."""
-    if not (math.isfinite(value) and value > 0):
-        raise ProxstepError(f"{name} is {value}; it must be a finite number above 0.")
+    check_number(name, value, above=True)
 
 
 def check_clip_range(clip_ratio_low: float, clip_ratio_high: float) -> None:
