@@ -13,6 +13,18 @@ class ProxstepError(ValueError):
     """
 
 
+def shown(value: object) -> str:
+    r"""Return a value as a message shows it: its beginning, on one line.
+
+    >>> shown("two\nlines"), shown(10**5000)
+    ("'two\\nlines'", 'an integer of thousands of digits')
+    """
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "an integer of thousands of digits"
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Return "; did you mean X?" for the nearest of the known names, or nothing.
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from proxstep.algorithms import ALGORITHMS
 from proxstep.config.objectives import section_of
 from proxstep.config.recipe import Recipe
-from proxstep.errors import did_you_mean
+from proxstep.errors import did_you_mean, shown
 
 
 def describe_keys() -> Iterator[tuple[str, str, str, str]]:
@@ -87,10 +87,10 @@ def explain(error: ValidationError, source: str, recipe: type[BaseModel] = Recip
         elif not key:
             lines[key] = problem
         elif detail["type"] in ("model_type", "model_attributes_type", "union_tag_not_found"):
-            lines[key] = f"{key}: expected keys and values, got {_shown(detail['input'])}"
+            lines[key] = f"{key}: expected keys and values, got {shown(detail['input'])}"
         else:
             problem = f"{problem[0].lower()}{problem[1:]}"
-            got = f", got {_shown(detail['input'])}{_hint(detail['type'], detail['input'])}"
+            got = f", got {shown(detail['input'])}{_hint(detail['type'], detail['input'])}"
             if detail["type"] == "literal_error" and lines.get(key, "").endswith(got):
                 lines[key] = lines[key].removesuffix(got) + f", or {problem}{got}"
             else:
@@ -109,13 +109,6 @@ def _dotted(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if below := _section_in(field.annotation):
             yield from _dotted(below, f"{prefix}{name}.")
-
-
-def _shown(value: Any) -> str:
-    try:
-        return f"{value!r:.80}"
-    except ValueError:
-        return "an integer of thousands of digits"
 
 
 def _hint(kind: str, value: Any) -> str:

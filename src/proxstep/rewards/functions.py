@@ -8,7 +8,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any
 
-from proxstep.errors import ProxstepError
+from proxstep.errors import ProxstepError, shown
 from proxstep.rewards.answers import boxed_answer, boxed_list, final_number, reference_number
 from proxstep.rewards.equality import decided, spelled
 from proxstep.rewards.grading_pool import shared_pool
@@ -221,14 +221,6 @@ def _texts(name: str, answer: Sequence[Any]) -> list[str]:
         raise ProxstepError(
             f"{name}: a reference answer is an integer of thousands of digits; correct the data"
         ) from error
-
-
-def shown(value: Any) -> str:
-    """Return a value as a message shows it."""
-    try:
-        return f"{value!r:.80}"
-    except ValueError:
-        return "(an integer of thousands of digits)"
 
 
 def check_length(name: str, completions: Sequence[Any], answer: Sequence[Any]) -> None:
