@@ -206,11 +206,11 @@ def _rewards(recipe: Recipe) -> list[Name | Call]:
 
 
 def _reward(spec: str, max_completion_length: int) -> Name | Call:
-    """Return one reward function; numeric_answer reads a completion that was cut off otherwise."""
+    """Return one reward function, told of what was cut off if it asks for that."""
     if spec not in BUILTIN_REWARDS:
         return Call(Name("proxstep.rewards", "load_reward"), {"spec": spec})
     reward = Name("proxstep.rewards", spec)
-    if spec != "numeric_answer":
+    if "truncated" not in inspect.signature(BUILTIN_REWARDS[spec]).parameters:
         return reward
     told = {"reward": reward, "max_completion_length": max_completion_length}
     return Call(Name("proxstep.rewards", "told_of_truncation"), told)
