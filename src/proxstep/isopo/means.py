@@ -55,6 +55,10 @@ class TrailingMeans:
             group: The ranks over which measurements are averaged, where torch.distributed is
                 initialized; None for all. All of them end up with the same averages, whatever each
                 of them has measured.
+
+        Returns:
+            A parameter of which something measured is not finite, so that nothing was folded; None
+            where there is none.
         """
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             self._pending = _sum_over_ranks(self._pending, self.means, group)

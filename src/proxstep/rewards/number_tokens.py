@@ -126,7 +126,6 @@ class _Place:
         self.piece, self.text = match[0], match.string
         self.start, self.end = match.span()
         self.last = before.kind if before else ""
-        self.last_text = before.text if before else ""
         self.touches = before is not None and before.end == self.start
         self._starts_line = starts_line
 
