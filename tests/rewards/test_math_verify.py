@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import random
 import sys
 import time
@@ -10,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.rewards.patience import little_patience
 
 from proxstep.errors import ProxstepError
 from proxstep.rewards import (
     MeasuredRewards,
     boxed_answer,
     exact_match,
-    grading_pool,
     load_reward,
     math_verify,
     score_completions,
 )
 from proxstep.rewards.functions import LONGEST_ANSWER
-from proxstep.rewards.grading_pool import GradingPool
 
 EQUAL = [
     (r"\frac{1}{2}", "0.5"),
@@ -71,12 +69,8 @@ DIFFERENT = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _less_patience() -> Iterator[None]:
-    """What hangs does so for half a second here."""
-    pool = GradingPool(2, cpu_seconds=0.5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(grading_pool._POOLS, os.getpid(), pool)
+    with little_patience(2):
         yield
-    pool.close()
 
 
 def grade(reference: str, *answers: str) -> MeasuredRewards:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +13,10 @@ from proxstep.rewards import (
     BUILTIN_REWARDS,
     exact_match,
     final_number,
-    grading_pool,
     math_verify,
     numeric_answer,
 )
-from proxstep.rewards.grading_pool import GradingPool
+from tests.rewards.patience import little_patience
 
 PIECES = [
     *"0123456789+-*/=^_.,:;!?|<>()[]{}$%&#~'\"\\ \n\t",
@@ -88,12 +86,8 @@ PAYLOADS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _less_patience() -> Iterator[None]:
-    """What hangs does so for half a second here."""
-    pool = GradingPool(1, cpu_seconds=0.5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(grading_pool._POOLS, os.getpid(), pool)
+    with little_patience(1):
         yield
-    pool.close()
 
 
 def fuzzed(number: int, seed: int) -> list[str]:
