@@ -103,7 +103,7 @@ class ModelSection(Section):
 class TaskSection(Section):
     """Prompts, answers and rewards."""
 
-    name: Literal["arithmetic", "gsm8k", "math", "svamp", "table"] = Field(
+    name: Literal["arithmetic", "gsm8k", "math", "stories", "svamp", "table"] = Field(
         default="arithmetic", description='The data set; "table" is your own JSONL or Parquet file.'
     )
     difficulty: int = Field(

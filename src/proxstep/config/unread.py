@@ -31,9 +31,9 @@ def _is_table(recipe: Any) -> bool:
 
 
 _DATA = (
-    lambda r: r.task.name != "arithmetic",
-    "is of data, and task.name arithmetic makes its own problems: set task.name (table for a file "
-    "of your own), or leave it out",
+    lambda r: r.task.name not in ("arithmetic", "stories"),
+    "is of data, and task.name arithmetic and stories make their own problems: set task.name "
+    "(table for a file of your own), or leave it out",
 )
 _TABLE = (_is_table, "is of task.name table: the other tasks know theirs; leave it out")
 _KL = (

@@ -1,72 +1,157 @@
-"""The stories of the word problems: a text with numbers to fill in, and how it is solved.
+"""Procedural word problems of one and two steps: no data, worked solutions, held-out stories.
 
-Each line is TEXT | STEPS. Numbers are {x}, {y} and {z}, names {A} and {B}; in a second step, r is
-the result of the first. No story of `HELD_OUT_STORIES` is told in `TRAIN_STORIES`, nor any of its
-objects.
+A training problem and a validation problem never tell the same story (`story_texts.py`). Answers are
+spread over 2 to 60 as evenly as a story allows, so that no constant answer scores; no answer is a
+number of its problem, so that copying one never does.
 """
 
-TRAIN_STORIES = """
-{A} has {x} apples. {B} gives {A} {y} more. How many apples does {A} have now? | x + y
-A bus carries {x} people. At a stop, {y} of them get off. How many people are left? | x - y
-{A} buys {x} boxes of pencils. There are {y} pencils in a box. How many pencils is that? | x * y
-{x} cookies are shared equally by {y} children. How many cookies does each child get? | x / y
-{A} read {x} pages on Monday and {y} on Tuesday. How many pages did {A} read? | x + y
-There are {x} books on a shelf. {A} takes {y} of them. How many books stay there? | x - y
-A ticket costs {x} dollars. How many dollars do {y} tickets cost? | x * y
-{A} cuts {x} meters of rope into {y} equal parts. How many meters long is each part? | x / y
-{A} is {x} years old, and {B} is {y} years older. How old is {B}? | x + y
-{A} scored {x} points and {B} scored {y}. How many more points did {A} score? | x - y
-A farmer plants {x} rows of trees, {y} in each row. How many trees are there? | x * y
-{x} eggs are packed in cartons of {y}. How many cartons are filled? | x / y
-{x} red and {y} blue balloons hang in a room. How many balloons hang there? | x + y
-{A} needs {x} stamps for an album and has {y}. How many stamps are missing? | x - y
-{A} runs {x} kilometers a day. How many kilometers does {A} run in {y} days? | x * y
-{A} earns {x} dollars in {y} hours. How many dollars is that in one hour? | x / y
-The morning was {x} degrees. By noon it was {y} degrees warmer. How warm was noon? | x + y
-A jar held {x} candies before {A} ate {y}. How many candies are still in it? | x - y
-Each of {x} wagons has {y} wheels. How many wheels do they have? | x * y
-{A} puts {x} photos on {y} pages, the same number on each. How many are on a page? | x / y
-{A} has {x} marbles, finds {y} and then loses {z}. How many marbles are left? | x + y; r - z
-{A} buys {x} bags of {y} oranges and eats {z} oranges. How many are left? | x * y; r - z
-{A} had {x} dollars, spent {y} and then earned {z}. How many dollars has {A} now? | x - y; r + z
-{x} boys and {y} girls form teams of {z}. How many teams are there? | x + y; r / z
-{A} had {x} nuts and ate {y}. Then {z} friends shared the rest. How many got each? | x - y; r / z
-A pen costs {x} dollars and a ruler {y}. What do {z} of both cost in dollars? | x + y; r * z
-{A} has {x} dolls, {B} has {y} times as many. How many do both have together? | x * y; r + x
-A baker bakes {x} trays of {y} rolls and {z} more rolls. How many rolls is that? | x * y; r + z
-{x} dollars are shared by {y} workers. One of them spends {z}. What is left of his? | x / y; r - z
-{A} saves {x} dollars a week for {y} weeks. A ball costs {z}. What is left then? | x * y; r - z
-A train has {x} seats, and {y} are free. Then {z} more people sit down. How many sit? | x - y; r + z
-{A} picks {x} roses and {y} tulips and gives away {z}. How many flowers are left? | x + y; r - z
-{A} puts {x} coins in {y} equal piles and adds {z} to one. How many are in that pile? | x / y; r + z
-A room has {x} rows of {y} chairs. {z} more are brought. How many chairs are there? | x * y; r + z
-{A} has {x} shirts. {y} are white, {z} are green, and the rest is black. How many? | x - y; r - z
-A tank holds {x} liters. {A} pours in {y}, then {z}. How many liters are in it? | x + y; r + z
-{A} walks {x} miles there and {x} back, on {y} days. How many miles is that? | x + x; r * y
-{A} makes {x} cards and {B} {y}. They sell them in packs of {z}. How many packs? | x + y; r / z
-Of {x} plates {y} broke. The others stand in stacks of {z}. How many stacks? | x - y; r / z
-{A} is {x} years old. {B} was {y} when {A} was born. How old is {B} in {z} years? | x + y; r + z
-"""
+from __future__ import annotations
 
-HELD_OUT_STORIES = """
-A lake has {x} ducks on it, and {y} more land. How many ducks are on the lake then? | x + y
-A shop had {x} lamps in the morning and sold {y}. How many lamps has it not sold? | x - y
-A spider has {x} legs. How many legs do {y} spiders have? | x * y
-A teacher deals {x} crayons out to {y} tables evenly. How many does a table get? | x / y
-Last year {A} won {x} medals, this year {y}. How many medals has {A} won? | x + y
-A tower is {x} meters high, a house {y}. By how many meters is the tower higher? | x - y
-{A} drinks {x} cups of tea daily. How many cups does {A} drink in {y} days? | x * y
-{A} fills {x} kilos of rice into bags of {y} kilos. How many bags does {A} need? | x / y
-{A} drove {x} miles before lunch and {y} after it. How many miles did {A} drive? | x + y
-{A} had {x} emails and deleted {y}. How many emails remain? | x - y
-{A} caught {x} fish, {B} caught {y}, and they threw {z} back. How many fish remain? | x + y; r - z
-{x} vans with {y} guests each arrive. {z} guests leave. How many guests remain? | x * y; r - z
-A hotel had {x} guests. {y} left and {z} came. How many guests has it now? | x - y; r + z
-{A} has {x} dimes and {B} {y}. They divide all into {z} equal heaps. How big is one? | x + y; r / z
-A cook had {x} potatoes, {y} were bad. He used {z} a day. How many days did it take? | x - y; r / z
-A soup costs {x} dollars, a salad {y}. {z} people order both. How many dollars is it? | x + y; r * z
-{A} sews {x} buttons on each of {y} coats and has {z} left. How many were there? | x * y; r + z
-{x} kittens live in {y} baskets evenly. {z} leave one basket. How many remain in it? | x / y; r - z
-A pack of {x} batteries lost {y}, later {z} more. How many batteries are left? | x - y; r - z
-In May {A} swam {x} laps, in June {y}, in July {z}. How many laps was that? | x + y; r + z
-"""
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
+
+from proxstep.errors import ProxstepError
+from proxstep.tasks.base import REWARDS, Example, Task
+from proxstep.tasks.story_texts import HELD_OUT_STORIES, TRAIN_STORIES
+
+NUM_TRAIN = 100_000
+NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack")
+ANSWERS = range(2, 61)
+_MOST_DRAWS = 100_000
+
+
+@dataclass(frozen=True)
+class Story:
+    """A problem without its numbers.
+
+    Attributes:
+        text: With {x}, {y}, {z} for numbers and {A}, {B} for names.
+        steps: Two operands and an operator each; r is the result of the step before.
+    """
+
+    text: str
+    steps: tuple[tuple[str, str, str], ...]
+
+    @classmethod
+    def read(cls, line: str) -> Story:
+        """Return the story of one line of `story_texts.py`."""
+        text, steps = line.split(" | ")
+        parsed = [tuple(step.split()) for step in steps.split("; ")]
+        return cls(text, tuple((left, operator, right) for left, operator, right in parsed))
+
+    def draw(self, rng: random.Random) -> Example:
+        """Return a problem: its answer is drawn first, then numbers that give it."""
+        target = rng.choice(ANSWERS)
+        for attempt in range(_MOST_DRAWS):
+            if attempt % 200 == 199:  # this story can hardly have that answer
+                target = rng.choice(ANSWERS)
+            numbers = self._numbers(rng)
+            equations = self._equations(numbers)
+            if equations and equations[-1][-1] == target and target not in numbers.values():
+                return self._example(numbers, equations, rng)
+        raise ProxstepError(f"no numbers fit the story {self.text!r}")
+
+    def _numbers(self, rng: random.Random) -> dict[str, int]:
+        """Return a number for each letter: small where it multiplies or divides."""
+        return {letter: rng.choice(values) for letter, values in self._ranges.items()}
+
+    @cached_property
+    def _ranges(self) -> dict[str, range]:
+        small = {right for _, operator, right in self.steps if operator in "*/"}
+        small |= {left for left, operator, _ in self.steps if operator == "*"}
+        letters = sorted(set(re.findall(r"{([xyz])}", self.text)))
+        return {letter: range(2, 10) if letter in small else ANSWERS for letter in letters}
+
+    def _equations(self, numbers: dict[str, int]) -> list[tuple[int, str, int, int]]:
+        """Return each step with its result; nothing where one is not from 2 to 60."""
+        values, equations = dict(numbers), []
+        for left, operator, right in self.steps:
+            a, b = values[left], values[right]
+            if operator == "/" and a % b:
+                return []
+            result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
+            if result not in ANSWERS:
+                return []
+            equations.append((a, operator, b, result))
+            values["r"] = result
+        return equations
+
+    def _example(
+        self,
+        numbers: dict[str, int],
+        equations: list[tuple[int, str, int, int]],
+        rng: random.Random,
+    ) -> Example:
+        first, second = rng.sample(NAMES, 2)
+        question = self.text.format(**numbers, A=first, B=second)
+        answer = str(equations[-1][-1])
+        worked = " ".join(f"{a} {operator} {b} = {c}." for a, operator, b, c in equations)
+        return Example(
+            f"Question: {question}\nAnswer:",
+            answer,
+            solution=f" {worked} The answer is {answer}.",
+        )
+
+
+TRAIN = tuple(map(Story.read, TRAIN_STORIES.strip().splitlines()))
+HELD_OUT = tuple(map(Story.read, HELD_OUT_STORIES.strip().splitlines()))
+
+
+@dataclass(frozen=True)
+class StoriesTrain(Sequence[Example]):
+    """Training examples computed when read: the i-th depends on seed and i alone.
+
+    Attributes:
+        seed: Seed of the draws.
+        length: Number of examples.
+    """
+
+    seed: int
+    length: int = NUM_TRAIN
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Return one example or a list of them."""
+        if isinstance(index, slice):
+            return [self._example(i) for i in range(self.length)[index]]
+        return self._example(range(self.length)[index])
+
+    def _example(self, index: int) -> Example:
+        """Return the example of an index that is in range."""
+        rng = random.Random(f"{self.seed}/{index}")
+        return rng.choice(TRAIN).draw(rng)
+
+
+def stories_task(num_validation: int = 256, seed: int = 0) -> Task:
+    """Return word problems whose validation problems tell stories that training never does.
+
+    Args:
+        num_validation: Number of distinct validation problems, at least 1.
+        seed: Seed of the training sequence and of the validation problems.
+
+    Raises:
+        ProxstepError: num_validation is below 1.
+
+    >>> task = stories_task(num_validation=20)
+    >>> task.train[0].solution
+    """
+    if num_validation < 1:
+        raise ProxstepError(f"num_validation is {num_validation}; give at least 1")
+    rng = random.Random(f"{seed}/validation")
+    validation: dict[str, Example] = {}
+    while len(validation) < num_validation:
+        for story in HELD_OUT:  # in turn, so that every story has its share
+            example = story.draw(rng)
+            validation[str(example.prompt)] = example
+    kept = list(validation.values())[:num_validation]
+    return Task("stories", StoriesTrain(seed), kept, REWARDS["stories"])
