@@ -98,6 +98,14 @@ class ModelSection(Section):
         description="Share of answers, right or without carries, at which the embedded model's "
         "warm-up stops; 0 for none.",
     )
+    warmup_solutions: Positive | None = Field(
+        default=None,
+        description="Supervised warm-up of any other model: fine-tune on so many of the task's own "
+        "training solutions first (stories, gsm8k, math), once and cached; null for none.",
+    )
+    warmup_learning_rate: float = Field(
+        default=5e-5, gt=0, description="Of that warm-up: AdamW, 16 solutions a step, one pass."
+    )
 
 
 class TaskSection(Section):

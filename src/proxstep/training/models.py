@@ -44,12 +44,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
-    """Return the hub name or path to load from; warm the embedded model up if need be.
+    """Return the hub name or path to load from; warm the model up if need be.
 
-    `note` is called with how far the warm-up is, which takes a minute or two.
+    `note` is called with how far the warm-up is, which takes minutes.
     """
     if recipe.model.name != "embedded":
-        return os.path.expanduser(recipe.model.name)  # keeps a leading ./
+        source = os.path.expanduser(recipe.model.name)  # keeps a leading ./
+        if recipe.model.warmup_solutions is None:
+            return source
+        from proxstep.training.warmup import ensure_warmed_up
+
+        return str(ensure_warmed_up(source, recipe, note))
     from proxstep.training.demo_model import ensure_embedded_model
 
     difficulty, score = recipe.task.difficulty, recipe.model.warmup_score
