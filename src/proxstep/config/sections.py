@@ -422,8 +422,13 @@ class LoggingSection(Section):
     num_samples: int = Field(default=4, ge=0, description="Completions kept per evaluation.")
     checkpoint_every: Positive | None = Field(
         default=None,
-        description="Steps between checkpoints; the last step always writes one, and so does a "
-        "run that fails or is interrupted between two steps.",
+        description="Steps between checkpoints; the last step writes one too, and so does a run "
+        "that fails or is interrupted between two steps.",
+    )
+    checkpoint_last: bool = Field(
+        default=True,
+        description="Whether the last step writes one. Without it a finished run keeps what it "
+        "measured, and not the policy.",
     )
     checkpoint_minutes: float | None = Field(
         default=10.0,

@@ -1,8 +1,12 @@
-"""Procedural word problems of one and two steps: no data, worked solutions, held-out stories.
+"""Procedural word problems of two and three steps: no data, held-out stories, two styles.
 
-A training problem and a validation problem never tell the same story (`story_texts.py`). Answers are
-spread over 2 to 60 as evenly as a story allows, so that no constant answer scores; no answer is a
-number of its problem, so that copying one never does.
+A training problem and a validation problem never tell the same story (`story_texts.py`). Answers
+are spread as evenly as a story allows, so that no constant answer scores; no answer is a number of
+its problem, so that copying one never does.
+
+The training solutions are all right, but of two styles: two in three state the answer alone, one
+in three works it out. A small model does not get far without working a problem out. After a
+supervised warm-up on both styles that is for the rewards to discover.
 """
 
 from __future__ import annotations
@@ -20,7 +24,11 @@ from proxstep.tasks.story_texts import HELD_OUT_STORIES, TRAIN_STORIES
 
 NUM_TRAIN = 100_000
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack")
-ANSWERS = range(2, 61)
+ANSWERS = range(2, 41)
+_SMALL = range(2, 10)
+_ADDED = range(2, 21)
+_WORKED = 1 / 3
+"""Share of the training solutions that are worked out."""
 _MOST_DRAWS = 100_000
 
 
@@ -29,7 +37,7 @@ class Story:
     """A problem without its numbers.
 
     Attributes:
-        text: With {x}, {y}, {z} for numbers and {A}, {B} for names.
+        text: With {x}, {y}, {z}, {w} for numbers and {A}, {B} for names.
         steps: Two operands and an operator each; r is the result of the step before.
     """
 
@@ -61,13 +69,19 @@ class Story:
 
     @cached_property
     def _ranges(self) -> dict[str, range]:
+        """Return what each letter may be: small where it multiplies or divides."""
         small = {right for _, operator, right in self.steps if operator in "*/"}
         small |= {left for left, operator, _ in self.steps if operator == "*"}
-        letters = sorted(set(re.findall(r"{([xyz])}", self.text)))
-        return {letter: range(2, 10) if letter in small else ANSWERS for letter in letters}
+        added = {right for _, operator, right in self.steps if operator == "+"}
+        added |= {left for left, operator, _ in self.steps if operator == "+"}
+        letters = sorted(set(re.findall(r"{([wxyz])}", self.text)))
+        return {
+            letter: _SMALL if letter in small else _ADDED if letter in added else ANSWERS
+            for letter in letters
+        }
 
     def _equations(self, numbers: dict[str, int]) -> list[tuple[int, str, int, int]]:
-        """Return each step with its result; nothing where one is not from 2 to 60."""
+        """Return each step with its result; nothing where one is not among `ANSWERS`."""
         values, equations = dict(numbers), []
         for left, operator, right in self.steps:
             a, b = values[left], values[right]
@@ -89,11 +103,11 @@ class Story:
         first, second = rng.sample(NAMES, 2)
         question = self.text.format(**numbers, A=first, B=second)
         answer = str(equations[-1][-1])
-        worked = " ".join(f"{a} {operator} {b} = {c}." for a, operator, b, c in equations)
+        worked = "".join(f" {a} {operator} {b} = {c}." for a, operator, b, c in equations)
+        if rng.random() > _WORKED:
+            worked = ""
         return Example(
-            f"Question: {question}\nAnswer:",
-            answer,
-            solution=f" {worked} The answer is {answer}.",
+            f"Question: {question}\nAnswer:", answer, solution=f"{worked} The answer is {answer}."
         )
 
 
