@@ -14,6 +14,7 @@ from torch import nn
 
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.tokens import kl_divergence, kl_estimate
+from proxstep.training.generation import sample
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import (
     Completions,
@@ -22,7 +23,6 @@ from proxstep.training.rollout import (
     evaluating,
     initial_policy,
     response_logits,
-    sample,
 )
 from proxstep.typing import Float, Tensor
 
