@@ -91,7 +91,8 @@ ALWAYS = {
     *("update.microbatch_size", "optimizer.name", "optimizer.learning_rate"),
     *("optimizer.weight_decay", "optimizer.max_grad_norm", "optimizer.warmup_updates"),
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
-    *("evaluation.kl_policy_initial", "logging.tracker", "logging.num_samples"),
+    *("evaluation.kl_policy_initial", "evaluation.baselines"),
+    *("logging.tracker", "logging.num_samples"),
     *("logging.checkpoint_every", "logging.checkpoint_minutes", "logging.checkpoints_kept"),
 }
 """Keys that every setting reads. The objective's are arguments of the algorithm's functions."""

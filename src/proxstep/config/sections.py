@@ -410,6 +410,11 @@ class EvaluationSection(Section):
         default=True,
         description="KL(policy || initial); keeps a copy of the initial weights, except with LoRA.",
     )
+    baselines: bool = Field(
+        default=True,
+        description="Grade the best constant answer and numbers copied from the prompt, once, by "
+        "the first reward function: what a score must be held against.",
+    )
 
 
 class LoggingSection(Section):

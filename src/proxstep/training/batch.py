@@ -18,6 +18,7 @@ from proxstep.algorithms import OldPolicy
 from proxstep.algorithms.advantages import Groups
 from proxstep.config.recipe import Recipe
 from proxstep.rewards import overlong_punishment
+from proxstep.training.generation import sample
 from proxstep.training.objective import Objective
 from proxstep.training.prompts import Prompts, batch_rows
 from proxstep.training.regularizers import reward_penalty
@@ -26,7 +27,6 @@ from proxstep.training.rollout import (
     autocast,
     completion_log_probs,
     joined,
-    sample,
     vocabulary_size,
 )
 from proxstep.typing import Float, Int, Tensor

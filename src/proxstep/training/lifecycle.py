@@ -69,6 +69,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         folder.check_room(model)
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
         folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
+        keep_baselines(recipe, prompts[1], folder)
         return trainer.run()
 
 
@@ -140,6 +141,12 @@ def evaluate(
             batch_size=recipe.evaluation.batch_size,
         )
     return result, validation
+
+
+def keep_baselines(recipe: Recipe, validation: Prompts, folder: RunFolder) -> None:
+    """Write into run.json what needs no skill, where a recipe asks for it."""
+    if recipe.evaluation.baselines:
+        folder.update_info(baselines=validation.baselines().to_dict())
 
 
 def check(recipe: Recipe) -> None:

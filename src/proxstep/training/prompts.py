@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,18 @@ import torch
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.rewards import (
+    CODE_REWARDS,
+    Baselines,
     RewardFunction,
     RewardTable,
     check_rewards,
+    completion_text,
     load_reward,
     reward_columns,
     reward_name,
     score_completions,
 )
+from proxstep.rewards.baselines import measure
 from proxstep.tasks import Example, Task
 from proxstep.training.guarded import guarded
 
@@ -63,6 +67,33 @@ class Prompts:
 
         `truncated` says of each whether it was cut off at the length limit; None for never.
         """
+        return self._grade(self._functions, self._weights, indices, completions, truncated)
+
+    def baselines(self, advance: Callable[[], None] = lambda: None) -> Baselines:
+        """Return what a constant answer and copied numbers earn, by the first reward function.
+
+        `advance` is called after each of at most `baselines.NUM_PASSES` passes over the prompts.
+        """
+        if reward_name(self._functions[0]) in CODE_REWARDS:
+            return Baselines(note="the completions are programs")
+        examples = list(self.examples)
+
+        def grade(completions: list[str]) -> list[float | None]:
+            table = self._grade(self._functions[:1], [1.0], range(len(examples)), completions, None)
+            advance()
+            return next(iter(table.per_function.values()))
+
+        questions = [e.question or completion_text(e.prompt) for e in examples]
+        return measure(questions, [e.answer for e in examples], grade)
+
+    def _grade(
+        self,
+        functions: Sequence[RewardFunction],
+        weights: Sequence[float],
+        indices: Iterable[int],
+        completions: Sequence[str],
+        truncated: Sequence[bool] | None,
+    ) -> RewardTable:
         examples = [self.examples[i] for i in indices]
         prompts: list[Any] = [e.prompt for e in examples]
         answers: list[Any] = [
@@ -70,9 +101,7 @@ class Prompts:
             for e, text in zip(examples, completions, strict=True)
         ]
         columns = reward_columns(examples)
-        return score_completions(
-            self._functions, self._weights, prompts, answers, columns, truncated
-        )
+        return score_completions(functions, weights, prompts, answers, columns, truncated)
 
     def check(self, limit: int, where: str) -> None:
         """Refuse prompts that do not fit the tokenizer, are empty, or are longer than the limit.

@@ -72,6 +72,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
             device = trainer.accelerator.device
             folder.create(recipe, device, sum(p.numel() for p in trainer.model.parameters()))
             folder.update_info(engine="trl", trl_version=trl.__version__)
+            lifecycle.keep_baselines(recipe, prepared.validation, folder)
         trainer.accelerator.wait_for_everyone()
         return _run(recipe, prepared, trainer, folder, progress, None)
 

@@ -38,7 +38,8 @@ TRANSLATED = (
 
 RUN_FOLDER = (
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
-    *("evaluation.kl_policy_initial", "logging.num_samples", "task.max_prompt_length"),
+    *("evaluation.kl_policy_initial", "evaluation.baselines"),
+    *("logging.num_samples", "task.max_prompt_length"),
     *("logging.checkpoint_minutes", "logging.checkpoints_kept", "task.reward_seconds"),
 )
 """What `proxstep train` adds to a run, and a printed script has not: TRL has no such thing."""
