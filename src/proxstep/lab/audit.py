@@ -7,22 +7,20 @@ It reads the greedy completions that runs keep, and says nothing of runs that ke
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
-from proxstep.rewards import final_number
+from proxstep.rewards import narrowness
 from proxstep.runs.reading import Run, by_algorithm, load_samples
 
 # Student's t, 97.5 %, by degrees of freedom; beyond them the normal distribution's is near enough.
 _T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 _FEWEST_ROWS = 50
 _NUM_SHOWN = 10
-_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _EQUATION = re.compile(r"(-?[0-9]{1,9}) ([-+*/]) (-?[0-9]{1,9}) = (-?[0-9]{1,9})(?!\.?[0-9])")
 
 Row = dict[str, Any]
@@ -58,62 +56,30 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Baselines:
-    """What trivial answers score on the validation prompts.
-
-    Attributes:
-        constant: The answer that is right most often.
-        constant_score: How often it is.
-        copying: Which number of the prompt is right most often when copied.
-        copying_score: How often it is.
-    """
-
-    constant: str
-    constant_score: float
-    copying: str
-    copying_score: float
-
-
-def baselines(rows: Sequence[Row]) -> Baselines:
-    """Return what trivial answers score on the prompts of some completions."""
-    answers = [str(row["answer"]) for row in rows]
-    constant, count = Counter(answers).most_common(1)[0]
-    places: dict[str, Callable[[list[str]], str]] = {
-        "first": lambda numbers: numbers[0],
-        "last": lambda numbers: numbers[-1],
-        "largest": lambda numbers: max(numbers, key=float),
-        "smallest": lambda numbers: min(numbers, key=float),
-    }
-    scores = {}
-    for place, chosen in places.items():
-        numbers = [_NUMBER.findall(_text(row["prompt"])) for row in rows]
-        hits = [bool(n) and chosen(n) == a for n, a in zip(numbers, answers, strict=True)]
-        scores[place] = sum(hits) / len(rows)
-    copying = max(scores, key=lambda place: scores[place])
-    return Baselines(constant, count / len(rows), copying, scores[copying])
-
-
-@dataclass(frozen=True)
 class Answers:
     """What a policy answered.
 
     Attributes:
-        most_frequent: Its most frequent final number.
-        share: Of the completions that end with it.
+        most_frequent: Its most frequent answer, as numbers are graded.
+        share: Of the completions that give it.
+        with_equations: Share of the completions that have an equation of two numbers.
         true_equations: Share of the completions whose equations, at least one, are all true.
     """
 
     most_frequent: str
     share: float
+    with_equations: float
     true_equations: float
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Answers:
         """Return what the completions answered."""
-        numbers = Counter(_answer(str(row["completion"])) for row in rows)
-        most_frequent, count = numbers.most_common(1)[0]
-        true = [has_true_equations(str(row["completion"])) for row in rows]
-        return cls(most_frequent, count / len(rows), sum(true) / len(rows))
+        texts = [str(row["completion"]) for row in rows]
+        narrow = narrowness(texts, [str(row["answer"]) for row in rows])
+        some = [bool(_EQUATION.search(text)) for text in texts]
+        true = [has_true_equations(text) for text in texts]
+        answer = "none" if narrow.answer is None else narrow.answer
+        return cls(answer, narrow.share, mean(some), mean(true))
 
 
 @dataclass(frozen=True)
@@ -147,12 +113,14 @@ class Audit:
 
     Attributes:
         num_prompts: Validation prompts whose completions were kept.
-        baselines: What trivial answers score on them.
+        constant: The best constant answer and its score, None where it was not measured.
+        copied: The same of copying a number from the prompt.
         algorithms: One for each algorithm.
     """
 
     num_prompts: int
-    baselines: Baselines
+    constant: dict[str, Any] | None
+    copied: dict[str, Any] | None
     algorithms: list[AlgorithmAudit]
 
 
@@ -162,10 +130,11 @@ def audit(runs: Sequence[Run]) -> Audit | None:
     if not kept:
         return None
     completions = {id(run): rows for run, rows in kept}
-    first = kept[0][1][0]
+    first, baselines = kept[0][1][0], kept[0][0].info.get("baselines") or {}
     return Audit(
         len(first),
-        baselines(first),
+        baselines.get("constant"),
+        baselines.get("copied"),
         [
             _of_algorithm(algorithm, [completions[id(run)] for run in members])
             for algorithm, members in by_algorithm(run for run, _ in kept).items()
@@ -209,11 +178,6 @@ def _score(rows: Sequence[Row]) -> float:
     return mean(given) if given else 0.0
 
 
-def _answer(completion: str) -> str:
-    number = final_number(completion)
-    return "none" if number is None else str(number)
-
-
 def has_true_equations(text: str) -> bool:
     """Whether a text has equations of two numbers, and all of them are true.
 
@@ -229,8 +193,3 @@ def _is_true(left: str, operator: str, right: str, result: str) -> bool:
     if operator == "/":
         return b != 0 and a / b == c
     return {"+": a + b, "-": a - b, "*": a * b}[operator] == c
-
-
-def _text(prompt: Any) -> str:
-    """Return a prompt's text, a chat's last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
