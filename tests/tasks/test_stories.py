@@ -27,7 +27,8 @@ def words(story: Story) -> set[str]:
 
 
 def test_no_story_is_told_in_both_splits() -> None:
-    assert len(set(TRAIN)) == len(TRAIN) >= 40 and len(set(HELD_OUT)) == len(HELD_OUT) >= 20
+    assert len(set(TRAIN)) == len(TRAIN) >= 40
+    assert len(set(HELD_OUT)) == len(HELD_OUT) >= 20
     assert not {story.text for story in TRAIN} & {story.text for story in HELD_OUT}
     for held_out in HELD_OUT:  # nor one that is nearly the same
         nearest = max(
@@ -39,7 +40,8 @@ def test_no_story_is_told_in_both_splits() -> None:
 
 def test_both_splits_have_each_kind_of_step() -> None:
     kinds = [{tuple(s[1] for s in story.steps) for story in split} for split in (TRAIN, HELD_OUT)]
-    assert kinds[0] >= kinds[1] and {len(kind) for kind in kinds[1]} == {1, 2}
+    assert kinds[0] >= {kind for kind in kinds[1] if len(kind) == 2}
+    assert {len(kind) for kind in kinds[1]} == {2, 3}
 
 
 def test_solutions_are_true_and_end_with_the_answer() -> None:
@@ -47,17 +49,24 @@ def test_solutions_are_true_and_end_with_the_answer() -> None:
         assert example.solution is not None
         equations = EQUATION.findall(example.solution)
         for a, operator, b, result in equations:
-            a, b, result = int(a), int(b), int(result)
-            assert {"+": a + b, "-": a - b, "*": a * b}.get(operator, a / b) == result
-        assert equations[-1][-1] == example.answer and 2 <= int(example.answer) <= 60
+            left, right = int(a), int(b)
+            results = {"+": left + right, "-": left - right, "*": left * right}
+            assert results.get(operator, left / right) == int(result)
+        assert not equations or equations[-1][-1] == example.answer
+        assert 2 <= int(example.answer) <= 40
         assert stated_answer([""], [example.solution], answer=[example.answer]) == [1.0]
+
+
+def test_a_third_of_the_solutions_is_worked_out() -> None:
+    solutions = [str(example.solution) for example in stories_task(1).train[:600]]
+    assert 0.27 < sum("=" in solution for solution in solutions) / 600 < 0.4
 
 
 def test_no_trivial_answer_scores() -> None:
     validation = stories_task(300).validation
-    assert Counter(e.answer for e in validation).most_common(1)[0][1] <= 0.05 * 300
+    assert Counter(e.answer for e in validation).most_common(1)[0][1] <= 0.06 * 300
     assert not any(e.answer in re.findall(r"\d+", str(e.prompt)) for e in validation)
-    assert len({e.prompt for e in validation}) == 300
+    assert len({str(e.prompt) for e in validation}) == 300
 
 
 def test_an_example_depends_on_seed_and_index_alone() -> None:

@@ -410,6 +410,11 @@ class EvaluationSection(Section):
         default=True,
         description="KL(policy || initial); keeps a copy of the initial weights, except with LoRA.",
     )
+    remember_first: bool = Field(
+        default=False,
+        description="Keep the greedy completions before step 1 in the cache, and take them from "
+        "there: the runs of a comparison begin with the same policy.",
+    )
     baselines: bool = Field(
         default=True,
         description="Grade the best constant answer and numbers copied from the prompt, once, by "

@@ -12,7 +12,7 @@ A bus carries {x} people. {y} get off and {z} get on. How many are on it now? | 
 {A} read {x} pages on Monday, {y} on Tuesday and {z} on Friday. How many is that? | x + y; r + z
 Of {x} books on a shelf {A} takes {y} and {B} takes {z}. How many stay there? | x - y; r - z
 A ticket costs {x} dollars. {A} buys {y} and a map for {z}. What does {A} pay? | x * y; r + z
-{A} cuts {x} meters of rope into {y} equal parts and takes {z} of them. How long is it? | x / y; r * z
+{A} cuts {x} meters of rope into {y} equal parts. How long are {z} of them? | x / y; r * z
 {A} is {x} years old, {B} is {y} years older. How old is {B} in {z} years? | x + y; r + z
 {A} scored {x} points, {B} {y} fewer. How many did {B} have after {z} more? | x - y; r + z
 A farmer plants {x} rows of {y} trees. {z} of them die. How many trees live? | x * y; r - z
@@ -46,7 +46,7 @@ A tank holds {x} liters. {A} pours in {y}, then {z}. How many are in it? | x + y
 Of {x} plates {y} broke. The others stand in stacks of {z}. How many stacks? | x - y; r / z
 {A} was {x} years old when {B} was born. {B} is {y}. How old is {A} in {z} years? | x + y; r + z
 {A} has {x} hens. {y} more come, {z} fly off, {w} are sold. How many? | x + y; r - z; r - w
-{A} buys {x} cups for {y} dollars each, a pot for {z} and a pan for {w}. The sum? | x * y; r + z; r + w
+{A} buys {x} cups at {y} dollars, a pot for {z} and a pan for {w}. The sum? | x * y; r + z; r + w
 {A} had {x} songs, deleted {y}, added {z}, and deleted {w}. How many? | x - y; r + z; r - w
 {x} girls and {y} boys each bring {z} cakes. {w} are eaten. How many are left? | x + y; r * z; r - w
 """
