@@ -24,10 +24,9 @@ from proxstep.tasks.story_texts import HELD_OUT_STORIES, TRAIN_STORIES
 
 NUM_TRAIN = 100_000
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack")
-ANSWERS = range(2, 41)
-_SMALL = range(2, 10)
-_ADDED = range(2, 21)
-_WORKED = 1 / 3
+ANSWERS = range(2, 31)
+_DIGITS = range(2, 10)
+_WORKED = 0.3
 """Share of the training solutions that are worked out."""
 _MOST_DRAWS = 100_000
 
@@ -69,16 +68,10 @@ class Story:
 
     @cached_property
     def _ranges(self) -> dict[str, range]:
-        """Return what each letter may be: small where it multiplies or divides."""
-        small = {right for _, operator, right in self.steps if operator in "*/"}
-        small |= {left for left, operator, _ in self.steps if operator == "*"}
-        added = {right for _, operator, right in self.steps if operator == "+"}
-        added |= {left for left, operator, _ in self.steps if operator == "+"}
+        """Return what each letter may be: one digit, except what is divided or taken from."""
         letters = sorted(set(re.findall(r"{([wxyz])}", self.text)))
-        return {
-            letter: _SMALL if letter in small else _ADDED if letter in added else ANSWERS
-            for letter in letters
-        }
+        large = {left for left, operator, _ in self.steps if operator in "-/"}
+        return {letter: ANSWERS if letter in large else _DIGITS for letter in letters}
 
     def _equations(self, numbers: dict[str, int]) -> list[tuple[int, str, int, int]]:
         """Return each step with its result; nothing where one is not among `ANSWERS`."""
