@@ -68,6 +68,7 @@ VALUES: dict[str, Any] = {
     "objective.tau_max": 1.2,
     "regularizer.kl_estimator": "k2",
     "rollout.overlong_buffer": 2,
+    "rollout.stop": ["."],
     "update.num_minibatches": 2,
 }
 
