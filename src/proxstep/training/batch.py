@@ -336,6 +336,7 @@ def _generation_batch(
             top_p=section.top_p,
             top_k=section.top_k,
             with_log_probs=recipe.keeps_sampler,
+            stop=section.stop or (),
         )
     with phase("reward"):
         truncated = completions.truncated_B.tolist()

@@ -94,6 +94,7 @@ def greedy_score(
     *,
     max_new_tokens: int,
     batch_size: int,
+    stop: Sequence[str] = (),
     memory: Path | None = None,
 ) -> GreedyResult:
     """Complete every prompt greedily and grade the completions.
@@ -102,7 +103,7 @@ def greedy_score(
     """
     kept = recall(memory, len(prompts)) if memory else None
     texts, lengths, truncated = kept or _complete(
-        model, tokenizer, prompts, max_new_tokens, batch_size
+        model, tokenizer, prompts, max_new_tokens, batch_size, stop
     )
     if memory and not kept:
         remember(memory, texts, lengths, truncated)
@@ -117,7 +118,12 @@ def greedy_score(
 
 
 def _complete(
-    model: nn.Module, tokenizer: Any, prompts: Prompts, max_new_tokens: int, batch_size: int
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Prompts,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: Sequence[str],
 ) -> tuple[list[str], list[int], list[bool]]:
     """Return each greedy completion's text and length, and whether it was cut off."""
     texts: list[str] = []
@@ -131,6 +137,7 @@ def _complete(
             [prompts.tokens(i) for i in rows],
             max_new_tokens=max_new_tokens,
             greedy=True,
+            stop=stop,
         )
         texts += completions.texts(tokenizer)
         lengths += completions.lengths().tolist()
@@ -155,21 +162,23 @@ def evaluate(
         The metrics, the completions to keep (their step left out), and the probe.
     """
     section, limit = recipe.evaluation, recipe.rollout.max_completion_length
+    stop = recipe.rollout.stop or ()
     count = min(section.num_probe_prompts, len(validation))
     prompts = [validation.tokens(row) for row in range(count)]
     head = recipe.model.head
     torch.manual_seed(recipe.seed)
     memory = None
     if probe is None:
-        probe = Probe.draw(model, tokenizer, prompts, limit, head)
+        probe = Probe.draw(model, tokenizer, prompts, limit, head, stop)
         if section.remember_first:
-            memory = memory_of(model, validation, limit, section.batch_size)
+            memory = memory_of(model, validation, limit, section.batch_size, stop)
     greedy = greedy_score(
         model,
         tokenizer,
         validation,
         max_new_tokens=limit,
         batch_size=section.batch_size,
+        stop=stop,
         memory=memory,
     )
     measured = {
@@ -184,6 +193,7 @@ def evaluate(
             prompts,
             limit,
             batch_size=len(prompts) if head == "full" else 1,
+            stop=stop,
         )
     return measured, greedy.rows(validation)[: recipe.logging.num_samples], probe
 
@@ -206,9 +216,10 @@ class Probe:
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         head: Head = "full",
+        stop: Sequence[str] = (),
     ) -> Probe:
         """Sample one completion for each prompt at temperature 1."""
-        completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop)
         log_prob_BT = completion_log_probs(model, completions, 1.0, len(completions), head)
         return cls(completions, log_prob_BT)
 
@@ -240,13 +251,14 @@ def kl_from_initial(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int,
+    stop: Sequence[str] = (),
 ) -> float:
     """Return KL(policy || initial) in nats per token, exact over the vocabulary.
 
     The policy samples one completion for each prompt at temperature 1; the logits of `batch_size`
     completions exist at a time. `initial` is as for `evaluate`.
     """
-    completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop)
     parts = []
     with evaluating(model):
         for rows in torch.arange(len(completions)).split(batch_size):

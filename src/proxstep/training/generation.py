@@ -186,6 +186,8 @@ class _Decoder:
         self._cache: Any = None
         base: Any = getattr(model, "get_base_model", lambda: model)()
         options = inspect.signature(base.forward).parameters
+        kinds = {option.kind for option in options.values()}
+        self._takes_position = "position_ids" in options or inspect.Parameter.VAR_KEYWORD in kinds
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in options else {}
 
     def read(self, token_PT: Tensor, attention_PT: Tensor, room: int) -> Tensor:
@@ -218,16 +220,18 @@ class _Decoder:
         return self._forward(token_N[:, None], self._position)
 
     def _forward(self, token: Tensor, position: Tensor) -> Tensor:
-        cache = {} if self._cache is None else {self._cache_name: self._cache}
+        given = {} if self._cache is None else {self._cache_name: self._cache}
+        if self._takes_position:
+            given["position_ids"] = position
         out = self._model(
             input_ids=token,
             attention_mask=self._attention[:, : self._width],
-            position_ids=position,
             use_cache=True,
-            **cache,
+            **given,
             **self._options,
         )
-        self._cache_name = "cache" if "cache" in out else "past_key_values"  # renamed in 5.24
+        # The argument has the field's name: past_key_values, and cache in later versions.
+        self._cache_name = "cache" if "cache" in out else "past_key_values"
         self._cache = out.get(self._cache_name)
         return out.logits[:, -1].float()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,14 +20,16 @@ from proxstep.training.demo_model import cache_folder
 from proxstep.training.prompts import Prompts
 
 
-def memory_of(model: nn.Module, prompts: Prompts, max_new_tokens: int, batch_size: int) -> Path:
+def memory_of(
+    model: nn.Module, prompts: Prompts, max_new_tokens: int, batch_size: int, stop: Sequence[str]
+) -> Path:
     """Return the file in which a policy's greedy completions of some prompts are kept."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     device = next(model.parameters()).device.type
-    how = [max_new_tokens, batch_size, device, torch.get_num_threads(), torch.__version__]
+    how = [max_new_tokens, batch_size, list(stop), device, torch.get_num_threads(), torch.__version__]
     tokens = [prompts.tokens(row) for row in range(len(prompts))]
     digest.update(json.dumps([how, tokens]).encode())
     return cache_folder() / "greedy" / f"{digest.hexdigest()}.json"
