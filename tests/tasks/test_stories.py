@@ -53,7 +53,7 @@ def test_solutions_are_true_and_end_with_the_answer() -> None:
             results = {"+": left + right, "-": left - right, "*": left * right}
             assert results.get(operator, left / right) == int(result)
         assert not equations or equations[-1][-1] == example.answer
-        assert 2 <= int(example.answer) <= 40
+        assert 2 <= int(example.answer) <= 30
         assert stated_answer([""], [example.solution], answer=[example.answer]) == [1.0]
 
 
@@ -64,7 +64,7 @@ def test_a_third_of_the_solutions_is_worked_out() -> None:
 
 def test_no_trivial_answer_scores() -> None:
     validation = stories_task(300).validation
-    assert Counter(e.answer for e in validation).most_common(1)[0][1] <= 0.06 * 300
+    assert Counter(e.answer for e in validation).most_common(1)[0][1] <= 0.08 * 300
     assert not any(e.answer in re.findall(r"\d+", str(e.prompt)) for e in validation)
     assert len({str(e.prompt) for e in validation}) == 300
 
