@@ -33,6 +33,8 @@ _NUM_RISING_STEPS = 5
 _COOLDOWN = 0.3
 """Share of the steps, at the end, over which the learning rate falls to 0: a policy that stops at
 a high one improves by any training at all, whatever its rewards."""
+_SEED = 2**31 - 1
+"""Of the draw of the examples; hardly a run's own."""
 RECORD = "warmup.json"
 
 
@@ -100,15 +102,16 @@ def _key(source: str, recipe: Recipe) -> int:
 
 
 def _examples(train: Sequence[Example], number: int) -> list[Example]:
-    """Return some training examples, drawn as a run of seed 0 would; raise if any has no solution.
+    """Return training examples, drawn as a run of another seed would draw its prompts.
 
-    They are spread over the data as the prompts of a run are.
+    Raises:
+        ProxstepError: If there are not so many, or one has no solution.
     """
     if number > len(train):
         raise ProxstepError(
             f"model.warmup_solutions is {number}, but there are {len(train)} training examples"
         )
-    examples = [train[row] for row in batch_rows(len(train), number, 0, seed=0)]
+    examples = [train[row] for row in batch_rows(len(train), number, 0, _SEED)]
     if any(example.solution is None for example in examples):
         raise ProxstepError(
             "model.warmup_solutions needs a task with solutions: stories, gsm8k or math"
