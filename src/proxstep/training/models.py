@@ -17,6 +17,7 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.config.sections import Lora
 from proxstep.errors import ProxstepError
+from proxstep.training.gguf import ensure_converted, is_gguf
 
 
 def pick_device(name: str) -> torch.device:
@@ -44,12 +45,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
-    """Return the hub name or path to load from; warm the model up if need be.
+    """Return the hub name or path to load from; convert the model or warm it up if need be.
 
-    `note` is called with how far the warm-up is, which takes minutes.
+    `note` is called with how far that is: a minute or two for the embedded model's warm-up, half a
+    minute for a GGUF file of 100 MB, minutes for a warm-up on solutions.
     """
     if recipe.model.name != "embedded":
         source = os.path.expanduser(recipe.model.name)  # keeps a leading ./
+        if is_gguf(recipe.model.name):
+            source = str(ensure_converted(recipe.model.name, note))
         if recipe.model.warmup_solutions is None:
             return source
         from proxstep.training.warmup import ensure_warmed_up

@@ -29,7 +29,14 @@ def memory_of(
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     device = next(model.parameters()).device.type
-    how = [max_new_tokens, batch_size, list(stop), device, torch.get_num_threads(), torch.__version__]
+    how = [
+        max_new_tokens,
+        batch_size,
+        list(stop),
+        device,
+        torch.get_num_threads(),
+        torch.__version__,
+    ]
     tokens = [prompts.tokens(row) for row in range(len(prompts))]
     digest.update(json.dumps([how, tokens]).encode())
     return cache_folder() / "greedy" / f"{digest.hexdigest()}.json"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +20,9 @@ from torch import nn
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.runs.durable import write_file
 from proxstep.tasks import Example
-from proxstep.training.demo_model import cache_folder, solution_loss
+from proxstep.training.demo_model import cache_folder, keep, solution_loss
 from proxstep.training.prompts import batch_rows
 
 _VERSION = 1
@@ -58,7 +57,7 @@ def ensure_warmed_up(
     from proxstep.training.models import load_model, load_tokenizer, pick_device
 
     folder = cache_folder() / f"warmed-up-v{_VERSION}-{_key(source, recipe):08x}"
-    if (folder / RECORD).is_file():
+    if (folder / "config.json").is_file():
         return folder
     start = time.perf_counter()
     tokenizer = load_tokenizer(source)
@@ -77,15 +76,8 @@ def ensure_warmed_up(
         "losses": losses,
         "seconds": time.perf_counter() - start,
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    model.save_pretrained(scratch)  # type: ignore[operator]
-    tokenizer.save_pretrained(scratch)
-    (scratch / RECORD).write_text(json.dumps(record), encoding="utf-8")
-    try:
-        scratch.rename(folder)
-    except OSError:  # another process was faster; its model is the same
-        shutil.rmtree(scratch)
+    keep(folder, model, tokenizer)
+    write_file(folder / RECORD, json.dumps(record).encode())
     return folder
 
 
