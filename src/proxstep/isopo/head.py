@@ -187,6 +187,10 @@ class HeadGradients(PositionGradients):
         """Not for all positions at a time."""
         raise NotImplementedError
 
+    def importance(self) -> Float[Tensor, " positions"]:
+        """Return 1 where there is a row: |G_t|^2 would take its logits once more."""
+        return (self.row_of_T >= 0).to(self.grad_ND.dtype)
+
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, "vocab features"]:
         """Return sum_t weight_t G_t."""
         work, row_T = _Work(self, None, needs_norm=False), self.row_of_T

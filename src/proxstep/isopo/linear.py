@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -132,6 +132,11 @@ class OuterGradients(PositionGradients):
         """Return those of some positions."""
         return type(self)(self.grad_TO[index], self.input_TI[index])
 
+    @cached_property
+    def _lengths_T(self) -> Float[Tensor, " positions"]:
+        """|g_t|."""
+        return _lengths(self.grad_TO)
+
     def _run(self, start: int, end: int) -> OuterGradients:
         return OuterGradients(self.grad_TO[start:end], self.input_TI[start:end])
 
@@ -139,9 +144,8 @@ class OuterGradients(PositionGradients):
         """Leave out positions without a gradient where that saves a lot: the prompts in a head."""
         if self.grad_TO.shape[1] < 4 * self.input_TI.shape[1]:
             return layout
-        trimmed = layout.trim(torch.linalg.vector_norm(self.grad_TO, dim=1) != 0)
-        left = sum(end - start for start, end in trimmed.bounds)
-        return trimmed if left <= 0.9 * layout.num_positions else layout
+        trimmed = layout.trim(self._lengths_T != 0)
+        return trimmed if sum(trimmed.lengths) <= 0.9 * layout.num_positions else layout
 
     @property
     def _wide(self) -> torch.dtype:
@@ -150,8 +154,7 @@ class OuterGradients(PositionGradients):
 
     def squares(self) -> Float[Tensor, " positions"]:
         """Return |G_t|^2."""
-        grad_TO, input_TI = self.grad_TO.to(self._wide), self.input_TI.to(self._wide)
-        return grad_TO.square().sum(1) * input_TI.square().sum(1)
+        return (self._lengths_T * _lengths(self.input_TI)).square()
 
     def contract(
         self, weight: Float[Tensor, " positions"], layout: Layout | None = None
@@ -364,6 +367,11 @@ def _in_blocks(
     return cross_KB, norm_B, ntk_BB
 
 
+def _lengths(value_TN: Tensor) -> Float[Tensor, " positions"]:
+    wide = torch.promote_types(value_TN.dtype, torch.float32)
+    return torch.linalg.vector_norm(value_TN, dim=1, dtype=wide)
+
+
 def _in_turn(bounds: tuple[tuple[int, int], ...], rows: int) -> Iterator[slice]:
     """Yield sequences that follow each other, so many at a time that they have `rows` positions."""
     first, count = 0, 0
@@ -388,7 +396,7 @@ def _shape(outer: OuterGradients, layout: Layout, sample: OuterGradients | None)
     return Shape(
         out_features=outer.grad_TO.shape[1],
         in_features=outer.input_TI.shape[1],
-        lengths=tuple(end - start for start, end in layout.bounds),
+        lengths=layout.lengths,
         num_samples=0 if sample is None else len(sample.grad_TO),
         itemsize=max(outer.grad_TO.itemsize, 4),
         device=outer.grad_TO.device.type,

@@ -82,7 +82,12 @@ class Layout:
     @cached_property
     def is_full(self) -> bool:
         """Whether there is no padding."""
-        return sum(end - start for start, end in self.bounds) == self.num_positions
+        return sum(self.lengths) == self.num_positions
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions of each sequence."""
+        return tuple(end - start for start, end in self.bounds)
 
     @cached_property
     def _one_hot_TB(self) -> Float[Tensor, "positions batch"]:
@@ -195,11 +200,12 @@ def _bounds(sequence_T: Tensor, num_sequences: int) -> tuple[tuple[int, int], ..
 
 
 class Rows(NamedTuple):
-    """Sampled positions: their priorities, and whose they are."""
+    """Sampled positions: their priorities, whose they are, and their importance."""
 
     priority_K: Float[Tensor, " samples"]
     key_K: Int[Tensor, " samples"]
     group_K: Int[Tensor, " samples"]
+    weight_K: Float[Tensor, " samples"]
 
     def at(self, index: Int[Tensor, " some"]) -> Rows:
         """Return some of them."""
