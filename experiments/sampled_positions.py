@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -209,7 +210,7 @@ def main() -> None:
         "parameters": len(batch.products),
         "draws": arguments.draws,
     }
-    rows = []
+    rows, console = [], Console()
     for way, count in [(None, 0), *((way, count) for count in SIZES for way in WAYS)]:
         found = [errors(batch, way, count, generator) for _ in range(arguments.draws if way else 1)]
         gradient, norms = (sum(values) / len(values) for values in zip(*found, strict=True))
@@ -222,12 +223,12 @@ def main() -> None:
                 "log_fisher": round(norms, 4),
             }
         )
-        print(rows[-1]["way"], count, rows[-1]["gradient"], rows[-1]["log_fisher"], flush=True)
+        console.print(rows[-1]["way"], count, rows[-1]["gradient"], rows[-1]["log_fisher"])
     before = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
     kept = [row for row in before if row["model"] != common["model"]]
     report = {"machine": describe_machine(torch.device("cpu")), "rows": [*kept, *rows]}
     arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"{time.process_time() - start:.0f} s of processor time")
+    console.print(f"{time.process_time() - start:.0f} s of processor time")
 
 
 if __name__ == "__main__":
