@@ -6,10 +6,13 @@ It happens once for a model, a task and the keys `model.warmup_*`; its result is
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,8 @@ def ensure_warmed_up(
         "seconds": time.perf_counter() - start,
     }
     keep(folder, model, tokenizer)
+    del model
+    _give_memory_back()
     write_file(folder / RECORD, json.dumps(record).encode())
     return folder
 
@@ -136,3 +141,10 @@ def fine_tune(
         note(f"warm-up {step + 1}/{len(batches)}: loss {losses[-1]:.2f}, about {rest:.0f} s left")
     model.eval()
     return losses
+
+
+def _give_memory_back() -> None:
+    """Return what the warm-up held to the system, where glibc would keep it for later."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
