@@ -57,10 +57,11 @@ reference: setup  ## Write the reference pages of docs/ from the code
 	$(BIN)/python scripts/make_scaling.py
 
 test: setup  ## The test suite (under 10 minutes on two cores)
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --ignore tests/trust
 
-test-all: test  ## The test suite, the slow tests, TRL's with its oldest release, verl's
+test-all: test  ## The test suite, the slow tests, trust's quick ones, TRL's with its oldest release, verl's
 	$(BIN)/python -m pytest -q -n 2 -m slow --ignore tests/trust  # make trust runs those
+	$(BIN)/python -m pytest -q -n 2 tests/trust
 	$(MAKE) test-trl-oldest test-verl
 
 trust: setup  ## The suites behind docs/reliability.md, with their counts (under 30 minutes)
