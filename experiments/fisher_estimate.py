@@ -51,6 +51,7 @@ from proxstep.logprobs.tokens import entropy, token_log_probs
 from proxstep.runs.folder import describe_machine
 from proxstep.tasks import Example, arithmetic_task
 from proxstep.training.demo_model import solution_loss
+from proxstep.training.generation import sample
 from proxstep.training.models import (
     load_model,
     load_tokenizer,
@@ -58,7 +59,7 @@ from proxstep.training.models import (
     quiet_transformers,
 )
 from proxstep.training.prompts import encode_prompt
-from proxstep.training.rollout import Completions, response_logits, sample
+from proxstep.training.rollout import Completions, response_logits
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
 FOLDER = Path(__file__).with_suffix("")

@@ -22,7 +22,8 @@ from tests.engine import made_trainer, with_reward
 from proxstep.algorithms import ALGORITHMS
 from proxstep.errors import ProxstepError
 from proxstep.training import batch
-from proxstep.training.rollout import Completions, sample
+from proxstep.training.generation import sample
+from proxstep.training.rollout import Completions
 from proxstep.training.trainer import Trainer
 
 EVERY = [*ALGORITHMS, "isopo+opo"]

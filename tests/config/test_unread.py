@@ -86,6 +86,7 @@ ALWAYS = {
     *("task.reward_seconds", "geometry.rule", "regularizer.entropy_coef", "regularizer.kl_coef"),
     *("rollout.num_prompts", "rollout.num_generations", "rollout.max_completion_length"),
     *("rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.importance_cap"),
+    *("rollout.stop", "rollout.prefill"),
     *("rollout.dynamic_sampling_max_batches", "rollout.mask_truncated_completions"),
     *("rollout.overlong_buffer", "update.num_minibatches", "update.num_iterations"),
     *("update.microbatch_size", "optimizer.name", "optimizer.learning_rate"),

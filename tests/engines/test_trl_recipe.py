@@ -68,6 +68,7 @@ VALUES: dict[str, Any] = {
     "objective.tau_max": 1.2,
     "regularizer.kl_estimator": "k2",
     "rollout.overlong_buffer": 2,
+    "rollout.stop": ["."],
     "update.num_minibatches": 2,
 }
 
@@ -150,6 +151,8 @@ def test_a_key_that_nothing_is_made_of(tmp_path: Path, monkeypatch: pytest.Monke
             "dynamic_sampling_max_batches 3",
         ),
         ("opo", {"rollout": {"importance_cap": 2.0}}, "rollout.importance_cap 2.0"),
+        ("grpo", {"rollout": {"stop": ["."]}}, "rollout.stop"),
+        ("grpo", {"rollout": {"prefill": "So"}}, "rollout.prefill So"),
         ("isopo", {"update": {"microbatch_size": 5}}, "update.microbatch_size 5"),
         ("isopo", {"geometry": {"diagnose_every": 5}}, "geometry.diagnose_every 5"),
         ("grpo", {"regularizer": {"kl_coef": 0.1}}, "regularizer.kl_estimator exact"),

@@ -106,6 +106,8 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
         "optimizer.muon_learning_rate",
         "rollout.dynamic_sampling_max_batches",
         "rollout.mask_truncated_completions",
+        "rollout.prefill",
+        "rollout.stop",
         "task.reward_seconds",
     }
 
@@ -163,6 +165,8 @@ def test_an_algorithm_that_reads_the_old_policy_is_refused(
         ({"regularizer": {"kl_coef": 0.1}}, "regularizer.kl_estimator"),
         ({"rollout": {"dynamic_sampling_max_batches": 2}}, "rollout.dynamic_sampling_max_batches"),
         ({"rollout": {"mask_truncated_completions": True}}, "rollout.mask_truncated_completions"),
+        ({"rollout": {"stop": ["."]}}, "rollout.stop"),
+        ({"rollout": {"prefill": "So"}}, "rollout.prefill"),
         ({"optimizer": {"name": "soap"}}, "optimizer.name"),
         ({"optimizer": {"name": "muon", "muon_learning_rate": 1e-3}}, "optimizer.name"),
     ],

@@ -55,6 +55,21 @@ def ending(tokenizer):
     return tokenizer
 
 
+def test_a_prefill_is_the_prompts_last_text() -> None:
+    """Of a plain prompt and of a chat, whose turn of the assistant begins with it."""
+    tokenizer, _ = build_embedded_model()
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}"
+    )
+    chat = [{"role": "user", "content": "1+2"}]
+    prompts = Prompts(
+        [Example("1+2=", "3"), Example(chat, "3")], tokenizer, [exact_match], [1.0], prefill="4"
+    )
+    expected = tokenizer("1+2=4")["input_ids"]
+    assert [prompts.tokens(row) for row in range(2)] == [expected] * 2
+    assert prompts.grade([0, 1], ["3", "43"]).total == [1.0, 0.0]
+
+
 def test_no_prompt_ends_with_an_end_that_the_tokenizer_appends() -> None:
     plain, tokenizer = build_embedded_model()[0], ending(build_embedded_model()[0])
     assert tokenizer("1+2=")["input_ids"][-1] == tokenizer.eos_token_id

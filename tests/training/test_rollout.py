@@ -12,13 +12,8 @@ from proxstep.logprobs.tokens import token_log_probs
 from proxstep.training.batch import Batch
 from proxstep.training.demo_model import build_embedded_model
 from proxstep.training.evaluation import Probe, kl_from_initial
-from proxstep.training.rollout import (
-    Completions,
-    completion_log_probs,
-    end_tokens,
-    response_logits,
-    sample,
-)
+from proxstep.training.generation import end_tokens, sample
+from proxstep.training.rollout import Completions, completion_log_probs, response_logits
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import torch
 
 from proxstep.training.demo_model import build_embedded_model
 from proxstep.training.evaluation import Probe
-from proxstep.training.rollout import Completions, completion_log_probs, response_logits, sample
+from proxstep.training.generation import sample
+from proxstep.training.rollout import Completions, completion_log_probs, response_logits
 
 TEXTS = ["1+2=", "123+456=", "12+34=", "7*8="] * 20
 

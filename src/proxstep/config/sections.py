@@ -17,6 +17,7 @@ from proxstep.rewards import overlong_punishment
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 def default_of(function: Callable[..., Any], name: str) -> Any:
@@ -274,6 +275,18 @@ class RolloutSection(Section):
     )
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus; below 1 is off-policy.")
     top_k: int = Field(default=0, ge=0, description="0 for the whole vocabulary; else off-policy.")
+    stop: list[Text] | None = Field(
+        default=None,
+        min_length=1,
+        description="Texts that end a completion, beside the end tokens: base models have none. "
+        "The token that completes one is the completion's last, and graders see it; in evaluation "
+        "too.",
+    )
+    prefill: Text | None = Field(
+        default=None,
+        description="Text with which the assistant's turn begins, or that follows a plain prompt. "
+        "It belongs to the prompt: it is not learned, and graders do not see it.",
+    )
     dynamic_sampling_max_batches: Positive | None = Field(
         default=None,
         description="Learn only from prompts whose completions' rewards differ: sample up to this "

@@ -18,6 +18,7 @@ from proxstep.algorithms import OldPolicy
 from proxstep.algorithms.advantages import Groups
 from proxstep.config.recipe import Recipe
 from proxstep.rewards import overlong_punishment
+from proxstep.training.generation import sample
 from proxstep.training.objective import Objective
 from proxstep.training.prompts import Prompts, batch_rows
 from proxstep.training.regularizers import reward_penalty
@@ -26,7 +27,6 @@ from proxstep.training.rollout import (
     autocast,
     completion_log_probs,
     joined,
-    sample,
     vocabulary_size,
 )
 from proxstep.typing import Float, Int, Tensor
@@ -336,6 +336,7 @@ def _generation_batch(
             top_p=section.top_p,
             top_k=section.top_k,
             with_log_probs=recipe.keeps_sampler,
+            stop=section.stop or (),
         )
     with phase("reward"):
         truncated = completions.truncated_B.tolist()

@@ -23,8 +23,8 @@ from torch import nn
 from proxstep.errors import ProxstepError
 from proxstep.tasks import Example, arithmetic_task
 from proxstep.tasks.arithmetic import ALPHABET, answer_without_carries
+from proxstep.training.generation import sample
 from proxstep.training.prompts import encode_prompt
-from proxstep.training.rollout import sample
 from proxstep.typing import Float, Tensor
 
 _VERSION = 1

@@ -14,6 +14,7 @@ from torch import nn
 
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.tokens import kl_divergence, kl_estimate
+from proxstep.training.generation import sample
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import (
     Completions,
@@ -22,7 +23,6 @@ from proxstep.training.rollout import (
     evaluating,
     initial_policy,
     response_logits,
-    sample,
 )
 from proxstep.typing import Float, Tensor
 
@@ -59,7 +59,13 @@ class GreedyResult:
 
 
 def greedy_score(
-    model: nn.Module, tokenizer: Any, prompts: Prompts, *, max_new_tokens: int, batch_size: int
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: Sequence[str] = (),
 ) -> GreedyResult:
     """Complete every prompt greedily and grade the completions."""
     texts: list[str] = []
@@ -73,6 +79,7 @@ def greedy_score(
             [prompts.tokens(i) for i in rows],
             max_new_tokens=max_new_tokens,
             greedy=True,
+            stop=stop,
         )
         texts += completions.texts(tokenizer)
         lengths += completions.lengths().tolist()
@@ -103,14 +110,20 @@ def evaluate(
         The metrics, the completions to keep (their step left out), and the probe.
     """
     section, limit = recipe.evaluation, recipe.rollout.max_completion_length
+    stop = recipe.rollout.stop or ()
     count = min(section.num_probe_prompts, len(validation))
     prompts = [validation.tokens(row) for row in range(count)]
     head = recipe.model.head
     torch.manual_seed(recipe.seed)
     if probe is None:
-        probe = Probe.draw(model, tokenizer, prompts, limit, head)
+        probe = Probe.draw(model, tokenizer, prompts, limit, head, stop)
     greedy = greedy_score(
-        model, tokenizer, validation, max_new_tokens=limit, batch_size=section.batch_size
+        model,
+        tokenizer,
+        validation,
+        max_new_tokens=limit,
+        batch_size=section.batch_size,
+        stop=stop,
     )
     measured = {
         "score": greedy.score,
@@ -125,6 +138,7 @@ def evaluate(
             prompts,
             limit,
             batch_size=len(prompts) if head == "full" else 1,
+            stop=stop,
         )
     return measured, greedy.rows(validation)[: recipe.logging.num_samples], probe
 
@@ -147,9 +161,10 @@ class Probe:
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         head: Head = "full",
+        stop: Sequence[str] = (),
     ) -> Probe:
         """Sample one completion for each prompt at temperature 1."""
-        completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop)
         log_prob_BT = completion_log_probs(model, completions, 1.0, len(completions), head)
         return cls(completions, log_prob_BT)
 
@@ -181,13 +196,14 @@ def kl_from_initial(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int,
+    stop: Sequence[str] = (),
 ) -> float:
     """Return KL(policy || initial) in nats per token, exact over the vocabulary.
 
     The policy samples one completion for each prompt at temperature 1; the logits of `batch_size`
     completions exist at a time. `initial` is as for `evaluate`.
     """
-    completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop)
     parts = []
     with evaluating(model):
         for rows in torch.arange(len(completions)).split(batch_size):

@@ -137,6 +137,7 @@ def evaluate(
             validation,
             max_new_tokens=recipe.rollout.max_completion_length,
             batch_size=recipe.evaluation.batch_size,
+            stop=recipe.rollout.stop or (),
         )
     return result, validation
 

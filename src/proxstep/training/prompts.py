@@ -33,6 +33,7 @@ class Prompts:
         tokenizer: Encodes them.
         functions: The reward functions.
         weights: One per function.
+        prefill: What every completion's turn begins with.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Prompts:
         tokenizer: Any,
         functions: Sequence[RewardFunction],
         weights: Sequence[float],
+        prefill: str = "",
     ) -> None:
         self.examples = examples
-        self._tokenizer = tokenizer
+        self._tokenizer, self._prefill = tokenizer, prefill
         self._functions, self._weights = functions, weights
 
     def __len__(self) -> int:
@@ -51,7 +53,7 @@ class Prompts:
 
     def tokens(self, index: int) -> list[int]:
         """Return a prompt's token ids; a chat goes through the template."""
-        return encode_prompt(self._tokenizer, self.examples[index].prompt)
+        return encode_prompt(self._tokenizer, self.examples[index].prompt, self._prefill)
 
     def grade(
         self,
@@ -116,17 +118,19 @@ class Prompts:
                 )
 
 
-def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Return the token ids of a string, or of a chat up to the assistant's turn.
+def encode_prompt(
+    tokenizer: Any, prompt: str | list[dict[str, str]], prefill: str = ""
+) -> list[int]:
+    """Return the token ids of a string, or of a chat up to the assistant's turn, and the prefill.
 
     An end token that the tokenizer itself puts after a string is left out: nothing follows it.
     """
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt + prefill)["input_ids"]
         end = getattr(tokenizer, "eos_token_id", None)
         return ids[:-1] if ids[-1:] == [end] and appends_end(tokenizer) else ids
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text + prefill, add_special_tokens=False)["input_ids"]
 
 
 def appends_end(tokenizer: Any) -> bool:
@@ -161,9 +165,9 @@ def load_prompts(recipe: Recipe, tokenizer: Any, task: Task) -> tuple[Prompts, P
     Raises:
         ProxstepError: If a reward cannot be loaded, or a prompt does not fit the tokenizer.
     """
-    rewards = load_rewards(recipe, task)
-    train = Prompts(task.train, tokenizer, *rewards)
-    validation = Prompts(task.validation, tokenizer, *rewards)
+    rewards, prefill = load_rewards(recipe, task), recipe.rollout.prefill or ""
+    train = Prompts(task.train, tokenizer, *rewards, prefill)
+    validation = Prompts(task.validation, tokenizer, *rewards, prefill)
     train.check(recipe.task.max_prompt_length, "task.train")
     validation.check(recipe.task.max_prompt_length, "task.validation")
     return train, validation

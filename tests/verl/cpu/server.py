@@ -15,7 +15,7 @@ from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.replica import TokenOutput
 
 from proxstep.errors import ProxstepError
-from proxstep.training.rollout import end_tokens
+from proxstep.training.generation import end_tokens
 
 _QUIET = 0.05
 """Seconds without a new request after which a batch is complete: a step's requests come within

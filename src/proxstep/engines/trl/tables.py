@@ -30,6 +30,7 @@ TRANSLATED = (
     *("regularizer.kl_estimator", "regularizer.kl_in"),
     *("rollout.num_prompts", "rollout.overlong_buffer", "rollout.overlong_penalty"),
     *("rollout.dynamic_sampling_max_batches", "rollout.importance_cap"),
+    *("rollout.stop", "rollout.prefill"),
     *("update.num_minibatches", "update.microbatch_size"),
     *("optimizer.name", "optimizer.betas", "optimizer.momentum", "optimizer.max_grad_norm"),
     *("optimizer.muon_learning_rate", "logging.checkpoint_every"),
@@ -170,6 +171,15 @@ REFUSALS: tuple[Refusal, ...] = (
     _only(
         *("rollout.dynamic_sampling_max_batches", [None]),
         "TRL learns from each batch as it is; leave it out, or use --engine local or verl",
+    ),
+    _only(
+        *("rollout.stop", [None]),
+        "TRL hands generate no tokenizer, without which it cannot look for texts; leave it out, or "
+        "use --engine local",
+    ),
+    _only(
+        *("rollout.prefill", [None]),
+        "leave it out, and end the prompts of a table of your own with it, or use --engine local",
     ),
     _only(
         *("rollout.importance_cap", [None]),

@@ -67,6 +67,16 @@ REFUSED: tuple[Refusal, ...] = (
         "algorithm.filter_groups.enable=True to the printed command for sampling without a limit)",
     ),
     (
+        "rollout.stop",
+        lambda recipe: recipe.rollout.stop is not None,
+        "verl's rollout takes no texts: leave it null, or use --engine local",
+    ),
+    (
+        "rollout.prefill",
+        lambda recipe: recipe.rollout.prefill is not None,
+        "verl's prompts end where the chat template does: leave it null, or use --engine local",
+    ),
+    (
         "rollout.mask_truncated_completions",
         lambda recipe: recipe.rollout.mask_truncated_completions,
         "verl's trainer has no such mask: leave it false, or use rollout.overlong_buffer",
