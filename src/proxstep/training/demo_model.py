@@ -13,11 +13,13 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from proxstep.errors import ProxstepError
@@ -77,19 +79,38 @@ def ensure_embedded_model(
     folder = _folder(difficulty, score)
     if is_cached(difficulty, score):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer, model = build_embedded_model()
     if score > 0:
         note(f"warming the embedded model up for difficulty {difficulty}, once, to {score:.0%}")
         warm_up(model, tokenizer, difficulty, score, note)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    model.save_pretrained(scratch)  # type: ignore[operator]
-    tokenizer.save_pretrained(scratch)
-    try:
-        scratch.rename(folder)
-    except OSError:  # another process was faster; its model is the same
-        shutil.rmtree(scratch)
+    keep(folder, model, tokenizer)
     return folder
+
+
+def keep(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Save a model in the cache, whole or not at all, whatever other processes do there.
+
+    Raises:
+        ProxstepError: If it cannot be written.
+    """
+    scratch = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        with suppress(OSError):  # another process was faster; its model is the same
+            scratch.rename(folder)
+        if not folder.is_dir():
+            raise OSError(f"{scratch} could not be renamed")
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own
+        raise ProxstepError(
+            f"the model cannot be written to {folder} ({error}): make room, or set PROXSTEP_CACHE "
+            "to another folder"
+        ) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def build_embedded_model(seed: int = 0) -> tuple[Any, nn.Module]:

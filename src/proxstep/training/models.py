@@ -17,6 +17,7 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.config.sections import Lora
 from proxstep.errors import ProxstepError
+from proxstep.training.gguf import ensure_converted, is_gguf
 
 
 def pick_device(name: str) -> torch.device:
@@ -44,10 +45,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
-    """Return the hub name or path to load from; warm the embedded model up if need be.
+    """Return the hub name or path to load from; warm up or convert the model if need be.
 
-    `note` is called with how far the warm-up is, which takes a minute or two.
+    `note` is called with how far that is: a minute or two for the embedded model's warm-up, half a
+    minute for a GGUF file of 100 MB.
     """
+    if is_gguf(recipe.model.name):
+        return str(ensure_converted(recipe.model.name, note))
     if recipe.model.name != "embedded":
         return os.path.expanduser(recipe.model.name)  # keeps a leading ./
     from proxstep.training.demo_model import ensure_embedded_model

@@ -27,6 +27,7 @@ from proxstep.engines.trl.tables import (
 from proxstep.errors import ProxstepError
 from proxstep.rewards import BUILTIN_REWARDS
 from proxstep.tasks import REWARDS
+from proxstep.training.gguf import is_gguf
 from proxstep.training.lifecycle import task_call
 
 PUNISHMENT = "soft_overlong_punishment_reward"
@@ -185,6 +186,8 @@ def _precision(recipe: Recipe) -> dict[str, Any]:
 
 
 def _model(recipe: Recipe) -> str | Call:
+    if is_gguf(recipe.model.name):
+        return Call(Name("proxstep.training.gguf", "ensure_converted"), {"name": recipe.model.name})
     if recipe.model.name != "embedded":
         return recipe.model.name
     warmed_up = Name("proxstep.training.demo_model", "ensure_embedded_model")

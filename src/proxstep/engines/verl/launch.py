@@ -84,7 +84,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
     with folder.claimed(overwrite=overwrite):
         check(recipe)
         machine = find_machine()
-        prepared, task = plan(recipe)
+        prepared, task = plan(recipe, progress.note)
         overrides(recipe, prepared, machine)  # refuses what verl cannot do
         if overwrite:
             folder.clear()

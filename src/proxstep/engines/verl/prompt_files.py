@@ -21,8 +21,10 @@ PLAIN_TEMPLATE = "{{ messages[0].content }}"
 """A chat template under which a single message is the prompt itself."""
 
 
-def plan(recipe: Recipe) -> tuple[Prepared, Task]:
-    """Return where `prepare` puts a recipe's files, and the task; nothing is written.
+def plan(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> tuple[Prepared, Task]:
+    """Return where `prepare` puts a recipe's files, and the task; no file of the run is written.
+
+    `note` is told of a GGUF file's conversion.
 
     Raises:
         ProxstepError: If the task's data is missing or malformed.
@@ -31,7 +33,7 @@ def plan(recipe: Recipe) -> tuple[Prepared, Task]:
     source = recipe.model.name
     chat = False
     if not embedded:
-        source = model_source(recipe, lambda text: None)
+        source = model_source(recipe, note)
         chat = load_tokenizer(source).chat_template is not None
     task = load_task(recipe, chat=chat)
     functions = recipe.task.rewards or task.rewards
@@ -51,7 +53,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None]) -> Prepared:
     Raises:
         ProxstepError: If the data, a reward or a prompt is wrong.
     """
-    prepared, task = plan(recipe)
+    prepared, task = plan(recipe, note)
     write(recipe, prepared, task, note)
     return prepared
 
