@@ -129,6 +129,7 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.runs.console import make_progress
     from proxstep.runs.folder import check_file
     from proxstep.training import lifecycle
+    from proxstep.training.evaluation import truncation_note
 
     checkpoint = None
     if Path(arguments.target).is_dir():
@@ -154,6 +155,8 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         f"most frequent answer {narrow.answer!r}: {narrow.share:.0%} of the completions; "
         f"{narrow.without:.0%} have no answer; {result.clipped_ratio:.0%} were cut off"
     )
+    if note := truncation_note(result.clipped_ratio, recipe.rollout.max_completion_length):
+        console.out(note)
     if recipe.evaluation.baselines:
         for line in validation.baselines().lines():
             console.out(line)

@@ -85,6 +85,17 @@ class GreedyResult:
         ]
 
 
+def truncation_note(clipped_ratio: float, limit: int) -> str | None:
+    """Return what to say where more than half of the completions were cut off, else None."""
+    if clipped_ratio <= 0.5:
+        return None
+    return (
+        f"{clipped_ratio:.0%} of the completions were cut off at rollout.max_completion_length "
+        f"{limit}, and what was cut off seldom has an answer: raise it, or ask for shorter answers "
+        "(task.instruction)"
+    )
+
+
 def greedy_score(
     model: nn.Module, tokenizer: Any, prompts: Prompts, *, max_new_tokens: int, batch_size: int
 ) -> GreedyResult:

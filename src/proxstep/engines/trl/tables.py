@@ -20,6 +20,7 @@ RENAMED: dict[str, str] = {key: key.rpartition(".")[2] for key in _SAME_NAME} | 
     "regularizer.kl_coef": "beta",
     "optimizer.eps": "adam_epsilon",
     "optimizer.warmup_updates": "warmup_steps",
+    "task.chat_template_kwargs": "chat_template_kwargs",
     "logging.tracker": "report_to",
 }
 """Keys whose value is an option's, under TRL's name; null leaves the option at its default."""

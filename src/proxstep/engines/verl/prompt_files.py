@@ -70,7 +70,7 @@ def write(recipe: Recipe, prepared: Prepared, task: Task, note: Callable[[str], 
     """
     source = model_source(recipe, note)
     tokenizer = load_tokenizer(source)
-    train, validation = load_prompts(recipe, tokenizer, task)
+    train, validation = load_prompts(recipe, tokenizer, task, note)
     _check_tokens(tokenizer, prepared.chat_template, validation.examples)
     per_step = recipe.rollout.num_prompts
     rows = [
