@@ -33,7 +33,15 @@ SOMETIMES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "task.validation_split": (
         *("a", {**TABLE, "task": {**TABLE["task"], "validation": "x.json"}}, TABLE),
     ),
-    "task.prompt_format": ("plain", MATH, TABLE),
+    "task.prompt_format": ("plain", MATH, {}),
+    "task.instruction": ("Be brief.", TABLE, {}),
+    "task.system_prompt": (
+        *("You add.", TABLE, {**MATH, "task": {"name": "math", "prompt_format": "plain"}}),
+    ),
+    "task.num_few_shot": (2, GSM8K, {}),
+    "task.few_shot_seed": (1, {**GSM8K, "task": {"name": "gsm8k", "num_few_shot": 2}}, GSM8K),
+    "task.chat_template_kwargs": ({"enable_thinking": False}, GSM8K, {}),
+    "task.drop_long_prompts": (True, MATH, {}),
     "task.reward_weights": ([2.0], {"task": {"rewards": ["exact_match"]}}, {}),
     "regularizer.kl_estimator": ("k2", {"regularizer": {"kl_coef": 0.1}}, {}),
     "regularizer.kl_in": (
@@ -92,7 +100,8 @@ ALWAYS = {
     *("update.microbatch_size", "optimizer.name", "optimizer.learning_rate"),
     *("optimizer.weight_decay", "optimizer.max_grad_norm", "optimizer.warmup_updates"),
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
-    *("evaluation.kl_policy_initial", "logging.tracker", "logging.num_samples"),
+    *("evaluation.kl_policy_initial", "evaluation.baselines"),
+    *("logging.tracker", "logging.num_samples"),
     *("logging.checkpoint_every", "logging.checkpoint_minutes", "logging.checkpoints_kept"),
 }
 """Keys that every setting reads. The objective's are arguments of the algorithm's functions."""

@@ -45,7 +45,11 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "task.validation": ("isopo", TABLE),
     "task.num_train": ("isopo", TABLE),
     "task.n": ("isopo", GSM8K),
-    "task.prompt_format": ("isopo", GSM8K),
+    **{
+        f"task.{key}": ("isopo", GSM8K)
+        for key in ("prompt_format", "instruction", "system", "num_few", "chat", "drop_long")
+    },
+    "task.few_shot_seed": ("isopo", {**GSM8K, "task": {"name": "gsm8k", "num_few_shot": 2}}),
     "task.level": ("isopo", {**GSM8K, "task": {"name": "math"}}),
     "task.reward_weights": ("isopo", {"task": {"rewards": ["exact_match", "numeric_answer"]}}),
     **{f"objective.{key}": ("opo", ADAPTIVE) for key in TEMPERATURE_KEYS if key != "adaptive_tau"},
@@ -63,6 +67,7 @@ VALUES: dict[str, Any] = {
     "model.name": "some/model",
     "model.lora": {"rank": 4},
     "task.name": "svamp",
+    "task.chat_template_kwargs": {"enable_thinking": False},
     "task.rewards": ["exact_match", "numeric_answer"],
     "objective.target_min": -0.5,
     "objective.tau_max": 1.2,

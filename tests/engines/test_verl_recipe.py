@@ -69,7 +69,7 @@ COMPUTED = {
     *("optimizer.name", "optimizer.betas", "optimizer.eps", "optimizer.momentum"),
     *("optimizer.max_grad_norm", "optimizer.warmup_updates"),
     *("logging.tracker", "logging.num_samples", "logging.checkpoint_every"),
-    "logging.checkpoints_kept",
+    *("logging.checkpoints_kept", "task.chat_template_kwargs"),
 }
 """Recipe keys that `overrides` turns into other values."""
 
@@ -77,7 +77,9 @@ PREPARED_IN_FILES = {
     *("model.name", "model.warmup_score", "task.name", "task.difficulty", "task.level"),
     *("task.train", "task.validation", "task.prompt_column", "task.answer_column", "task.config"),
     *("task.train_split", "task.validation_split", "task.num_train", "task.num_validation"),
-    *("task.prompt_format", "task.rewards", "task.reward_weights"),
+    *("task.prompt_format", "task.rewards", "task.reward_weights", "task.instruction"),
+    *("task.system_prompt", "task.num_few_shot", "task.few_shot_seed", "task.drop_long_prompts"),
+    "evaluation.baselines",  # run.json
 }
 """Those that decide what verl's data files, model folder and reward function hold."""
 
@@ -277,6 +279,13 @@ def test_keys_of_the_actor(changes: dict[str, Any], expected: dict[str, str]) ->
         (
             {"rollout": {"overlong_buffer": 8, "max_completion_length": 32}},
             {"reward.reward_manager.name": "dapo", "+reward.reward_kwargs.max_resp_len": "32"},
+        ),
+        (
+            {
+                "model": {"name": "m"},
+                "task": {"name": "gsm8k", "chat_template_kwargs": {"enable_thinking": False}},
+            },
+            {"+data.apply_chat_template_kwargs": "{enable_thinking:false}"},
         ),
         ({"rollout": {"top_k": 0}}, {f"{table.ROLLOUT}.top_k": "-1"}),
         ({"model": {"lora": {"rank": 4}}}, {f"{table.MODEL}.lora_rank": "4"}),

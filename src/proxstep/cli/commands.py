@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import json
 import os
-import statistics
 import sys
 import textwrap
 from argparse import Namespace
@@ -130,6 +129,7 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.runs.console import make_progress
     from proxstep.runs.folder import check_file
     from proxstep.training import lifecycle
+    from proxstep.training.evaluation import truncation_note
 
     checkpoint = None
     if Path(arguments.target).is_dir():
@@ -145,13 +145,21 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         result, validation = lifecycle.evaluate(recipe, checkpoint, progress)
     finally:
         progress.end()
-    given = [reward for reward in result.rewards if reward is not None]
-    error = statistics.stdev(given) / len(given) ** 0.5 if len(given) > 1 else float("nan")
     console.out(
-        f"greedy score {result.score:.4f} +- {error:.4f} (standard error) on "
+        f"greedy score {result.score:.4f} +- {result.standard_error:.4f} (standard error) on "
         f"{len(validation)} prompts of {recipe.task.name}, mean length {result.mean_length:.1f} "
         f"tokens, {checkpoint or recipe.model.name}"
     )
+    narrow = result.narrowness
+    console.out(
+        f"most frequent answer {narrow.answer!r}: {narrow.share:.0%} of the completions; "
+        f"{narrow.without:.0%} have no answer; {result.clipped_ratio:.0%} were cut off"
+    )
+    if note := truncation_note(result.clipped_ratio, recipe.rollout.max_completion_length):
+        console.out(note)
+    if recipe.evaluation.baselines:
+        for line in validation.baselines().lines():
+            console.out(line)
     if arguments.output:
         with arguments.output.open("w", encoding="utf-8") as file:
             for row in result.rows(validation):

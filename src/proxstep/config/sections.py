@@ -138,10 +138,47 @@ class TaskSection(Section):
     num_validation: Positive = Field(default=256, description="Number of validation rows.")
     prompt_format: Literal["auto", "chat", "plain"] = Field(
         default="auto",
-        description='gsm8k, math, svamp: "auto" is chat where the tokenizer has a template.',
+        description='Of prompts that are texts: "chat" makes each a user\'s message, '
+        '"plain" leaves it as it is, "auto" is chat where the tokenizer has a template (but never '
+        "for code that a completion goes on with).",
     )
+    instruction: str | None = Field(
+        default=None,
+        description="Text after each question; null for the task's own (\"Let's think step by "
+        'step ..."; a table has none), "" for none.',
+    )
+    system_prompt: str | None = Field(
+        default=None, min_length=1, description="First message of every chat; null for none."
+    )
+    num_few_shot: int = Field(
+        default=0,
+        ge=0,
+        description="Worked examples before each question, the same everywhere: training rows, "
+        "which are then left out of training, with their solution or else their answer.",
+    )
+    few_shot_seed: int = Field(
+        default=0, ge=0, lt=2**31, description="Which rows; `seed` does not change them."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None,
+        description="Arguments of the tokenizer's chat template, such as {enable_thinking: false}.",
+    )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_template(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in ("tokenize", "add_generation_prompt", "continue_final_message"):
+            if name in (value or {}):
+                raise ValueError(f"{name} is set by the engine: leave it out")
+        return value
+
     max_prompt_length: Positive = Field(
         default=512, description="Longer prompts, in tokens, are an error before training starts."
+    )
+    drop_long_prompts: bool = Field(
+        default=False,
+        description="Leave longer prompts out instead, training's and validation's, and say how "
+        "many. verl's filter_overlong_prompts.",
     )
     rewards: list[str] | None = Field(
         default=None,
@@ -420,6 +457,11 @@ class EvaluationSection(Section):
     kl_policy_initial: bool = Field(
         default=True,
         description="KL(policy || initial); keeps a copy of the initial weights, except with LoRA.",
+    )
+    baselines: bool = Field(
+        default=True,
+        description="Grade the best constant answer and numbers copied from the prompt, once, by "
+        "the first reward function: what a score must be held against.",
     )
 
 

@@ -40,6 +40,11 @@ _KL = (
     lambda r: r.regularizer.kl_coef > 0,
     "is of a divergence that regularizer.kl_coef 0 does not price: raise kl_coef, or leave it out",
 )
+_LAID_OUT = (
+    lambda r: r.task.name in ("gsm8k", "math", "svamp", "table"),
+    "is of task.name gsm8k, math, svamp and table: the others' prompts are as they are; leave it "
+    "out",
+)
 _SPLIT = (
     lambda r: _is_table(r) and not _files_end_in(r, ".jsonl", ".parquet"),
     "is of a hub data set or a .json file with several, read by task.name table: leave it out",
@@ -73,9 +78,20 @@ READ: Mapping[str, Reading] = {
         "is of task.validation, a hub data set or a .json file with several splits, read by "
         "task.name table: name one, or leave it out",
     ),
-    "task.prompt_format": (
-        lambda r: r.task.name in ("gsm8k", "math", "svamp"),
-        "is of task.name gsm8k, math and svamp: the others' prompts are as they are; leave it out",
+    **dict.fromkeys(
+        ("task.prompt_format", "task.instruction", "task.num_few_shot", "task.drop_long_prompts"),
+        _LAID_OUT,
+    ),
+    "task.few_shot_seed": (
+        lambda r: r.task.num_few_shot > 0,
+        "chooses the worked examples of task.num_few_shot, which is 0: leave it out",
+    ),
+    **dict.fromkeys(
+        ("task.system_prompt", "task.chat_template_kwargs"),
+        (
+            lambda r: _LAID_OUT[0](r) and (r.task.prompt_format != "plain" or _is_table(r)),
+            "is of prompts that are chats: set task.prompt_format to chat, or leave it out",
+        ),
     ),
     "regularizer.kl_estimator": _KL,
     "regularizer.kl_in": _KL,

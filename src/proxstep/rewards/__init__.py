@@ -1,6 +1,7 @@
 """Reward functions: graders, loading by name, weighted sums. Standard library only."""
 
 from proxstep.rewards.answers import boxed_answer, final_number, reference_number
+from proxstep.rewards.baselines import Baselines, Guess, Narrowness, narrowness
 from proxstep.rewards.code_tests import (
     CODE_REWARDS,
     problem_of,
@@ -32,7 +33,10 @@ __all__ = [
     "BUILTIN_REWARDS",
     "CODE_REWARDS",
     "NOT_A_NUMBER",
+    "Baselines",
+    "Guess",
     "MeasuredRewards",
+    "Narrowness",
     "RewardFunction",
     "RewardTable",
     "boxed_answer",
@@ -42,6 +46,7 @@ __all__ = [
     "final_number",
     "load_reward",
     "math_verify",
+    "narrowness",
     "numeric_answer",
     "overlong_punishment",
     "problem_of",

@@ -31,6 +31,10 @@ FIELDS: dict[str, str] = {
     "score": "Greedy validation score: mean of the first reward function over the validation "
     "prompts.",
     "score_mean_length": "Mean length of the greedy validation completions, in tokens.",
+    "score_clipped_ratio": "Share of them cut off at max_completion_length.",
+    "score_top_answer_share": "Share of them that give the most frequent answer: a policy that "
+    "narrows down to one answer gains reward without learning the task.",
+    "score_no_answer_share": "Share of them without an answer, such as a number.",
     "kl_initial_policy": "KL(initial || policy) in nats per token, estimated on a frozen probe "
     "set that the initial policy sampled once.",
     "kl_policy_initial": "KL(policy || initial) in nats per token, exact over the vocabulary at "

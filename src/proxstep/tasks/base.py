@@ -30,12 +30,15 @@ class Example:
         solution: A reference completion for supervised warm-up. After a plain prompt it is what
             follows the prompt's last character, white space included.
         columns: Further values handed to reward functions by name.
+        question: What is asked, without instructions and worked examples; None where the prompt is
+            that alone.
     """
 
     prompt: Prompt
     answer: str
     solution: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    question: str | None = field(default=None, kw_only=True, repr=False)
 
 
 @dataclass(frozen=True)

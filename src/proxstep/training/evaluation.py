@@ -5,6 +5,7 @@ Legend for shape suffixes: B sequences, T token positions.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.tokens import kl_divergence, kl_estimate
+from proxstep.rewards import Narrowness, narrowness
 from proxstep.training.generation import sample
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import (
@@ -36,12 +38,37 @@ class GreedyResult:
         mean_length: Of the completions, in tokens.
         completions: Their texts.
         rewards: Each one's first reward; None where the function gave none.
+        truncated: Whether each was cut off at the length limit.
+        narrowness: How often the most frequent answer is given.
     """
 
     score: float
     mean_length: float
     completions: list[str]
     rewards: list[float | None]
+    truncated: list[bool]
+    narrowness: Narrowness
+
+    @property
+    def standard_error(self) -> float:
+        """Of the score; NaN where fewer than two rewards are given."""
+        given = [reward for reward in self.rewards if reward is not None]
+        return statistics.stdev(given) / len(given) ** 0.5 if len(given) > 1 else float("nan")
+
+    @property
+    def clipped_ratio(self) -> float:
+        """Share of the completions cut off at the length limit."""
+        return sum(self.truncated) / len(self.truncated)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what a step's record holds of it."""
+        return {
+            "score": self.score,
+            "score_mean_length": self.mean_length,
+            "score_clipped_ratio": self.clipped_ratio,
+            "score_top_answer_share": self.narrowness.share,
+            "score_no_answer_share": self.narrowness.without,
+        }
 
     def rows(self, prompts: Prompts) -> list[dict[str, Any]]:
         """Return each completion with its prompt, answer and reward."""
@@ -56,6 +83,17 @@ class GreedyResult:
                 prompts.examples, self.completions, self.rewards, strict=True
             )
         ]
+
+
+def truncation_note(clipped_ratio: float, limit: int) -> str | None:
+    """Return what to say where more than half of the completions were cut off, else None."""
+    if clipped_ratio <= 0.5:
+        return None
+    return (
+        f"{clipped_ratio:.0%} of the completions were cut off at rollout.max_completion_length "
+        f"{limit}, and what was cut off seldom has an answer: raise it, or ask for shorter answers "
+        "(task.instruction)"
+    )
 
 
 def greedy_score(
@@ -90,7 +128,8 @@ def greedy_score(
     rewards = next(iter(table.per_function.values()))
     given = [reward for reward in rewards if reward is not None]
     score = sum(given) / len(given) if given else float("nan")
-    return GreedyResult(score, sum(lengths) / len(lengths), texts, rewards)
+    narrow = narrowness(texts, [example.answer for example in prompts.examples], truncated)
+    return GreedyResult(score, sum(lengths) / len(lengths), texts, rewards, truncated, narrow)
 
 
 def evaluate(
@@ -126,8 +165,7 @@ def evaluate(
         stop=stop,
     )
     measured = {
-        "score": greedy.score,
-        "score_mean_length": greedy.mean_length,
+        **greedy.metrics(),
         "kl_initial_policy": probe.kl(model, head),
     }
     if section.kl_policy_initial:

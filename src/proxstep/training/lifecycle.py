@@ -12,6 +12,7 @@ from torch import nn
 from proxstep.config.loading import load_recipe
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.rewards import CODE_REWARDS
 from proxstep.runs.checkpoint import latest_checkpoint, load_state
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.telemetry import switch_off_telemetry
@@ -41,6 +42,7 @@ from proxstep.training.trainer import Trainer
 
 CHAT_TASKS = {"gsm8k": gsm8k_task, "math": math_task, "svamp": svamp_task}
 """Tasks whose prompts are chats where the tokenizer has a template."""
+LAYOUT_KEYS = ("system_prompt", "num_few_shot", "few_shot_seed")
 
 
 def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str:
@@ -61,13 +63,14 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
     with folder.claimed(overwrite=overwrite):
         check(recipe)
         source = model_source(recipe, progress.note)
-        tokenizer, prompts = _tokenized(recipe, source)
+        tokenizer, prompts = _tokenized(recipe, source, progress.note)
         device = pick_device(recipe.device)
         torch.manual_seed(recipe.seed)  # adapters are drawn at random
         model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
         folder.check_room(model)
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
         folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
+        keep_baselines(recipe, prompts[1], folder)
         return trainer.run()
 
 
@@ -94,7 +97,7 @@ def resume(path: str | Path, progress: Progress) -> str:
             progress.note(f"recipe.yaml is not what the run wrote: {'; '.join(changed)}")
         folder.check_logs(state["step"] - waiting, state["logs"], progress.note)
         check(recipe)
-        tokenizer, prompts = _tokenized(recipe, str(checkpoint))
+        tokenizer, prompts = _tokenized(recipe, str(checkpoint), progress.note)
         device = pick_device(recipe.device)
         model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
         if recipe.keeps_initial:
@@ -125,7 +128,7 @@ def evaluate(
     check(recipe)
     device = pick_device(recipe.device)
     source = str(checkpoint) if checkpoint else model_source(recipe, progress.note)
-    tokenizer, (_, validation) = _tokenized(recipe, source)
+    tokenizer, (_, validation) = _tokenized(recipe, source, progress.note)
     if checkpoint:
         model = _load_checkpoint(recipe, checkpoint, device, progress)
     else:
@@ -142,6 +145,12 @@ def evaluate(
     return result, validation
 
 
+def keep_baselines(recipe: Recipe, validation: Prompts, folder: RunFolder) -> None:
+    """Write into run.json what needs no skill, where a recipe asks for it."""
+    if recipe.evaluation.baselines:
+        folder.update_info(baselines=validation.baselines().to_dict())
+
+
 def check(recipe: Recipe) -> None:
     """Find what is wrong with a recipe that no model is needed for.
 
@@ -154,7 +163,7 @@ def check(recipe: Recipe) -> None:
     pick_device(recipe.device)
     check_tracker(recipe.logging.tracker)
     check_optimizer(recipe.optimizer.name)
-    load_rewards(recipe, load_task(recipe, chat=False))
+    load_rewards(recipe, load_task(recipe, chat=recipe.task.system_prompt is not None))
 
 
 def load_run_recipe(path: str | Path) -> Recipe:
@@ -184,11 +193,21 @@ def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[
     if section.name == "table":
         keys += ("prompt_column", "answer_column", "config", "train_split", "validation_split")
     options = {key: getattr(section, key) for key in keys}
+    options |= {key: getattr(section, key) for key in LAYOUT_KEYS}
+    options["chat"] = chat if asks_tokenizer(recipe) else section.prompt_format == "chat"
+    if section.instruction is not None:
+        options["instruction"] = section.instruction
     if section.name == "table":
         return table_task, options | {"rewards": tuple(section.rewards or REWARDS["table"])}
-    if section.prompt_format != "auto":
-        chat = section.prompt_format == "chat"
-    return CHAT_TASKS[section.name], options | {"chat": chat}
+    return CHAT_TASKS[section.name], options
+
+
+def asks_tokenizer(recipe: Recipe) -> bool:
+    """Whether prompts are chats where the tokenizer has a template, and plain elsewhere."""
+    section = recipe.task
+    if section.name == "table" and not set(CODE_REWARDS).isdisjoint(section.rewards or ()):
+        return False  # the completion goes on with the prompt's code
+    return section.name in (*CHAT_TASKS, "table") and section.prompt_format == "auto"
 
 
 def load_task(recipe: Recipe, *, chat: bool) -> Task:
@@ -199,15 +218,30 @@ def load_task(recipe: Recipe, *, chat: bool) -> Task:
     """
     function, options = task_call(recipe, chat=chat)
     try:
-        return function(**options)
+        task = function(**options)
     except ProxstepError as error:
         raise ProxstepError(f"task.train or task.validation: {error}") from None
+    _refuse_chats_that_are_not_plain(recipe, task)
+    return task
 
 
-def _tokenized(recipe: Recipe, source: str) -> tuple[Any, tuple[Prompts, Prompts]]:
+def _refuse_chats_that_are_not_plain(recipe: Recipe, task: Task) -> None:
+    """Refuse a table whose prompts are chats where the recipe says that they are plain."""
+    if recipe.task.name == "table" and recipe.task.prompt_format == "plain":
+        for number, example in enumerate([*task.train, *task.validation], start=1):
+            if not isinstance(example.prompt, str):
+                raise ProxstepError(
+                    f"task.prompt_format plain: prompt {number} of the data is a chat already; say "
+                    "auto or chat"
+                )
+
+
+def _tokenized(
+    recipe: Recipe, source: str, note: Callable[[str], None] = lambda text: None
+) -> tuple[Any, tuple[Prompts, Prompts]]:
     tokenizer = load_tokenizer(source)
     task = load_task(recipe, chat=tokenizer.chat_template is not None)
-    return tokenizer, load_prompts(recipe, tokenizer, task)
+    return tokenizer, load_prompts(recipe, tokenizer, task, note)
 
 
 def _load_checkpoint(

@@ -25,7 +25,7 @@ from proxstep.runs.stop import StopRequest, stop_on_signal
 from proxstep.runs.tracking import MetricsLog, Progress, Tracker
 from proxstep.training.batch import Batch, collect, shortage
 from proxstep.training.chunkable import check_chunkable
-from proxstep.training.evaluation import Probe, evaluate
+from proxstep.training.evaluation import Probe, evaluate, truncation_note
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.optimizers import make_optimizer
 from proxstep.training.prompts import Prompts
@@ -191,6 +191,8 @@ class Trainer(Resumable):
         )
         measured["skipped"] = int(batch is None)
         self._warn("rollout", shortage(recipe, measured))
+        limit = recipe.rollout.max_completion_length
+        self._warn("length", truncation_note(measured["completions_clipped_ratio"], limit))
         self._warn_of_idleness(measured)
         if batch is not None:
             with self.clock.phase("update"):

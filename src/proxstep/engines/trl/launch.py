@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
             device = trainer.accelerator.device
             folder.create(recipe, device, sum(p.numel() for p in trainer.model.parameters()))
             folder.update_info(engine="trl", trl_version=trl.__version__)
+            lifecycle.keep_baselines(recipe, prepared.validation, folder)
         trainer.accelerator.wait_for_everyone()
         return _run(recipe, prepared, trainer, folder, progress, None)
 
@@ -116,7 +117,8 @@ def _prepare(recipe: Recipe, progress: Progress) -> _Prepared:
     tokenizer = load_tokenizer(source)
     chat = tokenizer.chat_template is not None
     task = lifecycle.load_task(recipe, chat=chat)
-    _, validation = load_prompts(recipe, tokenizer, task)
+    train, validation = load_prompts(recipe, tokenizer, task, progress.note)
+    task = replace(task, train=train.examples)
     if isinstance(task.train[0].prompt, str) and appends_end(tokenizer):
         raise ProxstepError(
             f"model.name {source}: its tokenizer ends every prompt with {tokenizer.eos_token}, and "

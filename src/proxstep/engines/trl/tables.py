@@ -20,6 +20,7 @@ RENAMED: dict[str, str] = {key: key.rpartition(".")[2] for key in _SAME_NAME} | 
     "regularizer.kl_coef": "beta",
     "optimizer.eps": "adam_epsilon",
     "optimizer.warmup_updates": "warmup_steps",
+    "task.chat_template_kwargs": "chat_template_kwargs",
     "logging.tracker": "report_to",
 }
 """Keys whose value is an option's, under TRL's name; null leaves the option at its default."""
@@ -39,7 +40,8 @@ TRANSLATED = (
 
 RUN_FOLDER = (
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
-    *("evaluation.kl_policy_initial", "logging.num_samples", "task.max_prompt_length"),
+    *("evaluation.kl_policy_initial", "evaluation.baselines"),
+    *("logging.num_samples", "task.max_prompt_length"),
     *("logging.checkpoint_minutes", "logging.checkpoints_kept", "task.reward_seconds"),
 )
 """What `proxstep train` adds to a run, and a printed script has not: TRL has no such thing."""

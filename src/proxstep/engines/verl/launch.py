@@ -33,7 +33,7 @@ from proxstep.runs.folder import RunFolder
 from proxstep.runs.stop import StopRequest, stop_on_signal
 from proxstep.runs.telemetry import SWITCHES, switch_off_telemetry
 from proxstep.runs.tracking import MetricsLog, Progress
-from proxstep.training.lifecycle import check, load_run_recipe
+from proxstep.training.lifecycle import check, keep_baselines, load_run_recipe
 from proxstep.training.models import pick_device
 
 _SECONDS_TO_STOP = 20
@@ -88,9 +88,10 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         overrides(recipe, prepared, machine)  # refuses what verl cannot do
         if overwrite:
             folder.clear()
-        write(recipe, prepared, task, progress.note)
+        validation = write(recipe, prepared, task, progress.note)
         folder.create(recipe, pick_device(recipe.device), _num_parameters(prepared.model))
         folder.update_info(engine="verl", verl_version=version("verl"))
+        keep_baselines(recipe, validation, folder)
         return _run(recipe, folder, prepared, machine, progress, first_step=0)
 
 

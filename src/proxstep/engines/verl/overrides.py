@@ -105,7 +105,9 @@ def overrides(recipe: Recipe, prepared: Prepared, machine: Machine) -> list[str]
 
 
 def _data(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    template = recipe.task.chat_template_kwargs
     return {
+        **({"+data.apply_chat_template_kwargs": template} if template else {}),
         "data.train_files": str(prepared.train),
         "data.val_files": str(prepared.validation),
         "data.shuffle": False,  # the rows are in the order of the local engine's batches

@@ -15,7 +15,7 @@ from proxstep.errors import ProxstepError
 from proxstep.tasks import Example, Task
 from proxstep.training.lifecycle import load_task
 from proxstep.training.models import load_tokenizer, model_source
-from proxstep.training.prompts import batch_rows, encode_prompt, load_prompts
+from proxstep.training.prompts import Prompts, batch_rows, encode_prompt, load_prompts
 
 PLAIN_TEMPLATE = "{{ messages[0].content }}"
 """A chat template under which a single message is the prompt itself."""
@@ -58,18 +58,21 @@ def prepare(recipe: Recipe, note: Callable[[str], None]) -> Prepared:
     return prepared
 
 
-def write(recipe: Recipe, prepared: Prepared, task: Task, note: Callable[[str], None]) -> None:
+def write(recipe: Recipe, prepared: Prepared, task: Task, note: Callable[[str], None]) -> Prompts:
     """Write a recipe's prompts, and the embedded model, where `plan` says.
 
     The training file holds every step's prompts in the local engine's order, so that verl, without
     shuffling, sees the same ones at each step. `note` is told of the embedded model's warm-up.
+
+    Returns:
+        The validation prompts.
 
     Raises:
         ProxstepError: If a reward or a prompt is wrong.
     """
     source = model_source(recipe, note)
     tokenizer = load_tokenizer(source)
-    train, validation = load_prompts(recipe, tokenizer, task)
+    train, validation = load_prompts(recipe, tokenizer, task, note)
     _check_tokens(tokenizer, prepared.chat_template, validation.examples)
     per_step = recipe.rollout.num_prompts
     rows = [
@@ -82,6 +85,7 @@ def write(recipe: Recipe, prepared: Prepared, task: Task, note: Callable[[str], 
     _write(prepared.validation, task.name, validation.examples)
     if recipe.model.name == "embedded":
         shutil.copytree(source, prepared.model, dirs_exist_ok=True)
+    return validation
 
 
 def messages(example: Example) -> list[dict[str, str]]:
