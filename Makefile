@@ -14,7 +14,8 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 demo figure reference test test-all trust test-trl-oldest test-verl lint audit bench gpu clean
+.PHONY: help setup smollm2 demo demo-real figure reference test test-all trust test-trl-oldest test-verl lint audit \
+  bench gpu clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +55,10 @@ DEMO := compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --
 
 demo: setup  ## Train REINFORCE, GRPO, ISOPO and OPO on arithmetic; print a table, write a report page
 	$(BIN)/proxstep $(DEMO)
+
+demo-real: smollm2  ## The same with a pretrained model of 135 M parameters on word problems (under 30 minutes)
+	$(BIN)/proxstep compare recipes/smollm2.yaml --algorithms reinforce,grpo,isopo,opo --seeds 3 \
+	  --jobs 2 --output outputs/demo-real --overwrite
 
 figure: setup  ## The same, and draw the README's figure
 	$(BIN)/proxstep $(DEMO) --figure docs/figures/demo.png

@@ -21,6 +21,10 @@ MATH = {"model": {"name": "m"}, "task": {"name": "math"}}
 
 SOMETIMES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "model.warmup_score": (0.5, {}, {"model": {"name": "m"}}),
+    "model.warmup_solutions": (16, {"model": {"name": "m"}}, {}),
+    "model.warmup_learning_rate": (
+        *(1e-4, {"model": {"name": "m", "warmup_solutions": 16}}, {"model": {"name": "m"}}),
+    ),
     "task.difficulty": (2, {}, GSM8K),
     "task.level": (2, MATH, {}),
     "task.train": ("my_data.jsonl", TABLE, {}),
@@ -100,8 +104,8 @@ ALWAYS = {
     *("update.microbatch_size", "optimizer.name", "optimizer.learning_rate"),
     *("optimizer.weight_decay", "optimizer.max_grad_norm", "optimizer.warmup_updates"),
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
-    *("evaluation.kl_policy_initial", "evaluation.baselines"),
-    *("logging.tracker", "logging.num_samples"),
+    *("evaluation.kl_policy_initial", "evaluation.baselines", "evaluation.remember_first"),
+    *("logging.tracker", "logging.num_samples", "logging.checkpoint_last"),
     *("logging.checkpoint_every", "logging.checkpoint_minutes", "logging.checkpoints_kept"),
 }
 """Keys that every setting reads. The objective's are arguments of the algorithm's functions."""

@@ -26,6 +26,9 @@ from proxstep.rewards import reward_name
 from proxstep.training import lifecycle
 
 ROOT = Path(__file__).parents[2]
+OURS = ROOT / "recipes" / "smollm2.yaml"
+"""It begins with a supervised warm-up, which TRL's trainer has not."""
+RECIPES = sorted({*(ROOT / "recipes").glob("*.yaml")} - {OURS})
 KEYS = {key: (kind.split(" | "), default) for key, kind, default, _ in describe_keys()}
 OTHERS = {"text": "other", "int": 5, "float": 0.35, "true": True, "list of float": [0.8, 0.9]}
 """A value of each kind; the recipes below have no such one by default."""
@@ -295,9 +298,12 @@ def test_the_rewards_are_the_task_s_own(tmp_path: Path, task: str) -> None:
     assert list(found.validation) == list(expected.validation)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem
-)
+def test_a_warm_up_is_not_left_out_in_silence() -> None:
+    with pytest.raises(ProxstepError, match=r"model\.warmup_solutions 320 is not for --engine trl"):
+        script(load_recipe(OURS, []))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("changes", [{}, {"model.lora.rank": "4", "rollout.overlong_buffer": "2"}])
 def test_scripts_of_the_recipes_are_python(path: Path, changes: dict[str, str]) -> None:
     """All names are imported, all keyword arguments exist, and none is a default."""

@@ -31,5 +31,5 @@ def test_examples_do_not_share_columns():
 
 
 def test_every_task_has_its_function():
-    assert TASKS == ("arithmetic", "gsm8k", "math", "svamp", "table")
+    assert TASKS == ("arithmetic", "gsm8k", "math", "stories", "svamp", "table")
     assert all(callable(getattr(tasks, f"{name}_task")) for name in TASKS)

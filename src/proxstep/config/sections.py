@@ -105,12 +105,20 @@ class ModelSection(Section):
         description="Share of answers, right or without carries, at which the embedded model's "
         "warm-up stops; 0 for none.",
     )
+    warmup_solutions: Positive | None = Field(
+        default=None,
+        description="Supervised warm-up of any other model: fine-tune on so many of the task's own "
+        "training solutions first (stories, gsm8k, math), once and cached; null for none.",
+    )
+    warmup_learning_rate: float = Field(
+        default=5e-5, gt=0, description="Of that warm-up: AdamW, 16 solutions a step, one pass."
+    )
 
 
 class TaskSection(Section):
     """Prompts, answers and rewards."""
 
-    name: Literal["arithmetic", "gsm8k", "math", "svamp", "table"] = Field(
+    name: Literal["arithmetic", "gsm8k", "math", "stories", "svamp", "table"] = Field(
         default="arithmetic", description='The data set; "table" is your own JSONL or Parquet file.'
     )
     difficulty: int = Field(
@@ -458,6 +466,11 @@ class EvaluationSection(Section):
         default=True,
         description="KL(policy || initial); keeps a copy of the initial weights, except with LoRA.",
     )
+    remember_first: bool = Field(
+        default=False,
+        description="Keep the greedy completions before step 1 in the cache, and take them from "
+        "there: the runs of a comparison begin with the same policy.",
+    )
     baselines: bool = Field(
         default=True,
         description="Grade the best constant answer and numbers copied from the prompt, once, by "
@@ -475,8 +488,13 @@ class LoggingSection(Section):
     num_samples: int = Field(default=4, ge=0, description="Completions kept per evaluation.")
     checkpoint_every: Positive | None = Field(
         default=None,
-        description="Steps between checkpoints; the last step always writes one, and so does a "
-        "run that fails or is interrupted between two steps.",
+        description="Steps between checkpoints; the last step writes one too, and so does a run "
+        "that fails or is interrupted between two steps.",
+    )
+    checkpoint_last: bool = Field(
+        default=True,
+        description="Whether the last step writes one. Without it a finished run keeps what it "
+        "measured, and not the policy.",
     )
     checkpoint_minutes: float | None = Field(
         default=10.0,

@@ -31,9 +31,9 @@ def _is_table(recipe: Any) -> bool:
 
 
 _DATA = (
-    lambda r: r.task.name != "arithmetic",
-    "is of data, and task.name arithmetic makes its own problems: set task.name (table for a file "
-    "of your own), or leave it out",
+    lambda r: r.task.name not in ("arithmetic", "stories"),
+    "is of data, and task.name arithmetic and stories make their own problems: set task.name "
+    "(table for a file of your own), or leave it out",
 )
 _TABLE = (_is_table, "is of task.name table: the other tasks know theirs; leave it out")
 _KL = (
@@ -53,7 +53,15 @@ _SPLIT = (
 READ: Mapping[str, Reading] = {
     "model.warmup_score": (
         lambda r: r.model.name == "embedded",
-        "is of model.name embedded, the only one that is warmed up: leave it out",
+        "is of model.name embedded: other models take model.warmup_solutions, or leave it out",
+    ),
+    "model.warmup_solutions": (
+        lambda r: r.model.name != "embedded",
+        "is of every other model, and model.name embedded takes model.warmup_score: leave it out",
+    ),
+    "model.warmup_learning_rate": (
+        lambda r: r.model.warmup_solutions is not None,
+        "is of model.warmup_solutions, which is null: give a number, or leave it out",
     ),
     "task.difficulty": (
         lambda r: r.task.name == "arithmetic",

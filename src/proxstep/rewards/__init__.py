@@ -15,6 +15,8 @@ from proxstep.rewards.functions import (
     exact_match,
     math_verify,
     numeric_answer,
+    stated_answer,
+    stated_number,
 )
 from proxstep.rewards.scoring import (
     BUILTIN_REWARDS,
@@ -56,5 +58,7 @@ __all__ = [
     "run_code_tests",
     "run_code_tests_without_sandbox",
     "score_completions",
+    "stated_answer",
+    "stated_number",
     "told_of_truncation",
 ]

@@ -114,6 +114,60 @@ def exact_match(
     ]
 
 
+_STATED = re.compile(r"(?:^|(?<=\s))The answer is (-?[0-9]{1,30})\.?", re.IGNORECASE)
+
+
+def stated_answer(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    truncated: Sequence[bool] | None = None,
+    **columns: Any,
+) -> list[float]:
+    """Return 1 for each completion that ends with "The answer is N." for the reference N, else 0.
+
+    Stricter than `numeric_answer`: the sentence stands once, at the very end, and N is an integer
+    in digits. What was cut off at the length limit is wrong.
+
+    Args:
+        prompts: B prompts; not read.
+        completions: B strings, or B lists of chat messages.
+        answer: B reference answers, integers.
+        truncated: B times whether the completion was cut off; None for never.
+        **columns: The data's other columns; not read.
+
+    Returns:
+        B rewards, 0.0 or 1.0.
+
+    Raises:
+        ProxstepError: There are not B reference answers.
+
+    >>> texts = ["3 * 6 = 18. The answer is 18.", "The answer is 36/2."]
+    >>> stated_answer(["6*3?", "6*3?"], texts, answer=["18", "18"])
+    [1.0, 0.0]
+    """
+    del prompts, columns
+    check_length("stated_answer", completions, answer)
+    cut = [False] * len(completions) if truncated is None else truncated
+    references = _texts("stated_answer", answer)
+    return [
+        float(not was_cut and stated_number(text_of(completion)) == reference)
+        for completion, reference, was_cut in zip(completions, references, cut, strict=True)
+    ]
+
+
+def stated_number(text: str) -> str | None:
+    """Return the integer of a text's only "The answer is N.", where it is the end; else None.
+
+    >>> stated_number("7 - 2 = 5. The answer is 5."), stated_number("The answer is 5 or 6.")
+    ('5', None)
+    """
+    found = list(_STATED.finditer(text))
+    if len(found) != 1 or text[found[0].end() :].strip():
+        return None
+    return found[0][1]
+
+
 def math_verify(
     prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **columns: Any
 ) -> MeasuredRewards:

@@ -28,6 +28,7 @@ from proxstep.rewards.functions import (
     exact_match,
     math_verify,
     numeric_answer,
+    stated_answer,
 )
 from proxstep.rewards.returns import awaited, checked_rewards
 
@@ -56,6 +57,7 @@ class RewardFunction(Protocol):
 BUILTIN_REWARDS: dict[str, RewardFunction] = {
     "numeric_answer": numeric_answer,
     "exact_match": exact_match,
+    "stated_answer": stated_answer,
     "math_verify": math_verify,
     "run_code_tests": run_code_tests,
     "run_code_tests_without_sandbox": run_code_tests_without_sandbox,

@@ -1,8 +1,9 @@
-"""Tasks: procedural arithmetic, GSM8K, MATH, SVAMP, and any table of prompts and answers."""
+"""Tasks: procedural arithmetic and stories, GSM8K, MATH, SVAMP, and any table of prompts."""
 
 from proxstep.tasks.arithmetic import ALPHABET, arithmetic_task
 from proxstep.tasks.base import REWARDS, Example, Prompt, Task
 from proxstep.tasks.data import Row, load_hub_rows, load_rows, read_rows
+from proxstep.tasks.stories import stories_task
 from proxstep.tasks.tabular import (
     IN_A_BOX,
     STEP_BY_STEP,
@@ -12,7 +13,7 @@ from proxstep.tasks.tabular import (
     table_task,
 )
 
-TASKS = ("arithmetic", "gsm8k", "math", "svamp", "table")
+TASKS = ("arithmetic", "gsm8k", "math", "stories", "svamp", "table")
 
 __all__ = [
     "ALPHABET",
@@ -30,6 +31,7 @@ __all__ = [
     "load_rows",
     "math_task",
     "read_rows",
+    "stories_task",
     "svamp_task",
     "table_task",
 ]

@@ -16,6 +16,7 @@ REWARDS: dict[str, tuple[str, ...]] = {
     "math": ("math_verify",),
     "svamp": ("numeric_answer",),
     "table": ("numeric_answer",),
+    "stories": ("stated_answer",),
 }
 """The reward functions that each task is graded by, unless a recipe names others."""
 

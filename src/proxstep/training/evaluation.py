@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from proxstep.logprobs.tokens import kl_divergence, kl_estimate
 from proxstep.rewards import Narrowness, narrowness
 from proxstep.training.generation import sample
 from proxstep.training.prompts import Prompts
+from proxstep.training.remembered import memory_of, recall, remember
 from proxstep.training.rollout import (
     Completions,
     Head,
@@ -104,8 +106,37 @@ def greedy_score(
     max_new_tokens: int,
     batch_size: int,
     stop: Sequence[str] = (),
+    memory: Path | None = None,
 ) -> GreedyResult:
-    """Complete every prompt greedily and grade the completions."""
+    """Complete every prompt greedily and grade the completions.
+
+    `memory` is a file in which the completions may be kept, or will be; None for no such file.
+    """
+    kept = recall(memory, len(prompts)) if memory else None
+    texts, lengths, truncated = kept or _complete(
+        model, tokenizer, prompts, max_new_tokens, batch_size, stop
+    )
+    if memory and not kept:
+        remember(memory, texts, lengths, truncated)
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        # rewards compute as they always do
+        table = prompts.grade(range(len(prompts)), texts, truncated)
+    rewards = next(iter(table.per_function.values()))
+    given = [reward for reward in rewards if reward is not None]
+    score = sum(given) / len(given) if given else float("nan")
+    narrow = narrowness(texts, [example.answer for example in prompts.examples], truncated)
+    return GreedyResult(score, sum(lengths) / len(lengths), texts, rewards, truncated, narrow)
+
+
+def _complete(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Prompts,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: Sequence[str],
+) -> tuple[list[str], list[int], list[bool]]:
+    """Return each greedy completion's text and length, and whether it was cut off."""
     texts: list[str] = []
     lengths: list[int] = []
     truncated: list[bool] = []
@@ -122,14 +153,7 @@ def greedy_score(
         texts += completions.texts(tokenizer)
         lengths += completions.lengths().tolist()
         truncated += completions.truncated_B.tolist()
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        # rewards compute as they always do
-        table = prompts.grade(range(len(prompts)), texts, truncated)
-    rewards = next(iter(table.per_function.values()))
-    given = [reward for reward in rewards if reward is not None]
-    score = sum(given) / len(given) if given else float("nan")
-    narrow = narrowness(texts, [example.answer for example in prompts.examples], truncated)
-    return GreedyResult(score, sum(lengths) / len(lengths), texts, rewards, truncated, narrow)
+    return texts, lengths, truncated
 
 
 def evaluate(
@@ -154,8 +178,11 @@ def evaluate(
     prompts = [validation.tokens(row) for row in range(count)]
     head = recipe.model.head
     torch.manual_seed(recipe.seed)
+    memory = None
     if probe is None:
         probe = Probe.draw(model, tokenizer, prompts, limit, head, stop)
+        if section.remember_first:
+            memory = memory_of(model, validation, limit, section.batch_size, stop)
     greedy = greedy_score(
         model,
         tokenizer,
@@ -163,6 +190,7 @@ def evaluate(
         max_new_tokens=limit,
         batch_size=section.batch_size,
         stop=stop,
+        memory=memory,
     )
     measured = {
         **greedy.metrics(),

@@ -23,6 +23,7 @@ from proxstep.tasks import (
     arithmetic_task,
     gsm8k_task,
     math_task,
+    stories_task,
     svamp_task,
     table_task,
 )
@@ -187,6 +188,8 @@ def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[
     if section.name == "arithmetic":
         keys = ("difficulty", "num_validation")
         return arithmetic_task, {key: getattr(section, key) for key in keys}
+    if section.name == "stories":
+        return stories_task, {"num_validation": section.num_validation}
     keys = ("train", "validation", "num_train", "num_validation")
     if section.name == "math":
         keys += ("level",)

@@ -45,15 +45,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
-    """Return the hub name or path to load from; warm up or convert the model if need be.
+    """Return the hub name or path to load from; convert the model or warm it up if need be.
 
     `note` is called with how far that is: a minute or two for the embedded model's warm-up, half a
-    minute for a GGUF file of 100 MB.
+    minute for a GGUF file of 100 MB, minutes for a warm-up on solutions.
     """
-    if is_gguf(recipe.model.name):
-        return str(ensure_converted(recipe.model.name, note))
     if recipe.model.name != "embedded":
-        return os.path.expanduser(recipe.model.name)  # keeps a leading ./
+        source = os.path.expanduser(recipe.model.name)  # keeps a leading ./
+        if is_gguf(recipe.model.name):
+            source = str(ensure_converted(recipe.model.name, note))
+        if recipe.model.warmup_solutions is None:
+            return source
+        from proxstep.training.warmup import ensure_warmed_up
+
+        return str(ensure_warmed_up(source, recipe, note))
     from proxstep.training.demo_model import ensure_embedded_model
 
     difficulty, score = recipe.task.difficulty, recipe.model.warmup_score

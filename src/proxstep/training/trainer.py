@@ -170,7 +170,9 @@ class Trainer(Resumable):
                 record |= self._evaluate()
             self._write(log, tracker, record)
             self.save_if_due()
-        self.save()
+        done = self.step == recipe.steps and self.unrecorded is None
+        if recipe.logging.checkpoint_last or not done:
+            self.save()
 
     def _train_step(self) -> dict[str, Any]:
         """Sample, reward and update once; return what was measured."""

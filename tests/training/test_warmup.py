@@ -1,0 +1,94 @@
+"""The supervised warm-up on a task's solutions, and greedy completions kept between runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.engine import Silent, records, tiny_recipe
+
+from proxstep.config.recipe import Recipe
+from proxstep.errors import ProxstepError
+from proxstep.training import evaluation, lifecycle, warmup
+from proxstep.training.models import model_source
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model's folder, and a cache of the test's own."""
+    folder = model_source(tiny_recipe(tmp_path / "unused"), print)
+    monkeypatch.setenv("PROXSTEP_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def warm_recipe(folder: Path, source: str, **model: float | None) -> Recipe:
+    keys = {"name": source, "warmup_solutions": 80, "warmup_learning_rate": 1e-3, **model}
+    return tiny_recipe(folder, model=keys)
+
+
+def test_the_warm_up_lowers_the_loss_once(source: str, tmp_path: Path) -> None:
+    recipe, notes = warm_recipe(tmp_path / "run", source), []
+    warm = Path(model_source(recipe, notes.append))
+    record = json.loads((warm / warmup.RECORD).read_text())
+    assert len(record["losses"]) == 5
+    assert record["losses"][-1] < record["losses"][0]
+    assert record["num_solutions"] == 80
+    assert notes[0].startswith("supervised warm-up of")
+    assert "80 solutions" in notes[0]
+    assert len(notes) == 6
+    weights = [load_file(Path(f) / "model.safetensors") for f in (source, warm)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert model_source(recipe, pytest.fail) == str(warm)
+
+
+def test_another_warm_up_is_another_model(source: str, tmp_path: Path) -> None:
+    changes = ({}, {"warmup_solutions": 16}, {"warmup_learning_rate": 1e-4})
+    folders = {model_source(warm_recipe(tmp_path / "run", source, **c), print) for c in changes}
+    assert len(folders) == 3
+
+
+def test_more_solutions_than_there_are(source: str, tmp_path: Path) -> None:
+    recipe = warm_recipe(tmp_path / "run", source, warmup_solutions=100_001)
+    with pytest.raises(ProxstepError, match="there are 100000 training examples"):
+        model_source(recipe, print)
+
+
+def test_a_comparisons_runs_begin_with_one_evaluation(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    completed: list[int] = []
+    complete = evaluation._complete
+
+    def counted(*arguments: object) -> object:
+        completed.append(1)
+        return complete(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation, "_complete", counted)
+    scores = []
+    for seed, remember in enumerate((True, True, False)):
+        changes = {"seed": seed, "evaluation": {"every": 3, "remember_first": remember}}
+        recipe = tiny_recipe(tmp_path / f"run{seed}", model={"name": source}, **changes)
+        lifecycle.train(recipe, Silent())
+        first = records(tmp_path / f"run{seed}")[0]
+        scores.append({key: value for key, value in first.items() if key.startswith("score")})
+        samples = (tmp_path / f"run{seed}" / "samples.jsonl").read_text().splitlines()
+        scores[-1]["samples"] = samples[:4]
+    assert scores[0] == scores[1] == scores[2]
+    assert len(completed) == 2 + 1 + 2  # before and after; after alone; before and after
+
+
+def test_a_damaged_memory_is_none(source: str, tmp_path: Path) -> None:
+    for seed in range(2):
+        recipe = tiny_recipe(
+            tmp_path / f"run{seed}",
+            model={"name": source},
+            evaluation={"every": 3, "remember_first": True},
+        )
+        lifecycle.train(recipe, Silent())
+        for file in (tmp_path / "cache" / "greedy").iterdir():
+            file.write_text("{")
+    first, second = (records(tmp_path / f"run{seed}") for seed in range(2))
+    assert [r["score"] for r in first] == [r["score"] for r in second]
