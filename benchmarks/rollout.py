@@ -163,11 +163,14 @@ class _Watch:
 
 
 def local_loop(arguments: argparse.Namespace, place: Path) -> Callable[[Turns], object]:
-    """Return the local engine's training loop."""
+    """Return the local engine's training loop; its records are put into `arguments.records`."""
     recipe = recipe_of(arguments, place / "local", evaluation=_LITTLE)
 
     def run(turns: Turns) -> None:
-        trainer = _trainer(recipe, _Watch(turns), arguments.num_prompts)
+        watch = _Watch(turns)
+        arguments.records = watch.records
+        trainer = _trainer(recipe, watch, arguments.num_prompts)
+        trainer.clock = ProcessorClock()
         turns.measure(trainer, "_update", is_update=True)
         trainer.run()
 
@@ -264,6 +267,7 @@ def step_pairs(arguments: argparse.Namespace, done: int) -> Iterator[dict[str, A
             for name in loops if pair % 2 else [*loops][::-1]:
                 seconds = loops[name].step()
                 found[name], found[f"{name}_update"] = seconds.step, seconds.update
+            found["ours_phases"] = _phases(arguments.records[-1:])
             yield found | {"ratio": found["ours"] / found["trl"]}
 
 
@@ -302,6 +306,15 @@ class ProcessorClock(Clock):
         stack.callback(setattr, owner, name, function)
 
 
+def _phases(records: list[Any]) -> dict[str, float]:
+    """Return the median seconds of each phase."""
+    names = {name for record in records for name in record if name.startswith("seconds_")}
+    return {
+        name.removeprefix("seconds_"): statistics.median(r.get(name, 0.0) for r in records)
+        for name in sorted(names - {"seconds_step"})
+    }
+
+
 def phase_rows(arguments: argparse.Namespace, done: int) -> Iterator[dict[str, Any]]:
     """Train so many steps, with an evaluation after each; the median of each phase's seconds."""
     if done:
@@ -321,12 +334,7 @@ def phase_rows(arguments: argparse.Namespace, done: int) -> Iterator[dict[str, A
         clock.watch(stack, evaluation.Probe, "kl")
         trainer.run()
         steps = [record for record in watch.records if record["step"]]
-        names = {name for record in steps for name in record if name.startswith("seconds_")}
-        medians = {
-            name.removeprefix("seconds_"): statistics.median(r.get(name, 0.0) for r in steps)
-            for name in sorted(names - {"seconds_step"})
-        }
-        medians |= {
+        medians = _phases(steps) | {
             f"evaluation/{name}": statistics.median(seconds)
             for name, seconds in clock.calls.items()
         }
