@@ -39,9 +39,10 @@ from proxstep.config.loading import resolve
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.runs.folder import RunFolder, check_file, describe_machine
+from proxstep.tasks import Task
 from proxstep.training import evaluation
 from proxstep.training.generation import end_tokens, sample
-from proxstep.training.lifecycle import load_task
+from proxstep.training.lifecycle import task_call
 from proxstep.training.models import load_model, load_tokenizer, model_source, quiet_transformers
 from proxstep.training.prompts import Prompts, load_prompts
 from proxstep.training.trainer import Clock, Trainer
@@ -50,6 +51,9 @@ MANY = 10_000
 """Steps that no benchmark reaches."""
 
 NUM_GENERATIONS, MICROBATCH = 8, 4
+
+SHORT = " Answer in one short sentence."
+"""With the tasks' own instruction, to think step by step, nearly every completion is cut off."""
 
 
 def recipe_of(arguments: argparse.Namespace, folder: Path, **changes: Any) -> Recipe:
@@ -76,11 +80,21 @@ def recipe_of(arguments: argparse.Namespace, folder: Path, **changes: Any) -> Re
     return resolve({"algorithm": "grpo"}, settings, "benchmark")
 
 
-def loaded(recipe: Recipe) -> tuple[Any, Any, tuple[Prompts, Prompts]]:
+def task_of(arguments: argparse.Namespace, recipe: Recipe, *, chat: bool) -> Task:
+    """Return the task, with the instruction that was asked for after each question."""
+    function, options = task_call(recipe, chat=chat)
+    if recipe.task.name != "arithmetic":
+        options |= {"instruction": arguments.instruction}
+    return function(**options)
+
+
+def loaded(
+    arguments: argparse.Namespace, recipe: Recipe
+) -> tuple[Any, Any, tuple[Prompts, Prompts]]:
     """Return a recipe's tokenizer, model, and training and validation prompts."""
     source = model_source(recipe, lambda text: None)
     tokenizer = load_tokenizer(source)
-    task = load_task(recipe, chat=tokenizer.chat_template is not None)
+    task = task_of(arguments, recipe, chat=tokenizer.chat_template is not None)
     model = load_model(source, "float32", torch.device("cpu"))
     return tokenizer, model, load_prompts(recipe, tokenizer, task)
 
@@ -113,7 +127,7 @@ def plain_generate(model: Any, tokenizer: Any, prompts: list[list[int]], limit: 
 def rollout_pairs(arguments: argparse.Namespace, done: int) -> Iterator[dict[str, Any]]:
     """Sample other prompts in each pair, by generate and by us, in turns of either order."""
     with tempfile.TemporaryDirectory() as place:
-        tokenizer, model, (train, _) = loaded(recipe_of(arguments, Path(place)))
+        tokenizer, model, (train, _) = loaded(arguments, recipe_of(arguments, Path(place)))
     model.eval()
 
     def ours(prompts: list[list[int]]) -> list[int]:
@@ -163,11 +177,14 @@ class _Watch:
 
 
 def local_loop(arguments: argparse.Namespace, place: Path) -> Callable[[Turns], object]:
-    """Return the local engine's training loop."""
+    """Return the local engine's training loop; its records are put into `arguments.records`."""
     recipe = recipe_of(arguments, place / "local", evaluation=_LITTLE)
 
     def run(turns: Turns) -> None:
-        trainer = _trainer(recipe, _Watch(turns), arguments.num_prompts)
+        watch = _Watch(turns)
+        arguments.records = watch.records
+        trainer = _trainer(arguments, recipe, watch, arguments.num_prompts)
+        trainer.clock = ProcessorClock()
         turns.measure(trainer, "_update", is_update=True)
         trainer.run()
 
@@ -177,8 +194,10 @@ def local_loop(arguments: argparse.Namespace, place: Path) -> Callable[[Turns], 
 _LITTLE = {"every": MANY, "num_probe_prompts": 1, "kl_policy_initial": False}
 
 
-def _trainer(recipe: Recipe, watch: _Watch, num_train: int | None = None) -> Trainer:
-    tokenizer, model, (train, validation) = loaded(recipe)
+def _trainer(
+    arguments: argparse.Namespace, recipe: Recipe, watch: _Watch, num_train: int | None = None
+) -> Trainer:
+    tokenizer, model, (train, validation) = loaded(arguments, recipe)
     if num_train is not None:  # the same prompts in every step
         train.examples = train.examples[:num_train]
     folder = RunFolder(recipe.output_dir)
@@ -198,7 +217,7 @@ def trl_loop(arguments: argparse.Namespace, place: Path) -> Callable[[Turns], ob
     recipe = recipe_of(arguments, place / "trl")
     source = model_source(recipe, lambda text: None)
     chat = load_tokenizer(source).chat_template is not None
-    task = load_task(recipe, chat=chat)
+    task = task_of(arguments, recipe, chat=chat)
     rows = [{"prompt": e.prompt, "answer": e.answer} for e in task.train[: arguments.num_prompts]]
     total = arguments.num_prompts * NUM_GENERATIONS
     config = GRPOConfig(
@@ -264,6 +283,7 @@ def step_pairs(arguments: argparse.Namespace, done: int) -> Iterator[dict[str, A
             for name in loops if pair % 2 else [*loops][::-1]:
                 seconds = loops[name].step()
                 found[name], found[f"{name}_update"] = seconds.step, seconds.update
+            found["ours_phases"] = _phases(arguments.records[-1:])
             yield found | {"ratio": found["ours"] / found["trl"]}
 
 
@@ -302,6 +322,15 @@ class ProcessorClock(Clock):
         stack.callback(setattr, owner, name, function)
 
 
+def _phases(records: list[Any]) -> dict[str, float]:
+    """Return the median seconds of each phase."""
+    names = {name for record in records for name in record if name.startswith("seconds_")}
+    return {
+        name.removeprefix("seconds_"): statistics.median(r.get(name, 0.0) for r in records)
+        for name in sorted(names - {"seconds_step"})
+    }
+
+
 def phase_rows(arguments: argparse.Namespace, done: int) -> Iterator[dict[str, Any]]:
     """Train so many steps, with an evaluation after each; the median of each phase's seconds."""
     if done:
@@ -314,19 +343,14 @@ def phase_rows(arguments: argparse.Namespace, done: int) -> Iterator[dict[str, A
             evaluation={"every": 1, "num_probe_prompts": 8},
         )
         watch = _Watch(None)
-        trainer = _trainer(recipe, watch)
+        trainer = _trainer(arguments, recipe, watch)
         trainer.clock = clock = ProcessorClock()
         clock.watch(stack, evaluation, "greedy_score")
         clock.watch(stack, evaluation, "kl_from_initial")
         clock.watch(stack, evaluation.Probe, "kl")
         trainer.run()
         steps = [record for record in watch.records if record["step"]]
-        names = {name for record in steps for name in record if name.startswith("seconds_")}
-        medians = {
-            name.removeprefix("seconds_"): statistics.median(r.get(name, 0.0) for r in steps)
-            for name in sorted(names - {"seconds_step"})
-        }
-        medians |= {
+        medians = _phases(steps) | {
             f"evaluation/{name}": statistics.median(seconds)
             for name, seconds in clock.calls.items()
         }
@@ -372,6 +396,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="as model.name in a recipe")
     parser.add_argument("--task", default="svamp", choices=("svamp", "gsm8k"))
     parser.add_argument("--data", help="a local file of the task's; by default the hub's")
+    parser.add_argument("--instruction", default=SHORT, help="what follows each question")
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--length", type=int, default=64, help="limit of a completion, in tokens")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of each part")
@@ -404,7 +429,8 @@ def main() -> None:
 def _keep(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if not arguments.json:
         return
-    settings = {name: getattr(arguments, name) for name in ("task", "num_prompts", "length")}
+    names = ("task", "instruction", "num_prompts", "length")
+    settings = {name: getattr(arguments, name) for name in names}
     settings |= {"model": Path(arguments.model).name, "num_generations": NUM_GENERATIONS}
     report = {
         "date": datetime.date.today().isoformat(),

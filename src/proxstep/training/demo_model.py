@@ -29,7 +29,7 @@ from proxstep.training.generation import sample
 from proxstep.training.prompts import encode_prompt
 from proxstep.typing import Float, Tensor
 
-_VERSION = 1
+_VERSION = 2
 """Part of the cache's name: raise it when anything below changes what comes out."""
 _BATCH_SIZE = 128
 _LEARNING_RATE = 2e-3

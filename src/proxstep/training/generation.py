@@ -240,7 +240,7 @@ def _decode(
     decoder: _Decoder, logits_NV: Tensor, source_B: Tensor, choice: Choice, ending: _Ending
 ) -> _Drawn:
     """Draw completions of prompts that were read; `source_B` says which prompt is each one's."""
-    if len(source_B) != len(logits_NV) or len(source_B) > 1:
+    if source_B.tolist() != list(range(len(logits_NV))):
         decoder.select(source_B)
         logits_NV = logits_NV[source_B]
     num_rows, device = len(source_B), source_B.device
