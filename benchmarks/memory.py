@@ -28,7 +28,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.overhead import verdict
+from benchmarks.overhead import DEFAULT, verdict
 from benchmarks.rows import MAIN_ROWS, ROWS
 from benchmarks.settings import DTYPES, add_options, prepare, shape_of, write_report
 from benchmarks.workload import build_model, draw_batch, reinforce, untied
@@ -169,7 +169,9 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--hidden-size", type=int, default=512, help="where --shape is not given")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--samples", type=int, default=64, help="positions of the Fisher norm, K")
+    parser.add_argument(
+        "--samples", type=int, default=DEFAULT, help="positions of the Fisher norm, K"
+    )
     parser.add_argument("--child", choices=ROWS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     arguments.rows = arguments.rows or MAIN_ROWS

@@ -2,6 +2,8 @@
 
     python benchmarks/overhead.py                    # a small grid, a few minutes on one core
     python benchmarks/overhead.py --full --json benchmarks/baselines/overhead-cpu.json
+    python benchmarks/overhead.py --shape smollm2-135m --lengths 150 --rows isopo isopo-natural
+    python benchmarks/overhead.py --shape embedded --num-sequences 256 --lengths 14
     python benchmarks/overhead.py --device cuda --dtype bfloat16 --shape qwen3-0.6b
 
 One process, one thread. A contestant's microbatches alternate with plain REINFORCE's on the same
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import itertools
 import statistics
 import sys
@@ -34,12 +37,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.rows import MAIN_ROWS, ROWS, Row, Step
 from benchmarks.settings import DTYPES, add_options, prepare, shape_of, write_report
 from benchmarks.workload import Batch, build_model, draw_batch, reinforce, twin_of, untied
+from proxstep import Isopo
 from proxstep.errors import ProxstepError
 
 TARGETS: dict[tuple[str, str], dict[int, float]] = {
-    ("cpu", "p"): {128: 1.07, 256: 1.05},
+    ("cpu", "p"): {128: 1.07, 150: 1.05, 256: 1.05},
     ("cpu", "pqr"): {128: 1.15, 256: 1.10},
-    ("cpu", "natural"): {128: 1.12, 256: 1.08},
+    ("cpu", "natural"): {128: 1.12, 150: 1.10, 256: 1.08},
     ("cuda", "p"): {1024: 1.05, 2048: 1.05},
     ("cuda", "pqr"): {1024: 1.20, 2048: 1.20},
     ("cuda", "natural"): {1024: 1.20, 2048: 1.20},
@@ -52,9 +56,12 @@ MAX_SAMPLES = {("cpu", "pqr"): 64}
 WARMUP = {"cpu": 1, "cuda": 3}
 """Microbatches that a row runs before any is timed."""
 
-QUICK = {"hidden_sizes": [512], "lengths": [128], "samples": [64], "repeats": 5}
-FULL = {"hidden_sizes": [512, 1024], "lengths": [128, 256], "samples": [64, 250], "repeats": 9}
-PUBLISHED = {"lengths": [512, 1024, 2048], "samples": [250], "repeats": 9}
+DEFAULT: int = inspect.signature(Isopo).parameters["num_overlap_positions"].default
+"""The library's K, which is measured first."""
+
+QUICK = {"hidden_sizes": [512], "lengths": [128], "samples": [DEFAULT], "repeats": 5}
+FULL = {"hidden_sizes": [512, 1024], "lengths": [128, 256], "samples": [DEFAULT, 250], "repeats": 9}
+PUBLISHED = {"lengths": [512, 1024, 2048], "samples": [DEFAULT], "repeats": 9}
 """The grids: by default, with --full, and with --shape, whose hidden size is its own."""
 
 

@@ -40,9 +40,27 @@ SHAPES = {
         num_key_value_heads=8,
         head_dim=128,
         vocab_size=151_936,
-    )
+    ),
+    "smollm2-135m": Shape(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        vocab_size=49_152,
+    ),
+    "embedded": Shape(
+        hidden_size=128,
+        intermediate_size=384,
+        num_layers=4,
+        num_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=16,
+    ),
 }
-"""The sizes of published models; the weights stay random."""
+"""The sizes of published models, and of the library's own small one; the weights stay random."""
 
 
 def scaled_shape(hidden_size: int, num_layers: int, vocab_size: int) -> Shape:

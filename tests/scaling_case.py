@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -21,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from proxstep.isopo import Isopo, gathering
+from proxstep.isopo.hooks import PositionGradients
 from proxstep.isopo.microbatch import Microbatch
+from proxstep.isopo.sampling import CarriedSamples, Samples
 from proxstep.logprobs.tokens import token_log_probs
 
 SMALL = Model("small", 16, 2, 4, 2, 8, 24, 40, False, True)
@@ -166,10 +168,19 @@ def traffic(overlap_source: str, sharded: bool, seed: int) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             _watch(patch, count)
             microbatch = backward(network, isopo, token_BT, work, 10 * rank)
-            count["own rows"] = len(microbatch.samples.index_K)
+            count["own rows"] = _own_rows(isopo, microbatch.samples)
             count["carried"] = _carried(isopo)
             isopo.step()
     return {**count, "first all_reduce calls": first}
+
+
+def _own_rows(isopo: Isopo, samples: Samples) -> int:
+    """Return how many of a microbatch's positions were sampled."""
+    if not isinstance(samples, CarriedSamples):
+        return len(samples.index_K)
+    store = isopo._drawing._store
+    assert store is not None
+    return max(len(rows.priority_K) for rows, _ in store.pending.values())
 
 
 def _watch(patch: pytest.MonkeyPatch, count: Counter[str]) -> None:
@@ -207,7 +218,11 @@ def _watch(patch: pytest.MonkeyPatch, count: Counter[str]) -> None:
 def _carried(isopo: Isopo) -> int:
     """Return the bytes of the last step's rows and of this one's, a shared tensor once."""
     store = isopo._drawing._store
+
+    def of(sample: PositionGradients) -> list[object]:
+        return [getattr(sample, field.name) for field in fields(sample)]
+
     kept = [] if store is None else [*store.current.values(), *store.pending.values()]
-    tensors = [value for rows, sample in kept for value in (*rows, *vars(sample).values())]
+    tensors = [value for rows, sample in kept for value in (*rows, *of(sample))]
     found = {id(value): value.nbytes for value in tensors if isinstance(value, Tensor)}
     return sum(found.values())

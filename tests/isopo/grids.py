@@ -11,6 +11,7 @@ from tests.oracle import Sequence
 from torch import Tensor, nn
 
 from proxstep.isopo import Isopo
+from proxstep.isopo.sampling import CarriedSamples
 
 Position = tuple[int, int]
 """A sequence, and a place in it."""
@@ -92,6 +93,8 @@ def run(model: nn.Module, isopo: Isopo, grid: Grid, coefficients: list[float]) -
     coefficient = torch.tensor(coefficients, dtype=torch.promote_types(dtype, torch.float32))
     with isopo.microbatch(grid.sequence_id, coefficient, grid.completion) as microbatch:
         microbatch.objective(log_probs(model, grid)).backward()
+    if isinstance(microbatch.samples, CarriedSamples):  # each parameter has its own
+        return []
     index, order = microbatch.samples.index_K, microbatch.layout.order_T
     index = index if order is None else order[index]
     chosen = zip(grid.sequence_id.flatten()[index], grid.position.flatten()[index], strict=True)

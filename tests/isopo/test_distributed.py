@@ -230,7 +230,7 @@ def test_no_more_rows_are_kept_than_asked_for_and_nothing_that_they_are_part_of(
     store = SampleStore(3)
     for start in range(0, 40, 10):
         priority = torch.arange(start, start + 10, dtype=torch.float64)
-        rows = Rows(priority.flip(0), torch.arange(10), torch.arange(10))
+        rows = Rows(priority.flip(0), torch.arange(10), torch.arange(10), torch.ones(10))
         store.add("weight", rows, VectorGradients(torch.rand(10, 2)))
     store.fold(None)
     kept = store.state_dict()["weight"]["grad_TD"]
@@ -318,7 +318,7 @@ def freezing(run: Run) -> str:
 def samples_of_different_parameters() -> str:
     store = SampleStore(3)
     key = f"layer.{dist.get_rank()}"
-    rows = Rows(torch.rand(4, dtype=torch.float64), torch.arange(4), torch.arange(4))
+    rows = Rows(torch.rand(4).double(), torch.arange(4), torch.arange(4), torch.ones(4))
     store.add(key, rows, VectorGradients(torch.rand(4, 2)))
     return refusal(lambda: store.fold(None))
 

@@ -86,9 +86,8 @@ def test_positions_of_the_completion_alone(layout: Layout) -> None:
     """Those that predict one of its tokens, the prompt's last position among them."""
     model, reference = build("llama", 6), build("llama", 6)
     sequences, coefficients = random_sequences(6), [0.7, -1.3, 0.4, 2.1]
-    isopo = Isopo(
-        model, paper("isopo-npg"), num_overlap_positions=7, overlap_positions="completion"
-    )
+    own: dict[str, Any] = {"overlap_source": "microbatch", "num_overlap_positions": 7}
+    isopo = Isopo(model, paper("isopo-npg"), overlap_positions="completion", **own)
     sampled = run(model, isopo, make_grid(sequences, layout), coefficients)
     assert len(set(sampled)) == 7
     predicts = [range(s.num_prompt - 1, len(s.tokens) - 1) for s in sequences]

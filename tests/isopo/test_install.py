@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -298,7 +299,8 @@ def test_norms_over_heads_in_either_order(heads_first: bool, num_heads: int) -> 
 def test_overlap_positions_of_the_completion() -> None:
     model = tiny_qwen3()
     completion = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 0]]).bool()
-    isopo = Isopo(model, overlap_positions="completion", num_overlap_positions=3)
+    own: dict[str, Any] = {"overlap_source": "microbatch", "num_overlap_positions": 3}
+    isopo = Isopo(model, overlap_positions="completion", **own)
     with isopo.microbatch(IDS, COEFFICIENTS, completion) as microbatch:
         microbatch.objective(log_probs(model)).backward()
     sampled = microbatch.samples.index_K
@@ -310,7 +312,7 @@ def test_overlap_positions_of_the_completion() -> None:
 
 
 def test_padding_is_never_sampled_and_steps_draw_anew() -> None:
-    isopo = Isopo(tiny_qwen3(), num_overlap_positions=5)
+    isopo = Isopo(tiny_qwen3(), num_overlap_positions=5, overlap_source="microbatch")
     drawn = []
     for _ in range(3):
         with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -42,7 +43,8 @@ def draw(seed: int, positions: list[int]) -> list[Part]:
 
 
 def tensors(gradients: PositionGradients) -> list[Tensor]:
-    return [value for value in vars(gradients).values() if isinstance(value, Tensor)]
+    values = [getattr(gradients, field.name) for field in fields(gradients)]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def smallest(parts: list[Part], kind: str, count: int | None) -> list[list[Tensor]]:
@@ -100,7 +102,7 @@ def test_what_is_carried_over_are_the_rows_of_the_smallest_priorities(
     def on_rank(rank: int) -> dict[str, PositionGradients]:
         store, (priority_T, kinds) = SampleStore(count), parts[rank]
         index_K = smallest_of(priority_T, count)
-        rows = Rows(priority_T[index_K], index_K, index_K)
+        rows = Rows(priority_T[index_K], index_K, index_K, torch.ones(len(index_K)))
         for kind, gradients in kinds.items():
             store.add(kind, rows, gradients.at(index_K))
         store.fold(None)

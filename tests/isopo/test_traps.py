@@ -6,6 +6,7 @@ What installing alone can find (fused heads, adapters added later, padding) is i
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -232,7 +233,8 @@ def test_the_sample_has_a_generator_of_its_own() -> None:
     before = torch.get_rng_state()
     drawn = []
     for seed in (0, 0, 1):
-        isopo = Isopo(tiny_qwen3(), num_overlap_positions=4, seed=seed)
+        own: dict[str, Any] = {"overlap_source": "microbatch", "num_overlap_positions": 4}
+        isopo = Isopo(tiny_qwen3(), seed=seed, **own)
         torch.set_rng_state(before)
         for _ in range(2):
             with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:

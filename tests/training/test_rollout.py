@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from proxstep.errors import ProxstepError
+from proxstep.config.sections import UpdateSection
 from proxstep.logprobs.tokens import token_log_probs
 from proxstep.training.batch import Batch
 from proxstep.training.demo_model import build_embedded_model
 from proxstep.training.evaluation import Probe, kl_from_initial
 from proxstep.training.generation import end_tokens, sample
-from proxstep.training.rollout import Completions, completion_log_probs, response_logits
+from proxstep.training.rollout import Completions, Cut, completion_log_probs, response_logits
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,8 @@ def test_columns_and_ids(policy) -> None:
 def test_log_probs_do_not_depend_on_padding_or_batching(policy) -> None:
     _, model = policy
     completions = draw(policy, "1+2=", "123+456=", "12+34=")
-    together = completion_log_probs(model, completions, 0.7, 3)
-    apart = completion_log_probs(model, completions, 0.7, 1)
+    together = completion_log_probs(model, completions, 0.7, Cut(size=3))
+    apart = completion_log_probs(model, completions, 0.7, Cut(size=1))
     mask = completions.response_BT[:, 1:]
     assert torch.allclose(together[mask], apart[mask], atol=1e-5)
     for row in range(3):
@@ -140,13 +141,13 @@ def test_drift_is_zero_at_the_start_and_agrees_both_ways_nearby(policy) -> None:
     torch.manual_seed(0)
     probe = Probe.draw(model, tokenizer, prompts, 6)
     assert probe.kl(model) == pytest.approx(0.0, abs=1e-6)
-    assert kl_from_initial(other, model, tokenizer, prompts, 6, batch_size=2) == pytest.approx(
+    assert kl_from_initial(other, model, tokenizer, prompts, 6, Cut(size=2)) == pytest.approx(
         0.0, abs=1e-6
     )
     with torch.no_grad():
         other.model.embed_tokens.weight.mul_(1.1)
     forward = probe.kl(other)
-    backward = kl_from_initial(other, model, tokenizer, prompts, 6, batch_size=2)
+    backward = kl_from_initial(other, model, tokenizer, prompts, 6, Cut(size=2))
     assert forward > 1e-5
     assert forward == pytest.approx(backward, rel=0.3)
     restored = Probe.from_state_dict(probe.state_dict(), torch.device("cpu"))
@@ -163,7 +164,7 @@ def test_minibatches_keep_groups_whole_and_microbatches_keep_order(policy) -> No
     assert [p.group_B.unique().tolist() for p in parts] == [[0, 1], [2, 3]]
     sizes = [[len(p.group_B.unique()) for p in batch.minibatches(n)] for n in (3, 4, 5)]
     assert sizes == [[2, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]  # as equal as can be, none empty
-    micro = [m for p in parts for m in p.microbatches(3)]
+    micro = [m for p in parts for m in p.microbatches(UpdateSection(microbatch_size=3))]
     assert torch.cat([m.signal_B for m in micro]).tolist() == signal.tolist()
     assert [len(m) for m in micro] == [3, 2, 3, 1, 3]  # group 2 is too large, group 3 stays whole
     for m in micro:

@@ -10,7 +10,7 @@ import torch
 from proxstep.training.demo_model import build_embedded_model
 from proxstep.training.evaluation import Probe
 from proxstep.training.generation import sample
-from proxstep.training.rollout import Completions, completion_log_probs, response_logits
+from proxstep.training.rollout import Completions, Cut, completion_log_probs, response_logits
 
 TEXTS = ["1+2=", "123+456=", "12+34=", "7*8="] * 20
 
@@ -80,7 +80,7 @@ def test_asking_for_them_does_not_change_the_samples(policy: Any, options: dict[
 
 def test_without_truncation_they_are_the_policys_own(policy: Any) -> None:
     completions = draw(policy, temperature=0.7, with_log_probs=True)
-    own = completion_log_probs(policy[1], completions, 0.7, len(completions))
+    own = completion_log_probs(policy[1], completions, 0.7, Cut(size=len(completions)))
     mask = completions.response_BT[:, 1:]
     assert torch.allclose(completions.sampler_log_prob_BT[mask], own[mask], atol=1e-4)
 

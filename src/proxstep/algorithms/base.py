@@ -70,6 +70,8 @@ class Algorithm:
         ratio_to_sampler: Whether the loss's old_log_probs are those with which the tokens were
             drawn, after temperature, top-k and top-p, instead of the old policy's own. The two are
             one where neither cut acts and one engine does both.
+        idle_at_zero: Whether a sequence whose signal is exactly 0 has a gradient of exactly 0 in
+            the loss, whatever its log-probabilities: an update can leave it out.
         reads_old_policy: Whether `prepare` needs the old policy's log-probabilities.
         compares: Where the keys compare a prompt's completions, which the advantage may do besides,
             the setting that does not; else "".
@@ -89,6 +91,7 @@ class Algorithm:
     advantage: str = "group-zscore"
     on_policy: str = ""
     ratio_to_sampler: bool = False
+    idle_at_zero: bool = False
     reads_old_policy: Callable[[Options], bool] = lambda options: False
     compares: Callable[[Options], str] = lambda options: ""
     checks: tuple[Callable[[Options], None], ...] = ()

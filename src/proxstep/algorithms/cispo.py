@@ -68,6 +68,7 @@ CISPO = Algorithm(
     "cispo",
     cispo,
     level="token",
+    idle_at_zero=True,
     about="Detached, clipped importance weights (arXiv 2506.13585).",
     keys={
         "clip_ratio_low": Key("Weights are clipped at 1 - this.", ge=0),

@@ -141,6 +141,7 @@ DPPO_TV = Algorithm(
     "dppo-tv",
     partial(dppo, binary_tv, divergence_threshold=0.15),
     level="token",
+    idle_at_zero=True,
     about="Tokens masked by their total variation from the sampler (arXiv 2602.04879).",
     keys=_KEYS,
     advantage="group-centered",

@@ -85,6 +85,7 @@ GMPO = Algorithm(
     "gmpo",
     gmpo,
     level="token",
+    idle_at_zero=True,
     about="Geometric mean of clipped token ratios (arXiv 2507.20673).",
     keys={
         "clip_ratio_low": Key("Log-ratios are clipped at minus this, in nats.", ge=0),

@@ -98,6 +98,7 @@ GRPO = Algorithm(
     "grpo",
     grpo,
     level="token",
+    idle_at_zero=True,
     about="Token ratios, clipped (arXiv 2402.03300).",
     keys=CLIP_KEYS,
     on_policy="clips nothing",
@@ -109,6 +110,7 @@ DAPO = Algorithm(
     # the loss, and are the trainer's.
     partial(grpo, clip_ratio_high=0.28, aggregation=TOKEN_MEAN),
     level="token",
+    idle_at_zero=True,
     about="GRPO with a higher upper bound and a token mean (arXiv 2503.14476).",
     keys=CLIP_KEYS,
     on_policy="clips nothing",
@@ -118,6 +120,7 @@ DR_GRPO = Algorithm(
     # Section 3.2: a sum over tokens, over a constant, takes the length bias away.
     partial(grpo, aggregation=Aggregation("seq-mean-token-sum-norm")),
     level="token",
+    idle_at_zero=True,
     about="GRPO without the biases of length and of the group's spread (arXiv 2503.20783).",
     keys=CLIP_KEYS,
     advantage="group-centered",

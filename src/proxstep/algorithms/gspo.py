@@ -73,6 +73,7 @@ GSPO = Algorithm(
     "gspo",
     gspo,
     level="sequence",
+    idle_at_zero=True,
     about="The sequence's mean ratio, clipped (arXiv 2507.18071).",
     keys=CLIP_KEYS,
     on_policy="clips nothing",

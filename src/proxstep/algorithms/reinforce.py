@@ -58,6 +58,7 @@ REINFORCE = Algorithm(
     "reinforce",
     reinforce,
     level="sequence",
+    idle_at_zero=True,
     about="Policy gradient without ratio and clipping.",
 )
 RLOO = dataclasses.replace(

@@ -65,6 +65,7 @@ REINFORCE_PLUS_PLUS = Algorithm(
     "reinforce-plus-plus",
     partial(grpo, aggregation=TOKEN_MEAN),
     level="token",
+    idle_at_zero=True,
     about="Token ratios, clipped; advantages normalized over the batch (arXiv 2501.03262).",
     keys=CLIP_KEYS,
     advantage="batch-normalized",

@@ -79,6 +79,7 @@ SAPO = Algorithm(
     "sapo",
     sapo,
     level="token",
+    idle_at_zero=True,
     about="Token ratios through a smooth gate (arXiv 2511.20347).",
     keys={
         "tau_pos": Key("How sharply the gate closes for advantages above 0.", gt=0),

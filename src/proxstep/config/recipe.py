@@ -94,6 +94,16 @@ class Recipe(Section):
         """Whether the log-probabilities with which tokens are drawn are needed."""
         return self.rollout.importance_cap is not None or self.objective.algorithm.ratio_to_sampler
 
+    @cached_property
+    def leaves_out_idle(self) -> bool:
+        """Whether sequences whose signal is exactly 0 have no part in the update.
+
+        ISOPO's Fisher sample and trailing means are of all sequences, and so are the terms of a
+        regularizer in the loss.
+        """
+        idle = self.objective.algorithm.idle_at_zero and not self.regularizer.in_loss
+        return idle and self.geometry.rule == "none"
+
     @model_validator(mode="after")
     def _check_sampling(self) -> Recipe:
         rollout, update = self.rollout, self.update
@@ -185,6 +195,23 @@ class Recipe(Section):
             raise ValueError(
                 f"geometry.interact group needs a prompt's completions in one microbatch: "
                 f"update.microbatch_size {size} is below rollout.num_generations {generations}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_microbatches(self) -> Recipe:
+        if self.update.microbatch_tokens is None:
+            return self
+        if self.update.microbatch_size is not None:
+            raise ValueError(
+                "update.microbatch_tokens and update.microbatch_size both say how large a "
+                "microbatch is: leave one of them out"
+            )
+        if self.geometry.depends_on_microbatches:
+            raise ValueError(
+                f"update.microbatch_tokens puts sequences of like length together, and "
+                f"geometry.rule {self.geometry.rule} with these keys depends on which ones share a "
+                "microbatch: use update.microbatch_size"
             )
         return self
 

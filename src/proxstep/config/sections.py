@@ -111,7 +111,7 @@ class ModelSection(Section):
         "training solutions first (stories, gsm8k, math), once and cached; null for none.",
     )
     warmup_learning_rate: float = Field(
-        default=5e-5, gt=0, description="Of that warm-up: AdamW, 16 solutions a step, one pass."
+        default=5e-5, gt=0, description="Of that warm-up: AdamW, 8 solutions a step, one pass."
     )
 
 
@@ -287,6 +287,14 @@ class GeometrySection(Section):
         intra = isinstance(preset, IntraProjectingRule)
         return intra or preset.needs.ntk or self.fisher == "sequences"
 
+    @cached_property
+    def depends_on_microbatches(self) -> bool:
+        """Whether a sequence's weight depends on which others are in its microbatch."""
+        if self.rule == "none":
+            return False
+        own = self.overlap_source == "microbatch" or self.num_overlap_positions is None
+        return self.needs_full_head or (own and PRESETS[self.rule].needs.fisher)
+
     def to_rule(self) -> Rule:
         """Return the preset with this section's values in place of its own."""
         preset = PRESETS[self.rule]
@@ -378,7 +386,14 @@ class UpdateSection(Section):
     num_iterations: Positive = Field(default=1, description="Passes over the rollout.")
     microbatch_size: Positive | None = Field(
         default=None,
-        description="Sequences per forward and backward; null for the whole minibatch.",
+        description="Sequences per forward and backward, in the rollout's order, and as many where "
+        "completions are scored; null for the whole minibatch, and scoring 4,096 tokens at a time.",
+    )
+    microbatch_tokens: Positive | None = Field(
+        default=None,
+        description="Tokens per forward and backward, prompts and padding included, instead: the "
+        "longest sequences first, each with others of its length. verl's ppo_max_token_len_per_gpu."
+        " Not for rules that depend on which sequences share a microbatch.",
     )
 
     @cached_property

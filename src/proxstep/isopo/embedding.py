@@ -8,6 +8,7 @@ embedding, U rows of an embedding's gradient that are not zero.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +24,7 @@ from proxstep.isopo.hooks import (
     owner_of,
     parameter_gradient,
 )
-from proxstep.isopo.plan import Layout
+from proxstep.isopo.plan import Layout, Memory, Needs, Part
 from proxstep.logprobs.tokens import wide
 from proxstep.typing import Float, Int, Tensor
 
@@ -107,6 +108,30 @@ class LookupGradients(PositionGradients):
         """Return |G_t|^2."""
         return wide(self.grad_TD).square().sum(1)
 
+    def parts(
+        self,
+        layout: Layout,
+        needs: Needs,
+        sample: LookupGradients | None,
+        memory: Memory,
+        *,
+        separable: bool,
+    ) -> Iterator[Part]:
+        """Measure the sequences: F_b alone in ghost form, else from each sequence's gradient."""
+        if sample is None or needs.norm or needs.ntk or self.grad_TD.itemsize < 4:
+            yield from super().parts(layout, needs, sample, memory, separable=separable)
+            return
+        crosses, row_bytes = [], 2 * self.grad_TD.itemsize * max(self.num_rows, 1)
+        for index_K in torch.arange(sample.num_rows).split(max(1, memory.budget // row_bytes)):
+            gram_KT = sample.grad_TD[index_K] @ self.grad_TD.mT
+            gram_KT *= sample.token_T[index_K, None] == self.token_T
+            crosses.append(layout.sum_by_sequence(gram_KT))
+
+        def add(weight_B: Tensor, _: Tensor | None) -> Tensor:
+            return self.contract(nn.functional.pad(weight_B, (0, 1))[layout.sequence_T])
+
+        yield Part(slice(None), add, torch.cat(crosses))
+
     def sums(self, layout: Layout) -> LookupSums:
         """Return each sequence's gradient: its rows that are not zero."""
         stride = layout.num_sequences + 1  # padding is a sequence of its own here, and left out
@@ -158,13 +183,11 @@ class LookupSums(SequenceGradients):
         num_sequences = self.sizes[1]
         if not len(self.code_U):
             return self.sum_UD.new_zeros(len(sample.token_T), num_sequences)
-        columns = []
-        for sequence in range(num_sequences):
-            code_K = sample.token_T.long() * (num_sequences + 1) + sequence
-            row_K = torch.searchsorted(self.code_U, code_K).clamp(max=len(self.code_U) - 1)
-            product_K = (sample.grad_TD.to(self.sum_UD.dtype) * self.sum_UD[row_K]).sum(1)
-            columns.append(torch.where(self.code_U[row_K] == code_K, product_K, 0.0))
-        return torch.stack(columns, dim=1)
+        sequence_B = torch.arange(num_sequences, device=sample.token_T.device)
+        code_KB = sample.token_T.long()[:, None] * (num_sequences + 1) + sequence_B
+        row_KB = torch.searchsorted(self.code_U, code_KB).clamp(max=len(self.code_U) - 1)
+        product_KU = sample.grad_TD.to(self.sum_UD.dtype) @ self.sum_UD.mT
+        return torch.where(self.code_U[row_KB] == code_KB, product_KU.gather(1, row_KB), 0.0)
 
     def norm_squares(self) -> Float[Tensor, " batch"]:
         """Return |G_b|^2."""

@@ -27,11 +27,19 @@ def keys_on_all_ranks(keys: list[int], group: Group) -> list[int]:
     return [key for rank in everyone for key in rank]
 
 
-def merge(kept: Kept, count: int, group: Group) -> Kept:
-    """Return the samples of the smallest priorities among all ranks', the same on each of them."""
+def merge(kept: Kept, count: int, group: Group, keys: frozenset[int] = frozenset()) -> Kept:
+    """Return the samples of the smallest priorities among all ranks', the same on each of them.
+
+    Raises:
+        ProxstepError: If ranks kept samples of different parameters, or have a sequence's key in
+            common.
+    """
     own = {key: len(rows.priority_K) for key, (rows, _) in kept.items()}
-    everyone: list[dict[str, int]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, own, group=group)
+    gathered: list[tuple[dict[str, int], frozenset[int]]] = [({}, keys)] * dist.get_world_size(
+        group
+    )
+    dist.all_gather_object(gathered, (own, keys), group=group)
+    everyone = [counts for counts, _ in gathered]
     rows = {key: max(rank.get(key, -1) for rank in everyone) for rank in everyone for key in rank}
     merged = {}
     for key, longest in sorted(rows.items()):
@@ -41,8 +49,12 @@ def merge(kept: Kept, count: int, group: Group) -> Kept:
                 'needs every parameter\'s on every rank; use overlap_source="microbatch"'
             )
         merged[key] = _merge_one(*kept[key], longest, count, group)
-    if merged:
-        _check_distinct(next(iter(merged.values()))[0].priority_K)
+    seen = [key for _, own_keys in gathered for key in own_keys]
+    if merged and len(set(seen)) < len(seen):
+        raise ProxstepError(
+            "two ranks have a sequence with the same one of sequence_keys in this optimizer step: "
+            "give every sequence a number of its own, on any rank"
+        )
     return merged
 
 
@@ -66,15 +78,6 @@ def _merge_one(
         for value in own_rows[1:]
     ]
     return Rows(chosen_K, *whose), gather(own, counts, group).at(index_K)
-
-
-def _check_distinct(priority_K: Tensor) -> None:
-    """Refuse equal priorities, which come from equal keys alone."""
-    if len(priority_K.unique()) < len(priority_K):
-        raise ProxstepError(
-            "two ranks have a sequence with the same one of sequence_keys in this optimizer step: "
-            "give every sequence a number of its own, on any rank"
-        )
 
 
 def kth_smallest(own_K: Tensor, count: int, group: Group) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.autograd.function import once_differentiable
 
 from proxstep.errors import ProxstepError
@@ -186,6 +187,12 @@ class HeadGradients(PositionGradients):
     def squares(self) -> Float[Tensor, " positions"]:
         """Not for all positions at a time."""
         raise NotImplementedError
+
+    def importance(self) -> Float[Tensor, " positions"]:
+        """Return |G_t|^2, for which the logits are computed once more."""
+        chunks = torch.arange(len(self.grad_ND), device=self.row_of_T.device).split(self.chunk_size)
+        square_N = torch.cat([self.rows.gradient(row_n).squares() for row_n in chunks])
+        return functional.pad(square_N, (0, 1))[self.row_of_T]  # -1 is the one that was added
 
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Float[Tensor, "vocab features"]:
         """Return sum_t weight_t G_t."""

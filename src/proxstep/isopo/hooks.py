@@ -87,6 +87,10 @@ class PositionGradients(ABC):
     def squares(self) -> Float[Tensor, " positions"]:
         """Return |G_t|^2."""
 
+    def importance(self) -> Float[Tensor, " positions"]:
+        """Return what a position's probability to be sampled is in proportion to."""
+        return self.squares()
+
     @abstractmethod
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Tensor:
         """Return sum_t weight_t G_t, in the parameter's shape."""

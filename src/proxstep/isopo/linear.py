@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,10 @@ from proxstep.isopo.hooks import (
     parameter_gradient,
 )
 from proxstep.isopo.plan import Layout, Memory, Needs, Part, Shape, choose
-from proxstep.typing import Bool, Float, Int, Tensor
+from proxstep.typing import Float, Int, Tensor
+
+_ROWS = 256
+"""Positions of a head that are copied at a time: fewer would be slower, more would take memory."""
 
 
 class _Linear(torch.autograd.Function):
@@ -129,6 +132,21 @@ class OuterGradients(PositionGradients):
         """Return those of some positions."""
         return type(self)(self.grad_TO[index], self.input_TI[index])
 
+    @cached_property
+    def _lengths_T(self) -> Float[Tensor, " positions"]:
+        """|g_t|."""
+        return _lengths(self.grad_TO)
+
+    def _run(self, start: int, end: int) -> OuterGradients:
+        return OuterGradients(self.grad_TO[start:end], self.input_TI[start:end])
+
+    def _trimmed(self, layout: Layout) -> Layout:
+        """Leave out positions without a gradient where that saves a lot: the prompts in a head."""
+        if self.grad_TO.shape[1] < 4 * self.input_TI.shape[1]:
+            return layout
+        trimmed = layout.trim(self._lengths_T != 0)
+        return trimmed if sum(trimmed.lengths) <= 0.9 * layout.num_positions else layout
+
     @property
     def _wide(self) -> torch.dtype:
         """What sums and Grams are kept in: float32 or better."""
@@ -136,12 +154,7 @@ class OuterGradients(PositionGradients):
 
     def squares(self) -> Float[Tensor, " positions"]:
         """Return |G_t|^2."""
-        grad_TO, input_TI = self.grad_TO.to(self._wide), self.input_TI.to(self._wide)
-        return grad_TO.square().sum(1) * input_TI.square().sum(1)
-
-    def nonzero(self) -> Bool[Tensor, " positions"]:
-        """Return where g_t is not zero: a head sees no gradient at the prompt."""
-        return torch.linalg.vector_norm(self.grad_TO, dim=1) != 0
+        return (self._lengths_T * _lengths(self.input_TI)).square()
 
     def contract(
         self, weight: Float[Tensor, " positions"], layout: Layout | None = None
@@ -151,6 +164,8 @@ class OuterGradients(PositionGradients):
         With a layout there is one weight per sequence.
         """
         grad_TO, input_TI = self.grad_TO, self.input_TI
+        if layout is not None and layout.trimmed:
+            return self._contract_runs(weight, layout)
         weight_T = weight
         if layout is not None:
             weight_T = nn.functional.pad(weight, (0, 1))[layout.sequence_T]  # 0 at padding
@@ -158,6 +173,31 @@ class OuterGradients(PositionGradients):
         if grad_TO.shape[1] <= input_TI.shape[1]:
             return (grad_TO * column_T1).mT @ input_TI
         return grad_TO.mT @ (input_TI * column_T1)
+
+    def _contract_runs(
+        self, weight_B: Float[Tensor, " batch"], layout: Layout
+    ) -> Float[Tensor, "out in"]:
+        """Return sum_b weight_b G_b from the layout's positions, copying some of them at a time.
+
+        Half precision takes them all at once, for one product is rounded once.
+        """
+        weight_B, total = weight_B.to(self.grad_TO.dtype), None
+        rows = _ROWS if self.grad_TO.itemsize >= 4 else self.num_rows
+        for part in _in_turn(layout.bounds, rows):
+            bounds = layout.bounds[part]
+            grad_RO = _joined([self.grad_TO[start:end] for start, end in bounds])
+            input_RI = _joined(
+                [
+                    self.input_TI[start:end] * weight
+                    for weight, (start, end) in zip(weight_B[part], bounds, strict=True)
+                ]
+            )
+            if total is None:
+                total = grad_RO.mT @ input_RI
+            else:
+                total.addmm_(grad_RO.mT, input_RI)
+        assert total is not None
+        return total
 
     def along(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, " positions"]:
         """Return <G_t, direction> = g_t . direction a_t."""
@@ -179,7 +219,7 @@ class OuterGradients(PositionGradients):
         separable: bool,
     ) -> Iterator[Part]:
         """Measure the sequences in the form that is the cheapest."""
-        outer, layout = _without_zeros(self, layout)
+        outer, layout = self, self._trimmed(layout)
         shape = _shape(outer, layout, sample)
         plan = choose(shape, needs, separable=separable, memory_budget=memory.budget)
         cross_KB = None
@@ -203,21 +243,18 @@ class OuterGradients(PositionGradients):
         self, sample: OuterGradients, layout: Layout, memory: Memory
     ) -> Float[Tensor, "samples batch"]:
         """Return <G_k, G_b> in ghost form, so many samples at a time that memory suffices."""
+        if layout.trimmed:  # without a copy of what is left
+            runs = [self._run(*run) for run in layout.bounds]
+            return torch.stack([_pairs(sample, run).sum(dim=1) for run in runs], dim=1)
         row_bytes = self._wide.itemsize * max(len(self.grad_TO), 1)
         chunk = max(1, memory.budget // (2 * row_bytes))
         if len(sample.grad_TO) <= chunk:
             grad_KT = product(sample.grad_TO, self.grad_TO.mT)
             gram = partial(product, sample.input_TI, self.input_TI.mT)
             gram_KT = memory.shared("cross", self.input_TI, layout, gram)
-            return layout.sum_by_sequence(grad_KT * gram_KT)
-        parts = []
-        for grad_KO, input_KI in zip(
-            sample.grad_TO.split(chunk), sample.input_TI.split(chunk), strict=True
-        ):
-            gram_KT = product(grad_KO, self.grad_TO.mT)
-            gram_KT *= product(input_KI, self.input_TI.mT)
-            parts.append(layout.sum_by_sequence(gram_KT))
-        return torch.cat(parts)
+            return layout.sum_by_sequence(grad_KT.mul_(gram_KT))
+        some = (sample._run(start, start + chunk) for start in range(0, sample.num_rows, chunk))
+        return torch.cat([layout.sum_by_sequence(_pairs(part, self)) for part in some])
 
     def norm_squares(self, layout: Layout, memory: Memory) -> Float[Tensor, " batch"]:
         """Return |G_b|^2 in ghost form."""
@@ -232,9 +269,8 @@ class OuterGradients(PositionGradients):
             grams = memory.shared(
                 "norm", self.input_TI, layout, lambda: [input_gram(part) for part in layout.bounds]
             )
-        pairs = zip(layout.bounds, grams, strict=True)
         squares = []
-        for (start, end), gram_LL in pairs:
+        for (start, end), gram_LL in zip(layout.bounds, grams, strict=True):
             grad_LO = self.grad_TO[start:end]
             squares.append((product(grad_LO, grad_LO.mT) * gram_LL).sum())
         return torch.stack(squares).clamp(min=0)
@@ -245,18 +281,22 @@ class OuterGradients(PositionGradients):
         kernel = [[self.grad_TO.new_zeros(())] * size for _ in range(size)]
         for b, (b0, b1) in enumerate(layout.bounds):
             for c, (c0, c1) in list(enumerate(layout.bounds))[b:]:
-                gram = product(self.grad_TO[b0:b1], self.grad_TO[c0:c1].mT)
-                gram *= product(self.input_TI[b0:b1], self.input_TI[c0:c1].mT)
-                kernel[b][c] = kernel[c][b] = gram.sum()
+                kernel[b][c] = kernel[c][b] = _pairs(self._run(b0, b1), self._run(c0, c1)).sum()
         return torch.stack([torch.stack(row) for row in kernel])
 
     def by_sequence(
-        self, bounds: tuple[tuple[int, int], ...], memory: Memory, features: slice = slice(None)
+        self, part: slice, layout: Layout, memory: Memory, features: slice = slice(None)
     ) -> Float[Tensor, "some out in"]:
         """Return G_b of some sequences, in the workspace, restricted to some output features."""
-        width = len(range(*features.indices(self.grad_TO.shape[1])))
+        bounds, width = layout.bounds[part], len(range(*features.indices(self.grad_TO.shape[1])))
         shape = (len(bounds), width, self.input_TI.shape[1])
         buffer = memory.buffer(shape, self.grad_TO, self._wide)
+        if layout.mask_BL is not None and self.grad_TO.dtype == buffer.dtype:
+            sizes, mask_bL = layout.mask_BL.shape, layout.mask_BL[part]
+            grad_bLO = self.grad_TO[:, features].unflatten(0, sizes)[part]
+            if not layout.is_full:
+                grad_bLO = grad_bLO * mask_bL.to(buffer.dtype)[..., None]
+            return torch.bmm(grad_bLO.mT, self.input_TI.unflatten(0, sizes)[part], out=buffer)
         for out, (start, end) in zip(buffer, bounds, strict=True):
             product(self.grad_TO[start:end, features].mT, self.input_TI[start:end], out=out)
         return buffer
@@ -282,7 +322,7 @@ def _by_sequences(
     """The gradients of `size` sequences at a time."""
     for start in range(0, layout.num_sequences, size):
         part = slice(start, min(start + size, layout.num_sequences))
-        part_BOI = outer.by_sequence(layout.bounds[part], memory)
+        part_BOI = outer.by_sequence(part, layout, memory)
         part_BN = part_BOI.flatten(1)
 
         def add(weight_B: Tensor, total: Tensor | None, part_BOI: Tensor = part_BOI) -> Tensor:
@@ -314,7 +354,7 @@ def _in_blocks(
     norm_B = ntk_BB = cross_KB = None
     for start in range(0, num_features, size):
         features = slice(start, min(start + size, num_features))
-        part_BOI = outer.by_sequence(layout.bounds, memory, features)
+        part_BOI = outer.by_sequence(slice(None), layout, memory, features)
         part_BN = part_BOI.flatten(1)
         if sample is not None:
             cross_KB = _add(cross_KB, sample.cross_with(part_BOI, features))
@@ -327,22 +367,36 @@ def _in_blocks(
     return cross_KB, norm_B, ntk_BB
 
 
-def _without_zeros(outer: OuterGradients, layout: Layout) -> tuple[OuterGradients, Layout]:
-    """Leave out positions without a gradient where that saves more than it costs: in a head."""
-    num_out, num_in = outer.grad_TO.shape[1], outer.input_TI.shape[1]
-    if num_out < 4 * num_in:
-        return outer, layout
-    index = outer.nonzero().nonzero().squeeze(1)
-    if len(index) > 0.9 * layout.num_positions:
-        return outer, layout
-    return outer.at(index), layout.only(index)
+def _lengths(value_TN: Tensor) -> Float[Tensor, " positions"]:
+    wide = torch.promote_types(value_TN.dtype, torch.float32)
+    return torch.linalg.vector_norm(value_TN, dim=1, dtype=wide)
+
+
+def _in_turn(bounds: tuple[tuple[int, int], ...], rows: int) -> Iterator[slice]:
+    """Yield sequences that follow each other, so many at a time that they have `rows` positions."""
+    first, count = 0, 0
+    for last, (start, end) in enumerate(bounds, 1):
+        count += end - start
+        if count >= rows or last == len(bounds):
+            yield slice(first, last)
+            first, count = last, 0
+
+
+def _joined(runs: list[Tensor]) -> Tensor:
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+def _pairs(left: OuterGradients, right: OuterGradients) -> Float[Tensor, "left right"]:
+    """Return <G_s, G_t> of all pairs."""
+    pairs = product(left.grad_TO, right.grad_TO.mT)
+    return pairs.mul_(product(left.input_TI, right.input_TI.mT))
 
 
 def _shape(outer: OuterGradients, layout: Layout, sample: OuterGradients | None) -> Shape:
     return Shape(
         out_features=outer.grad_TO.shape[1],
         in_features=outer.input_TI.shape[1],
-        lengths=tuple(end - start for start, end in layout.bounds),
+        lengths=layout.lengths,
         num_samples=0 if sample is None else len(sample.grad_TO),
         itemsize=max(outer.grad_TO.itemsize, 4),
         device=outer.grad_TO.device.type,

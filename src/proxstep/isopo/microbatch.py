@@ -20,7 +20,7 @@ from proxstep.isopo.plan import Layout, Memory, Needs, Statistics
 from proxstep.isopo.proma import IntraProjectingRule
 from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import Means, NaturalRule, fisher_squares, kernel_fisher_squares
-from proxstep.isopo.sampling import Samples
+from proxstep.isopo.sampling import Sample, Samples
 from proxstep.isopo.settings import Sequences, Settings, check_coefficients
 from proxstep.logprobs.tokens import SumOfLogProbs
 from proxstep.typing import Bool, Float, Tensor
@@ -202,9 +202,9 @@ class Microbatch:
         by_sequences = self.settings.fisher == "sequences"
         wanted = {"fisher_sq", *self._averages} if needs.fisher else self._averages
         separable = not (rule.interacting or by_sequences) and wanted <= past.keys()
-        sample, sample_sq_B, own_KB, moments = None, None, None, {}
+        sample, sample_sq_B, own_KB, weight_K, moments = None, None, None, None, {}
         if needs.fisher:
-            sample, sample_sq_B, own_KB, moments = self._sample(key, gradients, past)
+            (sample, own_KB, weight_K), sample_sq_B, moments = self._sample(key, gradients, past)
         dtype = torch.promote_types(sequences.coefficient_B.dtype, torch.float32)
         along_B = None
         if needs.along and key not in self._running:  # nothing to project
@@ -220,7 +220,11 @@ class Microbatch:
                 if own_KB is not None:
                     cross_KB = cross_KB.masked_fill(own_KB[:, part.sequences], 0.0)
                 fisher_B, filled_B = fisher_squares(
-                    cross_KB, sample_sq_B[part.sequences], past, self.samples.over_ranks
+                    cross_KB,
+                    weight_K,
+                    sample_sq_B[part.sequences],
+                    past,
+                    self.samples.over_ranks,
                 )
             ntk_BB = part.ntk_BB
             if by_sequences and given_B is None and ntk_BB is not None:
@@ -256,24 +260,27 @@ class Microbatch:
 
     def _sample(
         self, key: str, gradients: PositionGradients, past: Means
-    ) -> tuple[PositionGradients, Tensor, Tensor | None, dict[str, Tensor]]:
-        """Return the sample, each sequence's sum_k |G_k|^2, what that leaves out, and its mean."""
-        sample, own_KB = self.samples.of(key, gradients)
-        square_K = sample.squares()
-        mean = square_K.sum() / max(len(square_K), 1)
+    ) -> tuple[Sample, Tensor, dict[str, Tensor]]:
+        """Return the sample, what each sequence's sum is divided by, and the sample's mean."""
+        sample = self.samples.of(key, gradients)
+        square_K, own_KB = sample.gradients.squares(), sample.own_KB
+        weight_K = sample.weight_K
+        weight_K = torch.ones_like(square_K) if weight_K is None else weight_K.to(square_K.dtype)
+        sum_2 = torch.stack([square_K, torch.ones_like(square_K)]) @ weight_K
+        mean = sum_2[0] / sum_2[1].clamp(min=torch.finfo(square_K.dtype).tiny)
         used = past.get("sample_sq", mean)
         trailing = self.settings.fisher_denominator == "trailing"
         if own_KB is None:
-            total = (used if trailing else mean) * len(square_K)
+            total = used * sum_2[1] if trailing else sum_2[0]
             total_B = total.expand(len(self.sequences.coefficient_B))
         else:
-            others_BK = (~own_KB).mT.to(square_K.dtype)
-            square_B = others_BK @ square_K
+            weight_KB = weight_K[:, None].masked_fill(own_KB, 0.0)
+            square_B = square_K @ weight_KB
             # Others that are rounding errors (at a first position no query matters) count as 0.
             rounding = (64 * torch.finfo(square_K.dtype).eps) ** 2
-            own_KB = own_KB | (square_B <= rounding * square_K.sum())
-            total_B = used * others_BK.sum(dim=1) if trailing else square_B
-        return sample, total_B, own_KB, {"sample_sq": mean[None]}
+            own_KB = own_KB | (square_B <= rounding * sum_2[0])
+            total_B = used * weight_KB.sum(dim=0) if trailing else square_B
+        return Sample(sample.gradients, own_KB, sample.weight_K), total_B, {"sample_sq": mean[None]}
 
 
 class PlainSum:

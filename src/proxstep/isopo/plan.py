@@ -25,12 +25,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from proxstep.errors import ProxstepError
-from proxstep.typing import Float, Int, Tensor
+from proxstep.typing import Bool, Float, Int, Tensor
 
 FLOPS_PER_BYTE = {"cpu": 6.0, "cuda": 150.0}
 """Arithmetic that takes as long as moving one byte: 90 GFLOP/s over 15 GB/s on one core of an EPYC
@@ -56,14 +57,17 @@ class Layout:
         order_T: Where positions are gathered, each one's index in the flattened grid; else None.
         sequence_T: Each position's sequence; `num_sequences` at padding.
         bounds: First and last-plus-one position of each sequence.
-        one_hot_TB: 1 where a position belongs to a sequence, float32.
+        mask_BL: Where row b of the grid is sequence b: 1 at its positions, 0 at padding, float32.
+            Else None.
+        trimmed: Whether positions without a gradient were taken for padding.
     """
 
     grid: tuple[int, int]
     order_T: Int[Tensor, " positions"] | None
     sequence_T: Int[Tensor, " positions"]
     bounds: tuple[tuple[int, int], ...]
-    one_hot_TB: Float[Tensor, "positions batch"]
+    mask_BL: Float[Tensor, "batch columns"] | None = None
+    trimmed: bool = False
 
     @property
     def num_sequences(self) -> int:
@@ -75,17 +79,58 @@ class Layout:
         """T, padding included where nothing is gathered."""
         return len(self.sequence_T)
 
+    @cached_property
+    def is_full(self) -> bool:
+        """Whether there is no padding."""
+        return sum(self.lengths) == self.num_positions
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions of each sequence."""
+        return tuple(end - start for start, end in self.bounds)
+
+    @cached_property
+    def _one_hot_TB(self) -> Float[Tensor, "positions batch"]:
+        """1 where a position belongs to a sequence, float32."""
+        one_hot_TB = torch.nn.functional.one_hot(self.sequence_T, self.num_sequences + 1)
+        return one_hot_TB[:, : self.num_sequences].float()
+
     def sum_by_sequence(
         self, value_NT: Float[Tensor, "rows positions"]
     ) -> Float[Tensor, "rows batch"]:
         """Sum the columns of each sequence."""
-        return value_NT @ self.one_hot_TB.to(value_NT.dtype)
+        if self.mask_BL is None:
+            return value_NT @ self._one_hot_TB.to(value_NT.dtype)
+        value_BNL = value_NT.unflatten(1, self.mask_BL.shape).transpose(0, 1)
+        return torch.bmm(value_BNL, self.mask_BL.to(value_NT.dtype)[..., None]).squeeze(2).mT
+
+    def sum_rows(
+        self, value_TN: Float[Tensor, "positions columns"]
+    ) -> Float[Tensor, "batch columns"]:
+        """Sum the rows of each sequence."""
+        if self.mask_BL is None:
+            return self._one_hot_TB.to(value_TN.dtype).mT @ value_TN
+        value_BLN = value_TN.unflatten(0, self.mask_BL.shape)
+        return torch.bmm(self.mask_BL.to(value_TN.dtype)[:, None], value_BLN).squeeze(1)
 
     def only(self, index: Int[Tensor, " kept"]) -> Layout:
         """Return the layout of the positions in `index`, which must be in ascending order."""
         sequence_T = self.sequence_T[index]
-        bounds = _bounds(sequence_T, self.num_sequences)
-        return Layout(self.grid, None, sequence_T, bounds, self.one_hot_TB[index])
+        return Layout(self.grid, None, sequence_T, _bounds(sequence_T, self.num_sequences))
+
+    def trim(self, kept_T: Bool[Tensor, " positions"]) -> Layout:
+        """Return the layout with each sequence cut to its first to last position that is kept."""
+        place = torch.arange(self.num_positions, device=kept_T.device)
+        code_T = torch.where(kept_T, self.sequence_T, self.num_sequences)
+        first_B = torch.full((self.num_sequences + 1,), self.num_positions, device=kept_T.device)
+        first_B = first_B.scatter_reduce(0, code_T, place, "amin")
+        end_B = torch.zeros_like(first_B).scatter_reduce(0, code_T, place + 1, "amax")
+        first_B = torch.minimum(first_B, end_B)
+        inside_T = (place >= first_B[self.sequence_T]) & (place < end_B[self.sequence_T])
+        sequence_T = torch.where(inside_T, self.sequence_T, self.num_sequences)
+        bounds = torch.stack([first_B, end_B], dim=1)[: self.num_sequences].tolist()
+        pairs = tuple((start, end) for start, end in bounds)
+        return Layout(self.grid, None, sequence_T, pairs, trimmed=True)
 
 
 def make_layout(sequence_ids: Tensor, num_sequences: int) -> Layout:
@@ -109,8 +154,11 @@ def make_layout(sequence_ids: Tensor, num_sequences: int) -> Layout:
         order_T = order_T[: int((flat_T >= 0).sum())]
         sequence_T = sequence_T[order_T]
         bounds = _bounds(sequence_T, num_sequences)
-    one_hot_TB = torch.nn.functional.one_hot(sequence_T, num_sequences + 1)[:, :num_sequences]
-    return Layout((rows, columns), order_T, sequence_T, bounds, one_hot_TB.float())
+    mask_BL = None
+    if rows == num_sequences and order_T is None:
+        own_BL = sequence_ids == torch.arange(rows, device=sequence_ids.device)[:, None]
+        mask_BL = own_BL.float() if bool((own_BL | (sequence_ids < 0)).all()) else None
+    return Layout((rows, columns), order_T, sequence_T, bounds, mask_BL)
 
 
 def _check_ids(sequence_ids: Tensor, num_sequences: int) -> None:
@@ -152,11 +200,12 @@ def _bounds(sequence_T: Tensor, num_sequences: int) -> tuple[tuple[int, int], ..
 
 
 class Rows(NamedTuple):
-    """Sampled positions: their priorities, and whose they are."""
+    """Sampled positions: their priorities, whose they are, and their importance."""
 
     priority_K: Float[Tensor, " samples"]
     key_K: Int[Tensor, " samples"]
     group_K: Int[Tensor, " samples"]
+    weight_K: Float[Tensor, " samples"]
 
     def at(self, index: Int[Tensor, " some"]) -> Rows:
         """Return some of them."""

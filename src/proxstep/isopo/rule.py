@@ -32,9 +32,15 @@ Weighed = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 
 
 def fisher_squares(
-    cross_KB: Float[Tensor, "samples batch"], sample_sq: Tensor, past: Means, over_ranks: OverRanks
+    cross_KB: Float[Tensor, "samples batch"],
+    weight_K: Float[Tensor, " samples"] | None,
+    sample_sq: Tensor,
+    past: Means,
+    over_ranks: OverRanks,
 ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
     """Return F_b^2 = sum_k <G_k, G_b>^2 / sum_k |G_k|^2, and which were 0 and are filled in.
+
+    With weights, the sums are weighted; `sample_sq` is the second one.
 
     Source: arXiv 2512.23353, equations 3 to 6.
 
@@ -42,7 +48,9 @@ def fisher_squares(
         is not 0 (an embedding without its tokens), and figure 3 would scale it by 1e4. It gets the
         trailing mean, or without a past the others' mean.
     """
-    square_B = cross_KB.square().sum(dim=0) / sample_sq.clamp(min=torch.finfo(torch.float32).tiny)
+    square_KB = cross_KB.square()
+    total_B = square_KB.sum(dim=0) if weight_K is None else weight_K.to(square_KB.dtype) @ square_KB
+    square_B = total_B / sample_sq.clamp(min=torch.finfo(torch.float32).tiny)
     mean = past.get("fisher_sq")
     if mean is None:
         mean = _mean(square_B, square_B.count_nonzero(), over_ranks)

@@ -99,7 +99,7 @@ class Isopo:
         *,
         other_parameters: OtherParameters = "transform",
         fisher: Fisher = "positions",
-        num_overlap_positions: int | None = 250,
+        num_overlap_positions: int | None = 32,
         overlap_positions: OverlapPositions = "all",
         overlap_source: OverlapSource | None = None,
         fisher_denominator: Denominator = "sample",

@@ -188,8 +188,7 @@ class VectorGradients(PositionGradients):
 
     def sums(self, layout: Layout) -> VectorSums:
         """Return each sequence's gradient."""
-        wide_TD = wide(self.grad_TD)
-        return VectorSums(layout.one_hot_TB.to(wide_TD.dtype).mT @ wide_TD)
+        return VectorSums(layout.sum_rows(wide(self.grad_TD)))
 
     def along(self, direction: Float[Tensor, " features"]) -> Float[Tensor, " positions"]:
         """Return <G_t, direction>."""

@@ -26,7 +26,7 @@ NUM_TRAIN = 100_000
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack")
 ANSWERS = range(2, 31)
 _DIGITS = range(2, 10)
-_WORKED = 0.3
+_WORKED = 1 / 3
 """Share of the training solutions that are worked out."""
 _MOST_DRAWS = 100_000
 

@@ -17,6 +17,7 @@ from torch import nn
 from proxstep.algorithms import OldPolicy
 from proxstep.algorithms.advantages import Groups
 from proxstep.config.recipe import Recipe
+from proxstep.config.sections import UpdateSection
 from proxstep.rewards import overlong_punishment
 from proxstep.training.generation import sample
 from proxstep.training.objective import Objective
@@ -24,9 +25,11 @@ from proxstep.training.prompts import Prompts, batch_rows
 from proxstep.training.regularizers import reward_penalty
 from proxstep.training.rollout import (
     Completions,
+    Cut,
     autocast,
     completion_log_probs,
     joined,
+    rows_by_tokens,
     vocabulary_size,
 )
 from proxstep.typing import Float, Int, Tensor
@@ -68,14 +71,24 @@ class Batch:
             if len(groups):
                 yield self.rows(torch.isin(self.group_B, groups).nonzero().squeeze(1))
 
-    def microbatches(self, size: int | None) -> Iterator[Batch]:
-        """Yield parts of at most `size` rows, in order, without columns of padding.
+    def microbatches(self, update: UpdateSection) -> Iterator[Batch]:
+        """Yield the parts of a forward and backward each, without columns of padding.
 
-        A prompt's completions stay together wherever they fit: the trainer owns this composition,
-        which the natural rule depends on.
+        By number they keep the order, and a prompt's completions stay together wherever they fit:
+        the trainer owns this composition, which the natural rule depends on. By tokens, the longest
+        come first.
         """
-        for rows in _whole_groups(self.group_B, size or len(self)):
+        if update.microbatch_tokens is not None:
+            parts = iter(rows_by_tokens(self.completions, update.microbatch_tokens))
+        else:
+            parts = _whole_groups(self.group_B, update.microbatch_size or len(self))
+        for rows in parts:
             yield self.rows(rows).trimmed()
+
+    def with_signal(self) -> Batch:
+        """Return the rows whose signal is not exactly 0; the first row where there is none."""
+        rows = self.signal_B.cpu().nonzero().squeeze(1)
+        return self.rows(rows if len(rows) else torch.arange(1))
 
     def rows(self, index: Tensor) -> Batch:
         """Return the chosen rows."""
@@ -224,23 +237,29 @@ def _batch(
     advantage_B = advantage_B.float()
     update = recipe.update
     old_log_prob_BT = old_policy = None
-    to_sampler = objective.algorithm.ratio_to_sampler
-    if objective.reads_old_policy or (update.num_updates > 1 and not to_sampler):
-        with phase("log_probs"):
-            if log_prob_BT is None:
+    if objective.reads_old_policy:
+        if log_prob_BT is None:
+            with phase("log_probs"):
                 log_prob_BT = _log_probs(recipe, model, completions)
-        old_log_prob_BT = log_prob_BT
         old_policy = OldPolicy(
-            old_log_prob_BT,
+            log_prob_BT,
             completions.response_BT[:, 1:],
             vocabulary_size(model),
             completions.sampler_log_prob_BT,
         )
-    if to_sampler:
-        old_log_prob_BT = completions.sampler_log_prob_BT
     signal = objective.signal(advantage_B, group_B, old_policy)
+    if objective.algorithm.ratio_to_sampler:
+        old_log_prob_BT = completions.sampler_log_prob_BT
+    elif objective.reads_old_policy or update.num_updates > 1:
+        old_log_prob_BT = log_prob_BT
+        if old_log_prob_BT is None:
+            needed_B = signal.value_B != 0 if recipe.leaves_out_idle else group_B >= 0
+            with phase("log_probs"):
+                old_log_prob_BT = _some_log_probs(recipe, model, completions, needed_B.cpu())
     measured = {name: spread[name] for name in ("frac_reward_zero_std", "reward_std")}
     measured["advantage_range"] = (advantage_B.max() - advantage_B.min()).item()
+    if recipe.leaves_out_idle:
+        measured["frac_left_out_sequences"] = (signal.value_B == 0).double().mean().item()
     measured |= {f"objective/{name}": value for name, value in signal.metrics.items()}
     device = completions.token_BT.device
     importance_B = signal.importance_B
@@ -282,9 +301,23 @@ def _log_probs(recipe: Recipe, model: nn.Module, completions: Completions) -> Te
             model,
             completions,
             recipe.rollout.temperature,
-            recipe.update.microbatch_size or len(completions),
+            Cut.of(recipe.update),
             recipe.model.head,
         )
+
+
+def _some_log_probs(
+    recipe: Recipe, model: nn.Module, completions: Completions, needed_B: Tensor
+) -> Tensor:
+    """Return the same as `_log_probs` in the rows that are needed, and 0 in the others."""
+    if needed_B.all():
+        return _log_probs(recipe, model, completions)
+    token_BT = completions.token_BT
+    log_prob_BT = torch.zeros(token_BT[:, 1:].shape, device=token_BT.device)
+    if needed_B.any():
+        needed_B = needed_B.to(token_BT.device)
+        log_prob_BT[needed_B] = _log_probs(recipe, model, completions.rows(needed_B))
+    return log_prob_BT
 
 
 def generate(

@@ -22,7 +22,9 @@ from proxstep.training.prompts import Prompts
 from proxstep.training.remembered import memory_of, recall, remember
 from proxstep.training.rollout import (
     Completions,
+    Cut,
     Head,
+    by_chunks,
     completion_log_probs,
     evaluating,
     initial_policy,
@@ -176,11 +178,11 @@ def evaluate(
     stop = recipe.rollout.stop or ()
     count = min(section.num_probe_prompts, len(validation))
     prompts = [validation.tokens(row) for row in range(count)]
-    head = recipe.model.head
+    head, cut = recipe.model.head, Cut.of(recipe.update)
     torch.manual_seed(recipe.seed)
     memory = None
     if probe is None:
-        probe = Probe.draw(model, tokenizer, prompts, limit, head, stop)
+        probe = Probe.draw(model, tokenizer, prompts, limit, head, cut, stop)
         if section.remember_first:
             memory = memory_of(model, validation, limit, section.batch_size, stop)
     greedy = greedy_score(
@@ -194,7 +196,7 @@ def evaluate(
     )
     measured = {
         **greedy.metrics(),
-        "kl_initial_policy": probe.kl(model, head),
+        "kl_initial_policy": probe.kl(model, head, cut),
     }
     if section.kl_policy_initial:
         measured["kl_policy_initial"] = kl_from_initial(
@@ -203,7 +205,7 @@ def evaluate(
             tokenizer,
             prompts,
             limit,
-            batch_size=len(prompts) if head == "full" else 1,
+            cut if head == "full" else Cut(size=1),
             stop=stop,
         )
     return measured, greedy.rows(validation)[: recipe.logging.num_samples], probe
@@ -227,17 +229,17 @@ class Probe:
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         head: Head = "full",
+        cut: Cut = Cut(),
         stop: Sequence[str] = (),
     ) -> Probe:
         """Sample one completion for each prompt at temperature 1."""
         completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop)
-        log_prob_BT = completion_log_probs(model, completions, 1.0, len(completions), head)
+        log_prob_BT = completion_log_probs(model, completions, 1.0, cut, head)
         return cls(completions, log_prob_BT)
 
-    def kl(self, model: nn.Module, head: Head = "full") -> float:
+    def kl(self, model: nn.Module, head: Head = "full", cut: Cut = Cut()) -> float:
         """Return KL(initial || policy) in nats per token."""
-        completions = self.completions
-        log_prob_BT = completion_log_probs(model, completions, 1.0, len(completions), head)
+        log_prob_BT = completion_log_probs(model, self.completions, 1.0, cut, head)
         kl_BT = kl_estimate(self.initial_log_prob_BT, log_prob_BT, "k3")
         return kl_BT[self.completions.response_BT[:, 1:]].mean().item()
 
@@ -261,21 +263,22 @@ def kl_from_initial(
     tokenizer: Any,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    batch_size: int,
+    cut: Cut = Cut(),
     stop: Sequence[str] = (),
 ) -> float:
     """Return KL(policy || initial) in nats per token, exact over the vocabulary.
 
-    The policy samples one completion for each prompt at temperature 1; the logits of `batch_size`
-    completions exist at a time. `initial` is as for `evaluate`.
+    The policy samples one completion for each prompt at temperature 1; the logits of one microbatch
+    of the cut exist at a time, of both policies. `initial` is as for `evaluate`.
     """
     completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop)
-    parts = []
+    total = 0.0
     with evaluating(model):
-        for rows in torch.arange(len(completions)).split(batch_size):
-            part = completions.rows(rows)
-            logits = response_logits(model, part, 1.0)
+        for _, part in cut.parts(completions):
+            first = part.first_column()
+            logits = response_logits(model, part, 1.0, first)
             with initial_policy(model, initial) as policy:
-                kl_BT = kl_divergence(logits, response_logits(policy, part, 1.0))
-            parts.append(kl_BT[part.response_BT[:, 1:]])
-    return torch.cat(parts).mean().item()
+                initial_logits = response_logits(policy, part, 1.0, first)
+            kl_BT = by_chunks(kl_divergence, logits, initial_logits)
+            total += kl_BT[part.response_BT[:, first:]].double().sum().item()
+    return total / int(completions.response_BT.sum())

@@ -21,9 +21,11 @@ from proxstep.config.recipe import Recipe
 from proxstep.logprobs.tokens import KlEstimator, entropy, kl_divergence, kl_estimate, masked_sum
 from proxstep.training.rollout import (
     Completions,
+    Cut,
     Scores,
     autocast,
     completion_log_probs,
+    from_column,
     initial_policy,
     response_logits,
 )
@@ -129,18 +131,20 @@ def loss_penalty(
     """
     section, temperature = recipe.regularizer, recipe.rollout.temperature
     logits_BTV = scores.logits_BTV  # None with the chunked head, which the recipe refuses below
+    first = completions.first_column()
     entropy_BT = kl_BT = None
     if section.entropy_coef > 0:
         assert logits_BTV is not None
-        entropy_BT = entropy(logits_BTV)
+        entropy_BT = from_column(entropy(logits_BTV), first)
     if section.kl_coef > 0 and section.kl_in == "loss":
         if section.kl_estimator == "exact":
             with autocast(recipe, model), initial_policy(model, initial) as policy:
-                initial_BTV = response_logits(policy, completions, temperature)
+                initial_BTV = response_logits(policy, completions, temperature, first)
             assert logits_BTV is not None
-            kl_BT = kl_divergence(logits_BTV, initial_BTV)
+            kl_BT = from_column(kl_divergence(logits_BTV, initial_BTV), first)
         else:
-            initial_BT = _initial_log_probs(recipe, model, initial, completions, len(completions))
+            together = Cut(size=len(completions))
+            initial_BT = _initial_log_probs(recipe, model, initial, completions, together)
             kl_BT = kl_estimate(scores.log_prob_BT, initial_BT, section.kl_estimator)
     return regularizer_loss(
         entropy_BT,
@@ -164,10 +168,9 @@ def reward_penalty(
     `initial` is as for `loss_penalty`; `log_prob_BT` is the policy's, of the tokens from the second
     on, in nats.
     """
-    section, update = recipe.regularizer, recipe.update
+    section, cut = recipe.regularizer, Cut.of(recipe.update)
     assert section.kl_estimator != "exact"  # the recipe's check
-    batch_size = update.microbatch_size or len(completions)
-    initial_log_prob_BT = _initial_log_probs(recipe, model, initial, completions, batch_size)
+    initial_log_prob_BT = _initial_log_probs(recipe, model, initial, completions, cut)
     return kl_reward(
         log_prob_BT,
         initial_log_prob_BT,
@@ -182,8 +185,8 @@ def _initial_log_probs(
     model: nn.Module,
     initial: nn.Module | None,
     completions: Completions,
-    batch_size: int,
+    cut: Cut,
 ) -> Tensor:
     temperature, head = recipe.rollout.temperature, recipe.model.head
     with autocast(recipe, model), initial_policy(model, initial) as policy:
-        return completion_log_probs(policy, completions, temperature, batch_size, head)
+        return completion_log_probs(policy, completions, temperature, cut, head)

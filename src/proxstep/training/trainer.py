@@ -261,7 +261,8 @@ class Trainer(Resumable):
         response = minibatch.completions.response_BT
         num_tokens = int(response.sum())
         taken: dict[str, float] = defaultdict(float)
-        for part in minibatch.microbatches(self.recipe.update.microbatch_size):
+        learning = minibatch.with_signal() if self.recipe.leaves_out_idle else minibatch
+        for part in learning.microbatches(self.recipe.update):
             completions = part.completions
             scores = self._score(completions, with_entropy=measure_entropy)
             log_prob_BT, response_BT = scores.log_prob_BT, completions.response_BT[:, 1:]
@@ -302,7 +303,7 @@ class Trainer(Resumable):
         while self.isopo is not None and self.isopo.needs_past:
             self.torn = True
             with self.isopo.measuring():
-                for part in minibatch.microbatches(self.recipe.update.microbatch_size):
+                for part in minibatch.microbatches(self.recipe.update):
                     completions = part.completions
                     log_prob_BT = self._score(completions).log_prob_BT
                     with self.isopo.microbatch(

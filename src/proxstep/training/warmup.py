@@ -27,7 +27,7 @@ from proxstep.training.prompts import batch_rows
 
 _VERSION = 1
 """Part of the cache's name: raise it when anything below changes what comes out."""
-_BATCH_SIZE = 16
+_BATCH_SIZE = 8
 _NUM_RISING_STEPS = 5
 _COOLDOWN = 0.3
 """Share of the steps, at the end, over which the learning rate falls to 0: a policy that stops at
