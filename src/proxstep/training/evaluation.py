@@ -17,6 +17,7 @@ from proxstep.logprobs.tokens import kl_divergence, kl_estimate
 from proxstep.training.generation import sample
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import (
+    BY_TOKENS,
     Completions,
     Cut,
     Head,
@@ -144,14 +145,14 @@ class Probe:
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         head: Head = "full",
-        cut: Cut = Cut(),
+        cut: Cut = BY_TOKENS,
     ) -> Probe:
         """Sample one completion for each prompt at temperature 1."""
         completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
         log_prob_BT = completion_log_probs(model, completions, 1.0, cut, head)
         return cls(completions, log_prob_BT)
 
-    def kl(self, model: nn.Module, head: Head = "full", cut: Cut = Cut()) -> float:
+    def kl(self, model: nn.Module, head: Head = "full", cut: Cut = BY_TOKENS) -> float:
         """Return KL(initial || policy) in nats per token."""
         log_prob_BT = completion_log_probs(model, self.completions, 1.0, cut, head)
         kl_BT = kl_estimate(self.initial_log_prob_BT, log_prob_BT, "k3")
@@ -177,7 +178,7 @@ def kl_from_initial(
     tokenizer: Any,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    cut: Cut = Cut(),
+    cut: Cut = BY_TOKENS,
 ) -> float:
     """Return KL(policy || initial) in nats per token, exact over the vocabulary.
 
