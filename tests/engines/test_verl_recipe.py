@@ -66,6 +66,7 @@ COMPUTED = {
     *("regularizer.kl_coef", "regularizer.kl_estimator", "regularizer.kl_in"),
     *("rollout.top_k", "rollout.overlong_buffer", "rollout.overlong_penalty"),
     *("rollout.importance_cap", "update.num_minibatches", "update.microbatch_size"),
+    "update.microbatch_tokens",
     *("optimizer.name", "optimizer.betas", "optimizer.eps", "optimizer.momentum"),
     *("optimizer.max_grad_norm", "optimizer.warmup_updates"),
     *("logging.tracker", "logging.num_samples", "logging.checkpoint_every"),
@@ -85,8 +86,9 @@ PREPARED_IN_FILES = {
 
 UNMEASURED = {
     *("evaluation.batch_size", "evaluation.num_probe_prompts", "evaluation.kl_policy_initial"),
+    "rollout.batch_size",
 }
-"""Those of measurements that the local engine makes and verl has no place for."""
+"""Those of measurements that the local engine makes, and of what verl's sampler decides itself."""
 
 
 def test_every_key_of_a_recipe_has_its_place() -> None:

@@ -89,6 +89,10 @@ def _train(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         if arguments.dry_run or arguments.print_command:
             command = "" if name == "local" else engine.command(recipe)  # or says what it cannot do
             text = command if arguments.print_command else dump_recipe(recipe)
+            if name == "local" and arguments.dry_run:
+                from proxstep.training.memory import memory_note
+
+                text += memory_note(recipe)
             console.out(text, end="", highlight=False)
             return 0
         folder = recipe.output_dir

@@ -329,6 +329,11 @@ class RolloutSection(Section):
     num_prompts: Positive = Field(default=16, description="P, prompts per step.")
     num_generations: Positive = Field(default=8, description="G, completions per prompt.")
     max_completion_length: Positive = Field(default=64, description="In tokens.")
+    batch_size: Positive | None = Field(
+        default=None,
+        description="Completions sampled at a time, whose keys and values are kept; null for all. "
+        "Other sizes draw other samples. TRL and verl have batches of their own.",
+    )
     temperature: float = Field(
         default=1.0, gt=0, description="Also of the log-probabilities in the loss."
     )

@@ -25,8 +25,8 @@ FIELDS: dict[str, str] = {
     "dynamic sampling.",
     "frac_masked_completions": "Share of truncated completions, which are masked, among those that "
     "have an advantage; null where rollout.mask_truncated_completions is off.",
-    "frac_left_out_sequences": "Share of sequences whose signal is exactly 0, which have no part in "
-    "the update: entropy and objective/ are means over the others. Null where an objective, a "
+    "frac_left_out_sequences": "Share of sequences whose signal is exactly 0, which have no part "
+    "in the update: entropy and objective/ are means over the others. Null where an objective, a "
     "geometry or a regularizer needs them all.",
     "skipped": "1 where nothing was left to learn from, so that parameters and optimizer stayed as "
     "they were; 0 elsewhere.",

@@ -21,6 +21,7 @@ from proxstep.training.generation import sample
 from proxstep.training.prompts import Prompts
 from proxstep.training.remembered import memory_of, recall, remember
 from proxstep.training.rollout import (
+    BY_TOKENS,
     Completions,
     Cut,
     Head,
@@ -229,7 +230,7 @@ class Probe:
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         head: Head = "full",
-        cut: Cut = Cut(),
+        cut: Cut = BY_TOKENS,
         stop: Sequence[str] = (),
     ) -> Probe:
         """Sample one completion for each prompt at temperature 1."""
@@ -237,7 +238,7 @@ class Probe:
         log_prob_BT = completion_log_probs(model, completions, 1.0, cut, head)
         return cls(completions, log_prob_BT)
 
-    def kl(self, model: nn.Module, head: Head = "full", cut: Cut = Cut()) -> float:
+    def kl(self, model: nn.Module, head: Head = "full", cut: Cut = BY_TOKENS) -> float:
         """Return KL(initial || policy) in nats per token."""
         log_prob_BT = completion_log_probs(model, self.completions, 1.0, cut, head)
         kl_BT = kl_estimate(self.initial_log_prob_BT, log_prob_BT, "k3")
@@ -263,7 +264,7 @@ def kl_from_initial(
     tokenizer: Any,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    cut: Cut = Cut(),
+    cut: Cut = BY_TOKENS,
     stop: Sequence[str] = (),
 ) -> float:
     """Return KL(policy || initial) in nats per token, exact over the vocabulary.

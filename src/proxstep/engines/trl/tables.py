@@ -32,7 +32,7 @@ TRANSLATED = (
     *("rollout.num_prompts", "rollout.overlong_buffer", "rollout.overlong_penalty"),
     *("rollout.dynamic_sampling_max_batches", "rollout.importance_cap"),
     *("rollout.stop", "rollout.prefill"),
-    *("update.num_minibatches", "update.microbatch_size"),
+    *("update.num_minibatches", "update.microbatch_size", "update.microbatch_tokens"),
     *("optimizer.name", "optimizer.betas", "optimizer.momentum", "optimizer.max_grad_norm"),
     *("optimizer.muon_learning_rate", "logging.checkpoint_every"),
 )
@@ -46,8 +46,8 @@ RUN_FOLDER = (
 )
 """What `proxstep train` adds to a run, and a printed script has not: TRL has no such thing."""
 
-SAME_ANYHOW = ("model.head",)
-"""TRL scores tokens in its own way whatever we say; the numbers are the same."""
+SAME_ANYHOW = ("model.head", "rollout.batch_size")
+"""TRL scores and samples in its own way whatever we say; the distribution is the same."""
 
 KNOWN = (*RENAMED, *TRANSLATED, *RUN_FOLDER, *SAME_ANYHOW)
 
@@ -192,6 +192,10 @@ REFUSALS: tuple[Refusal, ...] = (
         *("update.microbatch_size", _uneven),
         "TRL's microbatches have one size; take a divisor of num_prompts * num_generations / "
         "num_minibatches",
+    ),
+    _only(
+        *("update.microbatch_tokens", [None]),
+        "TRL's microbatches have one number of sequences; use update.microbatch_size",
     ),
     (
         *("geometry.interact", _scatters_groups),
