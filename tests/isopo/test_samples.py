@@ -114,3 +114,20 @@ def test_what_is_carried_over_are_the_rows_of_the_smallest_priorities(
             every = zip(*(tensors(kinds[kind]) for _, kinds in parts), strict=True)
             for value, whole in zip(tensors(sample), map(torch.cat, every), strict=True):
                 assert torch.equal(value, whole[order])
+
+
+def test_positions_drawn_by_importance_stand_for_all_without_bias() -> None:
+    generator, store = torch.Generator().manual_seed(0), SampleStore(6)
+    weight_T = torch.rand(30, generator=generator, dtype=torch.float64) ** 4
+    value_T = weight_T * torch.rand(30, generator=generator, dtype=torch.float64)
+    found = []
+    for _ in range(4000):
+        random_T = torch.rand(30, generator=generator, dtype=torch.float64)
+        priority_K, index_K = (random_T / weight_T).topk(6, largest=False)
+        stands_K = store.weights(Rows(priority_K, index_K, index_K, weight_T[index_K]))
+        found.append(stands_K @ value_T[index_K])
+    sums = torch.stack(found)
+    assert (sums.mean() - value_T.sum()).abs() < 4 * sums.std() / 4000**0.5
+    assert sums.std() < 0.5 * value_T.sum()
+    few = Rows(priority_K[:5], index_K[:5], index_K[:5], weight_T[index_K[:5]])
+    assert torch.equal(store.weights(few), torch.ones_like(few.weight_K))
