@@ -164,6 +164,7 @@ def test_an_algorithm_that_reads_the_old_policy_is_refused(
         ({"rollout": {"dynamic_sampling_max_batches": 2}}, "rollout.dynamic_sampling_max_batches"),
         ({"rollout": {"mask_truncated_completions": True}}, "rollout.mask_truncated_completions"),
         ({"optimizer": {"name": "soap"}}, "optimizer.name"),
+        ({"optimizer": {"lr_scheduler_type": "linear"}}, "optimizer.lr_scheduler_type"),
         ({"optimizer": {"name": "muon", "muon_learning_rate": 1e-3}}, "optimizer.name"),
     ],
 )
@@ -180,7 +181,11 @@ def test_renamed_keys_carry_their_value(key: str) -> None:
         value = 0.25
     if key.startswith("optimizer."):
         value = 0.125
-    more = {"tracker": "wandb"} if key == "logging.project" else {}
+    if key == "optimizer.lr_scheduler_type":
+        value = "cosine"
+    beside = {"logging.project": ("tracker", "wandb")}
+    beside["optimizer.min_lr_rate"] = ("lr_scheduler_type", "cosine")
+    more = dict([beside[key]]) if key in beside else {}
     found = options({section: {field: value, **more}} if section else {field: value})
     assert found[table.RENAMED[key]] == str(value)
 

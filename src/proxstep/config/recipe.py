@@ -238,6 +238,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_schedule(self) -> Recipe:
+        optimizer, total = self.optimizer, self.steps * self.update.num_updates
+        if optimizer.lr_scheduler_type != "constant" and optimizer.warmup_updates >= total:
+            raise ValueError(
+                f"optimizer.warmup_updates {optimizer.warmup_updates} is all of the run's {total} "
+                f"optimizer steps: nothing is left for optimizer.lr_scheduler_type "
+                f"{optimizer.lr_scheduler_type}; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_unread(self) -> Recipe:
         if unread := unread_key(self):
             raise ValueError(unread)

@@ -366,6 +366,17 @@ class OptimizerSection(Section):
         default=1.0, gt=0, description="Clip the gradient; null for never."
     )
     warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer steps.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="What the learning rate does after the warm-up: stay, or fall to min_lr_rate "
+        "times the peak at the run's last optimizer step. TRL's name.",
+    )
+    min_lr_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="linear, cosine: the lowest learning rate, as a share of the peak.",
+    )
 
     def options(self) -> dict[str, Any]:
         """Return what is set of the optimizer's own options; what is null is left out.

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
@@ -27,7 +26,7 @@ from proxstep.training.batch import Batch, collect, shortage
 from proxstep.training.chunkable import check_chunkable
 from proxstep.training.evaluation import Probe, evaluate
 from proxstep.training.objective import Objective, make_isopo
-from proxstep.training.optimizers import make_optimizer
+from proxstep.training.optimizers import make_optimizer, make_schedule
 from proxstep.training.prompts import Prompts
 from proxstep.training.regularizers import loss_penalty
 from proxstep.training.rollout import Completions, Scores, autocast, score
@@ -63,11 +62,6 @@ class Clock:
         taken["seconds_step"] = sum(self._seconds.values())
         self._seconds = {}
         return taken
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, warmup_updates: int) -> LambdaLR:
-    """Return the learning rate's schedule: a linear warm-up, then the optimizer's own rate."""
-    return LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / (warmup_updates + 1)))
 
 
 class Trainer(Resumable):
@@ -108,7 +102,9 @@ class Trainer(Resumable):
         self.objective = Objective(recipe)
         self.isopo = make_isopo(recipe, model)
         self.optimizer = make_optimizer(recipe.optimizer, model)
-        self.schedule = make_schedule(self.optimizer, recipe.optimizer.warmup_updates)
+        self.schedule = make_schedule(
+            self.optimizer, recipe.optimizer, recipe.steps * recipe.update.num_updates
+        )
         self.clock = Clock(self.device)
         self.probe: Probe | None = None
         self._idle_steps = 0

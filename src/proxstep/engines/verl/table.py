@@ -27,6 +27,8 @@ RENAMED: dict[str, str] = {
     "update.num_iterations": f"{ACTOR}.ppo_epochs",
     "optimizer.learning_rate": f"{OPTIMIZER}.lr",
     "optimizer.weight_decay": f"{OPTIMIZER}.weight_decay",
+    "optimizer.lr_scheduler_type": f"{OPTIMIZER}.lr_scheduler_type",
+    "optimizer.min_lr_rate": f"{OPTIMIZER}.min_lr_ratio",
     "evaluation.every": "trainer.test_freq",
     "logging.project": "trainer.project_name",
 }
@@ -76,6 +78,11 @@ REFUSED: tuple[Refusal, ...] = (
         lambda recipe: recipe.optimizer.name not in OPTIMIZERS,
         "verl builds its optimizer over sharded parameters by torch.optim's names: use adamw or "
         "sgd",
+    ),
+    (
+        "optimizer.lr_scheduler_type",
+        lambda recipe: recipe.optimizer.lr_scheduler_type == "linear",
+        "verl's schedules are constant and cosine: use one of them",
     ),
     (
         "optimizer.muon_learning_rate",
