@@ -91,7 +91,7 @@ ALWAYS = {
     *("rollout.overlong_buffer", "update.num_minibatches", "update.num_iterations"),
     *("update.microbatch_size", "optimizer.name", "optimizer.learning_rate"),
     *("optimizer.weight_decay", "optimizer.max_grad_norm", "optimizer.warmup_updates"),
-    "optimizer.lr_scheduler_type",
+    *("optimizer.lr_scheduler_type", "evaluation.patience"),
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
     *("evaluation.kl_policy_initial", "logging.tracker", "logging.num_samples"),
     *("logging.checkpoint_every", "logging.checkpoint_minutes", "logging.checkpoints_kept"),

@@ -99,6 +99,7 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
         for right in placed[number + 1 :]:
             assert not left & right
     assert refused - set().union(*placed) == {
+        "evaluation.patience",
         "geometry.diagnose_every",
         "logging.checkpoint_minutes",
         "model.head",
@@ -164,6 +165,7 @@ def test_an_algorithm_that_reads_the_old_policy_is_refused(
         ({"rollout": {"dynamic_sampling_max_batches": 2}}, "rollout.dynamic_sampling_max_batches"),
         ({"rollout": {"mask_truncated_completions": True}}, "rollout.mask_truncated_completions"),
         ({"optimizer": {"name": "soap"}}, "optimizer.name"),
+        ({"evaluation": {"patience": 2}}, "evaluation.patience"),
         ({"optimizer": {"lr_scheduler_type": "linear"}}, "optimizer.lr_scheduler_type"),
         ({"optimizer": {"name": "muon", "muon_learning_rate": 1e-3}}, "optimizer.name"),
     ],

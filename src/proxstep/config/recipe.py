@@ -229,7 +229,7 @@ class Recipe(Section):
                     "model.autocast computes with float32 weights in bfloat16, but model.dtype is "
                     "bfloat16 already: leave one of them out"
                 )
-            if self.optimizer.name in ("soap", "kron"):
+            if self.optimizer.name in ("soap", "kron") and self.model.lora is None:
                 raise ValueError(
                     f"optimizer.name {self.optimizer.name} keeps its preconditioner in the dtype "
                     "of the weights, and model.dtype bfloat16 is too coarse for one: use float32, "

@@ -81,7 +81,8 @@ class ModelSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Of the weights. Small learning rates get lost in bfloat16 weights.",
+        description="Of the weights. Small learning rates get lost in bfloat16 weights. With lora, "
+        "of the frozen ones: the adapters are always in float32, as in TRL and peft.",
     )
     autocast: Literal["bfloat16"] | None = Field(
         default=None,
@@ -414,6 +415,11 @@ class EvaluationSection(Section):
         default=10, description="Steps between evaluations; the first is before step 1."
     )
     batch_size: Positive = Field(default=128, description="Prompts per generation batch.")
+    patience: Positive | None = Field(
+        default=None,
+        description="Stop the run after this many evaluations in a row without a new best score; "
+        "the best one's checkpoint is kept. null to train to the last step.",
+    )
     num_probe_prompts: Positive = Field(default=64, description="Prompts that measure KL drift.")
     kl_policy_initial: bool = Field(
         default=True,

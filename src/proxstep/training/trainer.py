@@ -128,7 +128,8 @@ class Trainer(Resumable):
             self.progress.begin(self.recipe)
             with self._tracker() as tracker, stop_on_signal() as stop:
                 self._train(log, tracker, stop)
-            done = self.step == self.recipe.steps and self.unrecorded is None
+            done = self.stopped_early or self.step == self.recipe.steps
+            done = done and self.unrecorded is None
             status = "finished" if done else "interrupted"
         except BaseException as error:
             saved = self.rescue()
@@ -157,7 +158,7 @@ class Trainer(Resumable):
         """Take the steps that are left, until asked to stop; evaluate, record and save them."""
         recipe = self.recipe
         while self.unrecorded is not None or self.step < recipe.steps:
-            if stop.made:
+            if stop.made or (self.unrecorded is None and self.stopped_early):
                 break
             if self.unrecorded is None:
                 self.unrecorded = self._train_step()
@@ -165,8 +166,11 @@ class Trainer(Resumable):
             if self.step == recipe.steps or self.step % recipe.evaluation.every == 0:
                 record |= self._evaluate()
             self._write(log, tracker, record)
+            if "score" in record:
+                self.judge(record["score"])
             self.save_if_due()
         self.save()
+        self.tell_best()
 
     def _train_step(self) -> dict[str, Any]:
         """Sample, reward and update once; return what was measured."""

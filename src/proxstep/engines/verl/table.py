@@ -103,6 +103,11 @@ REFUSED: tuple[Refusal, ...] = (
         for key in ("batch_size", "num_probe_prompts")
     ),
     (
+        "evaluation.patience",
+        lambda recipe: recipe.evaluation.patience is not None,
+        "only the local engine stops early: leave it null",
+    ),
+    (
         "task.reward_seconds",
         lambda recipe: recipe.task.differs("reward_seconds"),
         "verl's reward workers have no limit: leave it out",
