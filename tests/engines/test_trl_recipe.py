@@ -61,6 +61,7 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "regularizer.": ("isopo", {"regularizer": {"kl_coef": 0.1, "kl_estimator": "k3"}}),
     "rollout.overlong_penalty": ("isopo", {"rollout": {"overlong_buffer": 2}}),
     "optimizer.muon": ("isopo", {"optimizer": {"name": "muon"}}),
+    "optimizer.min_lr_rate": ("isopo", {"optimizer": {"lr_scheduler_type": "cosine"}}),
     "optimizer.momentum": ("isopo", {"optimizer": {"name": "sgd"}}),
     "logging.project": ("isopo", {"logging": {"tracker": "wandb"}}),
 }
@@ -163,6 +164,11 @@ def test_a_key_that_nothing_is_made_of(tmp_path: Path, monkeypatch: pytest.Monke
         ("grpo", {"rollout": {"prefill": "So"}}, "rollout.prefill So"),
         ("isopo", {"update": {"microbatch_size": 5}}, "update.microbatch_size 5"),
         ("isopo", {"geometry": {"diagnose_every": 5}}, "geometry.diagnose_every 5"),
+        (
+            "grpo",
+            {"optimizer": {"lr_scheduler_type": "linear", "min_lr_rate": 0.1}},
+            "optimizer.min_lr_rate 0.1",
+        ),
         ("grpo", {"regularizer": {"kl_coef": 0.1}}, "regularizer.kl_estimator exact"),
         (
             "reinforce",

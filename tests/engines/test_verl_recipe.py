@@ -103,6 +103,7 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
         for right in placed[number + 1 :]:
             assert not left & right
     assert refused - set().union(*placed) == {
+        "evaluation.patience",
         "geometry.diagnose_every",
         "logging.checkpoint_minutes",
         "model.head",
@@ -172,6 +173,8 @@ def test_an_algorithm_that_reads_the_old_policy_is_refused(
         ({"rollout": {"stop": ["."]}}, "rollout.stop"),
         ({"rollout": {"prefill": "So"}}, "rollout.prefill"),
         ({"optimizer": {"name": "soap"}}, "optimizer.name"),
+        ({"evaluation": {"patience": 2}}, "evaluation.patience"),
+        ({"optimizer": {"lr_scheduler_type": "linear"}}, "optimizer.lr_scheduler_type"),
         ({"optimizer": {"name": "muon", "muon_learning_rate": 1e-3}}, "optimizer.name"),
     ],
 )
@@ -188,7 +191,11 @@ def test_renamed_keys_carry_their_value(key: str) -> None:
         value = 0.25
     if key.startswith("optimizer."):
         value = 0.125
-    more = {"tracker": "wandb"} if key == "logging.project" else {}
+    if key == "optimizer.lr_scheduler_type":
+        value = "cosine"
+    beside = {"logging.project": ("tracker", "wandb")}
+    beside["optimizer.min_lr_rate"] = ("lr_scheduler_type", "cosine")
+    more = dict([beside[key]]) if key in beside else {}
     found = options({section: {field: value, **more}} if section else {field: value})
     assert found[table.RENAMED[key]] == str(value)
 

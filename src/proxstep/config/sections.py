@@ -82,7 +82,8 @@ class ModelSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Of the weights. Small learning rates get lost in bfloat16 weights.",
+        description="Of the weights. Small learning rates get lost in bfloat16 weights. With lora, "
+        "of the frozen ones: the adapters are always in float32, as in TRL and peft.",
     )
     autocast: Literal["bfloat16"] | None = Field(
         default=None,
@@ -444,6 +445,17 @@ class OptimizerSection(Section):
         default=1.0, gt=0, description="Clip the gradient; null for never."
     )
     warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer steps.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="What the learning rate does after the warm-up: stay, or fall to min_lr_rate "
+        "times the peak at the run's last optimizer step. TRL's name.",
+    )
+    min_lr_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="linear, cosine: the lowest learning rate, as a share of the peak.",
+    )
 
     def options(self) -> dict[str, Any]:
         """Return what is set of the optimizer's own options; what is null is left out.
@@ -481,6 +493,11 @@ class EvaluationSection(Section):
         default=10, description="Steps between evaluations; the first is before step 1."
     )
     batch_size: Positive = Field(default=128, description="Prompts per generation batch.")
+    patience: Positive | None = Field(
+        default=None,
+        description="Stop the run after this many evaluations in a row without a new best score; "
+        "the best one's checkpoint is kept. null to train to the last step.",
+    )
     num_probe_prompts: Positive = Field(default=64, description="Prompts that measure KL drift.")
     kl_policy_initial: bool = Field(
         default=True,

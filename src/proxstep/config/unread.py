@@ -103,6 +103,10 @@ READ: Mapping[str, Reading] = {
     ),
     "regularizer.kl_estimator": _KL,
     "regularizer.kl_in": _KL,
+    "optimizer.min_lr_rate": (
+        lambda r: r.optimizer.lr_scheduler_type != "constant",
+        "is where optimizer.lr_scheduler_type linear and cosine end: choose one, or leave it out",
+    ),
     "rollout.overlong_penalty": (
         lambda r: r.rollout.overlong_buffer is not None,
         "is the largest punishment within rollout.overlong_buffer, which is null: give a number of "

@@ -39,6 +39,7 @@ from proxstep.training.models import (
 from proxstep.training.optimizers import check_optimizer
 from proxstep.training.prompts import Prompts, load_prompts, load_rewards
 from proxstep.training.rollout import autocast
+from proxstep.training.saving import is_stale
 from proxstep.training.trainer import Trainer
 
 CHAT_TASKS = {"gsm8k": gsm8k_task, "math": math_task, "svamp": svamp_task}
@@ -87,7 +88,8 @@ def resume(path: str | Path, progress: Progress) -> str:
         checkpoint = latest_checkpoint(folder.path, progress.note)
         state = load_state(checkpoint)
         waiting = state["unrecorded"] is not None
-        if state["step"] >= recipe.steps and not waiting:
+        ended = state["step"] >= recipe.steps or is_stale(recipe, state["best"])
+        if ended and not waiting:
             if folder.status() in ("killed", "failed"):  # after its last checkpoint
                 folder.conclude("finished")
                 return "finished"

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
@@ -27,7 +26,7 @@ from proxstep.training.batch import Batch, collect, shortage
 from proxstep.training.chunkable import check_chunkable
 from proxstep.training.evaluation import Probe, evaluate, truncation_note
 from proxstep.training.objective import Objective, make_isopo
-from proxstep.training.optimizers import make_optimizer
+from proxstep.training.optimizers import make_optimizer, make_schedule
 from proxstep.training.prompts import Prompts
 from proxstep.training.regularizers import loss_penalty
 from proxstep.training.rollout import Completions, Scores, autocast, score
@@ -63,11 +62,6 @@ class Clock:
         taken["seconds_step"] = sum(self._seconds.values())
         self._seconds = {}
         return taken
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, warmup_updates: int) -> LambdaLR:
-    """Return the learning rate's schedule: a linear warm-up, then the optimizer's own rate."""
-    return LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / (warmup_updates + 1)))
 
 
 class Trainer(Resumable):
@@ -108,7 +102,9 @@ class Trainer(Resumable):
         self.objective = Objective(recipe)
         self.isopo = make_isopo(recipe, model)
         self.optimizer = make_optimizer(recipe.optimizer, model)
-        self.schedule = make_schedule(self.optimizer, recipe.optimizer.warmup_updates)
+        self.schedule = make_schedule(
+            self.optimizer, recipe.optimizer, recipe.steps * recipe.update.num_updates
+        )
         self.clock = Clock(self.device)
         self.probe: Probe | None = None
         self._idle_steps = 0
@@ -132,8 +128,7 @@ class Trainer(Resumable):
             self.progress.begin(self.recipe)
             with self._tracker() as tracker, stop_on_signal() as stop:
                 self._train(log, tracker, stop)
-            done = self.step == self.recipe.steps and self.unrecorded is None
-            status = "finished" if done else "interrupted"
+            status = "finished" if self._done else "interrupted"
         except BaseException as error:
             saved = self.rescue()
             if saved:
@@ -152,6 +147,11 @@ class Trainer(Resumable):
             self.folder.conclude(status)
         return status
 
+    @property
+    def _done(self) -> bool:
+        """Whether the last step is taken and recorded, or the last before an early stop."""
+        return self.unrecorded is None and (self.stopped_early or self.step == self.recipe.steps)
+
     def _tracker(self) -> Tracker:
         section = self.recipe.logging
         recipe = self.recipe.model_dump()
@@ -161,7 +161,7 @@ class Trainer(Resumable):
         """Take the steps that are left, until asked to stop; evaluate, record and save them."""
         recipe = self.recipe
         while self.unrecorded is not None or self.step < recipe.steps:
-            if stop.made:
+            if stop.made or (self.unrecorded is None and self.stopped_early):
                 break
             if self.unrecorded is None:
                 self.unrecorded = self._train_step()
@@ -169,10 +169,12 @@ class Trainer(Resumable):
             if self.step == recipe.steps or self.step % recipe.evaluation.every == 0:
                 record |= self._evaluate()
             self._write(log, tracker, record)
+            if "score" in record:
+                self.judge(record["score"])
             self.save_if_due()
-        done = self.step == recipe.steps and self.unrecorded is None
-        if recipe.logging.checkpoint_last or not done:
+        if recipe.logging.checkpoint_last or not self._done:
             self.save()
+        self.tell_best()
 
     def _train_step(self) -> dict[str, Any]:
         """Sample, reward and update once; return what was measured."""

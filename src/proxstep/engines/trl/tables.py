@@ -35,6 +35,7 @@ TRANSLATED = (
     *("update.num_minibatches", "update.microbatch_size", "update.microbatch_tokens"),
     *("optimizer.name", "optimizer.betas", "optimizer.momentum", "optimizer.max_grad_norm"),
     *("optimizer.muon_learning_rate", "logging.checkpoint_every"),
+    *("optimizer.lr_scheduler_type", "optimizer.min_lr_rate", "evaluation.patience"),
 )
 """Keys and sections that become options or arguments in another way, or are refused below."""
 
@@ -217,6 +218,14 @@ REFUSALS: tuple[Refusal, ...] = (
         f"TRL has no such optim; use {' or '.join(OPTIMIZERS)}, or hand one to a printed script's "
         "optimizers",
     ),
+    (
+        "optimizer.min_lr_rate",
+        lambda recipe: (
+            recipe.optimizer.lr_scheduler_type == "linear" and recipe.optimizer.min_lr_rate > 0
+        ),
+        "TRL's linear schedule ends at 0; leave it out, or use lr_scheduler_type cosine",
+    ),
+    _only("evaluation.patience", [None], "only the local engine stops early; leave it out"),
     _only("model.dtype", PRECISIONS, f"use {' or '.join(PRECISIONS)}"),
     _only("model.autocast", AUTOCASTS, "use bfloat16, or leave it out"),
 )
