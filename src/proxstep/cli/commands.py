@@ -143,6 +143,7 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     progress = make_progress(console)
     try:
         result, validation = lifecycle.evaluate(recipe, checkpoint, progress)
+        baselines = lifecycle.baselines_of(recipe, validation, progress)
     finally:
         progress.end()
     console.out(
@@ -157,9 +158,8 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     )
     if note := truncation_note(result.clipped_ratio, recipe.rollout.max_completion_length):
         console.out(note)
-    if recipe.evaluation.baselines:
-        for line in validation.baselines().lines():
-            console.out(line)
+    for line in baselines.lines() if baselines else ():
+        console.out(line)
     if arguments.output:
         with arguments.output.open("w", encoding="utf-8") as file:
             for row in result.rows(validation):
@@ -174,7 +174,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.runs.folder import check_folder
     from proxstep.runs.lock import locked
     from proxstep.training import lifecycle
-    from proxstep.training.models import model_source, pick_device
+    from proxstep.training.models import pick_device
 
     names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
@@ -195,7 +195,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
             for recipe in recipes:
                 lifecycle.check(recipe)
             check_output(jobs, arguments.output, overwrite=arguments.overwrite)
-            model_source(recipes[0], progress.note)  # once, before the runs would all do it
+            lifecycle.prepared_source(recipes[0], progress)  # once, before all runs would do it
         finally:
             progress.end()
         on_cpu = pick_device(recipes[0].device).type == "cpu"

@@ -5,8 +5,10 @@ Legend for shape suffixes: B sequences, T token positions.
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.tokens import kl_divergence, kl_estimate
 from proxstep.rewards import Narrowness, narrowness
+from proxstep.runs.waiting import UNSEEN, Waits
 from proxstep.training.generation import sample
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import (
@@ -97,24 +100,21 @@ def truncation_note(clipped_ratio: float, limit: int) -> str | None:
 
 
 def greedy_score(
-    model: nn.Module, tokenizer: Any, prompts: Prompts, *, max_new_tokens: int, batch_size: int
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    waits: Waits = UNSEEN,
 ) -> GreedyResult:
     """Complete every prompt greedily and grade the completions."""
-    texts: list[str] = []
-    lengths: list[int] = []
-    truncated: list[bool] = []
-    for start in range(0, len(prompts), batch_size):
-        rows = range(start, min(start + batch_size, len(prompts)))
-        completions = sample(
-            model,
-            tokenizer,
-            [prompts.tokens(i) for i in rows],
-            max_new_tokens=max_new_tokens,
-            greedy=True,
-        )
-        texts += completions.texts(tokenizer)
-        lengths += completions.lengths().tolist()
-        truncated += completions.truncated_B.tolist()
+    rows = range(len(prompts))
+    texts, lengths, truncated = _completed(
+        *(model, tokenizer, prompts, rows, "greedy evaluation", waits, batch_size),
+        max_new_tokens=max_new_tokens,
+        greedy=True,
+    )
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
         # rewards compute as they always do
         table = prompts.grade(range(len(prompts)), texts, truncated)
@@ -125,6 +125,50 @@ def greedy_score(
     return GreedyResult(score, sum(lengths) / len(lengths), texts, rewards, truncated, narrow)
 
 
+def _completed(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Prompts,
+    rows: Sequence[int],
+    what: str,
+    waits: Waits,
+    batch_size: int,
+    **options: Any,
+) -> tuple[list[str], list[int], list[bool]]:
+    """Complete prompts as `sample` does with the options, `batch_size` at a time.
+
+    Returns:
+        The texts, their lengths in tokens, and which were cut off at the length limit.
+    """
+    texts: list[str] = []
+    lengths: list[int] = []
+    truncated: list[bool] = []
+    limit = options["max_new_tokens"]
+    with waits.wait(what, len(rows), "completions") as wait:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            with _forwards(model, lambda n, s=start, p=part: wait.advance(s + len(p) * n / limit)):
+                prompt_tokens = [prompts.tokens(i) for i in part]
+                completions = sample(model, tokenizer, prompt_tokens, **options)
+            texts += completions.texts(tokenizer)
+            lengths += completions.lengths().tolist()
+            truncated += completions.truncated_B.tolist()
+            wait.advance(len(texts))
+    return texts, lengths, truncated
+
+
+@contextmanager
+def _forwards(model: nn.Module, tell: Callable[[int], None]) -> Iterator[None]:
+    """Tell how many forward passes were made inside, one for each new token of a batch."""
+    passes = itertools.count(1)
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embedding.register_forward_hook(lambda *_: tell(next(passes)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def evaluate(
     recipe: Recipe,
     model: nn.Module,
@@ -132,6 +176,7 @@ def evaluate(
     tokenizer: Any,
     validation: Prompts,
     probe: Probe | None,
+    waits: Waits = UNSEEN,
 ) -> tuple[dict[str, float], list[dict[str, Any]], Probe]:
     """Measure a policy as a recipe says; torch's generator starts at the recipe's seed.
 
@@ -147,9 +192,13 @@ def evaluate(
     head = recipe.model.head
     torch.manual_seed(recipe.seed)
     if probe is None:
-        probe = Probe.draw(model, tokenizer, prompts, limit, head)
+        with waits.wait("sampling the initial policy's probe"):
+            probe = Probe.draw(model, tokenizer, prompts, limit, head)
     greedy = greedy_score(
-        model, tokenizer, validation, max_new_tokens=limit, batch_size=section.batch_size
+        *(model, tokenizer, validation),
+        max_new_tokens=limit,
+        batch_size=section.batch_size,
+        waits=waits,
     )
     measured = {
         **greedy.metrics(),
