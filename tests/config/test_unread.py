@@ -48,6 +48,7 @@ SOMETIMES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         *("reward", {"regularizer": {"kl_coef": 0.1, "kl_estimator": "k1"}}, {}),
     ),
     "rollout.overlong_penalty": (2.0, {"rollout": {"overlong_buffer": 8}}, {}),
+    "evaluation.temperature": (0.6, {"evaluation": {"num_samples": 4}}, {}),
     "logging.project": ("mine", {"logging": {"tracker": "wandb"}}, {}),
     "geometry.fisher_power": (1.0, {"algorithm": "isopo"}, {"algorithm": "isopo-natural"}),
     "geometry.norm_power": (1.0, {"algorithm": "isopo"}, {"algorithm": "proma"}),
@@ -99,7 +100,7 @@ ALWAYS = {
     *("update.microbatch_size", "optimizer.name", "optimizer.learning_rate"),
     *("optimizer.weight_decay", "optimizer.max_grad_norm", "optimizer.warmup_updates"),
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
-    *("evaluation.kl_policy_initial", "evaluation.baselines"),
+    *("evaluation.kl_policy_initial", "evaluation.baselines", "evaluation.num_samples"),
     *("logging.tracker", "logging.num_samples"),
     *("logging.checkpoint_every", "logging.checkpoint_minutes", "logging.checkpoints_kept"),
 }

@@ -59,6 +59,7 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "rollout.overlong_penalty": ("isopo", {"rollout": {"overlong_buffer": 2}}),
     "optimizer.muon": ("isopo", {"optimizer": {"name": "muon"}}),
     "optimizer.momentum": ("isopo", {"optimizer": {"name": "sgd"}}),
+    "evaluation.temperature": ("isopo", {"evaluation": {"num_samples": 4}}),
     "logging.project": ("isopo", {"logging": {"tracker": "wandb"}}),
 }
 """By the beginning of a key: the algorithm and the keys that it needs beside it."""

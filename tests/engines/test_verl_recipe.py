@@ -85,6 +85,7 @@ PREPARED_IN_FILES = {
 
 UNMEASURED = {
     *("evaluation.batch_size", "evaluation.num_probe_prompts", "evaluation.kl_policy_initial"),
+    *("evaluation.num_samples", "evaluation.temperature"),
 }
 """Those of measurements that the local engine makes and verl has no place for."""
 

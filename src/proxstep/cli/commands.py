@@ -142,7 +142,7 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         check_file(arguments.output, "--output")
     progress = make_progress(console)
     try:
-        result, validation = lifecycle.evaluate(recipe, checkpoint, progress)
+        result, scores, validation = lifecycle.evaluate(recipe, checkpoint, progress)
         baselines = lifecycle.baselines_of(recipe, validation, progress)
     finally:
         progress.end()
@@ -151,6 +151,11 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         f"{len(validation)} prompts of {recipe.task.name}, mean length {result.mean_length:.1f} "
         f"tokens, {checkpoint or recipe.model.name}"
     )
+    if scores:
+        console.out(
+            ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            + f" of samples at temperature {recipe.evaluation.temperature:g}"
+        )
     narrow = result.narrowness
     console.out(
         f"most frequent answer {narrow.answer!r}: {narrow.share:.0%} of the completions; "

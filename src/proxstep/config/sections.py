@@ -439,6 +439,13 @@ class EvaluationSection(Section):
         default=True,
         description="KL(policy || initial); keeps a copy of the initial weights, except with LoRA.",
     )
+    num_samples: int = Field(
+        default=0,
+        ge=0,
+        description="Completions sampled for each validation prompt beside the greedy one, for "
+        "avg@n and pass@k (arXiv 2107.03374); 0 for none.",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Of those samples.")
     baselines: bool = Field(
         default=True,
         description="Grade the best constant answer and numbers copied from the prompt, once, by "

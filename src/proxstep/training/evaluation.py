@@ -18,6 +18,7 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.tokens import kl_divergence, kl_estimate
 from proxstep.rewards import Narrowness, narrowness
+from proxstep.rewards.pass_at_k import sampled_scores
 from proxstep.runs.waiting import UNSEEN, Waits
 from proxstep.training.generation import sample
 from proxstep.training.prompts import Prompts
@@ -115,14 +116,46 @@ def greedy_score(
         max_new_tokens=max_new_tokens,
         greedy=True,
     )
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        # rewards compute as they always do
-        table = prompts.grade(range(len(prompts)), texts, truncated)
-    rewards = next(iter(table.per_function.values()))
+    rewards = _first_rewards(model, prompts, rows, texts, truncated)
     given = [reward for reward in rewards if reward is not None]
     score = sum(given) / len(given) if given else float("nan")
     narrow = narrowness(texts, [example.answer for example in prompts.examples], truncated)
     return GreedyResult(score, sum(lengths) / len(lengths), texts, rewards, truncated, narrow)
+
+
+def sampled(
+    recipe: Recipe, model: nn.Module, tokenizer: Any, prompts: Prompts, waits: Waits = UNSEEN
+) -> dict[str, float]:
+    """Return avg@n and pass@k of as many samples as a recipe asks for; nothing for none.
+
+    The samples follow from the recipe's seed and `evaluation.batch_size`; torch's generator is set.
+    """
+    section = recipe.evaluation
+    n = section.num_samples
+    if n == 0:
+        return {}
+    torch.manual_seed(recipe.seed)
+    rows = [row for row in range(len(prompts)) for _ in range(n)]
+    texts, _, truncated = _completed(
+        *(model, tokenizer, prompts, rows, f"{n} samples a prompt", waits, section.batch_size),
+        max_new_tokens=recipe.rollout.max_completion_length,
+        temperature=section.temperature,
+    )
+    rewards = _first_rewards(model, prompts, rows, texts, truncated)
+    return sampled_scores([rewards[i : i + n] for i in range(0, len(rewards), n)])
+
+
+def _first_rewards(
+    model: nn.Module,
+    prompts: Prompts,
+    rows: Sequence[int],
+    texts: Sequence[str],
+    truncated: Sequence[bool],
+) -> list[float | None]:
+    """Return the first reward function's rewards, which compute as they always do."""
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        table = prompts.grade(rows, texts, truncated)
+    return next(iter(table.per_function.values()))
 
 
 def _completed(
@@ -213,6 +246,8 @@ def evaluate(
             limit,
             batch_size=len(prompts) if head == "full" else 1,
         )
+    scores = sampled(recipe, model, tokenizer, validation, waits)
+    measured |= {f"score_{name}": value for name, value in scores.items()}
     return measured, greedy.rows(validation)[: recipe.logging.num_samples], probe
 
 

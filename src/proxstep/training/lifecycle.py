@@ -28,7 +28,7 @@ from proxstep.tasks import (
     svamp_task,
     table_task,
 )
-from proxstep.training.evaluation import GreedyResult, greedy_score
+from proxstep.training.evaluation import GreedyResult, greedy_score, sampled
 from proxstep.training.models import (
     load_adapters,
     load_model,
@@ -125,8 +125,11 @@ def _changed_keys(before: Any, now: Any, key: str = "") -> list[str]:
 
 def evaluate(
     recipe: Recipe, checkpoint: Path | None, progress: Progress
-) -> tuple[GreedyResult, Prompts]:
+) -> tuple[GreedyResult, dict[str, float], Prompts]:
     """Score a recipe's model, or a checkpoint of its run, greedily on the validation prompts.
+
+    Returns:
+        The greedy completions, avg@n and pass@k where the recipe asks for samples, the prompts.
 
     Raises:
         ProxstepError: If anything in the recipe, the data or the model is wrong.
@@ -150,7 +153,8 @@ def evaluate(
             batch_size=recipe.evaluation.batch_size,
             waits=progress,
         )
-    return result, validation
+        scores = sampled(recipe, model, tokenizer, validation, progress)
+    return result, scores, validation
 
 
 def keep_baselines(
