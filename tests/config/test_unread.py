@@ -53,6 +53,7 @@ SOMETIMES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     ),
     "rollout.overlong_penalty": (2.0, {"rollout": {"overlong_buffer": 8}}, {}),
     "optimizer.min_lr_rate": (0.1, {"optimizer": {"lr_scheduler_type": "linear"}}, {}),
+    "evaluation.temperature": (0.6, {"evaluation": {"num_samples": 4}}, {}),
     "logging.project": ("mine", {"logging": {"tracker": "wandb"}}, {}),
     "geometry.fisher_power": (1.0, {"algorithm": "isopo"}, {"algorithm": "isopo-natural"}),
     "geometry.norm_power": (1.0, {"algorithm": "isopo"}, {"algorithm": "proma"}),
@@ -113,7 +114,8 @@ ALWAYS = {
     *("optimizer.lr_scheduler_type", "evaluation.patience"),
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
     *("evaluation.kl_policy_initial", "evaluation.baselines", "evaluation.remember_first"),
-    *("logging.tracker", "logging.num_samples", "logging.checkpoint_last"),
+    *("evaluation.num_samples", "logging.tracker", "logging.num_samples"),
+    "logging.checkpoint_last",
     *("logging.checkpoint_every", "logging.checkpoint_minutes", "logging.checkpoints_kept"),
 }
 """Keys that every setting reads. The objective's are arguments of the algorithm's functions."""

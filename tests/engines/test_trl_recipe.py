@@ -63,6 +63,7 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "optimizer.muon": ("isopo", {"optimizer": {"name": "muon"}}),
     "optimizer.min_lr_rate": ("isopo", {"optimizer": {"lr_scheduler_type": "cosine"}}),
     "optimizer.momentum": ("isopo", {"optimizer": {"name": "sgd"}}),
+    "evaluation.temperature": ("isopo", {"evaluation": {"num_samples": 4}}),
     "logging.project": ("isopo", {"logging": {"tracker": "wandb"}}),
 }
 """By the beginning of a key: the algorithm and the keys that it needs beside it."""

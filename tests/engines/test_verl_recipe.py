@@ -87,6 +87,7 @@ PREPARED_IN_FILES = {
 UNMEASURED = {
     *("evaluation.batch_size", "evaluation.num_probe_prompts", "evaluation.kl_policy_initial"),
     "rollout.batch_size",
+    *("evaluation.num_samples", "evaluation.temperature"),
 }
 """Those of measurements that the local engine makes, and of what verl's sampler decides itself."""
 

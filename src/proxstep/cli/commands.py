@@ -146,7 +146,8 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         check_file(arguments.output, "--output")
     progress = make_progress(console)
     try:
-        result, validation = lifecycle.evaluate(recipe, checkpoint, progress)
+        result, scores, validation = lifecycle.evaluate(recipe, checkpoint, progress)
+        baselines = lifecycle.baselines_of(recipe, validation, progress)
     finally:
         progress.end()
     console.out(
@@ -154,6 +155,11 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         f"{len(validation)} prompts of {recipe.task.name}, mean length {result.mean_length:.1f} "
         f"tokens, {checkpoint or recipe.model.name}"
     )
+    if scores:
+        console.out(
+            ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            + f" of samples at temperature {recipe.evaluation.temperature:g}"
+        )
     narrow = result.narrowness
     console.out(
         f"most frequent answer {narrow.answer!r}: {narrow.share:.0%} of the completions; "
@@ -161,9 +167,8 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     )
     if note := truncation_note(result.clipped_ratio, recipe.rollout.max_completion_length):
         console.out(note)
-    if recipe.evaluation.baselines:
-        for line in validation.baselines().lines():
-            console.out(line)
+    for line in baselines.lines() if baselines else ():
+        console.out(line)
     if arguments.output:
         with arguments.output.open("w", encoding="utf-8") as file:
             for row in result.rows(validation):
@@ -178,7 +183,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.runs.folder import check_folder
     from proxstep.runs.lock import locked
     from proxstep.training import lifecycle
-    from proxstep.training.models import model_source, pick_device
+    from proxstep.training.models import pick_device
 
     names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
@@ -199,7 +204,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
             for recipe in recipes:
                 lifecycle.check(recipe)
             check_output(jobs, arguments.output, overwrite=arguments.overwrite)
-            model_source(recipes[0], progress.note)  # once, before the runs would all do it
+            lifecycle.prepared_source(recipes[0], progress)  # once, before all runs would do it
         finally:
             progress.end()
         on_cpu = pick_device(recipes[0].device).type == "cpu"

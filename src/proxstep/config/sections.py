@@ -508,6 +508,13 @@ class EvaluationSection(Section):
         description="Keep the greedy completions before step 1 in the cache, and take them from "
         "there: the runs of a comparison begin with the same policy.",
     )
+    num_samples: int = Field(
+        default=0,
+        ge=0,
+        description="Completions sampled for each validation prompt beside the greedy one, for "
+        "avg@n and pass@k (arXiv 2107.03374); 0 for none.",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Of those samples.")
     baselines: bool = Field(
         default=True,
         description="Grade the best constant answer and numbers copied from the prompt, once, by "

@@ -112,6 +112,11 @@ READ: Mapping[str, Reading] = {
         "is the largest punishment within rollout.overlong_buffer, which is null: give a number of "
         "tokens",
     ),
+    "evaluation.temperature": (
+        lambda r: r.evaluation.num_samples > 0,
+        "is of evaluation.num_samples, which is 0, and a greedy score has none: give a number of "
+        "samples, or leave it out",
+    ),
     "logging.project": (
         lambda r: r.logging.tracker in ("trackio", "wandb"),
         "is of logging.tracker trackio and wandb: choose one, or leave it out",

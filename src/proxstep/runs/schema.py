@@ -68,6 +68,10 @@ PREFIXES: dict[str, str] = {
     "of what it measured besides: rewards/NAME/MEASURED. Likewise what is added to the reward: "
     "rewards/overlong for length and, over the completions that have an advantage, rewards/kl for "
     "divergence from the initial policy.",
+    "score_avg@": "Mean of the first reward function over evaluation.num_samples sampled "
+    "completions of each validation prompt.",
+    "score_pass@": "Probability that one of k sampled completions has a first reward of at least "
+    "1, estimated without bias from all of them and averaged over the validation prompts.",
     "objective/": "What the objective reports. Of each update, averaged over sequences and "
     "updates: clip_ratio, ratio, kl_old_policy, abs_delta, chi_square, ... Of the rollout: "
     "effective_sample_size, mu, tau, importance_mean, ... docs/algorithms.md has OPO's.",

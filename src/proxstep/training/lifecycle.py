@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 from proxstep.config.loading import load_recipe
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
-from proxstep.rewards import CODE_REWARDS
+from proxstep.rewards import CODE_REWARDS, Baselines
+from proxstep.rewards.baselines import NUM_PASSES
 from proxstep.runs.checkpoint import latest_checkpoint, load_state
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.telemetry import switch_off_telemetry
@@ -27,7 +29,7 @@ from proxstep.tasks import (
     svamp_task,
     table_task,
 )
-from proxstep.training.evaluation import GreedyResult, greedy_score
+from proxstep.training.evaluation import GreedyResult, greedy_score, sampled
 from proxstep.training.models import (
     load_adapters,
     load_model,
@@ -63,16 +65,18 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
     """
     folder = RunFolder(recipe.output_dir)
     with folder.claimed(overwrite=overwrite):
-        check(recipe)
-        source = model_source(recipe, progress.note)
-        tokenizer, prompts = _tokenized(recipe, source, progress.note)
+        with progress.wait("reading the data"):
+            check(recipe)
+        source = prepared_source(recipe, progress)
+        tokenizer, prompts = _tokenized(recipe, source, progress)
         device = pick_device(recipe.device)
         torch.manual_seed(recipe.seed)  # adapters are drawn at random
-        model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
+        with progress.wait(f"loading {source}"):
+            model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
         folder.check_room(model)
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
         folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
-        keep_baselines(recipe, prompts[1], folder)
+        keep_baselines(recipe, prompts[1], folder, progress)
         return trainer.run()
 
 
@@ -100,12 +104,14 @@ def resume(path: str | Path, progress: Progress) -> str:
             progress.note(f"recipe.yaml is not what the run wrote: {'; '.join(changed)}")
         folder.check_logs(state["step"] - waiting, state["logs"], progress.note)
         check(recipe)
-        tokenizer, prompts = _tokenized(recipe, str(checkpoint), progress.note)
+        tokenizer, prompts = _tokenized(recipe, str(checkpoint), progress)
         device = pick_device(recipe.device)
         model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
         if recipe.keeps_initial:
-            source = model_source(recipe, progress.note)
-            initial = load_model(source, recipe.model.dtype, device).eval().requires_grad_(False)
+            source = prepared_source(recipe, progress)
+            with progress.wait(f"loading the initial policy, {source}"):
+                initial = load_model(source, recipe.model.dtype, device)
+            initial = initial.eval().requires_grad_(False)
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
         trainer.restore(state)
         return trainer.run()
@@ -122,20 +128,25 @@ def _changed_keys(before: Any, now: Any, key: str = "") -> list[str]:
 
 def evaluate(
     recipe: Recipe, checkpoint: Path | None, progress: Progress
-) -> tuple[GreedyResult, Prompts]:
+) -> tuple[GreedyResult, dict[str, float], Prompts]:
     """Score a recipe's model, or a checkpoint of its run, greedily on the validation prompts.
+
+    Returns:
+        The greedy completions, avg@n and pass@k where the recipe asks for samples, the prompts.
 
     Raises:
         ProxstepError: If anything in the recipe, the data or the model is wrong.
     """
-    check(recipe)
+    with progress.wait("reading the data"):
+        check(recipe)
     device = pick_device(recipe.device)
-    source = str(checkpoint) if checkpoint else model_source(recipe, progress.note)
-    tokenizer, (_, validation) = _tokenized(recipe, source, progress.note)
+    source = str(checkpoint) if checkpoint else prepared_source(recipe, progress)
+    tokenizer, (_, validation) = _tokenized(recipe, source, progress)
     if checkpoint:
         model = _load_checkpoint(recipe, checkpoint, device, progress)
     else:
-        model = load_model(source, recipe.model.dtype, device)
+        with progress.wait(f"loading {source}"):
+            model = load_model(source, recipe.model.dtype, device)
     with autocast(recipe, model):
         result = greedy_score(
             model,
@@ -144,14 +155,33 @@ def evaluate(
             max_new_tokens=recipe.rollout.max_completion_length,
             batch_size=recipe.evaluation.batch_size,
             stop=recipe.rollout.stop or (),
+            waits=progress,
         )
-    return result, validation
+        scores = sampled(recipe, model, tokenizer, validation, progress)
+    return result, scores, validation
 
 
-def keep_baselines(recipe: Recipe, validation: Prompts, folder: RunFolder) -> None:
+def keep_baselines(
+    recipe: Recipe, validation: Prompts, folder: RunFolder, progress: Progress
+) -> None:
     """Write into run.json what needs no skill, where a recipe asks for it."""
-    if recipe.evaluation.baselines:
-        folder.update_info(baselines=validation.baselines().to_dict())
+    if (found := baselines_of(recipe, validation, progress)) is not None:
+        folder.update_info(baselines=found.to_dict())
+
+
+def baselines_of(recipe: Recipe, validation: Prompts, progress: Progress) -> Baselines | None:
+    """Return what needs no skill, None where a recipe does not ask for it."""
+    if not recipe.evaluation.baselines:
+        return None
+    with progress.wait("baselines", NUM_PASSES, "passes, at most") as wait:
+        passes = itertools.count(1)
+        return validation.baselines(lambda: wait.advance(next(passes)))
+
+
+def prepared_source(recipe: Recipe, progress: Progress) -> str:
+    """Return where to load the model from; what must be made first is made."""
+    with progress.wait("preparing the model") as wait:
+        return model_source(recipe, wait.say)
 
 
 def check(recipe: Recipe) -> None:
@@ -242,17 +272,19 @@ def _refuse_chats_that_are_not_plain(recipe: Recipe, task: Task) -> None:
 
 
 def _tokenized(
-    recipe: Recipe, source: str, note: Callable[[str], None] = lambda text: None
+    recipe: Recipe, source: str, progress: Progress
 ) -> tuple[Any, tuple[Prompts, Prompts]]:
-    tokenizer = load_tokenizer(source)
-    task = load_task(recipe, chat=tokenizer.chat_template is not None)
-    return tokenizer, load_prompts(recipe, tokenizer, task, note)
+    with progress.wait("tokenizing the prompts"):
+        tokenizer = load_tokenizer(source)
+        task = load_task(recipe, chat=tokenizer.chat_template is not None)
+        return tokenizer, load_prompts(recipe, tokenizer, task, progress.note)
 
 
 def _load_checkpoint(
     recipe: Recipe, checkpoint: Path, device: torch.device, progress: Progress
 ) -> nn.Module:
-    if recipe.model.lora is None:
-        return load_model(str(checkpoint), recipe.model.dtype, device)
-    base = load_model(model_source(recipe, progress.note), recipe.model.dtype, device)
-    return load_adapters(base, checkpoint)
+    with progress.wait(f"loading {checkpoint}"):
+        if recipe.model.lora is None:
+            return load_model(str(checkpoint), recipe.model.dtype, device)
+        base = load_model(prepared_source(recipe, progress), recipe.model.dtype, device)
+        return load_adapters(base, checkpoint)

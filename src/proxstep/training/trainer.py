@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from proxstep.runs.stop import StopRequest, stop_on_signal
 from proxstep.runs.tracking import MetricsLog, Progress, Tracker
 from proxstep.training.batch import Batch, collect, shortage
 from proxstep.training.chunkable import check_chunkable
+from proxstep.training.clock import Clock
 from proxstep.training.evaluation import Probe, evaluate, truncation_note
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.optimizers import make_optimizer, make_schedule
@@ -34,34 +33,6 @@ from proxstep.training.saving import Resumable
 from proxstep.typing import Tensor
 
 _MOST_IDLE_STEPS = 5
-
-
-class Clock:
-    """Seconds by phase since they were last taken.
-
-    Args:
-        device: Where the work happens; an accelerator is waited for at the end of a phase.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        start = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """Return the phases' seconds and their sum, and start over."""
-        taken = {f"seconds_{name}": seconds for name, seconds in self._seconds.items()}
-        taken["seconds_step"] = sum(self._seconds.values())
-        self._seconds = {}
-        return taken
 
 
 class Trainer(Resumable):
@@ -105,7 +76,7 @@ class Trainer(Resumable):
         self.schedule = make_schedule(
             self.optimizer, recipe.optimizer, recipe.steps * recipe.update.num_updates
         )
-        self.clock = Clock(self.device)
+        self.clock = Clock(self.device, progress)
         self.probe: Probe | None = None
         self._idle_steps = 0
         self._warned: set[str] = set()
@@ -385,7 +356,8 @@ class Trainer(Resumable):
         """Measure the policy as it is now; no step's randomness depends on it."""
         with self.clock.phase("evaluation"), autocast(self.recipe, self.model):
             measured, samples, self.probe = evaluate(
-                self.recipe, self.model, self.initial, self.tokenizer, self.validation, self.probe
+                *(self.recipe, self.model, self.initial, self.tokenizer, self.validation),
+                *(self.probe, self.progress),
             )
         self.folder.add_samples([{"step": self.step, **sample} for sample in samples])
         return measured

@@ -42,6 +42,7 @@ TRANSLATED = (
 RUN_FOLDER = (
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
     *("evaluation.kl_policy_initial", "evaluation.baselines"),
+    *("evaluation.num_samples", "evaluation.temperature"),
     *("logging.num_samples", "task.max_prompt_length"),
     *("logging.checkpoint_minutes", "logging.checkpoints_kept", "task.reward_seconds"),
 )
