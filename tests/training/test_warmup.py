@@ -33,12 +33,12 @@ def test_the_warm_up_lowers_the_loss_once(source: str, tmp_path: Path) -> None:
     recipe, notes = warm_recipe(tmp_path / "run", source), []
     warm = Path(model_source(recipe, notes.append))
     record = json.loads((warm / warmup.RECORD).read_text())
-    assert len(record["losses"]) == 10
+    assert len(record["losses"]) == 5
     assert record["losses"][-1] < record["losses"][0]
     assert record["num_solutions"] == 80
     assert notes[0].startswith("supervised warm-up of")
     assert "80 solutions" in notes[0]
-    assert len(notes) == 11
+    assert len(notes) == 6
     weights = [load_file(Path(f) / "model.safetensors") for f in (source, warm)]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert model_source(recipe, pytest.fail) == str(warm)

@@ -112,7 +112,7 @@ class ModelSection(Section):
         "training solutions first (stories, gsm8k, math), once and cached; null for none.",
     )
     warmup_learning_rate: float = Field(
-        default=5e-5, gt=0, description="Of that warm-up: AdamW, 8 solutions a step, one pass."
+        default=5e-5, gt=0, description="Of that warm-up: AdamW, 16 solutions a step, one pass."
     )
 
 

@@ -7,11 +7,9 @@ It happens once for a model, a task and the keys `model.warmup_*`; its result is
 from __future__ import annotations
 
 import json
-import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from proxstep.training.prompts import batch_rows
 
 _VERSION = 1
 """Part of the cache's name: raise it when anything below changes what comes out."""
-_BATCH_SIZE = 8
+_BATCH_SIZE = 16
 _NUM_RISING_STEPS = 5
 _COOLDOWN = 0.3
 """Share of the steps, at the end, over which the learning rate falls to 0: a policy that stops at
@@ -65,8 +63,7 @@ def ensure_warmed_up(
     examples = _examples(task.train, recipe.model.warmup_solutions or 0)
     model = load_model(source, "float32", pick_device(recipe.device))
     note(f"supervised warm-up of {recipe.model.name} on {len(examples)} solutions, once")
-    with _all_threads():
-        losses = fine_tune(model, tokenizer, examples, recipe.model.warmup_learning_rate, note)
+    losses = fine_tune(model, tokenizer, examples, recipe.model.warmup_learning_rate, note)
     record = {
         "model": recipe.model.name,
         "task": recipe.task.name,
@@ -139,14 +136,3 @@ def fine_tune(
         note(f"warm-up {step + 1}/{len(batches)}: loss {losses[-1]:.2f}, about {rest:.0f} s left")
     model.eval()
     return losses
-
-
-@contextmanager
-def _all_threads() -> Iterator[None]:
-    """Compute with as many threads as there are processors: nothing else runs yet."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
