@@ -57,6 +57,7 @@ class Samples:
     """
 
     over_ranks: OverRanks = None
+    same_positions = True  # for all parameters
 
     def __init__(self, index_K: Int[Tensor, " samples"]) -> None:
         self.index_K = index_K
@@ -115,6 +116,8 @@ class CarriedSamples(Samples):
         whose: The microbatch's sequences.
         first: Whether this is the first step.
     """
+
+    same_positions = False
 
     def __init__(
         self, store: SampleStore, own: Rows, count: int, whose: Rows, *, first: bool
