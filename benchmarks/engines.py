@@ -43,9 +43,9 @@ from proxstep.config.loading import resolve
 from proxstep.engines.trl import IsopoConfig, IsopoTrainer, OpoConfig, OpoTrainer
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.waiting import UNSEEN
-from proxstep.training.lifecycle import load_task
 from proxstep.training.models import load_model, load_tokenizer, quiet_transformers
 from proxstep.training.prompts import load_prompts
+from proxstep.training.task import load_task
 from proxstep.training.trainer import Trainer
 
 NUM_PROMPTS, NUM_GENERATIONS, PROMPT_LENGTH = 2, 8, 32

@@ -42,9 +42,10 @@ from proxstep.runs.folder import RunFolder, check_file, describe_machine
 from proxstep.tasks import Task
 from proxstep.training import evaluation
 from proxstep.training.generation import end_tokens, sample
-from proxstep.training.lifecycle import task_call
-from proxstep.training.models import load_model, load_tokenizer, model_source, quiet_transformers
+from proxstep.training.models import load_model, load_tokenizer, quiet_transformers
 from proxstep.training.prompts import Prompts, load_prompts
+from proxstep.training.source import model_source
+from proxstep.training.task import task_call
 from proxstep.training.trainer import Clock, Trainer
 
 MANY = 10_000

@@ -13,8 +13,8 @@ from proxstep.errors import ProxstepError
 from proxstep.rewards import exact_match
 from proxstep.tasks import Example, gsm8k_task, svamp_task, table_task
 from proxstep.training.demo_model import build_embedded_model
-from proxstep.training.lifecycle import load_task
 from proxstep.training.prompts import Prompts, load_prompts
+from proxstep.training.task import load_task
 
 WORDS = [{"question": f"{i} and 1?", "answer": f"One more.\n#### {i + 1}"} for i in range(20)]
 SUMS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]

@@ -15,7 +15,8 @@ from proxstep import Isopo
 from proxstep.config.sections import Lora
 from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.training import lifecycle
-from proxstep.training.models import load_model, model_source
+from proxstep.training.models import load_model
+from proxstep.training.source import model_source
 
 CPU = torch.device("cpu")
 MODEL = {"name": "embedded", "warmup_score": 0.0, "dtype": "bfloat16", "lora": {"rank": 2}}

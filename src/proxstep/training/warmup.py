@@ -21,7 +21,9 @@ from proxstep.errors import ProxstepError
 from proxstep.runs.durable import write_file
 from proxstep.tasks import Example
 from proxstep.training.demo_model import cache_folder, keep, solution_loss
+from proxstep.training.models import load_model, load_tokenizer, pick_device
 from proxstep.training.prompts import batch_rows
+from proxstep.training.task import load_task
 
 _VERSION = 1
 """Part of the cache's name: raise it when anything below changes what comes out."""
@@ -51,9 +53,6 @@ def ensure_warmed_up(
     Raises:
         ProxstepError: If the task has no solutions.
     """
-    from proxstep.training.lifecycle import load_task
-    from proxstep.training.models import load_model, load_tokenizer, pick_device
-
     folder = cache_folder() / f"warmed-up-v{_VERSION}-{_key(source, recipe):08x}"
     if (folder / "config.json").is_file():
         return folder

@@ -6,7 +6,7 @@ from proxstep.config.recipe import Recipe
 from proxstep.engines.keys import Refusal, refuse
 from proxstep.engines.trl.expressions import Call, Code, Name, Shared, imports_of, write
 from proxstep.engines.trl.translation import Translation, translate
-from proxstep.training.lifecycle import asks_tokenizer
+from proxstep.training.task import asks_tokenizer
 
 _HEAD = '''"""{algorithm} on {task}, in TRL.
 

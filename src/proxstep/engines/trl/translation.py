@@ -28,7 +28,7 @@ from proxstep.errors import ProxstepError
 from proxstep.rewards import BUILTIN_REWARDS
 from proxstep.tasks import REWARDS
 from proxstep.training.gguf import is_gguf
-from proxstep.training.lifecycle import task_call
+from proxstep.training.task import task_call
 
 PUNISHMENT = "soft_overlong_punishment_reward"
 """The name under which TRL reports what it adds to the reward for length."""

@@ -13,9 +13,10 @@ from proxstep.config.recipe import Recipe
 from proxstep.engines.verl.overrides import Prepared
 from proxstep.errors import ProxstepError
 from proxstep.tasks import Example, Task
-from proxstep.training.lifecycle import load_task
-from proxstep.training.models import load_tokenizer, model_source
+from proxstep.training.models import load_tokenizer
 from proxstep.training.prompts import Prompts, batch_rows, encode_prompt, load_prompts
+from proxstep.training.source import model_source
+from proxstep.training.task import load_task
 
 PLAIN_TEMPLATE = "{{ messages[0].content }}"
 """A chat template under which a single message is the prompt itself."""
