@@ -138,6 +138,8 @@ def rollout_pairs(arguments: argparse.Namespace, done: int) -> Iterator[dict[str
     def theirs(prompts: list[list[int]]) -> list[int]:
         return plain_generate(model, tokenizer, prompts, arguments.length)
 
+    for run in (ours, theirs):  # the first call reads the weights from the disk
+        run([train.tokens(0)])
     for pair in range(done, arguments.repeats):
         first = pair * arguments.num_prompts
         rows = [(first + i) % len(train) for i in range(arguments.num_prompts)]
