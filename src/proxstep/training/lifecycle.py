@@ -35,6 +35,7 @@ from proxstep.training.models import (
     quiet_transformers,
 )
 from proxstep.training.optimizers import check_optimizer
+from proxstep.training.precision import with_autocast
 from proxstep.training.prompts import Prompts, load_prompts, load_rewards
 from proxstep.training.rollout import autocast
 from proxstep.training.saving import is_stale
@@ -66,6 +67,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         device = pick_device(recipe.device)
         torch.manual_seed(recipe.seed)  # adapters are drawn at random
         model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
+        recipe = with_autocast(recipe, model, progress.note)
         folder.check_room(model)
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
         folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
@@ -132,6 +134,7 @@ def evaluate(
         model = _load_checkpoint(recipe, checkpoint, device, progress)
     else:
         model = load_model(source, recipe.model.dtype, device)
+    recipe = with_autocast(recipe, model, progress.note)
     with autocast(recipe, model):
         result = greedy_score(
             model,
