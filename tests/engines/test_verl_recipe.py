@@ -159,6 +159,7 @@ def test_an_algorithm_that_reads_the_old_policy_is_refused(
         ({"device": "cuda:1"}, "device"),
         ({"device": "cpu"}, "device"),
         ({"model": {"head": "chunked"}}, "model.head"),
+        ({"model": {"autocast": "auto"}}, "model.autocast"),
         ({"model": {"lora": {"dropout": 0.1}}}, "model.lora.dropout"),
         ({"algorithm": "opo", "objective": {"mu": "auto"}}, "objective.mu"),
         ({"algorithm": "opo", "objective": {"adaptive_tau": True}}, "objective.adaptive_tau"),

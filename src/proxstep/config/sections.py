@@ -85,11 +85,12 @@ class ModelSection(Section):
         description="Of the weights. Small learning rates get lost in bfloat16 weights. With lora, "
         "of the frozen ones: the adapters are always in float32, as in TRL and peft.",
     )
-    autocast: Literal["bfloat16"] | None = Field(
+    autocast: Literal["bfloat16", "auto"] | None = Field(
         default=None,
         description="Compute in bfloat16 under torch.autocast; weights, gradients, optimizer and "
         "log-softmax stay in float32. It holds for sampling and evaluation too, so that the policy "
-        "that samples is the one that is updated.",
+        "that samples is the one that is updated. auto: bfloat16 where the hardware has it and a "
+        "measurement at the start finds it faster; the run folder keeps what that gave.",
     )
     head: Literal["full", "chunked"] = Field(
         default="full",

@@ -27,6 +27,7 @@ from proxstep.training.models import (
     quiet_transformers,
 )
 from proxstep.training.optimizers import check_optimizer
+from proxstep.training.precision import with_autocast
 from proxstep.training.prompts import Prompts, load_prompts, load_rewards
 from proxstep.training.rollout import autocast
 from proxstep.training.saving import is_stale
@@ -59,6 +60,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         torch.manual_seed(recipe.seed)  # adapters are drawn at random
         with progress.wait(f"loading {source}"):
             model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
+        recipe = with_autocast(recipe, model, progress.note)
         folder.check_room(model)
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
         folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
@@ -133,6 +135,7 @@ def evaluate(
     else:
         with progress.wait(f"loading {source}"):
             model = load_model(source, recipe.model.dtype, device)
+    recipe = with_autocast(recipe, model, progress.note)
     with autocast(recipe, model):
         result = greedy_score(
             model,

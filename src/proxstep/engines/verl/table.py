@@ -46,6 +46,11 @@ REFUSED: tuple[Refusal, ...] = (
         "verl computes log-probabilities from all logits: use full",
     ),
     (
+        "model.autocast",
+        lambda recipe: recipe.model.autocast == "auto",
+        "only the local engine measures whether bfloat16 is faster: say bfloat16, or leave it null",
+    ),
+    (
         "model.lora.dropout",
         lambda recipe: recipe.model.lora is not None and recipe.model.lora.dropout > 0,
         "verl has no dropout before its adapters: use 0",
