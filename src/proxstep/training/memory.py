@@ -41,6 +41,8 @@ class MemoryEstimate:
         geometry: ISOPO's sample of positions and its workspace.
         rollout: The KV cache, and the logits of a token.
         scoring: The logits and activations of the widest microbatch that is scored.
+        accumulates: Whether there are gradients already while a microbatch is at its peak, its
+            logits: where an optimizer step has several.
     """
 
     weights: float
@@ -52,17 +54,21 @@ class MemoryEstimate:
     geometry: float
     rollout: float
     scoring: float
+    accumulates: bool
 
     @property
     def peak(self) -> float:
         """The most at a time: the phases follow one another, gradients live in the update."""
-        update = self.gradients + self.activations + self.logits + self.geometry
+        gradients = self.gradients if self.accumulates else 0
+        update = gradients + self.activations + self.logits + self.geometry
+        update = max(update, self.gradients)
         kept = self.weights + self.optimizer + self.initial
         return kept + max(update, self.rollout, self.scoring)
 
     def lines(self) -> list[str]:
         """Return a line for each part and for the peak, in GB (10^9 bytes)."""
         parts = {**vars(self), "peak": self.peak}
+        del parts["accumulates"]
         return [f"{name:12} {size / 1e9:8.2f} GB" for name, size in parts.items()]
 
 
@@ -109,6 +115,7 @@ def estimate_memory(recipe: Recipe, config: Any) -> MemoryEstimate:
         rollout=sampled * (longest * cache_numbers(text) * computed + 3 * logit_bytes),
         scoring=_head_bytes(recipe, scored, None, logit_bytes, 2 * _SCORING_COPIES)
         + scored * longest * 4 * (text.hidden_size + text.intermediate_size) * computed,
+        accumulates=rows < minibatch,
     )
 
 
