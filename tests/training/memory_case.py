@@ -51,4 +51,5 @@ if __name__ == "__main__":
     before = resident("VmRSS")
     estimate = estimate_memory(recipe, config_of(recipe))
     lifecycle.train(recipe, Silent())
-    print(estimate.peak, resident("VmHWM") - before, *estimate.lines(), sep="\n")
+    sys.stdout.write(f"{estimate.peak} {resident('VmHWM') - before}\n")
+    sys.stderr.write("\n".join(estimate.lines()) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,11 @@ def test_the_papers_recipe_fits_the_card_it_is_for(algorithm: str) -> None:
     estimate = estimate_memory(recipe, QWEN3_0_6B)
     assert estimate.weights == pytest.approx(596_049_920 * 4)
     assert estimate.peak < CARD
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own count")
+def test_the_estimate_is_near_what_a_run_takes(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tests.training.memory_case", str(tmp_path), "opo"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    estimated, measured = map(float, done.stdout.split()[-2:])
+    assert estimated == pytest.approx(measured, rel=0.15)
