@@ -69,10 +69,11 @@ reference: setup  ## Write the reference pages of docs/ from the code
 	$(BIN)/python scripts/make_scaling.py
 
 test: setup  ## The test suite (under 10 minutes on two cores)
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --ignore tests/trust
 
-test-all: test smollm2  ## The test suite, the slow tests, TRL's with its oldest release, verl's
+test-all: test smollm2  ## The test suite, the slow tests, trust's quick ones, TRL's with its oldest release, verl's
 	$(BIN)/python -m pytest -q -n 2 -m slow --ignore tests/trust  # make trust runs those
+	$(BIN)/python -m pytest -q -n 2 tests/trust
 	$(MAKE) test-trl-oldest test-verl
 
 trust: setup  ## The suites behind docs/reliability.md, with their counts (under 30 minutes)
@@ -99,11 +100,12 @@ bench: setup  ## Time and memory of ISOPO against plain REINFORCE's, on one thre
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/grading.py
 
-gpu: setup  ## The accelerator's tests and benchmark (needs CUDA)
+gpu: setup smollm2  ## The accelerator's tests, overhead and 120 training steps of SmolLM2 (needs CUDA, under 9 minutes)
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python benchmarks/overhead.py --device cuda --dtype bfloat16 --shape qwen3-0.6b \
-	  --lengths 512 1024 2048 --rows reinforce isopo isopo-npg isopo-figure4 isopo-natural paper \
+	  --lengths 512 1024 --repeats 5 --rows reinforce isopo isopo-npg isopo-figure4 isopo-natural paper \
 	  --json benchmarks/baselines/overhead-cuda.json
+	$(BIN)/python benchmarks/training.py --device cuda --autocast bfloat16 --json benchmarks/baselines/training-cuda.json
 
 clean:  ## Delete the environment, the outputs and the caches in this folder
 	rm -rf $(VENV) $(VERL) $(TRL_OLDEST) outputs runs .pytest_cache .ruff_cache .hypothesis

@@ -42,9 +42,10 @@ from benchmarks.workload import build_model
 from proxstep.config.loading import resolve
 from proxstep.engines.trl import IsopoConfig, IsopoTrainer, OpoConfig, OpoTrainer
 from proxstep.runs.folder import RunFolder
-from proxstep.training.lifecycle import load_task
+from proxstep.runs.waiting import UNSEEN
 from proxstep.training.models import load_model, load_tokenizer, quiet_transformers
 from proxstep.training.prompts import load_prompts
+from proxstep.training.task import load_task
 from proxstep.training.trainer import Trainer
 
 NUM_PROMPTS, NUM_GENERATIONS, PROMPT_LENGTH = 2, 8, 32
@@ -88,6 +89,8 @@ class _Watch:
 
     def note(self, text: str) -> None:
         """Nobody reads."""
+
+    wait = UNSEEN.wait
 
     def record(self, record: Any) -> None:
         """A step ended; step 0 is the evaluation before the first."""

@@ -52,14 +52,10 @@ from proxstep.runs.folder import describe_machine
 from proxstep.tasks import Example, arithmetic_task
 from proxstep.training.demo_model import solution_loss
 from proxstep.training.generation import sample
-from proxstep.training.models import (
-    load_model,
-    load_tokenizer,
-    model_source,
-    quiet_transformers,
-)
+from proxstep.training.models import load_model, load_tokenizer, quiet_transformers
 from proxstep.training.prompts import encode_prompt
 from proxstep.training.rollout import Completions, response_logits
+from proxstep.training.source import model_source
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
 FOLDER = Path(__file__).with_suffix("")

@@ -37,6 +37,7 @@ from proxstep.config.loading import load_recipe
 from proxstep.logprobs.tokens import masked_sum
 from proxstep.runs.folder import describe_machine
 from proxstep.runs.reading import Run, load_run
+from proxstep.runs.waiting import UNSEEN
 from proxstep.training import lifecycle
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
@@ -139,6 +140,8 @@ class Quiet:
     def note(self, text: str) -> None:
         """Print it."""
         print(text)  # noqa: T201
+
+    wait = UNSEEN.wait
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Say nothing."""

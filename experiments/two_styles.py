@@ -20,8 +20,9 @@ from proxstep.config.loading import resolve
 from proxstep.rewards import stated_answer
 from proxstep.tasks import Example, stories_task
 from proxstep.training.generation import sample
-from proxstep.training.models import load_model, load_tokenizer, model_source, quiet_transformers
+from proxstep.training.models import load_model, load_tokenizer, quiet_transformers
 from proxstep.training.prompts import encode_prompt
+from proxstep.training.source import model_source
 
 FIRST_ROW = 50_000
 """Of the training prompts that are sampled."""

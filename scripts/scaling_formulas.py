@@ -20,8 +20,9 @@ WIDE = 4
 """Bytes of a number that sums are kept in: float32."""
 HEAD = "head"
 """The `Use.source` of the output layer."""
-ROW_NUMBERS = 3
-"""What goes with a carried position's gradient, 8 bytes each: priority, sequence's key, group."""
+ROW_NUMBERS = 4
+"""What goes with a carried position's gradient, 8 bytes each: priority, sequence's key, group,
+importance."""
 
 
 @dataclass(frozen=True)
@@ -318,12 +319,9 @@ def chunked_head(model: Model, work: Work) -> float:
 
 
 def carried(model: Model, work: Work) -> float:
-    """Return what overlap_source="previous_step" keeps: the last step's rows, and this one's.
-
-    Whose the last step's are is kept per parameter, as ranks merged them; of this step's once.
-    """
-    gradients = 2.0 * sum(row_bytes(use, work) * work.num_samples for use in uses(model))
-    return gradients + 8.0 * ROW_NUMBERS * work.num_samples * (len(uses(model)) + 1)
+    """Return what overlap_source="previous_step" keeps: the last step's rows, and this one's."""
+    rows = 2.0 * work.num_samples
+    return rows * sum(row_bytes(use, work) + 8 * ROW_NUMBERS for use in uses(model))
 
 
 def row_bytes(use: Use, work: Work) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Mapping
 
 from scripts.scaling_formulas import (
     ROW_NUMBERS,
@@ -51,15 +52,24 @@ def gathered(model: Model, work: Work, ranks: int, rows: int) -> float:
     return drawing + float(ranks * rows) * sum(row_bytes(use, work) for use in uses(model))
 
 
-def merged(model: Model, work: Work, ranks: int, rows: int) -> float:
+def merged(model: Model, work: Work, ranks: int, rows: int | Mapping[str, int]) -> float:
     """Return what a rank gets per step of overlap_source="previous_step", its own part included.
 
-    Every rank hands out K priorities per parameter, and of the rows that are chosen the gradients
-    and whose they are: the sequence's key and its group.
+    Every rank hands out K priorities per parameter, and of the rows that are chosen the gradients,
+    whose they are (the sequence's key and its group), and their importance.
+
+    Args:
+        model: Its sizes.
+        work: The microbatch.
+        ranks: n.
+        rows: Of the sample, on the rank with the most; one number, or one for each parameter.
     """
-    rest = gathered(model, work, ranks, rows) - ranks * (work.num_samples + 1) * 8
-    numbers = work.num_samples + (ROW_NUMBERS - 1) * rows
-    return rest + 8.0 * len(uses(model)) * ranks * numbers
+    total = 0
+    for use in uses(model):
+        own = rows if isinstance(rows, int) else rows[use.key]
+        each = row_bytes(use, work) + 8 * (ROW_NUMBERS - 1)
+        total += ranks * (8 * work.num_samples + own * each)
+    return float(total)
 
 
 def num_gathers(model: Model) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from proxstep.config.recipe import Recipe
 from proxstep.rewards import RewardFunction
 from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.waiting import Wait
 from proxstep.training import lifecycle
 from proxstep.training.batch import Batch, collect
 from proxstep.training.prompts import Prompts
@@ -25,6 +28,7 @@ class Silent:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self.waits: list[str] = []
         self.records: list[dict[str, Any]] = []
 
     def begin(self, recipe: Recipe) -> None:
@@ -32,6 +36,11 @@ class Silent:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    @contextmanager
+    def wait(self, what: str, *args: Any, **keywords: Any) -> Iterator[Wait]:
+        self.waits.append(what)
+        yield Wait(what)
 
     def record(self, record: Any) -> None:
         self.records.append(dict(record))
@@ -60,7 +69,7 @@ def made_trainer(folder: Path, algorithm: str = "reinforce", **changes: Any) -> 
     recipe = tiny_recipe(folder, algorithm, **changes)
     lifecycle.check(recipe)
     source = lifecycle.model_source(recipe, print)
-    tokenizer, prompts = lifecycle._tokenized(recipe, source)
+    tokenizer, prompts = lifecycle._tokenized(recipe, source, Silent())
     model = lifecycle.load_model(source, "float32", torch.device("cpu"), recipe.model.lora)
     return Trainer(recipe, model, tokenizer, *prompts, RunFolder(folder), Silent())
 

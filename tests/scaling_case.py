@@ -203,6 +203,7 @@ def _watch(patch: pytest.MonkeyPatch, count: Counter[str]) -> None:
 
     def gathered(gradients: Any, counts: list[int], group: Any) -> Any:
         sample = gather(gradients, counts, group)
+        count[f"rows {sum(name.startswith('rows ') for name in count)}"] = max(counts)
         count["rows"] = max(count["rows"], *counts)
         count["all rows"] = max(count["all rows"], sample.num_rows)
         return sample

@@ -48,7 +48,11 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "task.validation": ("isopo", TABLE),
     "task.num_train": ("isopo", TABLE),
     "task.n": ("isopo", GSM8K),
-    "task.prompt_format": ("isopo", GSM8K),
+    **{
+        f"task.{key}": ("isopo", GSM8K)
+        for key in ("prompt_format", "instruction", "system", "num_few", "chat", "drop_long")
+    },
+    "task.few_shot_seed": ("isopo", {**GSM8K, "task": {"name": "gsm8k", "num_few_shot": 2}}),
     "task.level": ("isopo", {**GSM8K, "task": {"name": "math"}}),
     "task.reward_weights": ("isopo", {"task": {"rewards": ["exact_match", "numeric_answer"]}}),
     **{f"objective.{key}": ("opo", ADAPTIVE) for key in TEMPERATURE_KEYS if key != "adaptive_tau"},
@@ -57,7 +61,9 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "regularizer.": ("isopo", {"regularizer": {"kl_coef": 0.1, "kl_estimator": "k3"}}),
     "rollout.overlong_penalty": ("isopo", {"rollout": {"overlong_buffer": 2}}),
     "optimizer.muon": ("isopo", {"optimizer": {"name": "muon"}}),
+    "optimizer.min_lr_rate": ("isopo", {"optimizer": {"lr_scheduler_type": "cosine"}}),
     "optimizer.momentum": ("isopo", {"optimizer": {"name": "sgd"}}),
+    "evaluation.temperature": ("isopo", {"evaluation": {"num_samples": 4}}),
     "logging.project": ("isopo", {"logging": {"tracker": "wandb"}}),
 }
 """By the beginning of a key: the algorithm and the keys that it needs beside it."""
@@ -66,6 +72,7 @@ VALUES: dict[str, Any] = {
     "model.name": "some/model",
     "model.lora": {"rank": 4},
     "task.name": "svamp",
+    "task.chat_template_kwargs": {"enable_thinking": False},
     "task.rewards": ["exact_match", "numeric_answer"],
     "objective.target_min": -0.5,
     "objective.tau_max": 1.2,
@@ -158,6 +165,11 @@ def test_a_key_that_nothing_is_made_of(tmp_path: Path, monkeypatch: pytest.Monke
         ("grpo", {"rollout": {"prefill": "So"}}, "rollout.prefill So"),
         ("isopo", {"update": {"microbatch_size": 5}}, "update.microbatch_size 5"),
         ("isopo", {"geometry": {"diagnose_every": 5}}, "geometry.diagnose_every 5"),
+        (
+            "grpo",
+            {"optimizer": {"lr_scheduler_type": "linear", "min_lr_rate": 0.1}},
+            "optimizer.min_lr_rate 0.1",
+        ),
         ("grpo", {"regularizer": {"kl_coef": 0.1}}, "regularizer.kl_estimator exact"),
         (
             "reinforce",

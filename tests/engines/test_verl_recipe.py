@@ -66,10 +66,11 @@ COMPUTED = {
     *("regularizer.kl_coef", "regularizer.kl_estimator", "regularizer.kl_in"),
     *("rollout.top_k", "rollout.overlong_buffer", "rollout.overlong_penalty"),
     *("rollout.importance_cap", "update.num_minibatches", "update.microbatch_size"),
+    "update.microbatch_tokens",
     *("optimizer.name", "optimizer.betas", "optimizer.eps", "optimizer.momentum"),
     *("optimizer.max_grad_norm", "optimizer.warmup_updates"),
     *("logging.tracker", "logging.num_samples", "logging.checkpoint_every"),
-    "logging.checkpoints_kept",
+    *("logging.checkpoints_kept", "task.chat_template_kwargs"),
 }
 """Recipe keys that `overrides` turns into other values."""
 
@@ -77,14 +78,18 @@ PREPARED_IN_FILES = {
     *("model.name", "model.warmup_score", "task.name", "task.difficulty", "task.level"),
     *("task.train", "task.validation", "task.prompt_column", "task.answer_column", "task.config"),
     *("task.train_split", "task.validation_split", "task.num_train", "task.num_validation"),
-    *("task.prompt_format", "task.rewards", "task.reward_weights"),
+    *("task.prompt_format", "task.rewards", "task.reward_weights", "task.instruction"),
+    *("task.system_prompt", "task.num_few_shot", "task.few_shot_seed", "task.drop_long_prompts"),
+    "evaluation.baselines",  # run.json
 }
 """Those that decide what verl's data files, model folder and reward function hold."""
 
 UNMEASURED = {
     *("evaluation.batch_size", "evaluation.num_probe_prompts", "evaluation.kl_policy_initial"),
+    "rollout.batch_size",
+    *("evaluation.num_samples", "evaluation.temperature"),
 }
-"""Those of measurements that the local engine makes and verl has no place for."""
+"""Those of measurements that the local engine makes, and of what verl's sampler decides itself."""
 
 
 def test_every_key_of_a_recipe_has_its_place() -> None:
@@ -99,6 +104,7 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
         for right in placed[number + 1 :]:
             assert not left & right
     assert refused - set().union(*placed) == {
+        "evaluation.patience",
         "geometry.diagnose_every",
         "logging.checkpoint_minutes",
         "model.head",
@@ -153,6 +159,7 @@ def test_an_algorithm_that_reads_the_old_policy_is_refused(
         ({"device": "cuda:1"}, "device"),
         ({"device": "cpu"}, "device"),
         ({"model": {"head": "chunked"}}, "model.head"),
+        ({"model": {"autocast": "auto"}}, "model.autocast"),
         ({"model": {"lora": {"dropout": 0.1}}}, "model.lora.dropout"),
         ({"algorithm": "opo", "objective": {"mu": "auto"}}, "objective.mu"),
         ({"algorithm": "opo", "objective": {"adaptive_tau": True}}, "objective.adaptive_tau"),
@@ -168,6 +175,8 @@ def test_an_algorithm_that_reads_the_old_policy_is_refused(
         ({"rollout": {"stop": ["."]}}, "rollout.stop"),
         ({"rollout": {"prefill": "So"}}, "rollout.prefill"),
         ({"optimizer": {"name": "soap"}}, "optimizer.name"),
+        ({"evaluation": {"patience": 2}}, "evaluation.patience"),
+        ({"optimizer": {"lr_scheduler_type": "linear"}}, "optimizer.lr_scheduler_type"),
         ({"optimizer": {"name": "muon", "muon_learning_rate": 1e-3}}, "optimizer.name"),
     ],
 )
@@ -184,7 +193,11 @@ def test_renamed_keys_carry_their_value(key: str) -> None:
         value = 0.25
     if key.startswith("optimizer."):
         value = 0.125
-    more = {"tracker": "wandb"} if key == "logging.project" else {}
+    if key == "optimizer.lr_scheduler_type":
+        value = "cosine"
+    beside = {"logging.project": ("tracker", "wandb")}
+    beside["optimizer.min_lr_rate"] = ("lr_scheduler_type", "cosine")
+    more = dict([beside[key]]) if key in beside else {}
     found = options({section: {field: value, **more}} if section else {field: value})
     assert found[table.RENAMED[key]] == str(value)
 
@@ -277,6 +290,13 @@ def test_keys_of_the_actor(changes: dict[str, Any], expected: dict[str, str]) ->
         (
             {"rollout": {"overlong_buffer": 8, "max_completion_length": 32}},
             {"reward.reward_manager.name": "dapo", "+reward.reward_kwargs.max_resp_len": "32"},
+        ),
+        (
+            {
+                "model": {"name": "m"},
+                "task": {"name": "gsm8k", "chat_template_kwargs": {"enable_thinking": False}},
+            },
+            {"+data.apply_chat_template_kwargs": "{enable_thinking:false}"},
         ),
         ({"rollout": {"top_k": 0}}, {f"{table.ROLLOUT}.top_k": "-1"}),
         ({"model": {"lora": {"rank": 4}}}, {f"{table.MODEL}.lora_rank": "4"}),

@@ -18,7 +18,7 @@ from rich.console import Console
 from tests.models import tiny_qwen3
 from torch import Tensor, nn
 
-from benchmarks import literal, memory, overhead, per_sample, turns
+from benchmarks import literal, memory, overhead, per_sample, training, turns
 from benchmarks.rows import MAIN_ROWS, ROWS
 from benchmarks.workload import (
     Batch,
@@ -383,3 +383,18 @@ def test_engines_benchmark_runs(tmp_path: Path) -> None:
     assert [row["row"] for row in report["rows"]] == rows
     for row in report["rows"]:
         assert all(0 < value < 100 for value in row["step_over_trl_grpo"] + row["update"])
+
+
+def test_training_steps_in_a_tiny_form(tmp_path: Path) -> None:
+    """What `make gpu` runs on SmolLM2."""
+    words = ["--model", "embedded", "--steps", "2", "--device", "cpu", "--num-prompts", "2"]
+    words += ["--length", "3", "--algorithms", "grpo", "isopo", "--json", str(tmp_path / "x.json")]
+    found = training.main(words, Console(file=io.StringIO()))
+    assert [row["algorithm"] for row in found] == ["grpo", "isopo"]
+    for row in found:
+        assert row["steps"] == 2
+        assert 0 < row["seconds_update"] < row["seconds_step"]
+        assert row["peak_gib"] > 0.1
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["rows"] == found
+    assert report["settings"]["steps"] == 2

@@ -15,8 +15,8 @@ from proxstep.errors import ProxstepError
 from proxstep.rewards import math_verify, reward_columns
 from proxstep.tasks import IN_A_BOX, Task, math_task
 from proxstep.tasks.data import Row
-from proxstep.training.lifecycle import load_task
 from proxstep.training.prompts import load_rewards
+from proxstep.training.task import load_task
 
 # Problems of our own, in MATH's format.
 PROBLEM = {

@@ -19,7 +19,7 @@ def one_batch(folder: Path, algorithm: str, **changes: Any) -> tuple[Trainer, Ba
     """A trainer of the embedded model, and a batch on which its completions differ."""
     recipe = tiny_recipe(folder, algorithm, **changes)
     source = lifecycle.model_source(recipe, print)
-    tokenizer, prompts = lifecycle._tokenized(recipe, source)
+    tokenizer, prompts = lifecycle._tokenized(recipe, source, Silent())
     model = lifecycle.load_model(source, "float32", torch.device("cpu"), None)
     made = Trainer(recipe, model, tokenizer, *prompts, RunFolder(folder), Silent())
     torch.manual_seed(0)

@@ -24,7 +24,8 @@ from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.training import gguf as converting
 from proxstep.training import lifecycle
 from proxstep.training.gguf import answer_log_prob, ensure_converted
-from proxstep.training.models import load_model, load_tokenizer, model_source, quiet_transformers
+from proxstep.training.models import load_model, load_tokenizer, quiet_transformers
+from proxstep.training.source import model_source
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
 TOKENS = ["<pad>", "<|endoftext|>", *bytes_to_unicode().values(), "12"]

@@ -20,10 +20,10 @@ from proxstep.training.models import (
     load_adapters,
     load_model,
     load_tokenizer,
-    model_source,
     pick_device,
     quiet_transformers,
 )
+from proxstep.training.source import model_source
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,12 @@ from proxstep.config.sections import OPTIMIZER_OPTIONS
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.training import lifecycle
-from proxstep.training.optimizers import JointOptimizer, hidden_matrices, make_optimizer
-from proxstep.training.trainer import make_schedule
+from proxstep.training.optimizers import (
+    JointOptimizer,
+    hidden_matrices,
+    make_optimizer,
+    make_schedule,
+)
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -242,7 +246,7 @@ def test_the_schedule_reaches_both_of_muons_parts_also_after_a_restart() -> None
     recipe = recipe_with(name="muon", learning_rate=4e-3, muon_learning_rate=8e-3, warmup_updates=3)
     model = tiny_qwen3()
     optimizer = make_optimizer(recipe.optimizer, model)
-    schedule = make_schedule(optimizer, recipe.optimizer.warmup_updates)
+    schedule = make_schedule(optimizer, recipe.optimizer, 100)
     state, when = optimizer.state_dict(), schedule.state_dict()
     for _ in range(2):
         rates = []
@@ -256,9 +260,53 @@ def test_the_schedule_reaches_both_of_muons_parts_also_after_a_restart() -> None
         shares = [0.25, 0.5, 0.75, 1.0, 1.0]
         assert rates == [[pytest.approx(4e-3 * s), pytest.approx(8e-3 * s)] for s in shares]
         optimizer = make_optimizer(recipe.optimizer, model)
-        schedule = make_schedule(optimizer, recipe.optimizer.warmup_updates)
+        schedule = make_schedule(optimizer, recipe.optimizer, 100)
         optimizer.load_state_dict(state)
         schedule.load_state_dict(when)
+
+
+def rates_of(recipe: Recipe, num_updates: int) -> list[float]:
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=recipe.optimizer.learning_rate)
+    schedule = make_schedule(optimizer, recipe.optimizer, num_updates)
+    rates = []
+    for _ in range(num_updates):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_schedules_are_transformers_and_end_at_the_floor(kind: str, floor: float) -> None:
+    from transformers import get_scheduler
+
+    recipe = recipe_with(learning_rate=2e-3, lr_scheduler_type=kind, min_lr_rate=floor)
+    rates = rates_of(recipe, 20)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=2e-3)
+    name, options = kind, {}
+    if kind == "cosine":
+        name, options = "cosine_with_min_lr", {"min_lr_rate": floor}
+    theirs = get_scheduler(name, optimizer, 0, 20, scheduler_specific_kwargs=options)
+    for rate in rates:
+        wanted = theirs.get_last_lr()[0]
+        if kind == "linear":
+            wanted = 2e-3 * floor + (1 - floor) * wanted
+        assert rate == pytest.approx(wanted)
+        optimizer.step()
+        theirs.step()
+    assert rates[-1] > 2e-3 * floor  # reached after the last step, at which nothing is left to do
+
+
+def test_a_schedule_begins_after_the_warm_up() -> None:
+    section = {"learning_rate": 1.0, "lr_scheduler_type": "linear", "min_lr_rate": 0.5}
+    rates = rates_of(recipe_with(**section, warmup_updates=3), 7)
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.875, 0.75, 0.625])
+    with pytest.raises(ProxstepError, match=r"optimizer\.warmup_updates 100 is all of the"):
+        recipe_with(**section, warmup_updates=100)
+    with pytest.raises(ProxstepError, match=r"optimizer\.min_lr_rate is where"):
+        recipe_with(min_lr_rate=0.5)
 
 
 # What its steps are

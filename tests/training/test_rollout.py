@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from proxstep.errors import ProxstepError
 from proxstep.config.sections import UpdateSection
+from proxstep.errors import ProxstepError
 from proxstep.logprobs.tokens import token_log_probs
 from proxstep.training.batch import Batch
 from proxstep.training.demo_model import build_embedded_model

@@ -127,10 +127,10 @@ def test_mamba_is_sampled_by_generate_and_a_line_says_why(
         completions = [greedy(model, PROMPTS[:1] * 3) for _ in range(2)]
     assert rows(completions[0]) == [of_generate(model, PROMPTS[0])] * 3
     lines = [record.getMessage() for record in caplog.records if "proxstep" in record.name]
-    assert lines == [  # once
-        "MambaForCausalLM is sampled with transformers' generate, which takes longer: it keeps a "
-        "LinearAttentionLayer"
-    ]
+    reasons = ("it keeps a LinearAttentionLayer", "it hands back no cache")  # one by release
+    start = "MambaForCausalLM is sampled with transformers' generate, which takes longer: "
+    assert len(lines) == 1
+    assert lines[0].removeprefix(start) in reasons
 
 
 def test_generate_draws_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_a_cache_of_an_unknown_kind_is_not_touched() -> None:
 
 
 def test_samples_are_not_torch_multinomials() -> None:
-    """As they were before version 0.3: one uniform number a token instead of one for each word."""
+    """As they once were: one uniform number for a token takes less than one for each word."""
     prob_NV = torch.rand(50, 40).softmax(-1)
     torch.manual_seed(0)
     theirs = torch.multinomial(prob_NV, 1).squeeze(1)

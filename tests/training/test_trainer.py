@@ -59,7 +59,13 @@ OF_EVERY_KIND = [
     (
         "isopo",
         {
-            "optimizer": {"name": "muon", "learning_rate": 1e-3, "warmup_updates": 3},
+            "optimizer": {
+                "name": "muon",
+                "learning_rate": 1e-3,
+                "warmup_updates": 1,
+                "lr_scheduler_type": "cosine",
+                "min_lr_rate": 0.1,
+            },
             "update": {"num_minibatches": 1},
         },
     ),

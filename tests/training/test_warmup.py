@@ -13,7 +13,7 @@ from tests.engine import Silent, records, tiny_recipe
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.training import evaluation, lifecycle, warmup
-from proxstep.training.models import model_source
+from proxstep.training.source import model_source
 
 
 @pytest.fixture

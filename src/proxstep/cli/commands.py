@@ -89,6 +89,10 @@ def _train(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         if arguments.dry_run or arguments.print_command:
             command = "" if name == "local" else engine.command(recipe)  # or says what it cannot do
             text = command if arguments.print_command else dump_recipe(recipe)
+            if name == "local" and arguments.dry_run:
+                from proxstep.training.memory import memory_note
+
+                text += memory_note(recipe)
             console.out(text, end="", highlight=False)
             return 0
         folder = recipe.output_dir
@@ -129,6 +133,7 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.runs.console import make_progress
     from proxstep.runs.folder import check_file
     from proxstep.training import lifecycle
+    from proxstep.training.evaluation import truncation_note
 
     checkpoint = None
     if Path(arguments.target).is_dir():
@@ -141,7 +146,8 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         check_file(arguments.output, "--output")
     progress = make_progress(console)
     try:
-        result, validation = lifecycle.evaluate(recipe, checkpoint, progress)
+        result, scores, validation = lifecycle.evaluate(recipe, checkpoint, progress)
+        baselines = lifecycle.baselines_of(recipe, validation, progress)
     finally:
         progress.end()
     console.out(
@@ -149,14 +155,20 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         f"{len(validation)} prompts of {recipe.task.name}, mean length {result.mean_length:.1f} "
         f"tokens, {checkpoint or recipe.model.name}"
     )
+    if scores:
+        console.out(
+            ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            + f" of samples at temperature {recipe.evaluation.temperature:g}"
+        )
     narrow = result.narrowness
     console.out(
         f"most frequent answer {narrow.answer!r}: {narrow.share:.0%} of the completions; "
         f"{narrow.without:.0%} have no answer; {result.clipped_ratio:.0%} were cut off"
     )
-    if recipe.evaluation.baselines:
-        for line in validation.baselines().lines():
-            console.out(line)
+    if note := truncation_note(result.clipped_ratio, recipe.rollout.max_completion_length):
+        console.out(note)
+    for line in baselines.lines() if baselines else ():
+        console.out(line)
     if arguments.output:
         with arguments.output.open("w", encoding="utf-8") as file:
             for row in result.rows(validation):
@@ -171,7 +183,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.runs.folder import check_folder
     from proxstep.runs.lock import locked
     from proxstep.training import lifecycle
-    from proxstep.training.models import model_source, pick_device
+    from proxstep.training.models import pick_device
 
     names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
@@ -192,7 +204,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
             for recipe in recipes:
                 lifecycle.check(recipe)
             check_output(jobs, arguments.output, overwrite=arguments.overwrite)
-            model_source(recipes[0], progress.note)  # once, before the runs would all do it
+            lifecycle.prepared_source(recipes[0], progress)  # once, before all runs would do it
         finally:
             progress.end()
         on_cpu = pick_device(recipes[0].device).type == "cpu"

@@ -56,6 +56,8 @@ def _kind(annotation: Any) -> str:
         return " | ".join(map(_kind, get_args(annotation)))
     if get_origin(annotation) is list:
         return f"list of {_kind(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "mapping"
     if annotation is type(None):
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -256,12 +256,23 @@ class Recipe(Section):
                     "model.autocast computes with float32 weights in bfloat16, but model.dtype is "
                     "bfloat16 already: leave one of them out"
                 )
-            if self.optimizer.name in ("soap", "kron"):
+            if self.optimizer.name in ("soap", "kron") and self.model.lora is None:
                 raise ValueError(
                     f"optimizer.name {self.optimizer.name} keeps its preconditioner in the dtype "
                     "of the weights, and model.dtype bfloat16 is too coarse for one: use float32, "
                     "with model.autocast bfloat16"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Recipe:
+        optimizer, total = self.optimizer, self.steps * self.update.num_updates
+        if optimizer.lr_scheduler_type != "constant" and optimizer.warmup_updates >= total:
+            raise ValueError(
+                f"optimizer.warmup_updates {optimizer.warmup_updates} is all of the run's {total} "
+                f"optimizer steps: nothing is left for optimizer.lr_scheduler_type "
+                f"{optimizer.lr_scheduler_type}; lower it"
+            )
         return self
 
     @model_validator(mode="after")

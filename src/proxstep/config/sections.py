@@ -82,13 +82,15 @@ class ModelSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Of the weights. Small learning rates get lost in bfloat16 weights.",
+        description="Of the weights. Small learning rates get lost in bfloat16 weights. With lora, "
+        "of the frozen ones: the adapters are always in float32, as in TRL and peft.",
     )
-    autocast: Literal["bfloat16"] | None = Field(
+    autocast: Literal["bfloat16", "auto"] | None = Field(
         default=None,
         description="Compute in bfloat16 under torch.autocast; weights, gradients, optimizer and "
         "log-softmax stay in float32. It holds for sampling and evaluation too, so that the policy "
-        "that samples is the one that is updated.",
+        "that samples is the one that is updated. auto: bfloat16 where the hardware has it and a "
+        "measurement at the start finds it faster; the run folder keeps what that gave.",
     )
     head: Literal["full", "chunked"] = Field(
         default="full",
@@ -146,10 +148,47 @@ class TaskSection(Section):
     num_validation: Positive = Field(default=256, description="Number of validation rows.")
     prompt_format: Literal["auto", "chat", "plain"] = Field(
         default="auto",
-        description='gsm8k, math, svamp: "auto" is chat where the tokenizer has a template.',
+        description='Of prompts that are texts: "chat" makes each a user\'s message, '
+        '"plain" leaves it as it is, "auto" is chat where the tokenizer has a template (but never '
+        "for code that a completion goes on with).",
     )
+    instruction: str | None = Field(
+        default=None,
+        description="Text after each question; null for the task's own (\"Let's think step by "
+        'step ..."; a table has none), "" for none.',
+    )
+    system_prompt: str | None = Field(
+        default=None, min_length=1, description="First message of every chat; null for none."
+    )
+    num_few_shot: int = Field(
+        default=0,
+        ge=0,
+        description="Worked examples before each question, the same everywhere: training rows, "
+        "which are then left out of training, with their solution or else their answer.",
+    )
+    few_shot_seed: int = Field(
+        default=0, ge=0, lt=2**31, description="Which rows; `seed` does not change them."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None,
+        description="Arguments of the tokenizer's chat template, such as {enable_thinking: false}.",
+    )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_template(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in ("tokenize", "add_generation_prompt", "continue_final_message"):
+            if name in (value or {}):
+                raise ValueError(f"{name} is set by the engine: leave it out")
+        return value
+
     max_prompt_length: Positive = Field(
         default=512, description="Longer prompts, in tokens, are an error before training starts."
+    )
+    drop_long_prompts: bool = Field(
+        default=False,
+        description="Leave longer prompts out instead, training's and validation's, and say how "
+        "many. verl's filter_overlong_prompts.",
     )
     rewards: list[str] | None = Field(
         default=None,
@@ -292,6 +331,11 @@ class RolloutSection(Section):
     num_prompts: Positive = Field(default=16, description="P, prompts per step.")
     num_generations: Positive = Field(default=8, description="G, completions per prompt.")
     max_completion_length: Positive = Field(default=64, description="In tokens.")
+    batch_size: Positive | None = Field(
+        default=None,
+        description="Completions sampled at a time, whose keys and values are kept; null for all. "
+        "Other sizes draw other samples. TRL and verl have batches of their own.",
+    )
     temperature: float = Field(
         default=1.0, gt=0, description="Also of the log-probabilities in the loss."
     )
@@ -402,6 +446,17 @@ class OptimizerSection(Section):
         default=1.0, gt=0, description="Clip the gradient; null for never."
     )
     warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer steps.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="What the learning rate does after the warm-up: stay, or fall to min_lr_rate "
+        "times the peak at the run's last optimizer step. TRL's name.",
+    )
+    min_lr_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="linear, cosine: the lowest learning rate, as a share of the peak.",
+    )
 
     def options(self) -> dict[str, Any]:
         """Return what is set of the optimizer's own options; what is null is left out.
@@ -439,6 +494,11 @@ class EvaluationSection(Section):
         default=10, description="Steps between evaluations; the first is before step 1."
     )
     batch_size: Positive = Field(default=128, description="Prompts per generation batch.")
+    patience: Positive | None = Field(
+        default=None,
+        description="Stop the run after this many evaluations in a row without a new best score; "
+        "the best one's checkpoint is kept. null to train to the last step.",
+    )
     num_probe_prompts: Positive = Field(default=64, description="Prompts that measure KL drift.")
     kl_policy_initial: bool = Field(
         default=True,
@@ -449,6 +509,13 @@ class EvaluationSection(Section):
         description="Keep the greedy completions before step 1 in the cache, and take them from "
         "there: the runs of a comparison begin with the same policy.",
     )
+    num_samples: int = Field(
+        default=0,
+        ge=0,
+        description="Completions sampled for each validation prompt beside the greedy one, for "
+        "avg@n and pass@k (arXiv 2107.03374); 0 for none.",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Of those samples.")
     baselines: bool = Field(
         default=True,
         description="Grade the best constant answer and numbers copied from the prompt, once, by "

@@ -40,6 +40,11 @@ _KL = (
     lambda r: r.regularizer.kl_coef > 0,
     "is of a divergence that regularizer.kl_coef 0 does not price: raise kl_coef, or leave it out",
 )
+_LAID_OUT = (
+    lambda r: r.task.name in ("gsm8k", "math", "svamp", "table"),
+    "is of task.name gsm8k, math, svamp and table: the others' prompts are as they are; leave it "
+    "out",
+)
 _SPLIT = (
     lambda r: _is_table(r) and not _files_end_in(r, ".jsonl", ".parquet"),
     "is of a hub data set or a .json file with several, read by task.name table: leave it out",
@@ -81,16 +86,36 @@ READ: Mapping[str, Reading] = {
         "is of task.validation, a hub data set or a .json file with several splits, read by "
         "task.name table: name one, or leave it out",
     ),
-    "task.prompt_format": (
-        lambda r: r.task.name in ("gsm8k", "math", "svamp"),
-        "is of task.name gsm8k, math and svamp: the others' prompts are as they are; leave it out",
+    **dict.fromkeys(
+        ("task.prompt_format", "task.instruction", "task.num_few_shot", "task.drop_long_prompts"),
+        _LAID_OUT,
+    ),
+    "task.few_shot_seed": (
+        lambda r: r.task.num_few_shot > 0,
+        "chooses the worked examples of task.num_few_shot, which is 0: leave it out",
+    ),
+    **dict.fromkeys(
+        ("task.system_prompt", "task.chat_template_kwargs"),
+        (
+            lambda r: _LAID_OUT[0](r) and (r.task.prompt_format != "plain" or _is_table(r)),
+            "is of prompts that are chats: set task.prompt_format to chat, or leave it out",
+        ),
     ),
     "regularizer.kl_estimator": _KL,
     "regularizer.kl_in": _KL,
+    "optimizer.min_lr_rate": (
+        lambda r: r.optimizer.lr_scheduler_type != "constant",
+        "is where optimizer.lr_scheduler_type linear and cosine end: choose one, or leave it out",
+    ),
     "rollout.overlong_penalty": (
         lambda r: r.rollout.overlong_buffer is not None,
         "is the largest punishment within rollout.overlong_buffer, which is null: give a number of "
         "tokens",
+    ),
+    "evaluation.temperature": (
+        lambda r: r.evaluation.num_samples > 0,
+        "is of evaluation.num_samples, which is 0, and a greedy score has none: give a number of "
+        "samples, or leave it out",
     ),
     "logging.project": (
         lambda r: r.logging.tracker in ("trackio", "wandb"),

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from proxstep.errors import ProxstepError
 from proxstep.isopo.hooks import OWNERS, SKIPPED, PositionGradients, owner_of

@@ -251,7 +251,8 @@ class OuterGradients(PositionGradients):
         if len(sample.grad_TO) <= chunk:
             grad_KT = product(sample.grad_TO, self.grad_TO.mT)
             gram = partial(product, sample.input_TI, self.input_TI.mT)
-            gram_KT = memory.shared("cross", self.input_TI, layout, gram)
+            alike = memory.same_positions
+            gram_KT = memory.shared("cross", self.input_TI, layout, gram) if alike else gram()
             return layout.sum_by_sequence(grad_KT.mul_(gram_KT))
         some = (sample._run(start, start + chunk) for start in range(0, sample.num_rows, chunk))
         return torch.cat([layout.sum_by_sequence(_pairs(part, self)) for part in some])

@@ -78,6 +78,7 @@ class Microbatch:
         self._averages = set(settings.rule.averages)
         self.before_backward: Callable[[Tensor, Tensor], None] | None = None
         self._past, self._memory, self._log = past, memory, log
+        memory.same_positions = samples.same_positions
         self._running = {} if running is None else running
         self._related_BB = None
         if isinstance(settings.rule, NaturalRule) and settings.rule.interact == "group":

@@ -387,10 +387,14 @@ class Memory:
 
     Args:
         budget: Bytes that the statistics of one layer may take at a time.
+
+    Attributes:
+        same_positions: Whether the microbatch's parameters are all measured on the same positions.
     """
 
     def __init__(self, budget: int = MEMORY_BUDGET) -> None:
         self.budget = budget
+        self.same_positions = True
         self._buffer: Tensor | None = None
         self._shared: dict[str, tuple[tuple[object, ...], object, Any]] = {}
 

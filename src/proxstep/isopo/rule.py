@@ -44,9 +44,10 @@ def fisher_squares(
 
     Source: arXiv 2512.23353, equations 3 to 6.
 
-    Differs: a sequence that is orthogonal to all samples has the estimate 0 although its gradient
-        is not 0 (an embedding without its tokens), and figure 3 would scale it by 1e4. It gets the
-        trailing mean, or without a past the others' mean.
+    Differs: the paper draws positions evenly; see `sampling.CarriedSamples`. A sequence that is
+        orthogonal to all samples has the estimate 0 although its gradient is not 0 (an embedding
+        without its tokens), and figure 3 would scale it by 1e4. It gets the trailing mean, or
+        without a past the others' mean.
     """
     square_KB = cross_KB.square()
     total_B = square_KB.sum(dim=0) if weight_K is None else weight_K.to(square_KB.dtype) @ square_KB

@@ -57,6 +57,7 @@ class Samples:
     """
 
     over_ranks: OverRanks = None
+    same_positions = True  # for all parameters
 
     def __init__(self, index_K: Int[Tensor, " samples"]) -> None:
         self.index_K = index_K
@@ -116,6 +117,8 @@ class CarriedSamples(Samples):
         first: Whether this is the first step.
     """
 
+    same_positions = False
+
     def __init__(
         self, store: SampleStore, own: Rows, count: int, whose: Rows, *, first: bool
     ) -> None:
@@ -129,8 +132,8 @@ class CarriedSamples(Samples):
             kept = self._store.move(key, device)
         weight_T = every.importance().to(self._own.priority_K.dtype)
         priority_T = self._own.priority_K / (weight_T + _TINY)
-        priority_K, index_K = priority_T.topk(self._count, largest=False)
-        rows = Rows(priority_K, *(value[index_K] for value in self._own[1:3]), weight_T[index_K])
+        index_K = priority_T.topk(self._count, largest=False).indices
+        rows = self._own._replace(priority_K=priority_T, weight_K=weight_T).at(index_K)
         own = every.at(index_K)
         self._store.add(key, rows, own)
         if kept is None:
@@ -290,9 +293,12 @@ class Drawing:
             key_B = torch.tensor(keys, device=priority_T.device)
             group_B = key_B if groups is None else groups.to(key_B)
             padding = key_B.new_full((1,), -1)
-            whose_T = [torch.cat([of_B, padding])[layout.sequence_T] for of_B in (key_B, group_B)]
+            key_T, group_T = (
+                torch.cat([of_B, padding])[layout.sequence_T] for of_B in (key_B, group_B)
+            )
             none = priority_T[:0]
-            own, whose = Rows(priority_T, *whose_T, none), Rows(none, key_B, group_B, none)
+            own = Rows(priority_T, key_T, group_T, none)
+            whose = Rows(none, key_B, group_B, none)
             count = int(priority_T.isfinite().sum())
             return CarriedSamples(self._store, own, count, whose, first=step == 0)
         if self._source == "ranks" and dist.is_initialized():

@@ -67,7 +67,8 @@ class Isopo:
         fisher: What F_b is estimated from: "positions", the position-wise gradients of equations 3
             to 6, or "sequences", those of the microbatch's sequences (equation 2).
         num_overlap_positions: K, the token positions on which Fisher norms are estimated; None for
-            all.
+            all. The default is for those of the previous step, which are drawn by importance; of
+            other sources, drawn evenly as in the paper, some 250 estimate as well.
         overlap_positions: Sample them from "all" positions or only from those that predict a token
             of the "completion".
         overlap_source: Sample them from the "previous_step", which makes the isometric rule

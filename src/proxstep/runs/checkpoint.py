@@ -31,6 +31,7 @@ STATE_KEYS = {
     "recipe",
     "trained",
     "unrecorded",
+    "best",
     "logs",
 }
 
@@ -39,7 +40,13 @@ _OF_GARBAGE = (ValueError, LookupError, TypeError, AssertionError)
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, tokenizer: Any, state: dict[str, Any], kept: int = 2
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    tokenizer: Any,
+    state: dict[str, Any],
+    kept: int = 2,
+    best: int | None = None,
 ) -> Path:
     """Write checkpoints/step-N, and delete the oldest ones.
 
@@ -50,6 +57,7 @@ def save_checkpoint(
         tokenizer: Saved beside it.
         state: Tensors, numbers, strings, and containers of them.
         kept: How many checkpoints stay, this one included.
+        best: The step of one that stays besides.
 
     Returns:
         The checkpoint's folder.
@@ -62,13 +70,13 @@ def save_checkpoint(
         model.save_pretrained(scratch)  # type: ignore[operator]
         tokenizer.save_pretrained(scratch)
         torch.save(state, scratch / STATE_FILE)
-        return publish(scratch, folder, step, kept)
+        return publish(scratch, folder, step, kept, best)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)  # a full disk needs the room
         raise
 
 
-def publish(scratch: Path, folder: Path, step: int, kept: int) -> Path:
+def publish(scratch: Path, folder: Path, step: int, kept: int, best: int | None = None) -> Path:
     """Give a complete checkpoint its manifest and its name, and delete the oldest ones.
 
     It is on disk before it has its name, and the others go only then. Those of later steps go too:
@@ -88,6 +96,7 @@ def publish(scratch: Path, folder: Path, step: int, kept: int) -> Path:
     sync(parent)
     whole = checkpoints(folder)
     newest = [path for path in whole if path.name <= final.name][-kept:]
+    newest += [path for path in whole if best is not None and path.name == f"step-{best:06d}"]
     leftovers = [*parent.glob("*.incomplete"), *parent.glob("*.replaced")]
     for other in {*whole, *leftovers} - {*newest}:
         shutil.rmtree(other)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
 from proxstep.config.recipe import Recipe
+from proxstep.runs.waiting import Wait, told
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "step": ("step", "d"),
@@ -25,6 +29,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
 }
 """Field of the metrics: heading and format; π is the policy, π₀ the initial one."""
 NUM_SHOWN = 12
+_REDRAWS = 4
 
 
 def advice(recipe: Recipe) -> list[str]:
@@ -77,26 +82,52 @@ class TerminalProgress:
             console=console,
         )
         self._rows: list[Mapping[str, Any]] = []
-        self._live = Live(console=console, auto_refresh=False, transient=False)
-        self._status = console.status("")
+        self._waits: list[Wait] = []
+        self._spinner = Spinner("dots")
+        self._live: Live | None = None
+        self._begun = False
 
     def note(self, text: str) -> None:
-        """Show a line: in place before the run begins, above the table during it."""
-        if self._live.is_started:
-            self._console.print(text, markup=False)
-            return
-        self._status.start()
-        self._status.update(text)
+        """Show a line, above the table during the run."""
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def wait(
+        self, what: str, total: float | None = None, unit: str = "", *, brief: bool = False
+    ) -> Iterator[Wait]:
+        """Show a wait below everything else while it lasts; of several, the innermost."""
+        del brief
+        waited = Wait(what, total, unit)
+        self._waits.append(waited)
+        own = self._live is None
+        if own:
+            self._start(transient=True)
+        try:
+            yield waited
+        finally:
+            self._waits.remove(waited)
+            if own:
+                self.end()
+
+    def _start(self, *, transient: bool) -> None:
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._render,
+            refresh_per_second=_REDRAWS,
+            transient=transient,
+        )
+        self._live.start()
 
     def begin(self, recipe: Recipe) -> None:
         """Draw the empty table."""
-        self._status.stop()
+        self.end()
         for text in advice(recipe):
             self._console.print(text)
         self._task = self._bar.add_task(
             f"{recipe.algorithm} on {recipe.task.name}", total=recipe.steps
         )
-        self._live.start()
+        self._begun = True
+        self._start(transient=False)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Show a step; steps without an evaluation make room for the next."""
@@ -104,12 +135,21 @@ class TerminalProgress:
             self._rows.pop()
         self._rows.append(record)
         self._bar.update(self._task, completed=record["step"])
-        self._live.update(Group(self._table(), self._bar), refresh=True)
+        if self._live is not None:
+            self._live.refresh()
 
     def end(self) -> None:
         """Leave the last state on the screen."""
-        self._status.stop()
-        self._live.stop()
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+    def _render(self) -> Group:
+        shown: list[Any] = [self._table(), self._bar] if self._begun else []
+        if waits := self._waits[-1:]:
+            self._spinner.update(text=Text(f"{waits[0]}", overflow="ellipsis", no_wrap=True))
+            shown.append(self._spinner)
+        return Group(*shown)
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
@@ -129,10 +169,32 @@ class PlainProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._waits: list[Wait] = []
+        self._is_recorded = False
 
     def note(self, text: str) -> None:
         """Write a line."""
         self._console.out(text)
+
+    @contextmanager
+    def wait(
+        self, what: str, total: float | None = None, unit: str = "", *, brief: bool = False
+    ) -> Iterator[Wait]:
+        """Write a line now and then while it lasts, of several waits about the innermost."""
+        waited = Wait(what, total, unit)
+        if brief and self._is_recorded:
+            yield waited
+            return
+        self._waits.append(waited)
+        try:
+            with told(self._tell) if len(self._waits) == 1 else nullcontext():
+                yield waited
+        finally:
+            self._waits.remove(waited)
+
+    def _tell(self) -> None:
+        for waited in self._waits[-1:]:
+            self._console.out(str(waited))
 
     def begin(self, recipe: Recipe) -> None:
         """Say what runs."""
@@ -147,6 +209,7 @@ class PlainProgress:
             for field, (heading, _) in COLUMNS.items()
             if record.get(field) is not None
         ]
+        self._is_recorded = True
         self._console.out("  ".join(parts))
 
     def end(self) -> None:

@@ -158,6 +158,9 @@ def _unfinished_notes(runs: Sequence[Run]) -> Iterator[str]:
                 f"{run.algorithm}, seed {run.seed}: no step learned anything; its rewards were "
                 "missing, not finite or equal."
             )
+        if run.info.get("stopped_early"):
+            best = f"its best score was at step {run.info.get('best_step')}"
+            yield f"{run.algorithm}, seed {run.seed}: stopped early, {best} (evaluation.patience)."
         if run.info.get("status") != "finished":
             progress = f"step {run.records[-1]['step']} of {run.recipe.get('steps', '?')}"
             yield f"{run.algorithm}, seed {run.seed}: {run.info.get('status')} after {progress}."

@@ -25,8 +25,8 @@ FIELDS: dict[str, str] = {
     "dynamic sampling.",
     "frac_masked_completions": "Share of truncated completions, which are masked, among those that "
     "have an advantage; null where rollout.mask_truncated_completions is off.",
-    "frac_left_out_sequences": "Share of sequences whose signal is exactly 0, which have no part in "
-    "the update: entropy and objective/ are means over the others. Null where an objective, a "
+    "frac_left_out_sequences": "Share of sequences whose signal is exactly 0, which have no part "
+    "in the update: entropy and objective/ are means over the others. Null where an objective, a "
     "geometry or a regularizer needs them all.",
     "skipped": "1 where nothing was left to learn from, so that parameters and optimizer stayed as "
     "they were; 0 elsewhere.",
@@ -68,6 +68,10 @@ PREFIXES: dict[str, str] = {
     "of what it measured besides: rewards/NAME/MEASURED. Likewise what is added to the reward: "
     "rewards/overlong for length and, over the completions that have an advantage, rewards/kl for "
     "divergence from the initial policy.",
+    "score_avg@": "Mean of the first reward function over evaluation.num_samples sampled "
+    "completions of each validation prompt.",
+    "score_pass@": "Probability that one of k sampled completions has a first reward of at least "
+    "1, estimated without bias from all of them and averaged over the validation prompts.",
     "objective/": "What the objective reports. Of each update, averaged over sequences and "
     "updates: clip_ratio, ratio, kl_old_policy, abs_delta, chi_square, ... Of the rollout: "
     "effective_sample_size, mu, tau, importance_mean, ... docs/algorithms.md has OPO's.",

@@ -14,16 +14,17 @@ from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.runs.durable import write_file
 from proxstep.runs.schema import FIELDS, unknown_fields
+from proxstep.runs.waiting import Waits
 
 
-class Progress(Protocol):
+class Progress(Waits, Protocol):
     """Shows a run: a terminal, a log, or nothing."""
 
     def begin(self, recipe: Recipe) -> None:
         """A run begins, or goes on."""
 
     def note(self, text: str) -> None:
-        """Show a line, such as how far a warm-up is."""
+        """Show a line."""
 
     def record(self, record: Mapping[str, Any]) -> None:
         """One line of metrics was written."""

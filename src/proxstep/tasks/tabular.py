@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import TypeAlias
 
 from proxstep.errors import ProxstepError
-from proxstep.rewards import CODE_REWARDS, NOT_A_NUMBER, boxed_answer, problem_of, reference_number
-from proxstep.tasks.base import REWARDS, Example, Prompt, Task
+from proxstep.rewards import (
+    CODE_REWARDS,
+    NOT_A_NUMBER,
+    boxed_answer,
+    completion_text,
+    problem_of,
+    reference_number,
+)
+from proxstep.tasks.base import REWARDS, Example, Task
 from proxstep.tasks.data import (
     Row,
     answer_cell,
@@ -19,6 +26,7 @@ from proxstep.tasks.data import (
     prompt_cell,
     text_cell,
 )
+from proxstep.tasks.layout import Layout
 
 Source: TypeAlias = str | Path
 
@@ -44,6 +52,11 @@ def table_task(
     num_train: int | None = None,
     num_validation: int | None = None,
     rewards: tuple[str, ...] = REWARDS["table"],
+    chat: bool = False,
+    instruction: str = "",
+    system_prompt: str | None = None,
+    num_few_shot: int = 0,
+    few_shot_seed: int = 0,
 ) -> Task:
     """Return a task from any table with a prompt and an answer in each row.
 
@@ -60,6 +73,11 @@ def table_task(
         num_validation: Use at most so many validation examples, the first ones; None for all, or
             for `rows.DEFAULT_HELD_OUT` where they are held out of train.
         rewards: Default reward functions. With "numeric_answer" each answer must hold a number.
+        chat: Whether a prompt that is a text becomes a user's chat message.
+        instruction: As in `Layout`, as are the next three.
+        system_prompt: A chat's first message.
+        num_few_shot: Worked examples before each prompt.
+        few_shot_seed: Which rows they are.
 
     Returns:
         The task. All other columns go to the reward functions.
@@ -67,19 +85,29 @@ def table_task(
     Raises:
         ProxstepError: A source cannot be read or a row is not as described.
     """
+    layout = Layout(chat, instruction, system_prompt, num_few_shot, few_shot_seed)
+    continued = not set(CODE_REWARDS).isdisjoint(rewards)
 
     def to_example(row: Row) -> Example:
+        prompt = prompt_cell(row, prompt_column)
+        if continued and isinstance(prompt, str) and layout != Layout():
+            raise ProxstepError(
+                f"{row.where}: the prompt is code that the completion continues, and nothing may "
+                "stand around it: leave instruction, num_few_shot and prompt_format out, or "
+                "make the prompts chats"
+            )
         return Example(
-            prompt=prompt_cell(row, prompt_column),
+            prompt=layout.table_prompt(prompt),
             answer=answer_cell(row, answer_column),
             solution=text_cell(row, solution_column) if solution_column else None,
             columns=other_cells(row, (prompt_column, answer_column, solution_column)),
+            question=completion_text(prompt),
         )
 
     train_rows = load_rows(train, config, train_split)
     test_rows = None if validation is None else load_rows(validation, config, validation_split)
     split = split_rows(train_rows, test_rows, num_train, num_validation)
-    return task_of_rows("table", *split, to_example, rewards)
+    return layout.apply(task_of_rows("table", *split, to_example, rewards))
 
 
 def gsm8k_task(
@@ -90,6 +118,9 @@ def gsm8k_task(
     num_validation: int | None = None,
     chat: bool = False,
     instruction: str = STEP_BY_STEP,
+    system_prompt: str | None = None,
+    num_few_shot: int = 0,
+    few_shot_seed: int = 0,
 ) -> Task:
     r"""Return GSM8K: grade-school word problems with worked solutions (arXiv 2110.14168).
 
@@ -104,6 +135,9 @@ def gsm8k_task(
         chat: Whether prompts are a user's chat message rather than plain text.
         instruction: Text put after the question. The default asks for the answer format, in the
             words of verl's examples/data_preprocess/gsm8k.py.
+        system_prompt: As in `Layout`, as are the next two.
+        num_few_shot: Worked examples before each question.
+        few_shot_seed: Which rows they are.
 
     Returns:
         The task, graded by the final number.
@@ -111,23 +145,26 @@ def gsm8k_task(
     Raises:
         ProxstepError: A source cannot be read, a row lacks a column or an answer lacks its "####".
     """
+    layout = Layout(chat, instruction, system_prompt, num_few_shot, few_shot_seed)
 
     def to_example(row: Row) -> Example:
-        solution = text_cell(row, "answer")
+        solution, question = text_cell(row, "answer"), text_cell(row, "question")
         _, marker, answer = solution.rpartition("####")
         if not marker:
             raise ProxstepError(
                 f"{row.where}: column 'answer' has no \"####\"; put it before the final answer"
             )
         return Example(
-            prompt=question_prompt(text_cell(row, "question") + instruction, chat),
+            prompt=layout.prompt(question),
             answer=answer.strip(),
             solution=solution if chat else f" {solution}",
             columns=other_cells(row, ("question", "answer")),
+            question=question,
         )
 
     rows = load_task_rows("openai/gsm8k", "main", train, validation)
-    return task_of_rows("gsm8k", *split_rows(*rows, num_train, num_validation), to_example)
+    split = split_rows(*rows, num_train, num_validation)
+    return layout.apply(task_of_rows("gsm8k", *split, to_example))
 
 
 def svamp_task(
@@ -138,22 +175,28 @@ def svamp_task(
     num_validation: int | None = None,
     chat: bool = False,
     instruction: str = STEP_BY_STEP,
+    system_prompt: str | None = None,
+    num_few_shot: int = 0,
+    few_shot_seed: int = 0,
 ) -> Task:
     """Return SVAMP: one-step word problems without worked solutions (arXiv 2103.07191).
 
     As `gsm8k_task`, from columns Body, Question and Answer.
     """
+    layout = Layout(chat, instruction, system_prompt, num_few_shot, few_shot_seed)
 
     def to_example(row: Row) -> Example:
-        question = f"{text_cell(row, 'Body')} {text_cell(row, 'Question')}{instruction}"
+        question = f"{text_cell(row, 'Body')} {text_cell(row, 'Question')}"
         return Example(
-            prompt=question_prompt(question, chat),
+            prompt=layout.prompt(question),
             answer=answer_cell(row, "Answer"),
             columns=other_cells(row, ("Body", "Question", "Answer")),
+            question=question,
         )
 
     rows = load_task_rows("ChilleD/SVAMP", None, train, validation)
-    return task_of_rows("svamp", *split_rows(*rows, num_train, num_validation), to_example)
+    split = split_rows(*rows, num_train, num_validation)
+    return layout.apply(task_of_rows("svamp", *split, to_example))
 
 
 def math_task(
@@ -165,6 +208,9 @@ def math_task(
     num_validation: int | None = None,
     chat: bool = False,
     instruction: str = IN_A_BOX,
+    system_prompt: str | None = None,
+    num_few_shot: int = 0,
+    few_shot_seed: int = 0,
 ) -> Task:
     r"""Return MATH, or one of its levels, graded by `math_verify`.
 
@@ -178,16 +224,18 @@ def math_task(
     """
     if level is not None and level not in LEVELS:
         raise ProxstepError(f"level is {level!r}; choose one of {', '.join(map(str, LEVELS))}")
+    layout = Layout(chat, instruction, system_prompt, num_few_shot, few_shot_seed)
 
     def to_example(row: Row) -> Example:
         solution = text_cell(row, "solution") if _has(row, "solution") else None
         if solution is not None and not chat:
             solution = f" {solution}"
         return Example(
-            prompt=question_prompt(text_cell(row, "problem") + instruction, chat),
+            prompt=layout.prompt(text_cell(row, "problem")),
             answer=_reference(row),
             solution=solution,
             columns=other_cells(row, ("problem", "solution", "answer")),
+            question=text_cell(row, "problem"),
         )
 
     train_rows, validation_rows = load_task_rows(HUB_ID, None, train, validation)
@@ -196,7 +244,7 @@ def math_task(
         if validation_rows is not None:
             validation_rows = _of_level(validation_rows, level)
     split = split_rows(train_rows, validation_rows, num_train, num_validation)
-    return task_of_rows("math", *split, to_example)
+    return layout.apply(task_of_rows("math", *split, to_example))
 
 
 def _reference(row: Row) -> str:
@@ -243,11 +291,6 @@ def _level(row: Row) -> int | None:
             '"Level 5"'
         )
     return int(text)
-
-
-def question_prompt(question: str, chat: bool) -> Prompt:
-    """Return a question as a chat or as plain text."""
-    return [{"role": "user", "content": question}] if chat else f"Question: {question}\nAnswer:"
 
 
 def load_task_rows(

@@ -359,18 +359,23 @@ def _generation_batch(
     section = recipe.rollout
     rows = batch_rows(len(prompts), section.num_prompts, batch, recipe.seed)
     repeated = [row for row in rows for _ in range(section.num_generations)]
+    size = section.batch_size or len(repeated)
     with phase("rollout"), autocast(recipe, model):
-        completions = sample(
-            model,
-            tokenizer,
-            [prompts.tokens(row) for row in repeated],
-            max_new_tokens=section.max_completion_length,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
-            with_log_probs=recipe.keeps_sampler,
-            stop=section.stop or (),
-        )
+        parts = [
+            sample(
+                model,
+                tokenizer,
+                [prompts.tokens(row) for row in repeated[start : start + size]],
+                max_new_tokens=section.max_completion_length,
+                temperature=section.temperature,
+                top_p=section.top_p,
+                top_k=section.top_k,
+                with_log_probs=recipe.keeps_sampler,
+                stop=section.stop or (),
+            )
+            for start in range(0, len(repeated), size)
+        ]
+    completions = joined(parts, tokenizer.pad_token_id)
     with phase("reward"):
         truncated = completions.truncated_B.tolist()
         table = prompts.grade(repeated, completions.texts(tokenizer), truncated)

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from proxstep.training.generation import sample
 from proxstep.training.prompts import encode_prompt
 from proxstep.typing import Float, Tensor
 
-_VERSION = 1
+_VERSION = 2
 """Part of the cache's name: raise it when anything below changes what comes out."""
 _BATCH_SIZE = 128
 _LEARNING_RATE = 2e-3
@@ -192,10 +192,16 @@ def warm_up(
 
 
 def solution_loss(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example]
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    template: Mapping[str, Any] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the mean next-token loss of the reference solutions, end token included, in nats."""
-    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    """Return the mean next-token loss of the reference solutions, end token included, in nats.
+
+    `template` is as for `encode_prompt`.
+    """
+    prompts = [encode_prompt(tokenizer, example.prompt, template) for example in examples]
     solutions = [
         [
             *tokenizer(example.solution, add_special_tokens=False)["input_ids"],

@@ -5,8 +5,10 @@ Legend for shape suffixes: B sequences, T token positions.
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,13 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.tokens import kl_divergence, kl_estimate
 from proxstep.rewards import Narrowness, narrowness
+from proxstep.rewards.pass_at_k import sampled_scores
+from proxstep.runs.waiting import UNSEEN, Waits
 from proxstep.training.generation import sample
 from proxstep.training.prompts import Prompts
 from proxstep.training.remembered import memory_of, recall, remember
 from proxstep.training.rollout import (
+    BY_TOKENS,
     Completions,
     Cut,
     Head,
@@ -89,6 +94,17 @@ class GreedyResult:
         ]
 
 
+def truncation_note(clipped_ratio: float, limit: int) -> str | None:
+    """Return what to say where more than half of the completions were cut off, else None."""
+    if clipped_ratio <= 0.5:
+        return None
+    return (
+        f"{clipped_ratio:.0%} of the completions were cut off at rollout.max_completion_length "
+        f"{limit}, and what was cut off seldom has an answer: raise it, or ask for shorter answers "
+        "(task.instruction)"
+    )
+
+
 def greedy_score(
     model: nn.Module,
     tokenizer: Any,
@@ -98,53 +114,107 @@ def greedy_score(
     batch_size: int,
     stop: Sequence[str] = (),
     memory: Path | None = None,
+    waits: Waits = UNSEEN,
 ) -> GreedyResult:
     """Complete every prompt greedily and grade the completions.
 
     `memory` is a file in which the completions may be kept, or will be; None for no such file.
     """
+    rows = range(len(prompts))
     kept = recall(memory, len(prompts)) if memory else None
-    texts, lengths, truncated = kept or _complete(
-        model, tokenizer, prompts, max_new_tokens, batch_size, stop
+    texts, lengths, truncated = kept or _completed(
+        *(model, tokenizer, prompts, rows, "greedy evaluation", waits, batch_size),
+        max_new_tokens=max_new_tokens,
+        greedy=True,
+        stop=stop,
     )
     if memory and not kept:
         remember(memory, texts, lengths, truncated)
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        # rewards compute as they always do
-        table = prompts.grade(range(len(prompts)), texts, truncated)
-    rewards = next(iter(table.per_function.values()))
+    rewards = _first_rewards(model, prompts, rows, texts, truncated)
     given = [reward for reward in rewards if reward is not None]
     score = sum(given) / len(given) if given else float("nan")
     narrow = narrowness(texts, [example.answer for example in prompts.examples], truncated)
     return GreedyResult(score, sum(lengths) / len(lengths), texts, rewards, truncated, narrow)
 
 
-def _complete(
+def sampled(
+    recipe: Recipe, model: nn.Module, tokenizer: Any, prompts: Prompts, waits: Waits = UNSEEN
+) -> dict[str, float]:
+    """Return avg@n and pass@k of as many samples as a recipe asks for; nothing for none.
+
+    The samples follow from the recipe's seed and `evaluation.batch_size`; torch's generator is set.
+    """
+    section = recipe.evaluation
+    n = section.num_samples
+    if n == 0:
+        return {}
+    torch.manual_seed(recipe.seed)
+    rows = [row for row in range(len(prompts)) for _ in range(n)]
+    texts, _, truncated = _completed(
+        *(model, tokenizer, prompts, rows, f"{n} samples a prompt", waits, section.batch_size),
+        max_new_tokens=recipe.rollout.max_completion_length,
+        temperature=section.temperature,
+        stop=recipe.rollout.stop or (),
+    )
+    rewards = _first_rewards(model, prompts, rows, texts, truncated)
+    return sampled_scores([rewards[i : i + n] for i in range(0, len(rewards), n)])
+
+
+def _first_rewards(
+    model: nn.Module,
+    prompts: Prompts,
+    rows: Sequence[int],
+    texts: Sequence[str],
+    truncated: Sequence[bool],
+) -> list[float | None]:
+    """Return the first reward function's rewards, which compute as they always do."""
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        table = prompts.grade(rows, texts, truncated)
+    return next(iter(table.per_function.values()))
+
+
+def _completed(
     model: nn.Module,
     tokenizer: Any,
     prompts: Prompts,
-    max_new_tokens: int,
+    rows: Sequence[int],
+    what: str,
+    waits: Waits,
     batch_size: int,
-    stop: Sequence[str],
+    **options: Any,
 ) -> tuple[list[str], list[int], list[bool]]:
-    """Return each greedy completion's text and length, and whether it was cut off."""
+    """Complete prompts as `sample` does with the options, `batch_size` at a time.
+
+    Returns:
+        The texts, their lengths in tokens, and which were cut off at the length limit.
+    """
     texts: list[str] = []
     lengths: list[int] = []
     truncated: list[bool] = []
-    for start in range(0, len(prompts), batch_size):
-        rows = range(start, min(start + batch_size, len(prompts)))
-        completions = sample(
-            model,
-            tokenizer,
-            [prompts.tokens(i) for i in rows],
-            max_new_tokens=max_new_tokens,
-            greedy=True,
-            stop=stop,
-        )
-        texts += completions.texts(tokenizer)
-        lengths += completions.lengths().tolist()
-        truncated += completions.truncated_B.tolist()
+    limit = options["max_new_tokens"]
+    with waits.wait(what, len(rows), "completions") as wait:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            with _forwards(model, lambda n, s=start, p=part: wait.advance(s + len(p) * n / limit)):
+                prompt_tokens = [prompts.tokens(i) for i in part]
+                completions = sample(model, tokenizer, prompt_tokens, **options)
+            texts += completions.texts(tokenizer)
+            lengths += completions.lengths().tolist()
+            truncated += completions.truncated_B.tolist()
+            wait.advance(len(texts))
     return texts, lengths, truncated
+
+
+@contextmanager
+def _forwards(model: nn.Module, tell: Callable[[int], None]) -> Iterator[None]:
+    """Tell how many forward passes were made inside, one for each new token of a batch."""
+    passes = itertools.count(1)
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embedding.register_forward_hook(lambda *_: tell(next(passes)))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def evaluate(
@@ -154,6 +224,7 @@ def evaluate(
     tokenizer: Any,
     validation: Prompts,
     probe: Probe | None,
+    waits: Waits = UNSEEN,
 ) -> tuple[dict[str, float], list[dict[str, Any]], Probe]:
     """Measure a policy as a recipe says; torch's generator starts at the recipe's seed.
 
@@ -171,17 +242,17 @@ def evaluate(
     torch.manual_seed(recipe.seed)
     memory = None
     if probe is None:
-        probe = Probe.draw(model, tokenizer, prompts, limit, head, cut, stop)
+        with waits.wait("sampling the initial policy's probe"):
+            probe = Probe.draw(model, tokenizer, prompts, limit, head, cut, stop)
         if section.remember_first:
             memory = memory_of(model, validation, limit, section.batch_size, stop)
     greedy = greedy_score(
-        model,
-        tokenizer,
-        validation,
+        *(model, tokenizer, validation),
         max_new_tokens=limit,
         batch_size=section.batch_size,
         stop=stop,
         memory=memory,
+        waits=waits,
     )
     measured = {
         **greedy.metrics(),
@@ -197,6 +268,8 @@ def evaluate(
             cut if head == "full" else Cut(size=1),
             stop=stop,
         )
+    scores = sampled(recipe, model, tokenizer, validation, waits)
+    measured |= {f"score_{name}": value for name, value in scores.items()}
     return measured, greedy.rows(validation)[: recipe.logging.num_samples], probe
 
 
@@ -218,7 +291,7 @@ class Probe:
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         head: Head = "full",
-        cut: Cut = Cut(),
+        cut: Cut = BY_TOKENS,
         stop: Sequence[str] = (),
     ) -> Probe:
         """Sample one completion for each prompt at temperature 1."""
@@ -226,7 +299,7 @@ class Probe:
         log_prob_BT = completion_log_probs(model, completions, 1.0, cut, head)
         return cls(completions, log_prob_BT)
 
-    def kl(self, model: nn.Module, head: Head = "full", cut: Cut = Cut()) -> float:
+    def kl(self, model: nn.Module, head: Head = "full", cut: Cut = BY_TOKENS) -> float:
         """Return KL(initial || policy) in nats per token."""
         log_prob_BT = completion_log_probs(model, self.completions, 1.0, cut, head)
         kl_BT = kl_estimate(self.initial_log_prob_BT, log_prob_BT, "k3")
@@ -252,7 +325,7 @@ def kl_from_initial(
     tokenizer: Any,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    cut: Cut = Cut(),
+    cut: Cut = BY_TOKENS,
     stop: Sequence[str] = (),
 ) -> float:
     """Return KL(policy || initial) in nats per token, exact over the vocabulary.

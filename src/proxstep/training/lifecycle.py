@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +12,28 @@ from torch import nn
 from proxstep.config.loading import load_recipe
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.rewards import Baselines
+from proxstep.rewards.baselines import NUM_PASSES
 from proxstep.runs.checkpoint import latest_checkpoint, load_state
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.telemetry import switch_off_telemetry
 from proxstep.runs.tracking import Progress, check_tracker
-from proxstep.tasks import (
-    REWARDS,
-    Task,
-    arithmetic_task,
-    gsm8k_task,
-    math_task,
-    stories_task,
-    svamp_task,
-    table_task,
-)
-from proxstep.training.evaluation import GreedyResult, greedy_score
+from proxstep.training.evaluation import GreedyResult, greedy_score, sampled
 from proxstep.training.models import (
     load_adapters,
     load_model,
     load_tokenizer,
-    model_source,
     pick_device,
     quiet_transformers,
 )
 from proxstep.training.optimizers import check_optimizer
+from proxstep.training.precision import with_autocast
 from proxstep.training.prompts import Prompts, load_prompts, load_rewards
 from proxstep.training.rollout import autocast
+from proxstep.training.saving import is_stale
+from proxstep.training.source import model_source
+from proxstep.training.task import load_task
 from proxstep.training.trainer import Trainer
-
-CHAT_TASKS = {"gsm8k": gsm8k_task, "math": math_task, "svamp": svamp_task}
-"""Tasks whose prompts are chats where the tokenizer has a template."""
 
 
 def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str:
@@ -60,16 +52,19 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
     """
     folder = RunFolder(recipe.output_dir)
     with folder.claimed(overwrite=overwrite):
-        check(recipe)
-        source = model_source(recipe, progress.note)
-        tokenizer, prompts = _tokenized(recipe, source)
+        with progress.wait("reading the data"):
+            check(recipe)
+        source = prepared_source(recipe, progress)
+        tokenizer, prompts = _tokenized(recipe, source, progress)
         device = pick_device(recipe.device)
         torch.manual_seed(recipe.seed)  # adapters are drawn at random
-        model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
+        with progress.wait(f"loading {source}"):
+            model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
+        recipe = with_autocast(recipe, model, progress.note)
         folder.check_room(model)
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
         folder.create(recipe, device, sum(p.numel() for p in model.parameters()))
-        keep_baselines(recipe, prompts[1], folder)
+        keep_baselines(recipe, prompts[1], folder, progress)
         return trainer.run()
 
 
@@ -85,7 +80,8 @@ def resume(path: str | Path, progress: Progress) -> str:
         checkpoint = latest_checkpoint(folder.path, progress.note)
         state = load_state(checkpoint)
         waiting = state["unrecorded"] is not None
-        if state["step"] >= recipe.steps and not waiting:
+        ended = state["step"] >= recipe.steps or is_stale(recipe, state["best"])
+        if ended and not waiting:
             if folder.status() in ("killed", "failed"):  # after its last checkpoint
                 folder.conclude("finished")
                 return "finished"
@@ -96,12 +92,14 @@ def resume(path: str | Path, progress: Progress) -> str:
             progress.note(f"recipe.yaml is not what the run wrote: {'; '.join(changed)}")
         folder.check_logs(state["step"] - waiting, state["logs"], progress.note)
         check(recipe)
-        tokenizer, prompts = _tokenized(recipe, str(checkpoint))
+        tokenizer, prompts = _tokenized(recipe, str(checkpoint), progress)
         device = pick_device(recipe.device)
         model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
         if recipe.keeps_initial:
-            source = model_source(recipe, progress.note)
-            initial = load_model(source, recipe.model.dtype, device).eval().requires_grad_(False)
+            source = prepared_source(recipe, progress)
+            with progress.wait(f"loading the initial policy, {source}"):
+                initial = load_model(source, recipe.model.dtype, device)
+            initial = initial.eval().requires_grad_(False)
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
         trainer.restore(state)
         return trainer.run()
@@ -118,20 +116,26 @@ def _changed_keys(before: Any, now: Any, key: str = "") -> list[str]:
 
 def evaluate(
     recipe: Recipe, checkpoint: Path | None, progress: Progress
-) -> tuple[GreedyResult, Prompts]:
+) -> tuple[GreedyResult, dict[str, float], Prompts]:
     """Score a recipe's model, or a checkpoint of its run, greedily on the validation prompts.
+
+    Returns:
+        The greedy completions, avg@n and pass@k where the recipe asks for samples, the prompts.
 
     Raises:
         ProxstepError: If anything in the recipe, the data or the model is wrong.
     """
-    check(recipe)
+    with progress.wait("reading the data"):
+        check(recipe)
     device = pick_device(recipe.device)
-    source = str(checkpoint) if checkpoint else model_source(recipe, progress.note)
-    tokenizer, (_, validation) = _tokenized(recipe, source)
+    source = str(checkpoint) if checkpoint else prepared_source(recipe, progress)
+    tokenizer, (_, validation) = _tokenized(recipe, source, progress)
     if checkpoint:
         model = _load_checkpoint(recipe, checkpoint, device, progress)
     else:
-        model = load_model(source, recipe.model.dtype, device)
+        with progress.wait(f"loading {source}"):
+            model = load_model(source, recipe.model.dtype, device)
+    recipe = with_autocast(recipe, model, progress.note)
     with autocast(recipe, model):
         result = greedy_score(
             model,
@@ -140,14 +144,33 @@ def evaluate(
             max_new_tokens=recipe.rollout.max_completion_length,
             batch_size=recipe.evaluation.batch_size,
             stop=recipe.rollout.stop or (),
+            waits=progress,
         )
-    return result, validation
+        scores = sampled(recipe, model, tokenizer, validation, progress)
+    return result, scores, validation
 
 
-def keep_baselines(recipe: Recipe, validation: Prompts, folder: RunFolder) -> None:
+def keep_baselines(
+    recipe: Recipe, validation: Prompts, folder: RunFolder, progress: Progress
+) -> None:
     """Write into run.json what needs no skill, where a recipe asks for it."""
-    if recipe.evaluation.baselines:
-        folder.update_info(baselines=validation.baselines().to_dict())
+    if (found := baselines_of(recipe, validation, progress)) is not None:
+        folder.update_info(baselines=found.to_dict())
+
+
+def baselines_of(recipe: Recipe, validation: Prompts, progress: Progress) -> Baselines | None:
+    """Return what needs no skill, None where a recipe does not ask for it."""
+    if not recipe.evaluation.baselines:
+        return None
+    with progress.wait("baselines", NUM_PASSES, "passes, at most") as wait:
+        passes = itertools.count(1)
+        return validation.baselines(lambda: wait.advance(next(passes)))
+
+
+def prepared_source(recipe: Recipe, progress: Progress) -> str:
+    """Return where to load the model from; what must be made first is made."""
+    with progress.wait("preparing the model") as wait:
+        return model_source(recipe, wait.say)
 
 
 def check(recipe: Recipe) -> None:
@@ -162,7 +185,7 @@ def check(recipe: Recipe) -> None:
     pick_device(recipe.device)
     check_tracker(recipe.logging.tracker)
     check_optimizer(recipe.optimizer.name)
-    load_rewards(recipe, load_task(recipe, chat=False))
+    load_rewards(recipe, load_task(recipe, chat=recipe.task.system_prompt is not None))
 
 
 def load_run_recipe(path: str | Path) -> Recipe:
@@ -177,53 +200,20 @@ def load_run_recipe(path: str | Path) -> Recipe:
     return load_recipe(file).model_copy(update={"output_dir": str(path)})
 
 
-def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[str, Any]]:
-    """Return the function that makes the recipe's task, and its keyword arguments.
-
-    `chat` says whether the tokenizer has a chat template, for the tasks that can do either.
-    """
-    section = recipe.task
-    if section.name == "arithmetic":
-        keys = ("difficulty", "num_validation")
-        return arithmetic_task, {key: getattr(section, key) for key in keys}
-    if section.name == "stories":
-        return stories_task, {"num_validation": section.num_validation}
-    keys = ("train", "validation", "num_train", "num_validation")
-    if section.name == "math":
-        keys += ("level",)
-    if section.name == "table":
-        keys += ("prompt_column", "answer_column", "config", "train_split", "validation_split")
-    options = {key: getattr(section, key) for key in keys}
-    if section.name == "table":
-        return table_task, options | {"rewards": tuple(section.rewards or REWARDS["table"])}
-    if section.prompt_format != "auto":
-        chat = section.prompt_format == "chat"
-    return CHAT_TASKS[section.name], options | {"chat": chat}
-
-
-def load_task(recipe: Recipe, *, chat: bool) -> Task:
-    """Return the recipe's task; `chat` is as for `task_call`.
-
-    Raises:
-        ProxstepError: If the data is missing, empty or malformed.
-    """
-    function, options = task_call(recipe, chat=chat)
-    try:
-        return function(**options)
-    except ProxstepError as error:
-        raise ProxstepError(f"task.train or task.validation: {error}") from None
-
-
-def _tokenized(recipe: Recipe, source: str) -> tuple[Any, tuple[Prompts, Prompts]]:
-    tokenizer = load_tokenizer(source)
-    task = load_task(recipe, chat=tokenizer.chat_template is not None)
-    return tokenizer, load_prompts(recipe, tokenizer, task)
+def _tokenized(
+    recipe: Recipe, source: str, progress: Progress
+) -> tuple[Any, tuple[Prompts, Prompts]]:
+    with progress.wait("tokenizing the prompts"):
+        tokenizer = load_tokenizer(source)
+        task = load_task(recipe, chat=tokenizer.chat_template is not None)
+        return tokenizer, load_prompts(recipe, tokenizer, task, progress.note)
 
 
 def _load_checkpoint(
     recipe: Recipe, checkpoint: Path, device: torch.device, progress: Progress
 ) -> nn.Module:
-    if recipe.model.lora is None:
-        return load_model(str(checkpoint), recipe.model.dtype, device)
-    base = load_model(model_source(recipe, progress.note), recipe.model.dtype, device)
-    return load_adapters(base, checkpoint)
+    with progress.wait(f"loading {checkpoint}"):
+        if recipe.model.lora is None:
+            return load_model(str(checkpoint), recipe.model.dtype, device)
+        base = load_model(prepared_source(recipe, progress), recipe.model.dtype, device)
+        return load_adapters(base, checkpoint)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from proxstep.config.recipe import Recipe
 from proxstep.config.sections import Lora
 from proxstep.errors import ProxstepError
-from proxstep.training.gguf import ensure_converted, is_gguf
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,27 +38,6 @@ def pick_device(name: str) -> torch.device:
     if not available.get(device.type, False):
         raise ProxstepError(f"device {name} is not available here; use auto or cpu")
     return device
-
-
-def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
-    """Return the hub name or path to load from; convert the model or warm it up if need be.
-
-    `note` is called with how far that is: a minute or two for the embedded model's warm-up, half a
-    minute for a GGUF file of 100 MB, minutes for a warm-up on solutions.
-    """
-    if recipe.model.name != "embedded":
-        source = os.path.expanduser(recipe.model.name)  # keeps a leading ./
-        if is_gguf(recipe.model.name):
-            source = str(ensure_converted(recipe.model.name, note))
-        if recipe.model.warmup_solutions is None:
-            return source
-        from proxstep.training.warmup import ensure_warmed_up
-
-        return str(ensure_warmed_up(source, recipe, note))
-    from proxstep.training.demo_model import ensure_embedded_model
-
-    difficulty, score = recipe.task.difficulty, recipe.model.warmup_score
-    return str(ensure_embedded_model(difficulty, score, note))
 
 
 _LOADING_ERRORS = (

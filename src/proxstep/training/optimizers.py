@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from proxstep.config.sections import OPTIMIZER_OPTIONS, OptimizerSection
 from proxstep.errors import ProxstepError
@@ -66,6 +68,35 @@ def make_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.O
     # Balancing would draw from numpy's global generator, which a resumed run could not repeat; in
     # float32 the factors do not need it.
     return Kron(parameters, **common, **options, balance_prob=0.0)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, section: OptimizerSection, num_updates: int
+) -> LambdaLR:
+    """Return the learning rate's schedule: a linear warm-up, then what the recipe says.
+
+    transformers' own warm up from a rate of 0, an update that changes nothing; after it these are
+    the same.
+
+    Args:
+        optimizer: Whose groups' learning rates are the peaks.
+        section: The recipe's.
+        num_updates: Optimizer steps of the whole run, at whose end the lowest rate is reached.
+    """
+    warmup, floor = section.warmup_updates, section.min_lr_rate
+
+    def share(update: int) -> float:
+        if update < warmup:
+            return (update + 1) / (warmup + 1)
+        done = min(1.0, (update - warmup) / max(1, num_updates - warmup))
+        if section.lr_scheduler_type == "constant":
+            return 1.0
+        fall = (
+            done if section.lr_scheduler_type == "linear" else 0.5 - 0.5 * math.cos(math.pi * done)
+        )
+        return 1.0 - (1.0 - floor) * fall
+
+    return LambdaLR(optimizer, share)
 
 
 def check_optimizer(name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Prompts:
         tokenizer: Encodes them.
         functions: The reward functions.
         weights: One per function.
+        template: Arguments of the chat template.
         prefill: What every completion's turn begins with.
     """
 
@@ -46,10 +47,12 @@ class Prompts:
         tokenizer: Any,
         functions: Sequence[RewardFunction],
         weights: Sequence[float],
+        template: Mapping[str, Any] | None = None,
         prefill: str = "",
     ) -> None:
         self.examples = examples
-        self._tokenizer, self._prefill = tokenizer, prefill
+        self._tokenizer = tokenizer
+        self._template, self._prefill = template or {}, prefill
         self._functions, self._weights = functions, weights
 
     def __len__(self) -> int:
@@ -57,7 +60,8 @@ class Prompts:
 
     def tokens(self, index: int) -> list[int]:
         """Return a prompt's token ids; a chat goes through the template."""
-        return encode_prompt(self._tokenizer, self.examples[index].prompt, self._prefill)
+        prompt = self.examples[index].prompt
+        return encode_prompt(self._tokenizer, prompt, self._template, self._prefill)
 
     def grade(
         self,
@@ -105,25 +109,30 @@ class Prompts:
         columns = reward_columns(examples)
         return score_completions(functions, weights, prompts, answers, columns, truncated)
 
-    def check(self, limit: int, where: str) -> None:
+    def check(self, limit: int, where: str, *, drop: bool = False) -> int:
         """Refuse prompts that do not fit the tokenizer, are empty, or are longer than the limit.
 
         Args:
             limit: In tokens.
             where: What to call these prompts in the message.
+            drop: Leave prompts that are too long out instead.
+
+        Returns:
+            How many were left out.
 
         Raises:
             ProxstepError: Naming the first such row.
         """
         if not isinstance(self.examples, list | tuple):
-            return  # a procedural task's prompts are short by construction
+            return 0  # a procedural task's prompts are short by construction
+        kept = []
         for row, example in enumerate(self.examples):
             place = f"{where} row {row + 1}"
             if not isinstance(example.prompt, str) and self._tokenizer.chat_template is None:
                 raise ProxstepError(
                     f"{place}: the prompt is a chat, but the model's tokenizer has no chat "
-                    "template: use a chat model, or give prompts as strings (for gsm8k, math and "
-                    "svamp: task.prompt_format plain)"
+                    "template: use a chat model, or prompts that are texts with "
+                    "task.prompt_format plain"
                 )
             if not isinstance(example.prompt, str) and example.prompt[-1]["role"] == "assistant":
                 raise ProxstepError(
@@ -140,25 +149,41 @@ class Prompts:
                 raise ProxstepError(
                     f"{place}: the prompt has no tokens; is the tokenizer of model.name complete?"
                 )
-            if length > limit:
+            if length > limit and not drop:
                 raise ProxstepError(
                     f"{place}: the prompt has {length} tokens, task.max_prompt_length is {limit}: "
-                    "raise it, or drop the row"
+                    "raise it, drop the row, or set task.drop_long_prompts"
                 )
+            if length <= limit:
+                kept.append(example)
+        if not kept:
+            raise ProxstepError(
+                f"{where}: every prompt has more than task.max_prompt_length {limit} tokens: raise "
+                "it"
+            )
+        dropped = len(self.examples) - len(kept)
+        self.examples = kept if dropped else self.examples
+        return dropped
 
 
 def encode_prompt(
-    tokenizer: Any, prompt: str | list[dict[str, str]], prefill: str = ""
+    tokenizer: Any,
+    prompt: str | list[dict[str, str]],
+    template: Mapping[str, Any] | None = None,
+    prefill: str = "",
 ) -> list[int]:
     """Return the token ids of a string, or of a chat up to the assistant's turn, and the prefill.
 
+    `template` holds further arguments of the chat template.
     An end token that the tokenizer itself puts after a string is left out: nothing follows it.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt + prefill)["input_ids"]
         end = getattr(tokenizer, "eos_token_id", None)
         return ids[:-1] if ids[-1:] == [end] and appends_end(tokenizer) else ids
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=True, **(template or {})
+    )
     return tokenizer(text + prefill, add_special_tokens=False)["input_ids"]
 
 
@@ -188,17 +213,30 @@ def load_rewards(recipe: Recipe, task: Task) -> tuple[list[RewardFunction], list
     return functions, weights
 
 
-def load_prompts(recipe: Recipe, tokenizer: Any, task: Task) -> tuple[Prompts, Prompts]:
+def load_prompts(
+    recipe: Recipe, tokenizer: Any, task: Task, note: Callable[[str], None] = lambda text: None
+) -> tuple[Prompts, Prompts]:
     """Return the training and the validation prompts of a task.
+
+    `note` is told how many were too long, where a recipe says to leave those out.
 
     Raises:
         ProxstepError: If a reward cannot be loaded, or a prompt does not fit the tokenizer.
     """
-    rewards, prefill = load_rewards(recipe, task), recipe.rollout.prefill or ""
-    train = Prompts(task.train, tokenizer, *rewards, prefill)
-    validation = Prompts(task.validation, tokenizer, *rewards, prefill)
-    train.check(recipe.task.max_prompt_length, "task.train")
-    validation.check(recipe.task.max_prompt_length, "task.validation")
+    rewards, section = load_rewards(recipe, task), recipe.task
+    given = (section.chat_template_kwargs, recipe.rollout.prefill or "")
+    train = Prompts(task.train, tokenizer, *rewards, *given)
+    validation = Prompts(task.validation, tokenizer, *rewards, *given)
+    for prompts, what in ((train, "train"), (validation, "validation")):
+        total = len(prompts)
+        dropped = prompts.check(
+            section.max_prompt_length, f"task.{what}", drop=section.drop_long_prompts
+        )
+        if section.drop_long_prompts:
+            note(
+                f"task.drop_long_prompts: {dropped} of {total} {what} prompts have more than "
+                f"{section.max_prompt_length} tokens"
+            )
     return train, validation
 
 

@@ -221,6 +221,10 @@ class Cut:
             yield on_device, completions.rows(on_device).trimmed()
 
 
+BY_TOKENS = Cut()
+"""How scoring is cut where nobody says it."""
+
+
 def rows_by_tokens(completions: Completions, tokens: int) -> list[Int[Tensor, " rows"]]:
     """Return rows in microbatches of at most `tokens` positions, the longest sequences first.
 

@@ -17,12 +17,19 @@ from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo
 from proxstep.runs.checkpoint import save_checkpoint
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.tracking import Progress
 from proxstep.training.evaluation import Probe
 
 _OF_THE_DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
     *(errno.EIO, errno.ENOENT),
 )
+
+
+def is_stale(recipe: Recipe, best: Mapping[str, Any] | None) -> bool:
+    """Whether a run stops early, its best score being `best`, as `Resumable` keeps it."""
+    patience = recipe.evaluation.patience
+    return patience is not None and best is not None and best["ago"] >= patience
 
 
 class Resumable:
@@ -34,6 +41,8 @@ class Resumable:
         num_sequences: Completions sampled for training in them.
         unrecorded: What the last step measured, while it is not in metrics.jsonl yet. Step 0 is the
             evaluation before any training.
+        best: The validation's best score, its step, and how many evaluations ago that was; None
+            before the first.
         torn: Whether parameters or optimizer are in the middle of a step, which nothing can
             continue.
     """
@@ -42,6 +51,7 @@ class Resumable:
     model: nn.Module
     tokenizer: Any
     folder: RunFolder
+    progress: Progress
     device: torch.device
     isopo: Isopo | None
     optimizer: torch.optim.Optimizer
@@ -51,6 +61,7 @@ class Resumable:
     def __init__(self) -> None:
         self.step, self.num_updates, self.num_sequences = 0, 0, 0
         self.unrecorded: dict[str, Any] | None = {"step": 0}
+        self.best: dict[str, Any] | None = None
         self.torn = False
         self._saved_step, self._saved_time = -1, time.monotonic()
         self._started = time.perf_counter()
@@ -59,10 +70,38 @@ class Resumable:
         """Return the seconds of the run, those of its earlier parts included."""
         return time.perf_counter() - self._started
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the validation's score has not risen for as long as the recipe waits."""
+        return is_stale(self.recipe, self.best)
+
+    def judge(self, score: float) -> None:
+        """Compare an evaluation's score, which is recorded by now, with the best one."""
+        if self.best is None or score > self.best["score"]:
+            self.best = {"score": score, "step": self.step, "ago": 0}
+        else:
+            self.best = {**self.best, "ago": self.best["ago"] + 1}
+
+    def tell_best(self) -> None:
+        """Record the best evaluation, and say so if the run ended for want of a better one."""
+        if self.best is None or self.recipe.evaluation.patience is None:
+            return
+        step, score = self.best["step"], self.best["score"]
+        early = self.stopped_early and self.step < self.recipe.steps
+        self.folder.update_info(best_step=step, best_score=score, stopped_early=early)
+        if early:
+            self.progress.note(
+                f"stopped early at step {self.step}: {self.best['ago']} evaluations without a "
+                f"better score than {score:.3f} at step {step} (evaluation.patience)"
+            )
+
     def save_if_due(self) -> None:
-        """Save the run if the recipe wants it, by steps or by time."""
+        """Save the run if the recipe wants it: by steps, by time, or the best one."""
         section = self.recipe.logging
         if self.step == 0:
+            return
+        if self.recipe.evaluation.patience and self.best and self.best["step"] == self.step:
+            self.save()
             return
         by_steps = section.checkpoint_every and self.step % section.checkpoint_every == 0
         seconds = time.monotonic() - self._saved_time
@@ -79,10 +118,11 @@ class Resumable:
             return
         kept = self.recipe.logging.checkpoints_kept
         path = self.folder.path
+        best = self.best["step"] if self.recipe.evaluation.patience and self.best else None
         try:
             if self.unrecorded is not None:
                 self.folder.drop_later_steps(self.step - 1)
-            save_checkpoint(path, self.step, self.model, self.tokenizer, self._state(), kept)
+            save_checkpoint(path, self.step, self.model, self.tokenizer, self._state(), kept, best)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own
             raise ProxstepError(
                 f"step {self.step}: the checkpoint cannot be written below {path} ({error}); those "
@@ -126,6 +166,7 @@ class Resumable:
             "recipe": with_absolute_paths(self.recipe).model_dump(),
             "trained": self._trained(),
             "unrecorded": self.unrecorded,
+            "best": self.best,
             "logs": self.folder.log_sums(),
         }
 
@@ -158,5 +199,6 @@ class Resumable:
             raise foreign from error
         self.step, self.num_updates = state["step"], state["num_updates"]
         self.num_sequences, self.unrecorded = state["num_sequences"], state["unrecorded"]
+        self.best = state["best"]
         self._started = time.perf_counter() - state["elapsed_seconds"]
         self._saved_step = self.step

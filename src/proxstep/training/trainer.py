@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
@@ -25,9 +22,10 @@ from proxstep.runs.stop import StopRequest, stop_on_signal
 from proxstep.runs.tracking import MetricsLog, Progress, Tracker
 from proxstep.training.batch import Batch, collect, shortage
 from proxstep.training.chunkable import check_chunkable
-from proxstep.training.evaluation import Probe, evaluate
+from proxstep.training.clock import Clock
+from proxstep.training.evaluation import Probe, evaluate, truncation_note
 from proxstep.training.objective import Objective, make_isopo
-from proxstep.training.optimizers import make_optimizer
+from proxstep.training.optimizers import make_optimizer, make_schedule
 from proxstep.training.prompts import Prompts
 from proxstep.training.regularizers import loss_penalty
 from proxstep.training.rollout import Completions, Scores, autocast, score
@@ -35,39 +33,6 @@ from proxstep.training.saving import Resumable
 from proxstep.typing import Tensor
 
 _MOST_IDLE_STEPS = 5
-
-
-class Clock:
-    """Seconds by phase since they were last taken.
-
-    Args:
-        device: Where the work happens; an accelerator is waited for at the end of a phase.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        start = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """Return the phases' seconds and their sum, and start over."""
-        taken = {f"seconds_{name}": seconds for name, seconds in self._seconds.items()}
-        taken["seconds_step"] = sum(self._seconds.values())
-        self._seconds = {}
-        return taken
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, warmup_updates: int) -> LambdaLR:
-    """Return the learning rate's schedule: a linear warm-up, then the optimizer's own rate."""
-    return LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / (warmup_updates + 1)))
 
 
 class Trainer(Resumable):
@@ -108,8 +73,10 @@ class Trainer(Resumable):
         self.objective = Objective(recipe)
         self.isopo = make_isopo(recipe, model)
         self.optimizer = make_optimizer(recipe.optimizer, model)
-        self.schedule = make_schedule(self.optimizer, recipe.optimizer.warmup_updates)
-        self.clock = Clock(self.device)
+        self.schedule = make_schedule(
+            self.optimizer, recipe.optimizer, recipe.steps * recipe.update.num_updates
+        )
+        self.clock = Clock(self.device, progress)
         self.probe: Probe | None = None
         self._idle_steps = 0
         self._warned: set[str] = set()
@@ -132,8 +99,7 @@ class Trainer(Resumable):
             self.progress.begin(self.recipe)
             with self._tracker() as tracker, stop_on_signal() as stop:
                 self._train(log, tracker, stop)
-            done = self.step == self.recipe.steps and self.unrecorded is None
-            status = "finished" if done else "interrupted"
+            status = "finished" if self._done else "interrupted"
         except BaseException as error:
             saved = self.rescue()
             if saved:
@@ -152,6 +118,11 @@ class Trainer(Resumable):
             self.folder.conclude(status)
         return status
 
+    @property
+    def _done(self) -> bool:
+        """Whether the last step is taken and recorded, or the last before an early stop."""
+        return self.unrecorded is None and (self.stopped_early or self.step == self.recipe.steps)
+
     def _tracker(self) -> Tracker:
         section = self.recipe.logging
         recipe = self.recipe.model_dump()
@@ -161,7 +132,7 @@ class Trainer(Resumable):
         """Take the steps that are left, until asked to stop; evaluate, record and save them."""
         recipe = self.recipe
         while self.unrecorded is not None or self.step < recipe.steps:
-            if stop.made:
+            if stop.made or (self.unrecorded is None and self.stopped_early):
                 break
             if self.unrecorded is None:
                 self.unrecorded = self._train_step()
@@ -169,10 +140,12 @@ class Trainer(Resumable):
             if self.step == recipe.steps or self.step % recipe.evaluation.every == 0:
                 record |= self._evaluate()
             self._write(log, tracker, record)
+            if "score" in record:
+                self.judge(record["score"])
             self.save_if_due()
-        done = self.step == recipe.steps and self.unrecorded is None
-        if recipe.logging.checkpoint_last or not done:
+        if recipe.logging.checkpoint_last or not self._done:
             self.save()
+        self.tell_best()
 
     def _train_step(self) -> dict[str, Any]:
         """Sample, reward and update once; return what was measured."""
@@ -193,6 +166,8 @@ class Trainer(Resumable):
         )
         measured["skipped"] = int(batch is None)
         self._warn("rollout", shortage(recipe, measured))
+        limit = recipe.rollout.max_completion_length
+        self._warn("length", truncation_note(measured["completions_clipped_ratio"], limit))
         self._warn_of_idleness(measured)
         if batch is not None:
             with self.clock.phase("update"):
@@ -381,7 +356,8 @@ class Trainer(Resumable):
         """Measure the policy as it is now; no step's randomness depends on it."""
         with self.clock.phase("evaluation"), autocast(self.recipe, self.model):
             measured, samples, self.probe = evaluate(
-                self.recipe, self.model, self.initial, self.tokenizer, self.validation, self.probe
+                *(self.recipe, self.model, self.initial, self.tokenizer, self.validation),
+                *(self.probe, self.progress),
             )
         self.folder.add_samples([{"step": self.step, **sample} for sample in samples])
         return measured

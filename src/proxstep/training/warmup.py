@@ -11,7 +11,7 @@ import gc
 import json
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from proxstep.errors import ProxstepError
 from proxstep.runs.durable import write_file
 from proxstep.tasks import Example
 from proxstep.training.demo_model import cache_folder, keep, solution_loss
+from proxstep.training.models import load_model, load_tokenizer, pick_device
 from proxstep.training.prompts import batch_rows
+from proxstep.training.task import load_task
 
 _VERSION = 1
 """Part of the cache's name: raise it when anything below changes what comes out."""
@@ -54,9 +56,6 @@ def ensure_warmed_up(
     Raises:
         ProxstepError: If the task has no solutions.
     """
-    from proxstep.training.lifecycle import load_task
-    from proxstep.training.models import load_model, load_tokenizer, pick_device
-
     folder = cache_folder() / f"warmed-up-v{_VERSION}-{_key(source, recipe):08x}"
     if (folder / "config.json").is_file():
         return folder
@@ -66,7 +65,8 @@ def ensure_warmed_up(
     examples = _examples(task.train, recipe.model.warmup_solutions or 0)
     model = load_model(source, "float32", pick_device(recipe.device))
     note(f"supervised warm-up of {recipe.model.name} on {len(examples)} solutions, once")
-    losses = fine_tune(model, tokenizer, examples, recipe.model.warmup_learning_rate, note)
+    rate, template = recipe.model.warmup_learning_rate, recipe.task.chat_template_kwargs
+    losses = fine_tune(model, tokenizer, examples, rate, note, template)
     record = {
         "model": recipe.model.name,
         "task": recipe.task.name,
@@ -119,8 +119,12 @@ def fine_tune(
     examples: Sequence[Example],
     learning_rate: float,
     note: Callable[[str], None],
+    template: Mapping[str, Any] | None = None,
 ) -> list[float]:
-    """Train on each example's solution once, in their order; return the loss of each step."""
+    """Train on each example's solution once, in their order; return the loss of each step.
+
+    `template` holds arguments of the chat template.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     batches = [examples[i : i + _BATCH_SIZE] for i in range(0, len(examples), _BATCH_SIZE)]
     losses: list[float] = []
@@ -130,7 +134,7 @@ def fine_tune(
         left = (1 - step / len(batches)) / _COOLDOWN
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / _NUM_RISING_STEPS, left)
-        loss = solution_loss(model, tokenizer, batch)
+        loss = solution_loss(model, tokenizer, batch, template)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

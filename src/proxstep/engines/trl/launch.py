@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.stop import stop_on_signal
 from proxstep.runs.tracking import MetricsLog, Progress, Tracker
+from proxstep.runs.waiting import UNSEEN
 from proxstep.tasks import Task
 from proxstep.training import lifecycle
 from proxstep.training.guarded import guarded
-from proxstep.training.models import load_model, load_tokenizer, model_source
+from proxstep.training.models import load_model, load_tokenizer
 from proxstep.training.prompts import Prompts, appends_end, load_prompts
 
 ADDED = ("completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -72,7 +73,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
             device = trainer.accelerator.device
             folder.create(recipe, device, sum(p.numel() for p in trainer.model.parameters()))
             folder.update_info(engine="trl", trl_version=trl.__version__)
-            lifecycle.keep_baselines(recipe, prepared.validation, folder)
+            lifecycle.keep_baselines(recipe, prepared.validation, folder, progress)
         trainer.accelerator.wait_for_everyone()
         return _run(recipe, prepared, trainer, folder, progress, None)
 
@@ -113,11 +114,12 @@ def _prepare(recipe: Recipe, progress: Progress) -> _Prepared:
     """Check the recipe, and load tokenizer and data."""
     translate(recipe, chat=False)  # refuses before anything is loaded
     lifecycle.check(recipe)
-    source = model_source(recipe, progress.note)
+    source = lifecycle.prepared_source(recipe, progress)
     tokenizer = load_tokenizer(source)
     chat = tokenizer.chat_template is not None
     task = lifecycle.load_task(recipe, chat=chat)
-    _, validation = load_prompts(recipe, tokenizer, task)
+    train, validation = load_prompts(recipe, tokenizer, task, progress.note)
+    task = replace(task, train=train.examples)
     if isinstance(task.train[0].prompt, str) and appends_end(tokenizer):
         raise ProxstepError(
             f"model.name {source}: its tokenizer ends every prompt with {tokenizer.eos_token}, and "
@@ -220,6 +222,8 @@ class _NoProgress:
 
     def note(self, text: str) -> None:
         """Report nothing."""
+
+    wait = UNSEEN.wait
 
     def record(self, record: Any) -> None:
         """Report nothing."""

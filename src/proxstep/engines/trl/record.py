@@ -21,11 +21,11 @@ from proxstep.runs.checkpoint import publish
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.stop import StopRequest
 from proxstep.runs.tracking import MetricsLog, Progress, Tracker
+from proxstep.training.clock import Clock
 from proxstep.training.evaluation import Probe, evaluate
 from proxstep.training.objective import Objective
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import autocast
-from proxstep.training.trainer import Clock
 
 STATE_FILE = "proxstep_run.pt"
 CHECKPOINTS = "checkpoints"
@@ -152,7 +152,7 @@ class RunRecorder(TrainerCallback):
         ):
             measured, samples, self._probe = evaluate(
                 *(self._recipe, model, self._initial),
-                *(self._tokenizer, self._validation, self._probe),
+                *(self._tokenizer, self._validation, self._probe, self._progress),
             )
         if self._log is not None:
             self._folder.add_samples([{"step": step, **sample} for sample in samples])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from proxstep.config.recipe import Recipe
+from proxstep.engines.keys import Refusal, refuse
 from proxstep.engines.trl.expressions import Call, Code, Name, Shared, imports_of, write
 from proxstep.engines.trl.translation import Translation, translate
-from proxstep.training.lifecycle import CHAT_TASKS
+from proxstep.training.task import asks_tokenizer
 
 _HEAD = '''"""{algorithm} on {task}, in TRL.
 
@@ -18,6 +19,15 @@ run folder and the greedy evaluation.
 
 '''
 
+_ONLY_RUN: tuple[Refusal, ...] = (
+    (
+        "task.drop_long_prompts",
+        lambda recipe: recipe.task.drop_long_prompts,
+        "a printed script has no limit on prompts; run it without --print-command, or drop the "
+        "rows from the data",
+    ),
+)
+
 
 def script(recipe: Recipe) -> str:
     """Return a script that trains as `proxstep train --engine trl` does.
@@ -25,8 +35,8 @@ def script(recipe: Recipe) -> str:
     Raises:
         ProxstepError: If TRL cannot do what the recipe says.
     """
-    section = recipe.task
-    asks = section.name in CHAT_TASKS and section.prompt_format == "auto"
+    refuse("trl", recipe, _ONLY_RUN)
+    section, asks = recipe.task, asks_tokenizer(recipe)
     chat = Code("tokenizer.chat_template is not None")
     made = translate(recipe, chat=chat if asks else False)
     lines = [_HEAD.format(algorithm=recipe.algorithm, task=section.name)]

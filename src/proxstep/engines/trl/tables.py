@@ -20,6 +20,7 @@ RENAMED: dict[str, str] = {key: key.rpartition(".")[2] for key in _SAME_NAME} | 
     "regularizer.kl_coef": "beta",
     "optimizer.eps": "adam_epsilon",
     "optimizer.warmup_updates": "warmup_steps",
+    "task.chat_template_kwargs": "chat_template_kwargs",
     "logging.tracker": "report_to",
 }
 """Keys whose value is an option's, under TRL's name; null leaves the option at its default."""
@@ -31,22 +32,24 @@ TRANSLATED = (
     *("rollout.num_prompts", "rollout.overlong_buffer", "rollout.overlong_penalty"),
     *("rollout.dynamic_sampling_max_batches", "rollout.importance_cap"),
     *("rollout.stop", "rollout.prefill"),
-    *("update.num_minibatches", "update.microbatch_size"),
+    *("update.num_minibatches", "update.microbatch_size", "update.microbatch_tokens"),
     *("optimizer.name", "optimizer.betas", "optimizer.momentum", "optimizer.max_grad_norm"),
     *("optimizer.muon_learning_rate", "logging.checkpoint_every"),
+    *("optimizer.lr_scheduler_type", "optimizer.min_lr_rate", "evaluation.patience"),
 )
 """Keys and sections that become options or arguments in another way, or are refused below."""
 
 RUN_FOLDER = (
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
     *("evaluation.kl_policy_initial", "evaluation.baselines"),
+    *("evaluation.num_samples", "evaluation.temperature"),
     *("logging.num_samples", "task.max_prompt_length"),
     *("logging.checkpoint_minutes", "logging.checkpoints_kept", "task.reward_seconds"),
 )
 """What `proxstep train` adds to a run, and a printed script has not: TRL has no such thing."""
 
-SAME_ANYHOW = ("model.head",)
-"""TRL scores tokens in its own way whatever we say; the numbers are the same."""
+SAME_ANYHOW = ("model.head", "rollout.batch_size")
+"""TRL scores and samples in its own way whatever we say; the distribution is the same."""
 
 KNOWN = (*RENAMED, *TRANSLATED, *RUN_FOLDER, *SAME_ANYHOW)
 
@@ -192,6 +195,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "TRL's microbatches have one size; take a divisor of num_prompts * num_generations / "
         "num_minibatches",
     ),
+    _only(
+        *("update.microbatch_tokens", [None]),
+        "TRL's microbatches have one number of sequences; use update.microbatch_size",
+    ),
     (
         *("geometry.interact", _scatters_groups),
         "TRL shuffles a prompt's completions over microbatches and minibatches; use microbatch, or "
@@ -212,6 +219,14 @@ REFUSALS: tuple[Refusal, ...] = (
         f"TRL has no such optim; use {' or '.join(OPTIMIZERS)}, or hand one to a printed script's "
         "optimizers",
     ),
+    (
+        "optimizer.min_lr_rate",
+        lambda recipe: (
+            recipe.optimizer.lr_scheduler_type == "linear" and recipe.optimizer.min_lr_rate > 0
+        ),
+        "TRL's linear schedule ends at 0; leave it out, or use lr_scheduler_type cosine",
+    ),
+    _only("evaluation.patience", [None], "only the local engine stops early; leave it out"),
     _only("model.dtype", PRECISIONS, f"use {' or '.join(PRECISIONS)}"),
     _only("model.autocast", AUTOCASTS, "use bfloat16, or leave it out"),
 )

@@ -28,7 +28,7 @@ from proxstep.errors import ProxstepError
 from proxstep.rewards import BUILTIN_REWARDS
 from proxstep.tasks import REWARDS
 from proxstep.training.gguf import is_gguf
-from proxstep.training.lifecycle import task_call
+from proxstep.training.task import task_call
 
 PUNISHMENT = "soft_overlong_punishment_reward"
 """The name under which TRL reports what it adds to the reward for length."""
@@ -163,8 +163,13 @@ def _sizes(recipe: Recipe) -> dict[str, Any]:
 
 def _optimizer(recipe: Recipe) -> dict[str, Any]:
     section = recipe.optimizer
-    schedule = "constant_with_warmup" if section.warmup_updates else "constant"
+    schedule = section.lr_scheduler_type
+    if schedule == "constant" and section.warmup_updates:
+        schedule = "constant_with_warmup"
     found: dict[str, Any] = {"lr_scheduler_type": schedule}
+    if section.min_lr_rate > 0:
+        found["lr_scheduler_type"] = "cosine_with_min_lr"
+        found["lr_scheduler_kwargs"] = {"min_lr_rate": section.min_lr_rate}
     found["max_grad_norm"] = section.max_grad_norm or 0.0
     found |= OPTIMIZERS[section.name]
     if section.momentum is not None:

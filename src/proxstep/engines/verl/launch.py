@@ -88,10 +88,11 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         overrides(recipe, prepared, machine)  # refuses what verl cannot do
         if overwrite:
             folder.clear()
-        validation = write(recipe, prepared, task, progress.note)
+        with progress.wait("writing the prompts") as wait:
+            validation = write(recipe, prepared, task, wait.say)
         folder.create(recipe, pick_device(recipe.device), _num_parameters(prepared.model))
         folder.update_info(engine="verl", verl_version=version("verl"))
-        keep_baselines(recipe, validation, folder)
+        keep_baselines(recipe, validation, folder, progress)
         return _run(recipe, folder, prepared, machine, progress, first_step=0)
 
 
@@ -115,7 +116,8 @@ def resume(path: str | Path, progress: Progress) -> str:
     machine = find_machine()
     with folder.locked():
         folder.drop_later_steps(step)
-        prepared = prepare(recipe, progress.note)
+        with progress.wait("writing the prompts") as wait:
+            prepared = prepare(recipe, wait.say)
         return _run(recipe, folder, prepared, machine, progress, first_step=step)
 
 

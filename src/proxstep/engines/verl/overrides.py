@@ -105,7 +105,9 @@ def overrides(recipe: Recipe, prepared: Prepared, machine: Machine) -> list[str]
 
 
 def _data(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    template = recipe.task.chat_template_kwargs
     return {
+        **({"+data.apply_chat_template_kwargs": template} if template else {}),
         "data.train_files": str(prepared.train),
         "data.val_files": str(prepared.validation),
         "data.shuffle": False,  # the rows are in the order of the local engine's batches
@@ -227,11 +229,38 @@ def _update(recipe: Recipe, machine: Machine) -> dict[str, Any]:
     per_rank = num_sequences // machine.num_ranks
     size = per_rank if update.microbatch_size is None else min(update.microbatch_size, per_rank)
     size = max(number for number in range(1, size + 1) if per_rank % number == 0)
+    tokens = _by_tokens(recipe)
     return {
+        **tokens,
         f"{ACTOR}.ppo_mini_batch_size": num_prompts,
         f"{ACTOR}.ppo_micro_batch_size_per_gpu": size,
         f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": size,
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": size,
+    }
+
+
+def _by_tokens(recipe: Recipe) -> dict[str, Any]:
+    """Return what says that microbatches are cut by tokens, of a rank and without padding.
+
+    Raises:
+        ProxstepError: If a sequence can be longer, at which verl would stop.
+    """
+    tokens = recipe.update.microbatch_tokens
+    if tokens is None:
+        return {}
+    longest = recipe.task.max_prompt_length + recipe.rollout.max_completion_length
+    if tokens < longest:
+        raise ProxstepError(
+            f"update.microbatch_tokens {tokens} is below task.max_prompt_length + "
+            f"rollout.max_completion_length = {longest}, and verl stops at a longer sequence: "
+            "raise it"
+        )
+    scoring = (ROLLOUT, "actor_rollout_ref.ref")
+    return {
+        f"{ACTOR}.use_dynamic_bsz": True,
+        f"{ACTOR}.ppo_max_token_len_per_gpu": tokens,
+        **{f"{part}.log_prob_use_dynamic_bsz": True for part in scoring},
+        **{f"{part}.log_prob_max_token_len_per_gpu": tokens for part in scoring},
     }
 
 

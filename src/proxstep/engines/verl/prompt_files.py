@@ -13,9 +13,10 @@ from proxstep.config.recipe import Recipe
 from proxstep.engines.verl.overrides import Prepared
 from proxstep.errors import ProxstepError
 from proxstep.tasks import Example, Task
-from proxstep.training.lifecycle import load_task
-from proxstep.training.models import load_tokenizer, model_source
+from proxstep.training.models import load_tokenizer
 from proxstep.training.prompts import Prompts, batch_rows, encode_prompt, load_prompts
+from proxstep.training.source import model_source
+from proxstep.training.task import load_task
 
 PLAIN_TEMPLATE = "{{ messages[0].content }}"
 """A chat template under which a single message is the prompt itself."""
@@ -72,7 +73,7 @@ def write(recipe: Recipe, prepared: Prepared, task: Task, note: Callable[[str], 
     """
     source = model_source(recipe, note)
     tokenizer = load_tokenizer(source)
-    train, validation = load_prompts(recipe, tokenizer, task)
+    train, validation = load_prompts(recipe, tokenizer, task, note)
     _check_tokens(tokenizer, prepared.chat_template, validation.examples)
     per_step = recipe.rollout.num_prompts
     rows = [

@@ -27,6 +27,8 @@ RENAMED: dict[str, str] = {
     "update.num_iterations": f"{ACTOR}.ppo_epochs",
     "optimizer.learning_rate": f"{OPTIMIZER}.lr",
     "optimizer.weight_decay": f"{OPTIMIZER}.weight_decay",
+    "optimizer.lr_scheduler_type": f"{OPTIMIZER}.lr_scheduler_type",
+    "optimizer.min_lr_rate": f"{OPTIMIZER}.min_lr_ratio",
     "evaluation.every": "trainer.test_freq",
     "logging.project": "trainer.project_name",
 }
@@ -42,6 +44,11 @@ REFUSED: tuple[Refusal, ...] = (
         "model.head",
         lambda recipe: recipe.model.head != "full",
         "verl computes log-probabilities from all logits: use full",
+    ),
+    (
+        "model.autocast",
+        lambda recipe: recipe.model.autocast == "auto",
+        "only the local engine measures whether bfloat16 is faster: say bfloat16, or leave it null",
     ),
     (
         "model.lora.dropout",
@@ -88,6 +95,11 @@ REFUSED: tuple[Refusal, ...] = (
         "sgd",
     ),
     (
+        "optimizer.lr_scheduler_type",
+        lambda recipe: recipe.optimizer.lr_scheduler_type == "linear",
+        "verl's schedules are constant and cosine: use one of them",
+    ),
+    (
         "optimizer.muon_learning_rate",
         lambda recipe: recipe.optimizer.muon_learning_rate is not None,
         "verl has no muon: leave it null",
@@ -103,7 +115,12 @@ REFUSED: tuple[Refusal, ...] = (
             lambda recipe, key=key: recipe.evaluation.differs(key),
             "it is of the local engine's measurements, which verl does not make: leave it out",
         )
-        for key in ("batch_size", "num_probe_prompts")
+        for key in ("batch_size", "num_probe_prompts", "num_samples")
+    ),
+    (
+        "evaluation.patience",
+        lambda recipe: recipe.evaluation.patience is not None,
+        "only the local engine stops early: leave it null",
     ),
     (
         "task.reward_seconds",
