@@ -60,13 +60,13 @@ def test_a_comparisons_runs_begin_with_one_evaluation(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     completed: list[int] = []
-    complete = evaluation._complete
+    complete = evaluation._completed
 
-    def counted(*arguments: object) -> object:
+    def counted(*arguments: object, **options: object) -> object:
         completed.append(1)
-        return complete(*arguments)  # type: ignore[arg-type]
+        return complete(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluation, "_complete", counted)
+    monkeypatch.setattr(evaluation, "_completed", counted)
     scores = []
     for seed, remember in enumerate((True, True, False)):
         changes = {"seed": seed, "evaluation": {"every": 3, "remember_first": remember}}
