@@ -4,8 +4,8 @@ A training problem and a validation problem never tell the same story (`story_te
 are spread as evenly as a story allows, so that no constant answer scores; no answer is a number of
 its problem, so that copying one never does.
 
-The training solutions are all right, but of two styles: two in three state the answer alone, one
-in three works it out. A small model does not get far without working a problem out. After a
+The training solutions are all right, but of two styles: 55 in 100 state the answer alone, 45 work
+it out. A small model does not get far without working a problem out. After a
 supervised warm-up on both styles that is for the rewards to discover.
 """
 
@@ -26,7 +26,7 @@ NUM_TRAIN = 100_000
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack")
 ANSWERS = range(2, 31)
 _DIGITS = range(2, 10)
-_WORKED = 1 / 3
+_WORKED = 0.45
 """Share of the training solutions that are worked out."""
 _MOST_DRAWS = 100_000
 
