@@ -8,7 +8,7 @@ import pytest
 from tests.config.recipe_case import mistake
 
 from proxstep.config.loading import resolve
-from proxstep.config.sections import OPTIMIZER_OPTIONS
+from proxstep.config.optimizer import OPTIMIZER_OPTIONS
 from proxstep.isopo import PRESETS
 
 

@@ -11,7 +11,7 @@ from tests.config.recipe_case import mistake, nested
 
 from proxstep.config.explain import describe_keys
 from proxstep.config.loading import resolve
-from proxstep.config.sections import OPTIMIZER_OPTIONS
+from proxstep.config.optimizer import OPTIMIZER_OPTIONS
 from proxstep.config.unread import GEOMETRY, READ
 
 SOURCE = Path(__file__).parents[2] / "src" / "proxstep"

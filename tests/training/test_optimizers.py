@@ -17,8 +17,8 @@ from tests.models import tiny_gpt2, tiny_qwen3
 from torch import Tensor, nn
 
 from proxstep.config.loading import resolve
+from proxstep.config.optimizer import OPTIMIZER_OPTIONS
 from proxstep.config.recipe import Recipe
-from proxstep.config.sections import OPTIMIZER_OPTIONS
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.training import lifecycle

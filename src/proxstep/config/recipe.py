@@ -12,14 +12,14 @@ from pydantic import Field, create_model, model_validator
 
 from proxstep.algorithms import ADVANTAGES, ALGORITHMS, Algorithm
 from proxstep.algorithms.advantages import NONNEGATIVE
+from proxstep.config.geometry import GeometrySection
 from proxstep.config.objectives import ObjectiveSection, section_of
+from proxstep.config.optimizer import OptimizerSection
 from proxstep.config.regularizer import RegularizerSection
 from proxstep.config.sections import (
     EvaluationSection,
-    GeometrySection,
     LoggingSection,
     ModelSection,
-    OptimizerSection,
     Positive,
     RolloutSection,
     Section,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import types
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from proxstep.isopo import PRESETS, IntraProjectingRule, IsometricRule, Isopo, NaturalRule, Rule
 from proxstep.rewards import overlong_punishment
 
 Positive = Annotated[int, Field(ge=1)]
@@ -208,123 +205,6 @@ class TaskSection(Section):
     )
 
 
-if TYPE_CHECKING:
-    RuleName = str
-else:
-    RuleName = Literal["none", *PRESETS]
-
-
-class GeometrySection(Section):
-    """What happens to the gradient between the objective and the optimizer (arXiv 2512.23353)."""
-
-    rule: RuleName = Field(
-        default="none",
-        description='"none" or a preset of ISOPO; null keys below are the preset\'s.',
-    )
-    fisher_power: float | None = Field(default=None, description="p, isometric rule.")
-    norm_power: float | None = Field(default=None, description="q, isometric rule.")
-    relative_fisher_power: float | None = Field(default=None, description="r, isometric rule.")
-    damping: float | None = Field(default=None, ge=0, description="c, isometric rule.")
-    ntk_damping: float | None = Field(default=None, gt=0, description="c, natural rule.")
-    interact: Literal["microbatch", "group"] | None = Field(
-        default=None,
-        description="Natural rule: mix all sequences of a microbatch, or a prompt's completions.",
-    )
-    damping_form: Literal["additive", "relative"] | None = Field(
-        default=None, description="As printed in the paper, or as in its author's code."
-    )
-    scale: Literal["paper", "preserved"] = Field(
-        default=IsometricRule.scale,
-        description='"preserved" keeps an average sequence at its REINFORCE weight, so that '
-        'learning rate and clipping carry over; "paper" does not.',
-    )
-    other_parameters: Literal["transform", "reinforce", "freeze"] = Field(
-        default="transform", description="For what is not a linear layer's weight."
-    )
-    fisher: Literal["positions", "sequences"] = Field(
-        default=default_of(Isopo, "fisher"),
-        description="Estimate the Fisher norm from position-wise gradients (eqs. 3 to 6) or from "
-        "the microbatch's sequences (eq. 2).",
-    )
-    num_overlap_positions: Positive | None = Field(
-        default=default_of(Isopo, "num_overlap_positions"),
-        description="K, positions that estimate the Fisher norm; null for all.",
-    )
-    overlap_positions: Literal["all", "completion"] = Field(
-        default="all",
-        description="Where they lie: anywhere, or where a token of the completion is predicted.",
-    )
-    overlap_source: Literal["previous_step", "microbatch", "ranks"] | None = Field(
-        default=default_of(Isopo, "overlap_source"),
-        description="Whose positions: the last step's, with which the result does not depend on "
-        "microbatch_size, the microbatch's, or all ranks'; null for the last step's where a number "
-        "of positions is sampled, else the microbatch's.",
-    )
-    fisher_denominator: Literal["sample", "trailing"] = Field(
-        default=default_of(Isopo, "fisher_denominator"),
-        description="Divide by the sample's own sum of squares or by its trailing mean.",
-    )
-    decay: float = Field(
-        default=default_of(Isopo, "decay"), ge=0, lt=1, description="Of the trailing means."
-    )
-    memory_mib: Positive = Field(
-        default=default_of(Isopo, "memory_budget") // 2**20,
-        description="MiB that one layer's statistics may take at a time.",
-    )
-    diagnose_every: Positive | None = Field(
-        default=None,
-        description="Steps between full measurements of the geometry (diagnostics.jsonl); such a "
-        "step costs as much as the natural rule.",
-    )
-
-    @cached_property
-    def needs_full_head(self) -> bool:
-        """Whether the rule needs the head's kernel or all its gradients, which chunks do not form.
-
-        False where the rule is "none".
-        """
-        if self.rule == "none":
-            return False
-        preset = PRESETS[self.rule]
-        intra = isinstance(preset, IntraProjectingRule)
-        return intra or preset.needs.ntk or self.fisher == "sequences"
-
-    @cached_property
-    def depends_on_microbatches(self) -> bool:
-        """Whether a sequence's weight depends on which others are in its microbatch."""
-        if self.rule == "none":
-            return False
-        own = self.overlap_source == "microbatch" or self.num_overlap_positions is None
-        return self.needs_full_head or (own and PRESETS[self.rule].needs.fisher)
-
-    def to_rule(self) -> Rule:
-        """Return the preset with this section's values in place of its own."""
-        preset = PRESETS[self.rule]
-        names = {field.name for field in dataclasses.fields(preset)}
-        given = {
-            name: getattr(self, name) for name in _RULE_KEYS if getattr(self, name) is not None
-        }
-        foreign = sorted(set(given) - names)
-        if foreign:
-            kinds = {IsometricRule: "an isometric", NaturalRule: "the natural"}
-            kind = kinds.get(type(preset), "a projecting")
-            raise ValueError(f"geometry.{foreign[0]} is not an option of {self.rule}, {kind} rule")
-        if "scale" in names:
-            given["scale"] = self.scale
-        return dataclasses.replace(preset, **given)
-
-
-_RULE_KEYS = (
-    "fisher_power",
-    "norm_power",
-    "relative_fisher_power",
-    "damping",
-    "ntk_damping",
-    "interact",
-    "damping_form",
-)
-
-
 class RolloutSection(Section):
     """Sampling."""
 
@@ -407,84 +287,6 @@ class UpdateSection(Section):
     def num_updates(self) -> int:
         """Optimizer steps that one rollout gives."""
         return self.num_minibatches * self.num_iterations
-
-
-_ADAMW = {name: default_of(torch.optim.AdamW, name) for name in ("betas", "eps")}
-
-
-class OptimizerSection(Section):
-    """The optimizer; null keys are the optimizer's own default."""
-
-    name: Literal["adamw", "sgd", "muon", "soap", "kron"] = Field(
-        default="adamw",
-        description="adamw and sgd: torch's. muon: torch's, orthogonalized momentum, for the "
-        "weights of hidden linear layers (of LoRA's adapters too); adamw for embeddings, output "
-        "layer, norms and biases. soap: Adam in the eigenbasis of Shampoo's preconditioner (arXiv "
-        "2409.11321); the first update only fills the preconditioner. kron: PSGD with Kronecker "
-        "factors, the nearest to K-FAC. soap and kron are pytorch-optimizer's.",
-    )
-    learning_rate: float = Field(default=1e-6, gt=0, le=1e4, description="Peak learning rate.")
-    muon_learning_rate: float | None = Field(
-        default=None,
-        gt=0,
-        le=1e4,
-        description="muon: peak learning rate of its matrices, in the units of adamw's (a step's "
-        "RMS is 0.2 times it); null for learning_rate.",
-    )
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, except sgd's.")
-    betas: list[Share] | None = Field(
-        default=None,
-        min_length=2,
-        max_length=2,
-        description=f"adamw (null for {_ADAMW['betas']}), muon's adamw, soap.",
-    )
-    eps: float | None = Field(
-        default=None, gt=0, description=f"adamw (null for {_ADAMW['eps']}), muon's adamw, soap."
-    )
-    momentum: Share | None = Field(default=None, description="sgd (null for none), muon, kron.")
-    max_grad_norm: float | None = Field(
-        default=1.0, gt=0, description="Clip the gradient; null for never."
-    )
-    warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer steps.")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
-        default="constant",
-        description="What the learning rate does after the warm-up: stay, or fall to min_lr_rate "
-        "times the peak at the run's last optimizer step. TRL's name.",
-    )
-    min_lr_rate: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="linear, cosine: the lowest learning rate, as a share of the peak.",
-    )
-
-    def options(self) -> dict[str, Any]:
-        """Return what is set of the optimizer's own options; what is null is left out.
-
-        Raises:
-            ValueError: If one of another optimizer is set.
-        """
-        given = {key: getattr(self, key) for key in _OPTIMIZER_KEYS}
-        given = {key: value for key, value in given.items() if value is not None}
-        own = OPTIMIZER_OPTIONS[self.name]
-        foreign = sorted(set(given) - set(own))
-        if foreign:
-            raise ValueError(
-                f"optimizer.{foreign[0]} is not an option of {self.name}, which has "
-                f"{' and '.join(own)}: leave it null"
-            )
-        return given
-
-
-OPTIMIZER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "adamw": ("betas", "eps"),
-    "sgd": ("momentum",),
-    "muon": ("muon_learning_rate", "momentum", "betas", "eps"),
-    "soap": ("betas", "eps"),
-    "kron": ("momentum",),
-}
-"""Which keys of `OptimizerSection` are options of which optimizer."""
-_OPTIMIZER_KEYS = ("muon_learning_rate", "betas", "eps", "momentum")
 
 
 class EvaluationSection(Section):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from proxstep.config.sections import GeometrySection
+from proxstep.config.geometry import GeometrySection
 from proxstep.isopo import PRESETS
 
 Reading = tuple[Callable[[Any], bool], str]

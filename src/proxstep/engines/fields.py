@@ -14,8 +14,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from proxstep.algorithms import ALGORITHMS, Algorithm
+from proxstep.config.geometry import GeometrySection
 from proxstep.config.objectives import ObjectiveSection, section_of
-from proxstep.config.sections import GeometrySection, Section
+from proxstep.config.sections import Section
 from proxstep.config.unread import unread_geometry
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Rule

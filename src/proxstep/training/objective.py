@@ -14,8 +14,8 @@ import torch
 from proxstep.algorithms import ADVANTAGES, Aggregation, OldPolicy, Signal, SignalInputs
 from proxstep.algorithms.aggregate import coefficients_of
 from proxstep.algorithms.safeguards import tv_bound
+from proxstep.config.geometry import GeometrySection
 from proxstep.config.recipe import Recipe
-from proxstep.config.sections import GeometrySection
 from proxstep.isopo import Isopo
 from proxstep.typing import Bool, Float, Int, Tensor
 

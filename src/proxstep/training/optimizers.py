@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from proxstep.config.sections import OPTIMIZER_OPTIONS, OptimizerSection
+from proxstep.config.optimizer import OPTIMIZER_OPTIONS, OptimizerSection
 from proxstep.errors import ProxstepError
 
 

@@ -10,8 +10,9 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from proxstep.algorithms import ADVANTAGES, ALGORITHMS, LOSS_AGG_MODES
 from proxstep.algorithms.aggregate import check_choice
+from proxstep.config.geometry import GeometrySection
 from proxstep.config.objectives import ObjectiveSection
-from proxstep.config.sections import GeometrySection, default_of
+from proxstep.config.sections import default_of
 from proxstep.engines.fields import (
     Option,
     algorithm_options,

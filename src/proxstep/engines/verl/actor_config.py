@@ -8,7 +8,8 @@ from typing import Any
 
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig
 
-from proxstep.config.sections import GeometrySection, default_of
+from proxstep.config.geometry import GeometrySection
+from proxstep.config.sections import default_of
 from proxstep.engines.fields import read_section, rule_of
 from proxstep.engines.verl.refusals import refuse_actor
 from proxstep.errors import ProxstepError

@@ -8,7 +8,7 @@ from typing import Any
 from verl.utils.torch_dtypes import PrecisionType
 
 from proxstep.algorithms import ALGORITHMS
-from proxstep.config.sections import GeometrySection
+from proxstep.config.geometry import GeometrySection
 from proxstep.engines.fields import Refusal, refuse_with_isopo
 from proxstep.engines.verl.seams import loss_mode
 from proxstep.errors import ProxstepError
