@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from transformers import LlamaConfig, Qwen3Config
 
 from proxstep.algorithms import ALGORITHMS, Algorithm
 from proxstep.config.explain import describe_keys
+from proxstep.config.loading import load_recipe
 from proxstep.runs.schema import FIELDS, PREFIXES
+from proxstep.training.memory import MemoryEstimate, config_of, estimate_memory
 
 DOCS = Path(__file__).parents[1] / "docs"
+RECIPES = sorted((DOCS.parent / "recipes").glob("*.yaml"))
+
+_QWEN3 = {
+    "vocab_size": 151936,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+CONFIGS = {
+    "Qwen/Qwen3-0.6B": Qwen3Config(hidden_size=1024, intermediate_size=3072, **_QWEN3),
+    "Qwen/Qwen3-1.7B": Qwen3Config(hidden_size=2048, intermediate_size=6144, **_QWEN3),
+    "smollm2": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+}
+"""The recipes' models, as their config.json have them."""
 
 
 def recipe_page() -> str:
@@ -68,6 +97,42 @@ def algorithms_page() -> str:
     return before + BEGIN + "\n".join(["", *head, *rows, ""]) + END + rest.split(END)[1]
 
 
+def recipe_estimates() -> Iterator[tuple[str, str, float, str, MemoryEstimate]]:
+    """Yield each recipe and algorithm of its head: file, card, its bytes, algorithm, estimate."""
+    for path in RECIPES:
+        head = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))
+        assert head, path
+        card = re.search(r"Runs on (.*? with (\d+) GB)", head.group())
+        assert card, f"{path}: its head does not say what it runs on"
+        named = ",".join(re.findall(r"--algorithms? (\S+)", head.group())).split(",")
+        names = dict.fromkeys([load_recipe(path, []).algorithm, *filter(None, named)])
+        for name in names:
+            recipe = load_recipe(path, [("algorithm", name)])
+            config = CONFIGS.get(recipe.model.name) or config_of(recipe)
+            estimate = estimate_memory(recipe, config)
+            yield path.name, card[1], float(card[2]) * 1e9, name, estimate
+
+
+PARTS = ("weights", "gradients", "optimizer", "initial", "activations", "logits", "rollout", "peak")
+
+
+def runs_page() -> str:
+    """Return docs/runs.md with the table of memory made anew."""
+    rows = {}
+    for file, card, _, name, estimate in recipe_estimates():
+        before = rows.get(file)
+        if before is None or estimate.peak > before[0]:
+            sizes = [f"{getattr(estimate, part) / 1e9:.1f}" for part in PARTS]
+            rows[file] = (estimate.peak, [f"`{file}`", card, f"`{name}`", *sizes])
+    head = ["recipe", "runs on", "algorithm that takes most", *PARTS]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cells) + " |" for _, cells in rows.values()]
+    text = (DOCS / "runs.md").read_text(encoding="utf-8")
+    before, rest = text.split(MEMORY)
+    return before + MEMORY + "\n".join(["", *lines, ""]) + END_MEMORY + rest.split(END_MEMORY)[1]
+
+
+MEMORY, END_MEMORY = "<!-- memory: make reference -->", "<!-- end of the memory -->"
 BEGIN, END = "<!-- from the declarations: make reference -->", "<!-- end of the declarations -->"
 
 
@@ -95,6 +160,7 @@ PAGES = {
     "recipe.md": recipe_page,
     "metrics.md": metrics_page,
     "algorithms.md": algorithms_page,
+    "runs.md": runs_page,
 }
 
 

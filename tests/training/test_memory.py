@@ -1,43 +1,96 @@
-"""The estimate of a run's memory, against the card that a recipe needs."""
+"""The estimate of a run's memory, against the cards that the recipes name and a run's own peak."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from transformers import Qwen3Config
+from scripts.make_reference import CONFIGS, recipe_estimates
+from tests.engine import tiny_recipe
+from tests.training.test_gguf import tiny_llama, write_gguf
 
 from proxstep.config.loading import load_recipe
-from proxstep.training.memory import estimate_memory
+from proxstep.errors import ProxstepError
+from proxstep.training import memory
+from proxstep.training.memory import config_of, estimate_memory, memory_note
 
 ROOT = Path(__file__).parents[2]
-CARD = 80e9
-
-QWEN3_0_6B = Qwen3Config(  # as its config.json has them
-    vocab_size=151936,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=28,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-    tie_word_embeddings=True,
-)
+PARAMETERS = {
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "smollm2": 134_515_008,
+}
+"""As the models' cards and files have them."""
 
 
-@pytest.mark.parametrize("algorithm", ["isopo", "isopo-figure4", "reinforce", "grpo"])
-def test_the_papers_recipe_fits_the_card_it_is_for(algorithm: str) -> None:
-    recipe = load_recipe(ROOT / "recipes" / "gsm8k-isopo.yaml", [("algorithm", algorithm)])
-    estimate = estimate_memory(recipe, QWEN3_0_6B)
-    assert estimate.weights == pytest.approx(596_049_920 * 4)
-    assert estimate.peak < CARD
+def test_every_recipe_fits_what_it_names() -> None:
+    found = list(recipe_estimates())
+    assert {file for file, *_ in found} == {p.name for p in (ROOT / "recipes").glob("*.yaml")}
+    for file, card, size, algorithm, estimate in found:
+        assert estimate.peak < size, (file, card, algorithm)
+    assert {estimate.weights for *_, estimate in found} >= {4 * n for n in PARAMETERS.values()}
+    assert CONFIGS.keys() == PARAMETERS.keys()
+
+
+def test_isopo_carries_positions_and_no_more_workspace_than_it_uses() -> None:
+    paper = ROOT / "recipes" / "gsm8k-isopo.yaml"
+    config = CONFIGS["Qwen/Qwen3-0.6B"]
+    own, carried = (
+        estimate_memory(load_recipe(paper, [("geometry.overlap_source", source)]), config)
+        for source in ("microbatch", "previous_step")
+    )
+    layer = 1024 + 2048 + 2 * (1024 + 1024) + 2048 + 1024 + 3 * (1024 + 3072)
+    assert carried.geometry == 4 * 2 * 32 * (28 * layer + 1024 + 151936)
+    assert own.geometry == 0
+    assert own.workspace < 128 * 2**20 + 4 * 1024 * 151936
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    folder = tmp_path_factory.mktemp("memory")
+    words = [sys.executable, "-m", "tests.training.memory_case", str(folder), "isopo", "opo"]
+    one = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, **one}, capture_output=True, text=True, check=True
+    )
+    rows = map(str.split, done.stdout.splitlines())
+    return {name: [float(number) for number in numbers] for name, *numbers in rows}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own count")
-def test_the_estimate_is_near_what_a_run_takes(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "tests.training.memory_case", str(tmp_path), "opo"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    estimated, measured = map(float, done.stdout.split()[-2:])
-    assert estimated == pytest.approx(measured, rel=0.15)
+@pytest.mark.parametrize("algorithm", ["isopo", "opo"])
+def test_the_estimate_is_near_what_a_run_takes(
+    measured: dict[str, list[float]], algorithm: str
+) -> None:
+    estimated, peak = measured[algorithm]
+    assert estimated == pytest.approx(peak, rel=0.15)
+
+
+def test_a_gguf_file_tells_its_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is converted, and from the converted folder afterwards."""
+    monkeypatch.setenv("PROXSTEP_CACHE", str(tmp_path / "cache"))
+    model = tiny_llama()
+    file = write_gguf(tmp_path / "tiny.gguf", model)
+    recipe = tiny_recipe(tmp_path / "run", model={"name": str(file)})
+    found = config_of(recipe)
+    assert not (tmp_path / "cache").exists()
+    assert found.hidden_size == model.config.hidden_size
+    assert estimate_memory(recipe, found).weights == 4 * model.num_parameters()
+    bad = tiny_recipe(tmp_path / "run", model={"name": str(tmp_path / "none.gguf")})
+    assert "not estimated, model.name" in memory_note(bad)
+    monkeypatch.setattr("proxstep.training.gguf._is_whole", lambda folder: True)
+    load = SimpleNamespace(from_pretrained=lambda folder, **_: folder)
+    monkeypatch.setattr("transformers.AutoConfig", load)
+    assert config_of(recipe).parent == tmp_path / "cache"
+
+
+def test_the_hub_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_hub_answers", lambda: False)
+    recipe = tiny_recipe(tmp_path, model={"name": "some/model"})
+    with pytest.raises(ProxstepError, match="cache, and the hub does not answer"):
+        config_of(recipe)
+    assert memory_note(recipe).startswith("# memory: not estimated, some/model is not in")

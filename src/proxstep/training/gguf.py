@@ -71,6 +71,28 @@ def ensure_converted(name: str, note: Callable[[str], None] = lambda text: None)
     return folder
 
 
+def found_config(name: str) -> Any:
+    """Return the configuration of a GGUF file's model, without converting or loading weights.
+
+    Raises:
+        ProxstepError: If there is no such file, a package is missing, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    if name == SMOLLM2 and _is_whole(folder := _folder(_SMOLLM2_SHA256)):
+        return AutoConfig.from_pretrained(folder)
+    file = _smollm2_file() if name == SMOLLM2 else Path(os.path.expanduser(name))
+    if _is_whole(folder := _folder(_digest(name, file))):
+        return AutoConfig.from_pretrained(folder)
+    if importlib.util.find_spec("gguf") is None:
+        raise ProxstepError(f"model.name {name} needs the package gguf: pip install gguf")
+    try:
+        return AutoConfig.from_pretrained(file.absolute().parent, gguf_file=file.name)
+    except Exception as error:  # noqa: BLE001 - as in _convert
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ProxstepError(f"model.name {name}: {file.name} cannot be read ({reason})") from None
+
+
 def _folder(digest: str) -> Path:
     return cache_folder() / f"gguf-v{_VERSION}-{digest[:16]}"
 

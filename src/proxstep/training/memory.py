@@ -9,13 +9,19 @@ sequence counts as long as the recipe lets it be.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import torch
 from torch import nn
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.isopo.plan import Shape, choose, held
+from proxstep.isopo.settings import Settings
+from proxstep.training.gguf import found_config, is_gguf
 from proxstep.training.rollout import SCORED_TOKENS
 
 _OPTIMIZER_STATES = {"adamw": 2, "muon": 2, "soap": 4, "kron": 3}
@@ -38,7 +44,9 @@ class MemoryEstimate:
         initial: A copy of the initial policy.
         activations: What the widest microbatch's forward keeps for its backward.
         logits: Its logits, and what is made of them.
-        geometry: ISOPO's sample of positions and its workspace.
+        geometry: The positions that ISOPO carries from step to step.
+        workspace: What one layer's gradient takes beside: the head's, before it is added to others;
+            under ISOPO the most of any layer's statistics.
         rollout: The KV cache, and the logits of a token.
         scoring: The logits and activations of the widest microbatch that is scored.
         accumulates: Whether there are gradients already while a microbatch is at its peak, its
@@ -52,6 +60,7 @@ class MemoryEstimate:
     activations: float
     logits: float
     geometry: float
+    workspace: float
     rollout: float
     scoring: float
     accumulates: bool
@@ -60,9 +69,9 @@ class MemoryEstimate:
     def peak(self) -> float:
         """The most at a time: the phases follow one another, gradients live in the update."""
         gradients = self.gradients if self.accumulates else 0
-        update = gradients + self.activations + self.logits + self.geometry
-        update = max(update, self.gradients)
-        kept = self.weights + self.optimizer + self.initial
+        head = max(self.logits, self.logits / 2 + self.workspace)  # then half of them are gone
+        update = max(gradients + self.activations + head, self.gradients)
+        kept = self.weights + self.optimizer + self.initial + self.geometry
         return kept + max(update, self.rollout, self.scoring)
 
     def lines(self) -> list[str]:
@@ -87,9 +96,11 @@ def estimate_memory(recipe: Recipe, config: Any) -> MemoryEstimate:
     width = 2 if recipe.model.dtype == "bfloat16" else 4
     computed = 2 if recipe.model.autocast else width
     numbers = sum(p.numel() for p in model.parameters())
-    trained = _adapter_numbers(recipe, model) if recipe.model.lora else numbers
-    adapters = trained if recipe.model.lora else 0
-    longest = recipe.task.max_prompt_length + recipe.rollout.max_completion_length
+    shapes = _trained_shapes(recipe, model)
+    adapters = sum(out * features for out, features in shapes) if recipe.model.lora else 0
+    trained = adapters or numbers
+    own = 4 if recipe.model.lora else width  # adapters are in float32
+    longest = _longest_prompt(recipe) + recipe.rollout.max_completion_length
     total = recipe.rollout.num_prompts * recipe.rollout.num_generations
     minibatch = total // update.num_minibatches
     rows = min(update.microbatch_size or minibatch, minibatch)
@@ -104,14 +115,22 @@ def estimate_memory(recipe: Recipe, config: Any) -> MemoryEstimate:
     )
     whole = recipe.geometry.rule != "none"
     logit_bytes = 4 * text.vocab_size
+    carried, workspace = 0.0, 0.0
+    if whole:
+        carried, workspace = _geometry_bytes(recipe, shapes, rows, longest, computed)
+    if not recipe.model.lora:
+        table = 4 * text.vocab_size * text.hidden_size
+        chunks = recipe.model.head == "chunked" and whole  # one sequence's beside the sum
+        workspace = max(workspace, table * (1 + chunks))
     return MemoryEstimate(
-        weights=(numbers + adapters) * width,
-        gradients=trained * width,
-        optimizer=trained * width * _states(recipe),
+        weights=numbers * width + adapters * own,
+        gradients=trained * own,
+        optimizer=trained * own * _states(recipe),
         initial=numbers * width if recipe.keeps_initial else 0,
         activations=rows * longest * activation_numbers(text) * computed,
         logits=_head_bytes(recipe, rows, longest if whole else None, logit_bytes, _LOGIT_COPIES),
-        geometry=_geometry_bytes(recipe, model) if whole else 0,
+        geometry=carried,
+        workspace=workspace,
         rollout=sampled * (longest * cache_numbers(text) * computed + 3 * logit_bytes),
         scoring=_head_bytes(recipe, scored, None, logit_bytes, 2 * _SCORING_COPIES)
         + scored * longest * 4 * (text.hidden_size + text.intermediate_size) * computed,
@@ -127,15 +146,39 @@ def config_of(recipe: Recipe) -> Any:
     """
     from transformers import AutoConfig
 
-    if recipe.model.name == "embedded":
+    name = recipe.model.name
+    if name == "embedded":
         from proxstep.training.demo_model import build_embedded_model
 
         return build_embedded_model()[1].config
+    if is_gguf(name):
+        return found_config(name)
     try:
-        return AutoConfig.from_pretrained(recipe.model.name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).partition("\n")[0]
-        raise ProxstepError(f"no configuration of {recipe.model.name}: {first}") from None
+        reason = str(error).partition("\n")[0]
+    if not Path(name).exists() and not _hub_answers():  # the hub's own client would try for long
+        raise ProxstepError(f"{name} is not in the hub's cache, and the hub does not answer")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+    raise ProxstepError(f"no configuration of {name}: {reason}")
+
+
+def _hub_answers() -> bool:
+    """Whether the hub answers at all, within some seconds."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urlopen(constants.ENDPOINT, timeout=3).close()
+    except HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def memory_note(recipe: Recipe) -> str:
@@ -170,6 +213,13 @@ def cache_numbers(text: Any) -> int:
     return 2 * text.num_hidden_layers * kept * head
 
 
+def _longest_prompt(recipe: Recipe) -> int:
+    task = recipe.task
+    if recipe.model.name == "embedded" and task.name == "arithmetic":  # a token a character
+        return min(task.max_prompt_length, 2 * task.difficulty + 2)
+    return task.max_prompt_length
+
+
 def _states(recipe: Recipe) -> int:
     if recipe.optimizer.name == "sgd":
         return int(bool(recipe.optimizer.momentum))
@@ -185,27 +235,43 @@ def _head_bytes(
     return rows * (width or recipe.rollout.max_completion_length) * logit_bytes * copies
 
 
-def _linears(model: nn.Module) -> list[nn.Linear]:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
-
-
-def _geometry_bytes(recipe: Recipe, model: nn.Module) -> float:
-    sides = sum(layer.in_features + layer.out_features for layer in _linears(model))
-    return 4 * sides * (recipe.geometry.num_overlap_positions or 0) + (
-        recipe.geometry.memory_mib * 2**20
-    )
-
-
-def _adapter_numbers(recipe: Recipe, model: nn.Module) -> int:
-    """Return the adapters' numbers: of the chosen linear layers, or of all but the output's."""
-    assert recipe.model.lora is not None
-    chosen = recipe.model.lora.target_modules
+def _trained_shapes(recipe: Recipe, model: nn.Module) -> list[tuple[int, int]]:
+    """Return output and input features of each linear layer that is trained; of the adapters."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    lora = recipe.model.lora
+    if lora is None:
+        return [(layer.out_features, layer.in_features) for _, layer in layers]
+    chosen = lora.target_modules
     names = [chosen] if isinstance(chosen, str) else chosen
-    sides = sum(
-        layer.in_features + layer.out_features
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
-        and layer is not model.get_output_embeddings()  # type: ignore[operator]
+    adapted = [
+        layer
+        for name, layer in layers
+        if layer is not model.get_output_embeddings()  # type: ignore[operator]
         and (chosen == "all-linear" or name.rpartition(".")[2] in names)
-    )
-    return recipe.model.lora.rank * sides
+    ]
+    downs = [(lora.rank, layer.in_features) for layer in adapted]
+    return downs + [(layer.out_features, lora.rank) for layer in adapted]
+
+
+def _geometry_bytes(
+    recipe: Recipe, shapes: list[tuple[int, int]], rows: int, longest: int, itemsize: int
+) -> tuple[float, float]:
+    """Return what is carried from step to step, and the most that a layer's statistics take.
+
+    Carried are the last step's sampled positions and this one's: an output gradient and an input
+    each. A layer's statistics are what its plan holds, and Grams of the sample with all positions.
+    """
+    section = recipe.geometry
+    needs = Settings(section.to_rule(), section.fisher).needs
+    sampled = (section.num_overlap_positions or rows * longest) * needs.fisher
+    carries = section.overlap_source in (None, "previous_step") and section.num_overlap_positions
+    row_bytes = [itemsize * (out + features) for out, features in shapes]
+    budget = section.memory_mib * 2**20
+    most = 0.0
+    for (out, features), row in zip(shapes, row_bytes, strict=True):
+        shape = Shape(out, features, (longest,) * rows, sampled)
+        plan = choose(shape, needs, separable=not needs.ntk, memory_budget=budget)
+        grams = min(8 * sampled * rows * longest, budget) * plan.ghost_fisher
+        own = 0 if carries else sampled * row
+        most = max(most, held(shape, needs, plan) + grams + own)
+    return (2.0 * sampled * sum(row_bytes) if carries else 0.0), most
