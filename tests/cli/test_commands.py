@@ -175,7 +175,7 @@ def test_a_second_ctrl_c_is_no_traceback(
     assert capsys.readouterr().err == "stopped\n"
 
 
-def test_the_first_warm_up_is_announced_and_the_only_one(
+def test_the_first_warm_up_is_the_only_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, here: Path
 ) -> None:
     scores = []
@@ -187,15 +187,10 @@ def test_the_first_warm_up_is_announced_and_the_only_one(
     monkeypatch.setattr(demo_model, "warm_up", warm_up)
     monkeypatch.setenv("PROXSTEP_CACHE", str(here / "cache"))
     keys = ("--model.warmup_score=0.3", "--steps=1")
-    first = run(capsys, "train", "tiny.yaml", *keys).splitlines()
-    assert first[:3] == [
-        "warming the embedded model up for difficulty 1, once, to 30%",
-        "warm-up step 25: 30% of the answers are right or noisy",
-        "reinforce on arithmetic, 1 steps",
-    ]
-    second = run(capsys, "train", "tiny.yaml", "--overwrite", *keys).splitlines()
-    assert second[0] == first[2]
-    assert scores == [(1, 0.3)]
+    for more in ((), ("--overwrite",)):
+        printed = run(capsys, "train", "tiny.yaml", *more, *keys).splitlines()
+        assert "reinforce on arithmetic, 1 steps" in printed
+        assert scores == [(1, 0.3)]
 
 
 def test_a_checkpoint_brings_its_own_tokenizer(

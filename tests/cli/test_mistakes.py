@@ -198,8 +198,8 @@ class TestMistakesInData:
         rows = [*sums(3), {"prompt": "1+1+1+1+1=", "answer": 5}, *sums(2)]
         message = mistake(capsys, *table(models, rows, "--task.max_prompt_length", 9))
         assert message == (
-            "task.train row 4: the prompt has 10 tokens, task.max_prompt_length is 9: raise it, or "
-            "drop the row"
+            "task.train row 4: the prompt has 10 tokens, task.max_prompt_length is 9: raise it, "
+            "drop the row, or set task.drop_long_prompts"
         )
         message = mistake(
             capsys,

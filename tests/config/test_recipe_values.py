@@ -118,7 +118,7 @@ def test_words_of_other_languages_come_with_yamls(key: str, value: str, hint: st
 
 
 @pytest.mark.parametrize(("objective", "key"), LEAVES)
-@pytest.mark.parametrize("value", [{"no": 1}, [[None]], datetime.date(2026, 1, 1)], ids=repr)
+@pytest.mark.parametrize("value", [{1: "no"}, [[None]], datetime.date(2026, 1, 1)], ids=repr)
 def test_no_key_takes_just_anything(objective: str, key: str, value: Any) -> None:
     message = mistake({"algorithm": objective}, **nested(key, value))
     for line in message.splitlines():
@@ -145,7 +145,7 @@ def test_no_key_takes_just_anything(objective: str, key: str, value: Any) -> Non
         ("optimizer.betas", [0.9], "got [0.9]"),
         ("optimizer.name", "adam", "input should be 'adamw', 'sgd', 'muon', 'soap' or 'kron'"),
         ("optimizer.momentum", 1.0, "input should be less than 1, got 1.0"),
-        ("model.autocast", "float16", "input should be 'bfloat16', got 'float16'"),
+        ("model.autocast", "float16", "input should be 'bfloat16' or 'auto', got 'float16'"),
         ("regularizer.kl_coef", -0.1, "input should be greater than or equal to 0, got -0.1"),
         ("regularizer.entropy_coef", -1, "input should be greater than or equal to 0, got -1"),
         ("evaluation.kl_policy_initial", 1, "input should be a valid boolean, got 1"),

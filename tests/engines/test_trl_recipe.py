@@ -38,6 +38,11 @@ HUB = {**TABLE, "task": {"name": "table", "train": "some/data", "validation": "s
 GSM8K = {"model": {"name": "some/model"}, "task": {"name": "gsm8k"}}
 ADAPTIVE = {"objective": {"adaptive_tau": True}}
 BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "model.warmup_solutions": ("isopo", GSM8K),
+    "model.warmup_learning_rate": (
+        "isopo",
+        {**GSM8K, "model": {"name": "some/model", "warmup_solutions": 8}},
+    ),
     "model.lora.": ("isopo", {"model": {"lora": {"rank": 4}}}),
     "task.prompt_column": ("isopo", TABLE),
     "task.answer_column": ("isopo", TABLE),
@@ -307,7 +312,7 @@ def test_the_rewards_are_the_task_s_own(tmp_path: Path, task: str) -> None:
 
 def test_a_warm_up_is_not_left_out_in_silence() -> None:
     with pytest.raises(ProxstepError, match=r"model\.warmup_solutions 320 is not for --engine trl"):
-        script(load_recipe(OURS, []))
+        script(load_recipe(OURS, [("rollout.dynamic_sampling_max_batches", "null")]))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -76,6 +76,7 @@ COMPUTED = {
 
 PREPARED_IN_FILES = {
     *("model.name", "model.warmup_score", "task.name", "task.difficulty", "task.level"),
+    *("model.warmup_solutions", "model.warmup_learning_rate"),
     *("task.train", "task.validation", "task.prompt_column", "task.answer_column", "task.config"),
     *("task.train_split", "task.validation_split", "task.num_train", "task.num_validation"),
     *("task.prompt_format", "task.rewards", "task.reward_weights", "task.instruction"),
@@ -87,7 +88,7 @@ PREPARED_IN_FILES = {
 UNMEASURED = {
     *("evaluation.batch_size", "evaluation.num_probe_prompts", "evaluation.kl_policy_initial"),
     "rollout.batch_size",
-    *("evaluation.num_samples", "evaluation.temperature"),
+    *("evaluation.num_samples", "evaluation.temperature", "evaluation.remember_first"),
 }
 """Those of measurements that the local engine makes, and of what verl's sampler decides itself."""
 
@@ -106,6 +107,7 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
     assert refused - set().union(*placed) == {
         "evaluation.patience",
         "geometry.diagnose_every",
+        "logging.checkpoint_last",
         "logging.checkpoint_minutes",
         "model.head",
         "model.lora.dropout",

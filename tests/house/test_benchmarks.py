@@ -188,7 +188,7 @@ def test_the_grids() -> None:
     quick, full = overhead.options([]), overhead.options(["--full"])
     assert quick.rows == MAIN_ROWS
     assert full.rows == list(ROWS)
-    assert (full.hidden_sizes, full.lengths, full.samples) == ([512, 1024], [128, 256], [64, 250])
+    assert (full.hidden_sizes, full.lengths, full.samples) == ([512, 1024], [128, 256], [32, 250])
     assert overhead.options(["--full", "--lengths", "8"]).lengths == [8]
     assert overhead.options(["--shape", "qwen3-0.6b"]).lengths == [512, 1024, 2048]
 

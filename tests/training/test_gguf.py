@@ -160,7 +160,7 @@ def test_a_run_of_one_is_resumed_and_evaluated(
     assert lifecycle.resume(tmp_path / "run", Silent()) == "finished"
     again = records(tmp_path / "run")
     assert [r["kl_policy_initial"] for r in again] == [r["kl_policy_initial"] for r in whole]
-    result, _ = lifecycle.evaluate(recipe, None, Silent())
+    result, _, _ = lifecycle.evaluate(recipe, None, Silent())
     assert 0 <= result.score <= 1
 
 

@@ -151,6 +151,7 @@ def stories_task(num_validation: int = 256, seed: int = 0) -> Task:
 
     >>> task = stories_task(num_validation=20)
     >>> task.train[0].solution
+    ' The answer is 17.'
     """
     if num_validation < 1:
         raise ProxstepError(f"num_validation is {num_validation}; give at least 1")

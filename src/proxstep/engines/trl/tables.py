@@ -36,13 +36,14 @@ TRANSLATED = (
     *("optimizer.name", "optimizer.betas", "optimizer.momentum", "optimizer.max_grad_norm"),
     *("optimizer.muon_learning_rate", "logging.checkpoint_every"),
     *("optimizer.lr_scheduler_type", "optimizer.min_lr_rate", "evaluation.patience"),
+    *("model.warmup_solutions", "model.warmup_learning_rate", "logging.checkpoint_last"),
 )
 """Keys and sections that become options or arguments in another way, or are refused below."""
 
 RUN_FOLDER = (
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
     *("evaluation.kl_policy_initial", "evaluation.baselines"),
-    *("evaluation.num_samples", "evaluation.temperature"),
+    *("evaluation.num_samples", "evaluation.temperature", "evaluation.remember_first"),
     *("logging.num_samples", "task.max_prompt_length"),
     *("logging.checkpoint_minutes", "logging.checkpoints_kept", "task.reward_seconds"),
 )
@@ -227,6 +228,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "TRL's linear schedule ends at 0; leave it out, or use lr_scheduler_type cosine",
     ),
     _only("evaluation.patience", [None], "only the local engine stops early; leave it out"),
+    _only(
+        "model.warmup_solutions",
+        [None],
+        "TRL begins with the model as it is; leave it out, or use --engine local or verl",
+    ),
+    _only("logging.checkpoint_last", [True], "TRL saves the last step; leave it out"),
     _only("model.dtype", PRECISIONS, f"use {' or '.join(PRECISIONS)}"),
     _only("model.autocast", AUTOCASTS, "use bfloat16, or leave it out"),
 )

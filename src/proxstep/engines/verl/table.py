@@ -123,6 +123,11 @@ REFUSED: tuple[Refusal, ...] = (
         "only the local engine stops early: leave it null",
     ),
     (
+        "logging.checkpoint_last",
+        lambda recipe: not recipe.logging.checkpoint_last,
+        "verl saves the last step: leave it out",
+    ),
+    (
         "task.reward_seconds",
         lambda recipe: recipe.task.differs("reward_seconds"),
         "verl's reward workers have no limit: leave it out",
