@@ -132,7 +132,7 @@ def test_every_key_changes_the_script_or_is_refused(tmp_path: Path, key: str) ->
     except ProxstepError as error:
         refused = str(error)
         assert name not in (*RUN_FOLDER, *SAME_ANYHOW)
-        assert refused.split()[0] in (name, "algorithm", "optimizer.name")
+        assert refused.split()[0] in (name, "algorithm", "optimizer.name", "model.warmup_solutions")
         assert "--engine trl: " in refused
         return
     assert changed == (name not in (*RUN_FOLDER, *SAME_ANYHOW))

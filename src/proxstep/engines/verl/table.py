@@ -115,7 +115,7 @@ REFUSED: tuple[Refusal, ...] = (
             lambda recipe, key=key: recipe.evaluation.differs(key),
             "it is of the local engine's measurements, which verl does not make: leave it out",
         )
-        for key in ("batch_size", "num_probe_prompts", "num_samples")
+        for key in ("num_probe_prompts", "num_samples")
     ),
     (
         "evaluation.patience",
