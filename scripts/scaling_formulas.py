@@ -83,6 +83,7 @@ class Work:
         attention: Share of the L x L attention that is computed: about a half where it is causal.
         checkpointing: Whether the forward is computed again in backward.
         distinct_tokens: Of the microbatch; None for as many as there can be.
+        distinct_pairs: Of a token and a sequence; None for as many as there can be.
     """
 
     num_sequences: int
@@ -95,6 +96,7 @@ class Work:
     attention: float = 0.5
     checkpointing: bool = True
     distinct_tokens: int | None = None
+    distinct_pairs: int | None = None
 
     @property
     def positions(self) -> int:
@@ -201,11 +203,14 @@ def _matrix(use: Use, work: Work, needs: Needs, last: dict[str, str]) -> Cost:
         moved = 2.0 * WIDE * batch * shape.area
         cost += Cost(2.0 * positions * shape.area, 0, moved)
     if needs.fisher and plan.ghost_fisher:
+        trimmed = positions < work.positions  # then one sequence at a time, and no Gram is kept
         fits = num <= max(1, work.budget // (2 * WIDE * max(positions, 1)))
-        known = fits and last["cross"] == use.source
-        last["cross"] = use.source if fits else ""
+        known = fits and not trimmed and last["cross"] == use.source
+        if not trimmed:
+            last["cross"] = use.source if fits else ""
         grams = 2.0 * num * positions * (num_out + num_in * (not known))
-        cost += Cost(grams, 2.0 * num * positions * batch, (6 - known) * WIDE * num * positions)
+        summed = 2.0 * num * positions * (not trimmed)
+        cost += Cost(grams, summed, (6 - known) * WIDE * num * positions)
     elif needs.fisher:
         cost += Cost(0, 2.0 * num * batch * shape.area, WIDE * num * batch * num_out * 4.0)
     if needs.ntk and plan.gradients != "none":
@@ -222,15 +227,19 @@ def _matrix(use: Use, work: Work, needs: Needs, last: dict[str, str]) -> Cost:
 
 
 def _sums(use: Use, work: Work, needs: Needs) -> Cost:
-    """Return the cost of a vector or an embedding, whose sequences' gradients are formed."""
+    """Return the cost of a vector, or of an embedding, which forms no gradients for F_b alone."""
     batch, features, positions = work.num_sequences, use.out_features, work.positions
     moved = 2.0 * WIDE * positions * features
-    if use.kind == "lookup":
-        tokens = positions if work.distinct_tokens is None else work.distinct_tokens
-        kernel = 2.0 * batch**2 * features * 256 * math.ceil(tokens / 256)
-        return Cost(0, kernel * needs.ntk, 2 * moved)
-    rows = positions + 1 + work.num_samples * needs.fisher + batch * needs.ntk
-    return Cost(0, 2.0 * batch * features * rows, moved)
+    samples = work.num_samples * needs.fisher
+    if use.kind == "vector":
+        rows = 1 + samples + batch * needs.ntk
+        return Cost(0, 2.0 * features * (positions + batch * rows), moved)
+    if needs == Needs(fisher=True) and work.itemsize >= WIDE:
+        return Cost(0, 2.0 * samples * positions * (features + 1), 2 * moved)
+    tokens = positions if work.distinct_tokens is None else work.distinct_tokens
+    pairs = positions if work.distinct_pairs is None else work.distinct_pairs
+    kernel = 2.0 * batch**2 * features * 256 * math.ceil(tokens / 256) * needs.ntk
+    return Cost(0, kernel + 2.0 * samples * pairs * features, 2 * moved)
 
 
 def layer_shape(use: Use, work: Work, needs: Needs) -> tuple[Shape, tuple[int, ...]]:

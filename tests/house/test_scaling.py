@@ -119,7 +119,7 @@ def draw_case(seed: int) -> tuple[Model, Work]:
     sizes = (hidden, 2, heads * narrow, narrow, width, feed, vocab)
     model = Model("drawn", *sizes, bool(draw.integers(2)), True)
     work = Work(int(draw.integers(2, 6)), int(draw.integers(10, 90)), 6, int(draw.integers(1, 40)))
-    return model, replace(work, device="cpu", attention=1.0, checkpointing=False)
+    return model, replace(work, itemsize=4, device="cpu", attention=1.0, checkpointing=False)
 
 
 @pytest.fixture(params=EACH_SEED)
@@ -151,7 +151,9 @@ def test_what_a_rule_adds_is_counted(drawn: tuple[Model, Work], rule: str, budge
     """To the last operation, whatever plan the cost model takes, once the run has a past."""
     model, work = drawn
     token_BT = tokens(model, work, 1)
-    work = replace(work, budget=budget, distinct_tokens=len(token_BT.unique()))
+    pairs = sum(len(row_T.unique()) for row_T in token_BT)
+    tokens_found = len(token_BT.unique())
+    work = replace(work, budget=budget, distinct_tokens=tokens_found, distinct_pairs=pairs)
     needs, options = RULES[rule]
     network, found = build(model), []
     isopo = Isopo(

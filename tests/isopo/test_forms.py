@@ -331,8 +331,14 @@ def test_microbatches_over_one_input_do_not_share_its_gram(rule: str) -> None:
         assert (results[1][name] - wanted).norm() <= 1e-12 * wanted.norm(), name
 
 
-def test_layers_with_the_same_input_share_its_gram(monkeypatch) -> None:
-    """Of a block's seven linear layers, four see an input that the one before did not."""
+@pytest.mark.parametrize(("source", "num_grams"), [("microbatch", 2 * 4 + 1), ("previous_step", 0)])
+def test_layers_with_the_same_input_share_its_gram(
+    monkeypatch, source: str, num_grams: int
+) -> None:
+    """Of a block's seven linear layers, four see an input that the one before did not.
+
+    Layers that draw positions of their own share none.
+    """
     torch.manual_seed(0)
     model = tiny_qwen3()
     computed = []
@@ -346,6 +352,7 @@ def test_layers_with_the_same_input_share_its_gram(monkeypatch) -> None:
         return own(self, purpose, of, layout, counted)
 
     monkeypatch.setattr(Memory, "shared", counting)
-    with Isopo(model).microbatch(IDS, COEFFICIENTS) as microbatch:
+    isopo = Isopo(model, overlap_source=source)  # type: ignore[arg-type]
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
         microbatch.objective(log_probs(model)).backward()
-    assert len(computed) == 2 * 4 + 1  # two blocks, and the head
+    assert len(computed) == num_grams  # two blocks, and the head
