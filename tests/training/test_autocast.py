@@ -14,6 +14,7 @@ from tests.training.one_batch import one_batch
 from proxstep.logprobs.tokens import token_log_probs
 from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.training import lifecycle
+from proxstep.training.batch import _log_probs
 from proxstep.training.rollout import response_logits
 
 
@@ -90,20 +91,22 @@ def test_the_gradient_under_autocast_is_near_the_one_in_float32(
 
 
 def test_the_ratio_starts_at_one_under_autocast(tmp_path: Path) -> None:
+    """Of every sequence; a batch has no old log-probabilities of those without an advantage."""
     made, batch = one_batch(tmp_path / "run", "grpo", **TWO, **COARSE)
-    old_log_prob_BT = batch.old_log_prob_BT
-    assert old_log_prob_BT is not None
-    response_BT = batch.completions.response_BT[:, 1:]
-    token_BT = batch.completions.token_BT[:, 1:]
+    old_log_prob_BT = _log_probs(made.recipe, made.model, batch.completions)
+    first = batch.completions.first_column()
+    assert first > 1  # the prompts' logits are left out
+    response_BT = batch.completions.response_BT[:, first:]
+    token_BT = batch.completions.token_BT[:, first:]
 
     def furthest(logits: torch.Tensor) -> float:
-        change_BT = token_log_probs(logits, token_BT) - old_log_prob_BT
+        change_BT = token_log_probs(logits, token_BT) - old_log_prob_BT[:, first - 1 :]
         return change_BT[response_BT].abs().max().item()
 
     logits_BTV = made._score(batch.completions).logits_BTV
     assert logits_BTV is not None
     assert furthest(logits_BTV) < 1e-5
-    assert furthest(response_logits(made.model, batch.completions, 1.0)) > 1e-3
+    assert furthest(response_logits(made.model, batch.completions, 1.0, first)) > 1e-3
 
 
 def test_rewards_are_not_graded_under_autocast(tmp_path: Path) -> None:
