@@ -196,7 +196,7 @@ def compare(
     folder: Path, trainer_class: Any, algorithm: str, changes: dict[str, Any], **options: Any
 ) -> float:
     """The largest difference of one step's gradient between TRL and the local engine."""
-    of_model = {name: options.pop(name) for name in ("tied", "lora") if name in options}
+    of_model = {name: options.pop(name) for name in ("tied", "lora", "exact") if name in options}
     watch, before = run(folder / "trl", trainer_class, options, **of_model)
     assert len(watch.gradients) == 1
     lengths = torch.cat([batch["completion_mask"].sum(dim=1) for batch in watch.microbatches])
@@ -255,7 +255,7 @@ ISOPO_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "seed": 42,
             "geometry": {"overlap_positions": "completion", "num_overlap_positions": 5},
         },
-        {"overlap_positions": "completion", "num_overlap_positions": 5},
+        {"overlap_positions": "completion", "num_overlap_positions": 5, "exact": True},
     ),
     "no checkpointing": ("isopo", {"geometry": ALL}, {**ALL, "gradient_checkpointing": False}),
     "re-entrant checkpointing": (
@@ -288,8 +288,10 @@ def marked(cases: dict[str, Any]) -> list[Any]:
 
 @pytest.mark.parametrize("case", marked(ISOPO_CASES))
 def test_isopo_with(tmp_path: Path, case: str) -> None:
+    """In float64 what few positions estimate agrees too, which magnifies float32's rounding."""
     algorithm, changes, options = ISOPO_CASES[case]
-    assert compare(tmp_path, IsopoTrainer, algorithm, changes, **options) <= 1e-5
+    tolerance = 1e-10 if options.get("exact") else 1e-5
+    assert compare(tmp_path, IsopoTrainer, algorithm, changes, **options) <= tolerance
 
 
 def test_the_identity_is_reinforce(tmp_path: Path) -> None:

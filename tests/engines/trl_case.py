@@ -49,8 +49,10 @@ def dataset() -> Dataset:
     return Dataset.from_dict({"prompt": PROMPTS})
 
 
-def tiny(seed: int = 1, *, tied: bool = True, lora: bool = False) -> tuple[Any, nn.Module]:
-    """A tokenizer of characters and a model of its vocabulary, in float32."""
+def tiny(
+    seed: int = 1, *, tied: bool = True, lora: bool = False, exact: bool = False
+) -> tuple[Any, nn.Module]:
+    """A tokenizer of characters and a model of its vocabulary, in float32, or all in float64."""
     tokenizer, embedded = build_embedded_model()
     torch.manual_seed(seed)
     model = models.qwen3(tied, embedded.config.vocab_size)
@@ -59,7 +61,8 @@ def tiny(seed: int = 1, *, tied: bool = True, lora: bool = False) -> tuple[Any, 
     model.config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model = models.with_adapters(model) if lora else model
-    return tokenizer, models.finish(model, torch.float32, exact=False)
+    dtype = torch.float64 if exact else torch.float32
+    return tokenizer, models.finish(model, dtype, exact)
 
 
 @dataclass
