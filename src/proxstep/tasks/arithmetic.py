@@ -17,16 +17,13 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import overload
 
 from proxstep.errors import ProxstepError
-from proxstep.tasks.base import REWARDS, Example, Task
+from proxstep.tasks.base import NUM_TRAIN, REWARDS, DrawnExamples, Example, Task
 
 ALPHABET = "0123456789+-*="
-NUM_TRAIN = 100_000
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ LEVELS: dict[int, tuple[Kind, ...]] = {
 
 
 @dataclass(frozen=True)
-class ArithmeticTrain(Sequence[Example]):
+class ArithmeticTrain(DrawnExamples):
     """Training examples computed when read: the i-th depends on difficulty, seed and i alone.
 
     Attributes:
@@ -110,19 +107,6 @@ class ArithmeticTrain(Sequence[Example]):
     difficulty: int
     seed: int
     length: int = NUM_TRAIN
-
-    def __len__(self) -> int:
-        return self.length
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return one example or a list of them."""
-        if isinstance(index, slice):
-            return [self._example(i) for i in range(self.length)[index]]
-        return self._example(range(self.length)[index])
 
     def _example(self, index: int) -> Example:
         """Return the example of an index that is in range."""

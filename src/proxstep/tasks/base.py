@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 # A plain string, or chat messages with "role" and "content".
 Prompt: TypeAlias = str | list[dict[str, str]]
@@ -19,6 +20,9 @@ REWARDS: dict[str, tuple[str, ...]] = {
     "stories": ("stated_answer",),
 }
 """The reward functions that each task is graded by, unless a recipe names others."""
+
+NUM_TRAIN = 100_000
+"""Training examples of a procedural task."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,33 @@ class Example:
     solution: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     question: str | None = field(default=None, kw_only=True, repr=False)
+
+
+class DrawnExamples(Sequence[Example]):
+    """Examples computed when read, from their index alone.
+
+    Attributes:
+        length: Number of examples.
+    """
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Return one example or a list of them."""
+        if isinstance(index, slice):
+            return [self._example(i) for i in range(self.length)[index]]
+        return self._example(range(self.length)[index])
+
+    @abstractmethod
+    def _example(self, index: int) -> Example:
+        """Return the example of an index that is in range."""
 
 
 @dataclass(frozen=True)

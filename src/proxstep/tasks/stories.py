@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
 
 from proxstep.errors import ProxstepError
-from proxstep.tasks.base import REWARDS, Example, Task
+from proxstep.tasks.base import NUM_TRAIN, REWARDS, DrawnExamples, Example, Task
 from proxstep.tasks.story_texts import HELD_OUT_STORIES, TRAIN_STORIES
 
-NUM_TRAIN = 100_000
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack")
 ANSWERS = range(2, 31)
 _DIGITS = range(2, 10)
@@ -109,7 +106,7 @@ HELD_OUT = tuple(map(Story.read, HELD_OUT_STORIES.strip().splitlines()))
 
 
 @dataclass(frozen=True)
-class StoriesTrain(Sequence[Example]):
+class StoriesTrain(DrawnExamples):
     """Training examples computed when read: the i-th depends on seed and i alone.
 
     Attributes:
@@ -119,19 +116,6 @@ class StoriesTrain(Sequence[Example]):
 
     seed: int
     length: int = NUM_TRAIN
-
-    def __len__(self) -> int:
-        return self.length
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return one example or a list of them."""
-        if isinstance(index, slice):
-            return [self._example(i) for i in range(self.length)[index]]
-        return self._example(range(self.length)[index])
 
     def _example(self, index: int) -> Example:
         """Return the example of an index that is in range."""
