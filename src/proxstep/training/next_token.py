@@ -6,6 +6,7 @@ Legend for shape suffixes: B sequences, N those still in the batch, V vocabulary
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,18 +29,9 @@ class Choice:
     greedy: bool
     with_log_probs: bool
 
-    def warpers(self) -> list[Any]:
-        """Return what generate itself would make of the options, in its order."""
-        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-        made: list[Any] = []
-        if self.temperature != 1.0:
-            made.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k:
-            made.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1.0:
-            made.append(TopPLogitsWarper(self.top_p))
-        return made
+    @cached_property
+    def _warpers(self) -> list[Any]:
+        return warpers(self.temperature, self.top_p, self.top_k)
 
     def noise(self, num_rows: int, limit: int, device: torch.device) -> Float[Tensor, "batch new"]:
         """Return a uniform number for every token to draw; of greedy sampling, nothing's worth.
@@ -61,7 +53,7 @@ class Choice:
         """
         if self.greedy:
             return logits_NV.argmax(-1), None
-        for warper in self.warpers():
+        for warper in self._warpers:
             logits_NV = warper(None, logits_NV)
         prob_NV = logits_NV.softmax(-1)
         if prob_NV[:, 0].isnan().any():  # one bad logit makes its whole row so
@@ -75,6 +67,20 @@ class Choice:
             return token_N, None
         log_prob_NV = logits_NV.log_softmax(-1)
         return token_N, log_prob_NV.gather(1, token_N[:, None]).squeeze(1)
+
+
+def warpers(temperature: float, top_p: float, top_k: int) -> list[Any]:
+    """Return what transformers' generate itself would make of the options, in its order."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    made: list[Any] = []
+    if temperature != 1.0:
+        made.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        made.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        made.append(TopPLogitsWarper(top_p))
+    return made
 
 
 def categorical(

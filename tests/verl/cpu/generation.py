@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from proxstep.errors import ProxstepError
+from proxstep.training.next_token import warpers
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ class _Drawer:
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
         self.log_probs: list[Tensor] = []
         self._greedy = sampling.temperature == 0
-        self._warpers = [] if self._greedy else _warpers(sampling)
+        options = (sampling.temperature, sampling.top_p, sampling.top_k)
+        self._warpers = [] if self._greedy else warpers(*options)
         self._uniform_BT = torch.stack(
             [
                 torch.rand(
@@ -169,17 +171,3 @@ class _Drawer:
         column = len(self.log_probs)
         point_B1 = self._uniform_BT[:, column : column + 1] * below_BV[:, -1:]
         return torch.searchsorted(below_BV, point_B1, right=True)
-
-
-def _warpers(sampling: Sampling) -> list[Any]:
-    """Return transformers' own, in generate's order."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    made: list[Any] = []
-    if sampling.temperature != 1.0:
-        made.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        made.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        made.append(TopPLogitsWarper(sampling.top_p))
-    return made
