@@ -361,11 +361,12 @@ def _generation_batch(
     repeated = [row for row in rows for _ in range(section.num_generations)]
     size = section.batch_size or len(repeated)
     with phase("rollout"), autocast(recipe, model):
+        tokens = {row: prompts.tokens(row) for row in rows}
         parts = [
             sample(
                 model,
                 tokenizer,
-                [prompts.tokens(row) for row in repeated[start : start + size]],
+                [tokens[row] for row in repeated[start : start + size]],
                 max_new_tokens=section.max_completion_length,
                 temperature=section.temperature,
                 top_p=section.top_p,
