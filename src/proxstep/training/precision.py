@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from proxstep.config.recipe import Recipe
+from proxstep.training.rollout import evaluating
 
 _LEAST_GAIN = 1.1
 """Times as fast as float32 that bfloat16 must be."""
@@ -48,8 +49,6 @@ def bfloat16_gain(model: nn.Module) -> float:
     """Return float32's time of a forward pass over bfloat16's, the fastest of a few each."""
     device = next(model.parameters()).device
     token_BT = torch.ones(_ROWS, _LENGTH, dtype=torch.long, device=device)
-    was_training = model.training
-    model.eval()
 
     def seconds(enabled: bool) -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
@@ -57,8 +56,9 @@ def bfloat16_gain(model: nn.Module) -> float:
             model(input_ids=token_BT)
             return _clock(device) - begun
 
-    taken = [(seconds(False), seconds(True)) for _ in range(_REPEATS + 1)][1:]  # the first warms up
-    model.train(was_training)
+    with evaluating(model):
+        taken = [(seconds(False), seconds(True)) for _ in range(_REPEATS + 1)]
+    del taken[0]  # it warms up
     slow, fast = (min(times) for times in zip(*taken, strict=True))
     return slow / fast
 
