@@ -105,7 +105,8 @@ class Layout:
         if self.system_prompt is not None:
             head = [{"role": "system", "content": self.system_prompt}]
         turns = [message for shot in shots for message in _turns(shot)]
-        return replace(example, prompt=[*head, *turns, *prompt[len(prompt[:1]) if own else 0 :]])
+        rest = prompt[1:] if own else prompt
+        return replace(example, prompt=[*head, *turns, *rest])
 
 
 def _turns(shot: Example) -> list[dict[str, str]]:
