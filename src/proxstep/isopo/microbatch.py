@@ -235,8 +235,11 @@ class Microbatch:
             coefficient_B = sequences.coefficient_B[part.sequences]
             found = Statistics(coefficient_B, fisher_B, part.norm_sq_B, ntk_BB, along_B)
             weight_B, more, report = rule.weigh(found, past, self.samples.over_ranks)
-            if self._measuring and filled_B is not None:
-                more = {name: value_B[~filled_B] for name, value_B in more.items()}
+            if self._measuring and filled_B is not None:  # what is filled in is no measurement of F
+                more = {
+                    name: value_B[~filled_B] if "fisher" in name else value_B
+                    for name, value_B in more.items()
+                }
             used_B = torch.zeros_like(weight_B) if self._measuring else -weight_B  # to minimize
             total = part.add(used_B.to(dtype), total)
             records.append(
