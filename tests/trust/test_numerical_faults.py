@@ -210,11 +210,11 @@ def test_a_step_that_was_not_finite_leaves_nothing_behind(counted: Callable[...,
 
 def test_fisher_norms_and_kernels(counted: Callable[..., None]) -> None:
     """Of zero, tiny and huge lengths: the documented values."""
-    square_B, filled_B = fisher_squares(torch.zeros(3, 2), torch.zeros(2), {}, None)
+    square_B, filled_B = fisher_squares(torch.zeros(3, 2), None, torch.zeros(2), {}, None)
     assert filled_B.all()
     assert not square_B.any()
     past = {"fisher_sq": torch.tensor(4.0)}
-    square_B, _ = fisher_squares(torch.zeros(3, 2), torch.ones(2), past, None)
+    square_B, _ = fisher_squares(torch.zeros(3, 2), None, torch.ones(2), past, None)
     assert square_B.tolist() == [4.0, 4.0]
     tried = 2
     for rule in (IsometricRule(-1.0), IsometricRule(-1.0, scale="paper"), NaturalRule()):
