@@ -36,8 +36,11 @@ def is_equal(reference: str, answer: str) -> bool:
     Numbers are compared by `same_number`, in place of math-verify's own comparison.
     """
     from math_verify import grader, verify
+    from sympy.core.random import seed
 
-    grader.sympy_numeric_eq = same_number  # sympy_expr_eq looks it up at every call
+    seed(0)  # sympy asks about an expression in random order; where it errs, it errs by that order
+    grader.sympy_numeric_eq = same_number  # sympy_expr_eq looks both up at every call
+    grader.sympy_symbolic_eq = same_expression
     gold, pred = (list(read(text)) for text in (reference, answer))
     if not gold or not pred:
         return False
@@ -88,8 +91,10 @@ def same_number(left: Any, right: Any, float_rounding: int, numeric_precision: i
             same_number(share, other, float_rounding, numeric_precision)
         )
     left, right = left.doit(), right.doit()
-    if not (left.is_number and right.is_number):
-        return False  # math-verify goes on to compare the expressions symbolically
+    if not _are_numbers(left, right):
+        return False  # math-verify goes on to `same_expression`
+    if is_infinite(left) or is_infinite(right):
+        return left == right
     if left.has(Float) or right.has(Float):
         return _rounded_alike(left, right, float_rounding)
     if left.is_Rational and right.is_Rational:
@@ -104,6 +109,47 @@ def same_number(left: Any, right: Any, float_rounding: int, numeric_precision: i
 
 
 _DIGITS = 60
+
+
+def same_expression(left: Any, right: Any) -> bool:
+    """Return whether two expressions, not both numbers, differ by 0 once simplified.
+
+    Stands in for math-verify's own, which asks again whether two numbers are equal. It also
+    simplifies differences with an infinity in them, and there sympy finds a zero now and then:
+    -123456.5 was 2 - 7 oo.
+    """
+    from sympy import Basic, MatrixBase, simplify
+
+    with contextlib.suppress(Exception):  # as there: what cannot be subtracted is not equal
+        left, right = left.doit(), right.doit()
+        if _are_numbers(left, right) or is_infinite(left) or is_infinite(right):
+            return False
+        difference = simplify(left - right)
+        if isinstance(difference, MatrixBase):
+            return bool(difference.is_zero_matrix)
+        return isinstance(difference, Basic) and bool(difference.is_zero)
+    return False
+
+
+def _are_numbers(*values: Any) -> bool:
+    """Whether none has an unknown in it; a matrix is no number."""
+    return all(getattr(value, "is_number", False) for value in values)
+
+
+def is_infinite(value: Any) -> bool:
+    """Whether a value is an infinity or undefined, or still to be computed from one.
+
+    An infinite sum or integral is not, though its bounds are.
+    """
+    from sympy import Add, Mul, Pow, S, preorder_traversal
+
+    endless = S.Infinity, S.NegativeInfinity, S.ComplexInfinity, S.NaN
+    return value in endless or any(
+        arg in endless
+        for node in preorder_traversal(value)
+        if isinstance(node, Add | Mul | Pow)
+        for arg in node.args
+    )
 
 
 def is_percentage(value: Any) -> bool:
