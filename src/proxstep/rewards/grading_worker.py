@@ -164,7 +164,7 @@ def _rounded_alike(left: Any, right: Any, places: int) -> bool:
     from sympy import Rational
 
     near = abs(left - right) <= Rational(1, 10**5) * max(abs(left), abs(right))
-    return bool(near) and left.round(places) == right.round(places)
+    return bool(near) and bool((left.round(places) - right.round(places)).is_zero)
 
 
 def as_union(value: Any) -> Any:
