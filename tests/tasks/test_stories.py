@@ -12,7 +12,7 @@ from proxstep.rewards import stated_answer
 from proxstep.tasks import Example, stories_task
 from proxstep.tasks.stories import HELD_OUT, TRAIN, Story
 
-EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
+EQUATION = re.compile(r"(\d+) ([+*]) (\d+) = (\d+)\.")
 
 
 def examples(number: int = 200) -> list[Example]:
@@ -27,8 +27,8 @@ def words(story: Story) -> set[str]:
 
 
 def test_no_story_is_told_in_both_splits() -> None:
-    assert len(set(TRAIN)) == len(TRAIN) >= 40
-    assert len(set(HELD_OUT)) == len(HELD_OUT) >= 20
+    assert len(set(TRAIN)) == len(TRAIN) >= 30
+    assert len(set(HELD_OUT)) == len(HELD_OUT) >= 15
     assert not {story.text for story in TRAIN} & {story.text for story in HELD_OUT}
     for held_out in HELD_OUT:  # nor one that is nearly the same
         nearest = max(
@@ -50,8 +50,7 @@ def test_solutions_are_true_and_end_with_the_answer() -> None:
         equations = EQUATION.findall(example.solution)
         for a, operator, b, result in equations:
             left, right = int(a), int(b)
-            results = {"+": left + right, "-": left - right, "*": left * right}
-            assert results.get(operator, left / right) == int(result)
+            assert {"+": left + right, "*": left * right}[operator] == int(result)
         assert not equations or equations[-1][-1] == example.answer
         assert 2 <= int(example.answer) <= 30
         assert stated_answer([""], [example.solution], answer=[example.answer]) == [1.0]

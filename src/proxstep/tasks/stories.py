@@ -2,7 +2,9 @@
 
 A training problem and a validation problem never tell the same story (`story_texts.py`). Answers
 are spread as evenly as a story allows, so that no constant answer scores; no answer is a number of
-its problem, so that copying one never does.
+its problem, so that copying one never does. Steps are sums and products: of the differences and
+quotients that SmolLM2-135M wrote after a warm-up, 27 and 47 in 100 were right, of the sums and
+products 98.
 
 The training solutions are all right, but of two styles: 55 in 100 state the answer alone, 45 work
 it out. A small model does not get far without working a problem out. After a
@@ -22,7 +24,7 @@ from proxstep.tasks.story_texts import HELD_OUT_STORIES, TRAIN_STORIES
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack")
 ANSWERS = range(2, 31)
-_DIGITS = range(2, 10)
+_DIGITS, _ADDENDS = range(2, 10), range(2, 20)
 _WORKED = 0.45
 """Share of the training solutions that are worked out."""
 _MOST_DRAWS = 100_000
@@ -53,31 +55,25 @@ class Story:
         for attempt in range(_MOST_DRAWS):
             if attempt % 200 == 199:  # this story can hardly have that answer
                 target = rng.choice(ANSWERS)
-            numbers = self._numbers(rng)
+            numbers = {letter: rng.choice(values) for letter, values in self._ranges.items()}
             equations = self._equations(numbers)
             if equations and equations[-1][-1] == target and target not in numbers.values():
                 return self._example(numbers, equations, rng)
         raise ProxstepError(f"no numbers fit the story {self.text!r}")
 
-    def _numbers(self, rng: random.Random) -> dict[str, int]:
-        """Return a number for each letter: small where it multiplies or divides."""
-        return {letter: rng.choice(values) for letter, values in self._ranges.items()}
-
     @cached_property
     def _ranges(self) -> dict[str, range]:
-        """Return what each letter may be: one digit, except what is divided or taken from."""
+        """Return what each letter may be: one digit where it is multiplied."""
         letters = sorted(set(re.findall(r"{([wxyz])}", self.text)))
-        large = {left for left, operator, _ in self.steps if operator in "-/"}
-        return {letter: ANSWERS if letter in large else _DIGITS for letter in letters}
+        small = {side for step in self.steps if "*" in step for side in step}
+        return {letter: _DIGITS if letter in small else _ADDENDS for letter in letters}
 
     def _equations(self, numbers: dict[str, int]) -> list[tuple[int, str, int, int]]:
         """Return each step with its result; nothing where one is not among `ANSWERS`."""
         values, equations = dict(numbers), []
         for left, operator, right in self.steps:
             a, b = values[left], values[right]
-            if operator == "/" and a % b:
-                return []
-            result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
+            result = a + b if operator == "+" else a * b
             if result not in ANSWERS:
                 return []
             equations.append((a, operator, b, result))

@@ -28,7 +28,7 @@ from proxstep.training.models import load_model, load_tokenizer, pick_device
 from proxstep.training.prompts import batch_rows
 from proxstep.training.task import load_task
 
-_VERSION = 2
+_VERSION = 3
 """Part of the cache's name: raise it when anything below changes what comes out."""
 _BATCH_SIZE = 16
 _NUM_RISING_STEPS = 5
@@ -56,13 +56,13 @@ def ensure_warmed_up(
     Raises:
         ProxstepError: If the task has no solutions.
     """
-    folder = cache_folder() / f"warmed-up-v{_VERSION}-{_key(source, recipe):08x}"
-    if (folder / "config.json").is_file():
-        return folder
     start = time.perf_counter()
     tokenizer = load_tokenizer(source)
     task = load_task(recipe, chat=tokenizer.chat_template is not None)
     examples = _examples(task.train, recipe.model.warmup_solutions or 0)
+    folder = cache_folder() / f"warmed-up-v{_VERSION}-{_key(source, recipe, examples):08x}"
+    if (folder / "config.json").is_file():
+        return folder
     model = load_model(source, "float32", pick_device(recipe.device))
     note(f"supervised warm-up of {recipe.model.name} on {len(examples)} solutions, once")
     rate, template = recipe.model.warmup_learning_rate, recipe.task.chat_template_kwargs
@@ -83,14 +83,13 @@ def ensure_warmed_up(
     return folder
 
 
-def _key(source: str, recipe: Recipe) -> int:
+def _key(source: str, recipe: Recipe, examples: Sequence[Example]) -> int:
     """Return a number for everything that the result depends on."""
     files = [path.stat() for path in sorted(Path(source).glob("*.safetensors"))]
-    task = recipe.task.model_dump(exclude={"num_validation", "rewards", "reward_weights"})
-    section = recipe.model
     what = [
-        *(source, task, [(file.st_size, file.st_mtime_ns) for file in files]),
-        *(section.warmup_solutions, section.warmup_learning_rate),
+        *(source, [(file.st_size, file.st_mtime_ns) for file in files]),
+        *(recipe.model.warmup_learning_rate, recipe.task.chat_template_kwargs),
+        [(example.prompt, example.solution) for example in examples],
     ]
     return zlib.crc32(json.dumps(what).encode())
 
