@@ -145,6 +145,16 @@ def _add_compare(compare: Parser) -> None:
         "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)"
     )
     compare.add_argument(
+        "--add-seeds", type=int, default=0, metavar="K", help="K more: seeds 0 to N + K - 1"
+    )
+    compare.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="also run every algorithm with each of these values of a key; may be given again",
+    )
+    compare.add_argument(
         "--jobs", type=int, help="runs at a time (default: the number of cores, on a CPU)"
     )
     compare.add_argument(
@@ -225,8 +235,11 @@ examples:
 examples:
   proxstep compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 3
   proxstep compare recipes/arithmetic.yaml --algorithms isopo,isopo+opo --seeds 5 --steps 80
+  proxstep compare recipes/arithmetic.yaml --algorithms grpo,opo --seeds 5 \\
+    --vary optimizer.learning_rate=3e-5,1e-4,3e-4
 
-The same command again goes on where a comparison was stopped.
+The output folder holds the plan, plan.yaml. The same command again goes on where a comparison was
+stopped; with more seeds, algorithms or values it extends the plan. docs/compare.md has the rest.
 Every algorithm gets the same recipe, prompts and seeds. Settings of one algorithm alone, such as a
 learning rate tuned for it, go under the recipe's key per_algorithm; the report says what differs.
 """,

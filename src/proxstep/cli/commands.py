@@ -177,44 +177,52 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
 
 
 def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
-    from proxstep.config.loading import load_recipe
-    from proxstep.lab.compare import check_output, plan, run_jobs
+    from proxstep.lab.compare import clear, find_done, make_jobs, run_jobs
     from proxstep.runs.console import make_progress
     from proxstep.runs.folder import check_folder
     from proxstep.runs.lock import locked
     from proxstep.training import lifecycle
     from proxstep.training.models import pick_device
 
-    names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
-        raise ProxstepError("--algorithms needs distinct names, separated by commas")
-    for name, number in (("--seeds", arguments.seeds), ("--jobs", arguments.jobs)):
-        if number is not None and number < 1:
-            raise ProxstepError(f"{name} must be at least 1, got {number}")
-    for key, _ in overrides:
-        if key in COMPARED:
-            raise ProxstepError(f"--{key} does not go with compare: use {COMPARED[key]}")
-    recipes = [load_recipe(arguments.recipe, [*overrides, ("algorithm", name)]) for name in names]
-    check_folder(arguments.output, "--output")
+    plan = _plan(arguments, overrides)
+    output: Path = arguments.output
+    check_folder(output, "--output")
     _check_figure(arguments.figure)
-    jobs = plan(recipes, arguments.seeds, arguments.output)
     progress = make_progress(console)
-    with locked(arguments.output, "--output"):
+    with locked(output, "--output"):
         try:
-            for recipe in recipes:
-                lifecycle.check(recipe)
-            check_output(jobs, arguments.output, overwrite=arguments.overwrite)
-            lifecycle.prepared_source(recipes[0], progress)  # once, before all runs would do it
+            for variant in plan.variants:
+                lifecycle.check(variant.recipe)
+            if arguments.overwrite:
+                clear(output)
+            plan = plan.continuing(output)
+            jobs = make_jobs(plan.cells(), output)
+            find_done(jobs, output)
+            for recipe in plan.distinct_models():  # once, before all runs would do it
+                lifecycle.prepared_source(recipe, progress)
+            plan.write(output)
         finally:
             progress.end()
-        on_cpu = pick_device(recipes[0].device).type == "cpu"
+        on_cpu = pick_device(plan.variants[0].recipe.device).type == "cpu"
         num_parallel = arguments.jobs or (os.cpu_count() or 1 if on_cpu else 1)
         run_jobs(jobs, num_parallel, console)
     paths = [str(job.folder) for job in jobs]
-    return _summarize(paths, arguments.output / "report.html", arguments.figure, console)
+    return _summarize(paths, output / "report.html", arguments.figure, console)
 
 
-COMPARED = {"algorithm": "--algorithms", "seed": "--seeds", "output_dir": "--output"}
+def _plan(arguments: Namespace, overrides: Overrides) -> Any:
+    from proxstep.lab.plan import Plan, parse_vary
+
+    names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise ProxstepError("--algorithms needs distinct names, separated by commas")
+    for name, least in (("seeds", 1), ("jobs", 1), ("add_seeds", 0)):
+        number = getattr(arguments, name)
+        if number is not None and number < least:
+            option = name.replace("_", "-")
+            raise ProxstepError(f"--{option} must be at least {least}, got {number}")
+    seeds = arguments.seeds + arguments.add_seeds
+    return Plan.of(arguments.recipe, overrides, names, parse_vary(arguments.vary), seeds)
 
 
 def _report(arguments: Namespace, overrides: Overrides, console: Any) -> int:

@@ -1,4 +1,4 @@
-"""One recipe with several algorithms and seeds, each run in its own process, in parallel."""
+"""A plan worked through: each cell in its own process, several at a time, none of them twice."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,15 @@ from rich.table import Table
 from proxstep.config.loading import dump_recipe, with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.lab.plan import PLAN, Cell
 from proxstep.runs.checkpoint import checkpoints
 from proxstep.runs.children import die_with_parent
 from proxstep.runs.console import cell
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.lock import is_locked
 from proxstep.training.lifecycle import load_run_recipe
+
+_MOST_SHOWN = 20
 
 
 @dataclass
@@ -72,31 +79,33 @@ class Job:
         return {**records[-1], "score": scores[-1]} if scores else {}
 
 
-def plan(recipes: Sequence[Recipe], seeds: int, output: Path) -> list[Job]:
-    """Return the jobs of a comparison, seed by seed, so that every algorithm is seen early."""
+def make_jobs(cells: Iterable[Cell], output: Path) -> list[Job]:
+    """Return the jobs of a plan's cells, in their order."""
     return [
         Job(
-            recipe.model_copy(
-                update={"seed": seed, "output_dir": str(output / f"{recipe.algorithm}-seed{seed}")}
+            cell.variant.recipe.model_copy(
+                update={"seed": cell.seed, "output_dir": str(output / cell.name)}
             )
         )
-        for seed in range(seeds)
-        for recipe in recipes
+        for cell in cells
     ]
 
 
-def check_output(jobs: Sequence[Job], output: Path, *, overwrite: bool) -> None:
-    """Find out what is done of a comparison that was stopped, or delete what the folder holds.
+def clear(output: Path) -> None:
+    """Delete the plan and the runs that a folder holds, and nothing else."""
+    for path in _held(output):
+        with RunFolder(path).locked():
+            RunFolder(path).clear()
+    (output / PLAN).unlink(missing_ok=True)
+
+
+def find_done(jobs: Sequence[Job], output: Path) -> None:
+    """Find out what is done of a comparison that was stopped.
 
     Raises:
-        ProxstepError: If it holds a run of anything else, with the ways out.
+        ProxstepError: If the folder holds a run of anything else, with the ways out.
     """
-    held = sorted(path.parent for path in output.glob("*/run.json"))
-    if overwrite:
-        for path in held:
-            with RunFolder(path).locked():
-                RunFolder(path).clear()
-        return
+    held = _held(output)
     planned = {job.folder: job for job in jobs}
     for path in held:
         if path not in planned or not _is_of(path, planned[path].recipe):
@@ -106,6 +115,10 @@ def check_output(jobs: Sequence[Job], output: Path, *, overwrite: bool) -> None:
             )
         if RunFolder(path).status() == "finished":
             planned[path].code = 0
+
+
+def _held(output: Path) -> list[Path]:
+    return sorted(path.parent for path in output.glob("*/run.json"))
 
 
 def _is_of(path: Path, recipe: Recipe) -> bool:
@@ -129,30 +142,29 @@ def run_jobs(jobs: Sequence[Job], num_parallel: int, console: Console) -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
     seen: dict[str, str] = {}
+    pace = Pace(jobs)
     if live:
         live.start()
     try:
         while any(job.code is None for job in jobs):
             _advance(jobs, num_parallel)
             if live:
-                live.update(_overview(jobs), refresh=True)
+                live.update(_overview(jobs, pace), refresh=True)
             else:
-                _announce(jobs, seen, console)
+                _announce(jobs, seen, pace, console)
             time.sleep(0.5)
     except KeyboardInterrupt:
         _stop(jobs)
         raise
     finally:
         if live:
-            live.update(_overview(jobs), refresh=True)
+            live.update(_overview(jobs, pace), refresh=True)
             live.stop()
         signal.signal(signal.SIGTERM, before)
     failed = [job for job in jobs if job.code]
     if failed:
         raise ProxstepError(
-            "\n".join(
-                f"{job.folder.name} failed: {_last_line(job.log)} (see {job.log})" for job in failed
-            )
+            "\n".join(f"{job.folder.name} failed: {_reason(job)} (see {job.log})" for job in failed)
         )
 
 
@@ -161,7 +173,9 @@ def _advance(jobs: Sequence[Job], num_parallel: int) -> None:
         if job.process is not None and job.code is None:
             job.code = job.process.poll()
     free = num_parallel - sum(job.state == "running" for job in jobs)
-    for job in [job for job in jobs if job.state == "waiting"][: max(free, 0)]:
+    waiting = (job for job in jobs if job.state == "waiting")
+    # A run whose comparison was killed may still be at its last step.
+    for job in islice((job for job in waiting if not is_locked(job.folder)), max(free, 0)):
         job.process = _start(job)
 
 
@@ -193,13 +207,46 @@ def _stop(jobs: Sequence[Job]) -> None:
         process.wait()
 
 
-def _overview(jobs: Sequence[Job]) -> Table:
-    table = Table(box=None, pad_edge=False)
+class Pace:
+    """How far the jobs are, and how long the rest will take at the pace so far.
+
+    Args:
+        jobs: All jobs, before any of them is started.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._begun = time.monotonic()
+        self._before = self._steps()
+
+    def _steps(self) -> int:
+        return sum(
+            job.recipe.steps if job.code == 0 else job.last_record().get("step", 0)
+            for job in self._jobs
+            if job.state != "waiting" or job.folder.exists()
+        )
+
+    def __str__(self) -> str:
+        counts = Counter(job.state for job in self._jobs)
+        text = f"{counts['done']} of {len(self._jobs)} done"
+        if counts["failed"]:
+            text += f", {counts['failed']} failed"
+        steps = self._steps()
+        if (taken := steps - self._before) <= 0:
+            return text
+        to_do = sum(job.recipe.steps for job in self._jobs if job.state != "failed")
+        seconds = max(to_do - steps, 0) * (time.monotonic() - self._begun) / taken
+        return f"{text}, {timedelta(seconds=round(seconds))} left" if seconds else text
+
+
+def _overview(jobs: Sequence[Job], pace: Pace) -> Table:
+    table = Table(box=None, pad_edge=False, caption=str(pace), caption_justify="left")
     for heading in ("run", "state"):
         table.add_column(heading)
     for heading in ("step", "reward", "greedy score", "s/step"):
         table.add_column(heading, justify="right")
-    for job in jobs:
+    at_work = [job for job in jobs if job.state in ("running", "failed")]
+    for job in jobs if len(jobs) <= _MOST_SHOWN else at_work[:_MOST_SHOWN]:
         record = job.last_record()
         step = f"{record.get('step', 0)}/{job.recipe.steps}"
         fields = (cell(record, name) for name in ("reward", "score", "seconds_step"))
@@ -207,15 +254,23 @@ def _overview(jobs: Sequence[Job]) -> Table:
     return table
 
 
-def _announce(jobs: Sequence[Job], seen: dict[str, str], console: Console) -> None:
+def _announce(jobs: Sequence[Job], seen: dict[str, str], pace: Pace, console: Console) -> None:
     for job in jobs:
         name = job.folder.name
         if job.state not in ("waiting", seen.get(name)):
             seen[name] = job.state
-            score = cell(job.last_record(), "score")
-            console.out(
-                f"{name}: {job.state}" + (f", greedy score {score}" if job.code == 0 else "")
-            )
+            text = f"{name}: {job.state}"
+            if job.code == 0:
+                text += f", greedy score {cell(job.last_record(), 'score')}"
+            if job.code is not None and job.process:
+                text += f" ({pace})"
+            console.out(text)
+
+
+def _reason(job: Job) -> str:
+    if job.code is not None and job.code < 0:
+        return f"killed by {signal.Signals(-job.code).name}"
+    return _last_line(job.log)
 
 
 def _last_line(log: Path) -> str:

@@ -215,18 +215,24 @@ def _settings(run: Run) -> dict[str, str]:
     """Return what is compared between runs, as text by dotted key: recipe, machine, versions."""
     recipe = {key: value for key, value in run.recipe.items() if key not in _VARIED_BY_RUN}
     info = {key: run.info.get(key) for key in _COMPARED_INFO}
-    return {key: _as_text(value) for key, value in _flatten({**recipe, "run": info})}
+    return {key: as_text(value) for key, value in flatten({**recipe, "run": info})}
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and their values.
+
+    >>> list(flatten({"task": {"name": "math", "difficulty": 3}, "steps": 5}))
+    [('task.name', 'math'), ('task.difficulty', 3), ('steps', 5)]
+    """
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Return a value of a recipe as a reader would write it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
