@@ -113,7 +113,7 @@ def make_parser() -> Parser:
     report.add_argument(
         "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
     )
-    _add_figure(report)
+    _add_files(report)
     _add_toys(commands["toy"])
     return parser
 
@@ -161,13 +161,15 @@ def _add_compare(compare: Parser) -> None:
         "--output", type=Path, default=Path("outputs/compare"), help="folder of the runs"
     )
     compare.add_argument("--overwrite", action="store_true", help="delete the runs in that folder")
-    _add_figure(compare)
+    _add_files(compare)
 
 
-def _add_figure(command: Parser) -> None:
+def _add_files(command: Parser) -> None:
     command.add_argument(
         "--figure", type=Path, help="also draw the curves to this PNG, SVG or PDF file"
     )
+    command.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    command.add_argument("--csv", type=Path, help="also write every figure to this file")
 
 
 def _add_toys(toy: Parser) -> None:

@@ -187,7 +187,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     plan = _plan(arguments, overrides)
     output: Path = arguments.output
     check_folder(output, "--output")
-    _check_figure(arguments.figure)
+    _check_files(arguments)
     progress = make_progress(console)
     with locked(output, "--output"):
         try:
@@ -207,7 +207,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         num_parallel = arguments.jobs or (os.cpu_count() or 1 if on_cpu else 1)
         run_jobs(jobs, num_parallel, console)
     paths = [str(job.folder) for job in jobs]
-    return _summarize(paths, output / "report.html", arguments.figure, console)
+    return _summarize(paths, output / "report.html", arguments, console)
 
 
 def _plan(arguments: Namespace, overrides: Overrides) -> Any:
@@ -227,7 +227,7 @@ def _plan(arguments: Namespace, overrides: Overrides) -> Any:
 
 def _report(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     del overrides
-    return _summarize(arguments.runs, arguments.output, arguments.figure, console)
+    return _summarize(arguments.runs, arguments.output, arguments, console)
 
 
 def _diagnose(arguments: Namespace, overrides: Overrides, console: Any) -> int:
@@ -271,34 +271,47 @@ def _toy(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     return 0
 
 
-def _summarize(paths: Sequence[str], page: Path, figure: Path | None, console: Any) -> int:
+def _summarize(paths: Sequence[str], page: Path, arguments: Namespace, console: Any) -> int:
+    from proxstep.lab.comparison import compare_runs
     from proxstep.lab.plots import overview_figure
     from proxstep.lab.report import comparison_table, summarize, write_report
+    from proxstep.lab.tables import comma_separated, markdown, terminal_tables
+    from proxstep.lab.verdict import verdict
     from proxstep.runs.folder import check_file
     from proxstep.runs.reading import fairness_notes, find_runs
 
     check_file(page, "--output")
-    _check_figure(figure)
+    _check_files(arguments)
     runs = find_runs(paths)
-    console.print(comparison_table(summarize(runs)))
-    for note in fairness_notes(runs):
+    comparison = compare_runs(runs)
+    console.print(verdict(comparison), style="bold", highlight=False, markup=False)
+    console.print(comparison_table(summarize(comparison.runs)))
+    for table in terminal_tables(comparison):
+        console.print()
+        console.print(table)
+    for note in fairness_notes(comparison.runs, comparison.varied):
         console.out(note)
     write_report(runs, page)
     console.out(f"report: {page}")
-    if figure:
-        overview_figure(runs).savefig(figure, dpi=160)
-        console.out(f"figure: {figure}")
+    for path, text in ((arguments.markdown, markdown), (arguments.csv, comma_separated)):
+        if path:
+            path.write_text(text(comparison), encoding="utf-8")
+            console.out(f"table: {path}")
+    if arguments.figure:
+        overview_figure(comparison.runs).savefig(arguments.figure, dpi=160)
+        console.out(f"figure: {arguments.figure}")
     return 0
 
 
-def _check_figure(path: Path | None) -> None:
+def _check_files(arguments: Namespace) -> None:
     from proxstep.runs.folder import check_file
 
-    if path is None:
-        return
-    if path.suffix not in FIGURE_TYPES:
-        raise ProxstepError(f"--figure {path} must end in one of {', '.join(FIGURE_TYPES)}")
-    check_file(path, "--figure")
+    figure = arguments.figure
+    if figure and figure.suffix not in FIGURE_TYPES:
+        raise ProxstepError(f"--figure {figure} must end in one of {', '.join(FIGURE_TYPES)}")
+    for name in ("figure", "markdown", "csv"):
+        if path := getattr(arguments, name):
+            check_file(path, f"--{name}")
 
 
 FIGURE_TYPES = (".png", ".svg", ".pdf")

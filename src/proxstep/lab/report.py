@@ -17,8 +17,11 @@ from rich.text import Text
 
 from proxstep.config.yamlfile import dump_yaml
 from proxstep.errors import ProxstepError
-from proxstep.lab.audit import Interval, audit
+from proxstep.lab.audit import audit
+from proxstep.lab.comparison import compare_runs
 from proxstep.lab.plots import CHARTS, band_note, curve_svg, strokes
+from proxstep.lab.tables import text_tables
+from proxstep.lab.verdict import verdict
 from proxstep.runs.reading import (
     MISSING,
     Run,
@@ -179,16 +182,6 @@ def _score(spread: Spread | None) -> str:
     return f"{spread.mean:.3f}" if spread else MISSING
 
 
-def _interval(interval: Interval, sign: str = "") -> str:
-    """Return a mean with its interval.
-
-    >>> _interval(Interval(0.2, 0.05, 0.35), "+")
-    '+0.200 [+0.050, +0.350]'
-    """
-    low, high = (f"{end:{sign}.3f}" for end in (interval.low, interval.high))
-    return f"{interval.mean:{sign}.3f} [{low}, {high}]"
-
-
 def _signed_range(spread: Spread | None, num_seeds: int) -> str:
     if spread is None:
         return MISSING
@@ -259,8 +252,13 @@ _COLUMNS = (
 
 def _page_content(runs: Sequence[Run]) -> dict[str, Any]:
     """Return everything that the template shows, as text except for the charts."""
+    everyone, comparison = runs, compare_runs(runs)
+    runs = comparison.runs
     groups = by_algorithm(runs)
     return {
+        "verdict": verdict(comparison),
+        "tables": text_tables(comparison),
+        "everyone": everyone,
         "algorithms": list(groups),
         "facts": _facts(runs),
         "columns": _COLUMNS,
@@ -268,9 +266,8 @@ def _page_content(runs: Sequence[Run]) -> dict[str, Any]:
         "colors": {name: stroke.color for name, stroke in strokes(groups).items()},
         "charts": [(chart, Markup(curve_svg(runs, chart))) for chart in CHARTS],
         "band_note": band_note(runs),
-        "notes": fairness_notes(runs),
+        "notes": fairness_notes(runs, comparison.varied),
         "audit": audit(runs),
-        "interval": _interval,
         "samples": {name: _last_samples(members) for name, members in groups.items()},
         "recipes": {name: dump_yaml(members[0].recipe) for name, members in groups.items()},
         "runs": runs,

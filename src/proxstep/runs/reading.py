@@ -138,16 +138,16 @@ def seed_spread(runs: Sequence[Run], name: str) -> dict[int, Spread]:
     return {step: Spread.of([curve[step] for curve in curves]) for step in steps}
 
 
-def fairness_notes(runs: Sequence[Run]) -> list[str]:
+def fairness_notes(runs: Sequence[Run], varied: Sequence[str] = ()) -> list[str]:
     """Return one sentence for each thing that makes the runs less comparable than they look.
 
     These are: runs that did not finish or learned nothing; seeds that repeat, are single or
     differ between algorithms; and differences in the recipe, the machine or the versions, except
     those that a comparison is about (seed and output folder; between algorithms also algorithm,
-    objective, geometry and advantage).
+    objective, geometry and advantage) and the keys that a plan varies.
     """
     groups = by_algorithm(runs)
-    return [*_unfinished_notes(runs), *_seed_notes(groups), *_setting_notes(groups)]
+    return [*_unfinished_notes(runs), *_seed_notes(groups), *_setting_notes(groups, varied)]
 
 
 def _unfinished_notes(runs: Sequence[Run]) -> Iterator[str]:
@@ -178,9 +178,10 @@ def _seed_notes(groups: dict[str, list[Run]]) -> Iterator[str]:
         yield f"The algorithms differ in: seed ({_who_has_what(listed)})."
 
 
-def _setting_notes(groups: dict[str, list[Run]]) -> Iterator[str]:
+def _setting_notes(groups: dict[str, list[Run]], varied: Sequence[str]) -> Iterator[str]:
     settings = {algorithm: list(map(_settings, runs)) for algorithm, runs in groups.items()}
     keys = dict.fromkeys(key for members in settings.values() for one in members for key in one)
+    keys = [key for key in keys if key not in varied]
     between: list[str] = []
     within: dict[str, list[str]] = {algorithm: [] for algorithm in groups}
     for key in keys:

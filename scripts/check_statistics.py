@@ -1,0 +1,124 @@
+"""Check the statistics of `proxstep compare` against synthetic data with known answers.
+
+    python scripts/check_statistics.py coverage     # 95 % intervals over 1,000 draws
+    python scripts/check_statistics.py power        # seeds needed, against simulated tests
+    python scripts/check_statistics.py rliable      # needs `pip install rliable`
+
+What came out is in experiments/LOG.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+
+from proxstep.lab import statistics as ours
+
+_DRAWS = 1000
+SHAPES = {
+    "normal": lambda rng, size: rng.normal(0.6, 0.05, size),
+    "skewed": lambda rng, size: rng.beta(8, 2, size),
+    "heavy tails": lambda rng, size: 0.6 + 0.05 * rng.standard_t(3, size),
+}
+
+
+def coverage(draws: int, numbers: list[int]) -> None:
+    """Print how often an interval holds the truth, for each number of runs."""
+    print("| runs | scores | one algorithm | bare percentiles | difference of two | P(a > b) |")
+    print("|---|---|---|---|---|---|")
+    for runs in numbers:
+        for name, draw in SHAPES.items():
+            rng = np.random.default_rng(runs)
+            # What an interquartile mean of so many runs is on average, and that of all.
+            truth = ours.interquartile_mean(draw(rng, (200_000, runs))).mean()
+            hits = np.zeros(4)
+            for _ in range(draws):
+                first, second = draw(rng, runs), draw(rng, runs)
+                one = ours.estimate(ours.interquartile_mean, [first])
+                bare = ours.estimate(ours.interquartile_mean, [first], widened=False)
+                two = ours.estimate(ours.difference(1), [first, second])
+                better = ours.estimate(ours.improvement(1), [first, second], limits=(0, 1))
+                pairs = ((one, truth), (bare, truth), (two, 0.0), (better, 0.5))
+                hits += [found.low <= true <= found.high for found, true in pairs]
+            shares = " | ".join(f"{share:.3f}" for share in hits / draws)
+            print(f"| {runs} | {name} | {shares} |", flush=True)
+
+
+def power(draws: int) -> None:
+    """Print the estimate of seeds needed beside the number that a simulation needs."""
+    print("| difference in spreads | estimate, spread known | from 5 runs, median | simulated |")
+    print("|---|---|---|---|")
+    for effect in (1.0, 1.5, 2.0):
+        rng = np.random.default_rng(0)
+        sample = rng.normal(0, 1, (100_000, 20))
+        spread = float(ours.interquartile_mean(sample).std() * np.sqrt(20))
+        known = ours.seeds_needed(effect, spread * np.sqrt(2 / 5), 5)
+        guesses = []
+        for _ in range(draws // 4):
+            pair = [rng.normal(effect, 1, 5), rng.normal(0, 1, 5)]
+            found = ours.estimate(ours.difference(1), pair)
+            guesses.append(ours.seeds_needed(found.value, found.error, 5))
+        needed = next(
+            runs
+            for runs in range(3, 60)
+            if np.mean(
+                [
+                    ours.estimate(
+                        ours.difference(1), [rng.normal(effect, 1, runs), rng.normal(0, 1, runs)]
+                    ).is_certain
+                    for _ in range(draws)
+                ]
+            )
+            >= ours.POWER
+        )
+        print(f"| {effect} | {known} | {np.median(guesses):.0f} | {needed} |", flush=True)
+
+
+def rliable() -> None:
+    """Print our figures beside rliable's, on three tasks with ten runs each."""
+    from rliable import library, metrics
+
+    rng = np.random.default_rng(3)
+    first, second = rng.beta(8, 2, (10, 3)), rng.beta(7, 3, (10, 3))
+    scores = {"a": first, "a,b": (first, second)}
+    theirs, their_ends = library.get_interval_estimates(
+        {"a": first}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=20_000
+    )
+    better, better_ends = library.get_interval_estimates(
+        {"a,b": scores["a,b"]}, metrics.probability_of_improvement, reps=5_000
+    )
+    columns = [list(first.T), [*first.T, *second.T]]
+    iqm = ours.estimate(ours.interquartile_mean, columns[0], widened=False)
+    prob = ours.estimate(ours.improvement(3), columns[1], widened=False)
+    print("| | rliable | here, bare percentiles |")
+    print("|---|---|---|")
+    for name, one, ends, here in (
+        ("interquartile mean", theirs["a"], their_ends["a"], iqm),
+        ("probability of improvement", better["a,b"], better_ends["a,b"], prob),
+    ):
+        low, high = np.ravel(ends)
+        print(
+            f"| {name} | {float(np.ravel(one)[0]):.6f} [{low:.4f}, {high:.4f}] "
+            f"| {here.value:.6f} [{here.low:.4f}, {here.high:.4f}] |"
+        )
+
+
+def main() -> None:
+    """Run one of the checks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("check", choices=["coverage", "power", "rliable"])
+    parser.add_argument("--draws", type=int, default=_DRAWS)
+    parser.add_argument("--runs", type=int, nargs="+", default=[3, 4, 5, 10, 20])
+    arguments = parser.parse_args()
+    if arguments.check == "rliable":
+        rliable()
+    elif arguments.check == "power":
+        power(arguments.draws)
+    else:
+        coverage(arguments.draws, arguments.runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
