@@ -61,8 +61,8 @@ def test_runs_are_audited_by_algorithm(make_run, tmp_path) -> None:
     (isopo,) = found.algorithms
     assert (found.num_prompts, isopo.num_seeds, len(isopo.shown)) == (60, 3, 10)
     assert found.constant == BASELINES["constant"]
-    assert isopo.start.mean == pytest.approx(0.2)
-    assert isopo.gain.mean == pytest.approx(0.35)
+    assert isopo.start.value == pytest.approx(0.2)
+    assert isopo.gain.value == pytest.approx(0.35)
     assert isopo.gain.low == pytest.approx(0.35 - 4.303 * 0.05 / 3**0.5)
     page = write_report(find_runs([tmp_path]), tmp_path / "page.html").read_text()
     assert "Is the gain real?" in page

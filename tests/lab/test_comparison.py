@@ -74,6 +74,19 @@ def test_an_outcome_of_little_is_nan(make_run) -> None:
     assert outcome.scores == []
 
 
+def test_what_one_evaluation_did_not_measure_is_not_interpolated(make_run) -> None:
+    records = curve(0.8)
+    records[2]["kl_policy_initial"] = None
+    records[0]["elapsed_seconds"] = None
+    run = load_run(make_run(records=records))
+    outcome = Outcome.of(run, [])
+    assert (outcome.kl, outcome.seconds) == ([], [])
+    assert isnan(outcome.kl_at_score(0.4))
+    (setting,) = compare_runs([run]).settings
+    assert isnan(setting.kl)
+    assert isnan(setting.standings[0].at_kl.value)
+
+
 def fake(tuned: str, seed: int, final: float, make_run) -> Outcome:
     run = load_run(make_run("opo", seed, curve(final), name=f"opo-{tuned}-{seed}"))
     return Outcome(run, tuned, "", final, final, final, [0.0], [0.0], [final])
@@ -190,7 +203,7 @@ def test_tables_fit_a_terminal_and_hold_what_the_page_does(grid, tmp_path) -> No
     assert " ".join(row.split()).startswith("opo best of the grid 4 0.800 [0.7")
     page = write_report(grid, tmp_path / "page.html").read_text()
     assert verdict(comparison) in page
-    assert "Differences, each at its best of the grid" in page
+    assert "Differences, each algorithm at its best of the grid" in page
     assert "16 runs" in page
     assert "The grpo runs differ in" not in page
 

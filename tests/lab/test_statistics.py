@@ -43,6 +43,10 @@ def test_estimates_repeat_to_the_bit_and_one_run_has_no_interval() -> None:
 def test_limits_hold_and_equal_runs_have_no_spread() -> None:
     apart = [np.array([1.0, 2.0, 3.0]), np.array([-1.0, -2.0, -3.0])]
     assert ours.estimate(ours.improvement(1), apart, limits=(0, 1)).high == 1.0
+    better = ours.improvement_estimate(apart[:1], apart[1:])
+    assert (better.value, better.low, better.high) == (1.0, pytest.approx(0.025 ** (1 / 3)), 1.0)
+    worse = ours.improvement_estimate(apart[1:], apart[:1])
+    assert (worse.low, worse.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 3)))
     same = ours.estimate(ours.difference(1), [np.ones(4), np.ones(4)])
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 

@@ -155,6 +155,11 @@ def _add_compare(compare: Parser) -> None:
         help="also run every algorithm with each of these values of a key; may be given again",
     )
     compare.add_argument(
+        "--budget",
+        metavar="TIME",
+        help="such as 2h or 90m: choose among the varied values by successive halving in that time",
+    )
+    compare.add_argument(
         "--jobs", type=int, help="runs at a time (default: the number of cores, on a CPU)"
     )
     compare.add_argument(

@@ -177,7 +177,8 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
 
 
 def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
-    from proxstep.lab.compare import clear, find_done, make_jobs, run_jobs
+    from proxstep.lab.compare import clear, run_plan
+    from proxstep.lab.plan import parse_budget
     from proxstep.runs.console import make_progress
     from proxstep.runs.folder import check_folder
     from proxstep.runs.lock import locked
@@ -185,6 +186,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.training.models import pick_device
 
     plan = _plan(arguments, overrides)
+    budget = parse_budget(arguments.budget) if arguments.budget else None
     output: Path = arguments.output
     check_folder(output, "--output")
     _check_files(arguments)
@@ -196,8 +198,6 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
             if arguments.overwrite:
                 clear(output)
             plan = plan.continuing(output)
-            jobs = make_jobs(plan.cells(), output)
-            find_done(jobs, output)
             for recipe in plan.distinct_models():  # once, before all runs would do it
                 lifecycle.prepared_source(recipe, progress)
             plan.write(output)
@@ -205,8 +205,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
             progress.end()
         on_cpu = pick_device(plan.variants[0].recipe.device).type == "cpu"
         num_parallel = arguments.jobs or (os.cpu_count() or 1 if on_cpu else 1)
-        run_jobs(jobs, num_parallel, console)
-    paths = [str(job.folder) for job in jobs]
+        paths = [str(path) for path in run_plan(plan, output, num_parallel, console, budget)]
     return _summarize(paths, output / "report.html", arguments, console)
 
 
@@ -221,8 +220,14 @@ def _plan(arguments: Namespace, overrides: Overrides) -> Any:
         if number is not None and number < least:
             option = name.replace("_", "-")
             raise ProxstepError(f"--{option} must be at least {least}, got {number}")
-    seeds = arguments.seeds + arguments.add_seeds
-    return Plan.of(arguments.recipe, overrides, names, parse_vary(arguments.vary), seeds)
+    return Plan.of(
+        arguments.recipe,
+        overrides,
+        names,
+        parse_vary(arguments.vary),
+        arguments.seeds + arguments.add_seeds,
+        halving=arguments.budget is not None,
+    )
 
 
 def _report(arguments: Namespace, overrides: Overrides, console: Any) -> int:

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,17 @@ from rich.table import Table
 from proxstep.config.loading import dump_recipe, with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
-from proxstep.lab.plan import PLAN, Cell
+from proxstep.lab.halving import (
+    CLOCK,
+    NOTE,
+    Clock,
+    choosing_cells,
+    choosing_seeds,
+    num_rounds,
+    reported_cells,
+    write_note,
+)
+from proxstep.lab.plan import PLAN, Cell, Plan
 from proxstep.runs.checkpoint import checkpoints
 from proxstep.runs.children import die_with_parent
 from proxstep.runs.console import cell
@@ -96,7 +107,8 @@ def clear(output: Path) -> None:
     for path in _held(output):
         with RunFolder(path).locked():
             RunFolder(path).clear()
-    (output / PLAN).unlink(missing_ok=True)
+    for name in (PLAN, NOTE, CLOCK):
+        (output / name).unlink(missing_ok=True)
 
 
 def find_done(jobs: Sequence[Job], output: Path) -> None:
@@ -129,10 +141,71 @@ def _is_of(path: Path, recipe: Recipe) -> bool:
     return held == with_absolute_paths(recipe).model_dump(exclude={"output_dir"})
 
 
-def run_jobs(jobs: Sequence[Job], num_parallel: int, console: Console) -> None:
+def run_plan(
+    plan: Plan, output: Path, num_parallel: int, console: Console, budget: float | None
+) -> list[Path]:
+    """Run what is not done of a plan.
+
+    Args:
+        plan: The plan.
+        output: Folder of the runs.
+        num_parallel: Runs at a time.
+        console: Shows how far it is.
+        budget: Seconds for a halving over all processes that worked on the plan; None without one.
+
+    Returns:
+        The folders of the runs that there are.
+
+    Raises:
+        ProxstepError: If the folder holds another run, or a run failed.
+        KeyboardInterrupt: After Ctrl-C or SIGTERM, once the runs have stopped.
+    """
+    if budget is None:
+        jobs = make_jobs(plan.cells(), output)
+        find_done(jobs, output)
+        run_jobs(jobs, num_parallel, console)
+        return [job.folder for job in jobs]
+    clock = Clock(output, budget)
+    number = num_rounds(plan)
+    seeds = [*choosing_seeds(number), *range(plan.seeds)]
+    known = make_jobs([Cell(variant, seed) for seed in seeds for variant in plan.variants], output)
+    find_done(known, output)
+    by_name = {job.folder.name: job for job in known}
+    try:
+        for done in range(number + 1):
+            scores = _scores(known)
+            last = done == number
+            cells = reported_cells(plan, scores) if last else choosing_cells(plan, done, scores)
+            jobs = [by_name[cell.name] for cell in cells]
+            console.out(f"{'the reported runs' if last else f'choosing, round {done + 1}'}:")
+            allowed = clock.within(1.0 if last else 0.5, partial(_longest, known))
+            run_jobs(jobs, num_parallel, console, allowed)
+    finally:
+        clock.save()
+    write_note(output, plan, budget, clock.spent, _scores(known))
+    return [job.folder for job in known if job.code == 0]
+
+
+def _scores(jobs: Sequence[Job]) -> dict[str, float]:
+    return {job.folder.name: job.last_record()["score"] for job in jobs if job.code == 0}
+
+
+def _longest(jobs: Sequence[Job]) -> float:
+    """Return the seconds of the longest run so far."""
+    records = (job.last_record() for job in jobs if job.code == 0)
+    return max((record["elapsed_seconds"] for record in records), default=0.0)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    num_parallel: int,
+    console: Console,
+    allowed: Callable[[], bool] = lambda: True,
+) -> None:
     """Run every job that is not done, showing how far each of them is.
 
-    Ctrl-C and SIGTERM ask the running ones to stop at their step's end; what they wrote stays.
+    None is started when `allowed` says no; those that run are waited for. Ctrl-C and SIGTERM ask
+    the running ones to stop at their step's end; what they wrote stays.
 
     Raises:
         ProxstepError: If a run failed, with the last line that it printed; the others are finished
@@ -146,8 +219,8 @@ def run_jobs(jobs: Sequence[Job], num_parallel: int, console: Console) -> None:
     if live:
         live.start()
     try:
-        while any(job.code is None for job in jobs):
-            _advance(jobs, num_parallel)
+        while any(job.state == "running" or (job.code is None and allowed()) for job in jobs):
+            _advance(jobs, num_parallel, allowed)
             if live:
                 live.update(_overview(jobs, pace), refresh=True)
             else:
@@ -168,7 +241,7 @@ def run_jobs(jobs: Sequence[Job], num_parallel: int, console: Console) -> None:
         )
 
 
-def _advance(jobs: Sequence[Job], num_parallel: int) -> None:
+def _advance(jobs: Sequence[Job], num_parallel: int, allowed: Callable[[], bool]) -> None:
     for job in jobs:
         if job.process is not None and job.code is None:
             job.code = job.process.poll()
@@ -176,7 +249,8 @@ def _advance(jobs: Sequence[Job], num_parallel: int) -> None:
     waiting = (job for job in jobs if job.state == "waiting")
     # A run whose comparison was killed may still be at its last step.
     for job in islice((job for job in waiting if not is_locked(job.folder)), max(free, 0)):
-        job.process = _start(job)
+        if allowed():
+            job.process = _start(job)
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import inf, isnan, nan
+from math import isnan, nan
 
 import numpy as np
 
 from proxstep.lab import statistics
-from proxstep.lab.outcomes import Chosen, Outcome, choose, outcomes_by_algorithm, varied_keys
-from proxstep.lab.statistics import CONFIDENCE, Array, Estimate, estimate, interquartile_mean
+from proxstep.lab.halving import read_note
+from proxstep.lab.outcomes import (
+    Chosen,
+    Outcome,
+    choose,
+    outcomes_by_algorithm,
+    plans_of,
+    varied_keys,
+)
+from proxstep.lab.plan import is_of_task
+from proxstep.lab.statistics import (
+    CONFIDENCE,
+    Array,
+    Estimate,
+    estimate,
+    improvement_estimate,
+    interquartile_mean,
+)
 from proxstep.runs.reading import Run
 
 BEST = "best of the grid"
@@ -105,12 +121,14 @@ class Comparison:
         chosen: Each algorithm's runs in that first setting.
         tuned: The tuned keys, as text, such as "learning_rate".
         varied: All varied keys.
+        halving: What is to be told of a halving, where there was one.
     """
 
     settings: list[Setting]
     chosen: dict[str, Chosen]
     tuned: str
     varied: list[str]
+    halving: list[str]
 
     @property
     def runs(self) -> list[Run]:
@@ -125,18 +143,19 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     chosen = {algorithm: choose(outcomes) for algorithm, outcomes in groups.items()}
     values = list(dict.fromkeys(o.tuned for outcomes in groups.values() for o in outcomes))
     best = {algorithm: choice.outcomes for algorithm, choice in chosen.items()}
-    settings = [_setting(BEST if len(values) > 1 else "", best)]
+    tuned = [key.rpartition(".")[2] for key in varied if not is_of_task(key)]
+    settings = [_setting(BEST if tuned else "", best)]
     for value in values if len(values) > 1 else ():
         alike = {name: [o for o in group if o.tuned == value] for name, group in groups.items()}
         settings.append(_setting(value, {name: group for name, group in alike.items() if group}))
-    tuned = [key.rpartition(".")[2] for key in varied if not key.startswith(("task.", "model."))]
-    return Comparison(settings, chosen, " and ".join(tuned) if len(values) > 1 else "", varied)
+    halving = [text for folder in plans_of(runs) for text in read_note(folder)]
+    return Comparison(settings, chosen, " and ".join(tuned), varied, halving)
 
 
 def _setting(name: str, groups: dict[str, list[Outcome]]) -> Setting:
     everyone = [outcome for outcomes in groups.values() for outcome in outcomes]
-    kl = min((max(o.kl, default=nan) for o in everyone), default=nan)
-    seconds = min((max(o.seconds, default=nan) for o in everyone), default=nan)
+    kl = _shared(max(o.kl, default=nan) for o in everyone)
+    seconds = _shared(max(o.seconds, default=nan) for o in everyone)
     standings = [
         Standing(
             algorithm,
@@ -190,13 +209,12 @@ def _pair(
         *,
         flipped: bool = False,
         confidence: float = CONFIDENCE,
-        limits: tuple[float, float] = (-inf, inf),
     ) -> Estimate:
         one, other = _samples(ours, measure), _samples(theirs, measure)
         if not one or len(one) != len(other):
             return Estimate(nan)
         samples = [*other, *one] if flipped else [*one, *other]
-        return estimate(statistic(len(one)), samples, confidence=confidence, limits=limits)
+        return estimate(statistic(len(one)), samples, confidence=confidence)
 
     target = _shared_score([*ours, *theirs])
     kl_at_target: Measure = lambda o: o.kl_at_score(target)  # noqa: E731
@@ -209,7 +227,7 @@ def _pair(
         second,
         seeds,
         final,
-        against(statistics.improvement, lambda o: o.final, limits=(0.0, 1.0)),
+        _better(ours, theirs),
         against(statistics.difference, lambda o: o.area),
         against(statistics.difference, lambda o: o.score_at_kl(kl)),
         against(statistics.difference, lambda o: o.score_after(seconds)),
@@ -221,8 +239,19 @@ def _pair(
     )
 
 
+def _shared(reached: Iterable[float]) -> float:
+    """Return what every run reached, NaN where it was not measured in all of them."""
+    values = list(reached)
+    return nan if not values or any(map(isnan, values)) else min(values)
+
+
+def _better(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Estimate:
+    one, other = (_samples(group, lambda o: o.final) for group in (ours, theirs))
+    return improvement_estimate(one, other) if len(one) == len(other) else Estimate(nan)
+
+
 def _shared_score(outcomes: Sequence[Outcome]) -> float:
     """Return the highest score that every run reached, NaN where one of them never rose to it."""
-    highest = min((max(o.scores, default=nan) for o in outcomes), default=nan)
+    highest = _shared(max(o.scores, default=nan) for o in outcomes)
     lowest = max((o.scores[0] for o in outcomes if o.scores), default=nan)
     return highest if highest > lowest else nan

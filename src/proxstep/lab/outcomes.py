@@ -18,11 +18,9 @@ from typing import Any
 import numpy as np
 
 from proxstep.config.yamlfile import read_yaml
-from proxstep.lab.plan import PLAN, describe, short_keys
+from proxstep.lab.plan import CHOOSING, PLAN, label
 from proxstep.lab.statistics import area_under_curve, value_at
 from proxstep.runs.reading import Run, by_algorithm, flatten
-
-_TASK_SECTIONS = ("task.", "model.")
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,9 @@ class Outcome:
         final: The last score after step 0.
         best: The highest of them, which is an optimist's figure: it is chosen by its own score.
         area: The mean score over all steps.
-        kl: KL(policy || initial) at the evaluations that measured it, in nats per token.
-        seconds: Seconds since the beginning at the evaluations.
+        kl: KL(policy || initial) at the evaluations, in nats per token; empty where one of them did
+            not measure it.
+        seconds: Seconds since the beginning at the evaluations, likewise.
         scores: The scores at the evaluations.
     """
 
@@ -62,13 +61,13 @@ class Outcome:
         values = {key: own.get(key) for key in varied}
         return cls(
             run,
-            _as_label(values, is_task=False),
-            _as_label(values, is_task=True),
+            label(values, of_task=False),
+            label(values, of_task=True),
             trained[-1] if trained else nan,
             max(trained, default=nan),
             area_under_curve(steps, scores),
-            [_number(record, "kl_policy_initial", 0.0) for record in measured],
-            [_number(record, "elapsed_seconds", nan) for record in measured],
+            _series(measured, "kl_policy_initial", at_start=0.0),
+            _series(measured, "elapsed_seconds"),
             scores,
         )
 
@@ -82,30 +81,36 @@ class Outcome:
 
     def kl_at_score(self, score: float) -> float:
         """Return the KL spent when the score was first reached."""
+        if not self.kl:
+            return nan
         return value_at(self.scores, [float(kl) for kl in np.maximum.accumulate(self.kl)], score)
 
 
-def _number(record: dict[str, Any], name: str, at_start: float) -> float:
-    """Return a field of a record; at step 0, where little is measured, what it is by definition."""
-    value = record.get(name)
-    if value is None:
-        return at_start if record["step"] == 0 else nan
-    return float(value)
+def _series(
+    records: Sequence[dict[str, Any]], name: str, at_start: float | None = None
+) -> list[float]:
+    """Return a field of every record, empty if one lacks it.
+
+    Args:
+        records: The records.
+        name: The field.
+        at_start: What it is by definition at step 0, where it need not be measured.
+    """
+    values = [record.get(name) for record in records]
+    if records and records[0]["step"] == 0 and values[0] is None:
+        values[0] = at_start
+    return [] if None in values else [float(value) for value in values if value is not None]
 
 
-def _as_label(values: dict[str, Any], *, is_task: bool) -> str:
-    own = {k: v for k, v in values.items() if k.startswith(_TASK_SECTIONS) == is_task}
-    return ", ".join(describe(*pair) for pair in short_keys(own).items())
+def plans_of(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
+    """Return the plans beside the runs, by their folder."""
+    folders = dict.fromkeys(run.path.parent for run in runs)
+    return {f: read_yaml(f / PLAN) for f in folders if (f / PLAN).is_file()}
 
 
 def varied_keys(runs: Sequence[Run]) -> list[str]:
     """Return what the plans beside the runs vary, in order."""
-    plans = dict.fromkeys(path for run in runs if (path := _plan_of(run)).is_file())
-    return list(dict.fromkeys(key for path in plans for key in read_yaml(path).get("vary", {})))
-
-
-def _plan_of(run: Run) -> Path:
-    return run.path.parent / PLAN
+    return list(dict.fromkeys(key for plan in plans_of(runs).values() for key in plan["vary"]))
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,13 @@ def _mean_final(outcomes: Sequence[Outcome], tuned: str) -> float:
 
 
 def outcomes_by_algorithm(runs: Sequence[Run]) -> dict[str, list[Outcome]]:
-    """Return every run's outcome, by its algorithm in order of first appearance."""
+    """Return every run's outcome, by its algorithm in order of first appearance.
+
+    The runs that only chose values in a halving are left out.
+    """
     varied = varied_keys(runs)
+    halved = {folder for folder, plan in plans_of(runs).items() if plan.get("halving")}
+    runs = [run for run in runs if run.path.parent not in halved or run.seed < CHOOSING]
     return {
         algorithm: [Outcome.of(run, varied) for run in members]
         for algorithm, members in by_algorithm(runs).items()

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ NOT_VARIED = {
     "per_algorithm": "the recipe for it",
 }
 """Keys of a recipe that compare sets itself, and what to use in their place."""
+CHOOSING = 1000
+"""The first of the seeds that only choose values, with a budget; they are never reported."""
+_TASK_SECTIONS = ("task.", "model.")
 _ALIKE = ("model", "task", "steps", "rollout.num_prompts", "rollout.num_generations")
 _HEADING = """\
 # What `proxstep compare` runs here: every algorithm at every varied value with seeds from 0 on,
@@ -54,12 +58,13 @@ class Variant:
     @property
     def name(self) -> str:
         """The name that its run folders begin with."""
-        return "-".join([self.algorithm, *(describe(*pair, sep="=") for pair in self.pairs)])
+        pairs = short_keys(self.values).items()
+        return "-".join([self.algorithm, *(describe(*pair, sep="=") for pair in pairs)])
 
     @property
-    def pairs(self) -> list[tuple[str, Any]]:
-        """Keys and values, the keys by their last part where that is enough to tell them apart."""
-        return list(short_keys(self.values).items())
+    def tuned(self) -> str:
+        """Its values of what is tuned, as text."""
+        return label(self.values, of_task=False)
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,13 @@ class Plan:
         variants: Every algorithm at every choice of values; the algorithms of a choice together.
         vary: The varied keys with all their values.
         seeds: Number of seeds.
+        halving: Whether values are chosen by successive halving, with a budget.
     """
 
     variants: tuple[Variant, ...]
     vary: dict[str, list[Any]]
     seeds: int
+    halving: bool = False
 
     @classmethod
     def of(
@@ -102,6 +109,8 @@ class Plan:
         algorithms: Sequence[str],
         vary: Mapping[str, Sequence[Any]],
         seeds: int,
+        *,
+        halving: bool = False,
     ) -> Plan:
         """Return the plan that a command line describes.
 
@@ -132,7 +141,8 @@ class Plan:
         if len(set(names)) < len(names):
             raise ProxstepError("--vary gives two runs one name: let its values differ clearly")
         _check_alike(variants)
-        return cls(tuple(variants), {key: list(values) for key, values in vary.items()}, seeds)
+        held = {key: list(values) for key, values in vary.items()}
+        return cls(tuple(variants), held, seeds, halving)
 
     @property
     def algorithms(self) -> list[str]:
@@ -147,6 +157,13 @@ class Plan:
         }
         return list(found.values())
 
+    def tuned(self) -> dict[str, list[str]]:
+        """Return the tuned values of each algorithm, as text."""
+        found: dict[str, dict[str, None]] = {}
+        for variant in self.variants:
+            found.setdefault(variant.algorithm, {})[variant.tuned] = None
+        return {algorithm: list(values) for algorithm, values in found.items()}
+
     def cells(self) -> list[Cell]:
         """Return all runs, seed by seed, so that everything is seen early."""
         return [Cell(variant, seed) for seed in range(self.seeds) for variant in self.variants]
@@ -159,6 +176,7 @@ class Plan:
             "algorithms": self.algorithms,
             "vary": self.vary,
             "seeds": self.seeds,
+            "halving": self.halving,
             "recipes": {
                 algorithm: _without(with_absolute_paths(first[algorithm]).model_dump(), left_out)
                 for algorithm in self.algorithms
@@ -186,7 +204,23 @@ class Plan:
                 f"output {folder} holds another plan, {path}: {difference}. Choose another folder, "
                 "or delete its runs with --overwrite"
             )
-        return Plan(self.variants, self.vary, max(self.seeds, held["seeds"]))
+        return replace(self, seeds=max(self.seeds, held["seeds"]))
+
+
+def parse_budget(text: str) -> float:
+    """Return seconds.
+
+    >>> parse_budget("2h"), parse_budget("1.5m"), parse_budget("30s")
+    (7200.0, 90.0, 30.0)
+
+    Raises:
+        ProxstepError: If it is no positive number of h, m or s.
+    """
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)([hms])", text.strip())
+    seconds = float(found[1]) * {"h": 3600, "m": 60, "s": 1}[found[2]] if found else 0.0
+    if not 0 < seconds < inf:
+        raise ProxstepError(f"--budget {text!r} must be a time such as 2h, 90m or 30s")
+    return seconds
 
 
 def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -208,6 +242,25 @@ def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise ProxstepError(f"--vary {key} is given twice, or a value of it is")
         vary[key] = values
     return vary
+
+
+def is_of_task(key: str) -> bool:
+    """Whether a varied key makes another task, over which results are averaged; else it is tuned.
+
+    >>> is_of_task("task.difficulty"), is_of_task("optimizer.learning_rate")
+    (True, False)
+    """
+    return key.startswith(_TASK_SECTIONS)
+
+
+def label(values: Mapping[str, Any], *, of_task: bool) -> str:
+    """Return the varied values of the task, or those that are tuned, as text.
+
+    >>> label({"optimizer.learning_rate": 1e-5, "task.difficulty": 3}, of_task=False)
+    'learning_rate 1e-05'
+    """
+    own = {key: value for key, value in values.items() if is_of_task(key) == of_task}
+    return ", ".join(describe(*pair) for pair in short_keys(own).items())
 
 
 def short_keys(values: Mapping[str, Any]) -> Values:
@@ -263,6 +316,8 @@ def _differences(held: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[st
     if not {"algorithms", "vary", "seeds", "recipes"} <= held.keys():
         yield "it is damaged"
         return
+    if held.get("halving") != new["halving"]:
+        yield f"it has {'a' if held.get('halving') else 'no'} --budget"
     for algorithm in held["algorithms"]:
         if algorithm not in new["algorithms"]:
             yield f"it has the algorithm {algorithm}"

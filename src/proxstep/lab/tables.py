@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isnan
 
 from rich import box
 from rich.table import Table
@@ -33,6 +34,7 @@ class TextTable:
         rows: Cells.
         caption: What must be known to read it.
         narrow: Number of leading columns that fit a terminal of 100 columns.
+        of_wide: What must be known to read the columns after these.
     """
 
     title: str
@@ -40,6 +42,12 @@ class TextTable:
     rows: list[list[str]]
     caption: str
     narrow: int
+    of_wide: str = ""
+
+    @property
+    def whole_caption(self) -> str:
+        """What must be known to read all columns."""
+        return f"{self.caption} {self.of_wide}".strip()
 
 
 def text_tables(comparison: Comparison) -> list[TextTable]:
@@ -74,7 +82,7 @@ def markdown(comparison: Comparison) -> str:
     for table in text_tables(comparison):
         lines = [table.columns, ["---"] * len(table.columns), *table.rows]
         body = "\n".join(f"| {' | '.join(map(_as_cell, line))} |" for line in lines)
-        parts.append(f"**{table.title}**\n\n{body}\n\n{table.caption}")
+        parts.append(f"**{table.title}**\n\n{body}\n\n{table.whole_caption}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,7 +105,7 @@ def comma_separated(comparison: Comparison) -> str:
 
 
 def _numbers(found: Estimate) -> list[str]:
-    return ["" if x != x else repr(x) for x in (found.value, found.low, found.high)]
+    return ["" if isnan(x) else repr(x) for x in (found.value, found.low, found.high)]
 
 
 def _as_cell(text: str) -> str:
@@ -118,20 +126,22 @@ def _scores(comparison: Comparison) -> TextTable:
     ]
     first = comparison.settings[0]
     columns = ["algorithm", *(["at"] if tuned else []), "seeds", "final", "best", "area"]
-    caption = f"{_NOTE} {_budgets(first)}"
-    if tuned:
-        caption = f"{_votes(comparison)} {caption} At equal values these are the setting's own."
+    caption = f"{_votes(comparison)} {_NOTE}" if tuned else _NOTE
+    own = " Where values are equal it is the KL and time of those runs."
     return TextTable(
         "Scores",
         [*columns, "at equal KL", "at equal time"],
         rows,
         caption,
         narrow=len(columns),
+        of_wide=_budgets(first) + (own if tuned else ""),
     )
 
 
 def _votes(comparison: Comparison) -> str:
     """Say at which values each algorithm is reported."""
+    if comparison.halving:
+        return " ".join(comparison.halving)
     told = []
     for algorithm, chosen in comparison.chosen.items():
         votes = [f"{value} in {number}" for value, number in chosen.votes.items()]
@@ -143,10 +153,15 @@ def _votes(comparison: Comparison) -> str:
 
 
 def _budgets(setting: Setting) -> str:
-    return (
-        f"At equal KL: when KL(policy || initial) first reached {setting.kl:.4f} nats per token, "
-        f"the most that every run spent. At equal time: after {setting.seconds:.1f} s."
-    )
+    told = []
+    if not isnan(setting.kl):
+        told.append(
+            f"At equal KL: when KL(policy || initial) first reached {setting.kl:.4g} nats per "
+            "token, the most that every run spent."
+        )
+    if not isnan(setting.seconds):
+        told.append(f"At equal time: after {setting.seconds:.1f} s.")
+    return " ".join(told)
 
 
 def _pairs(setting: Setting) -> TextTable:
@@ -173,7 +188,7 @@ def _pairs(setting: Setting) -> TextTable:
         "at equal KL",
         "at equal time",
     ]
-    title = "Differences" + (f", each at its {setting.name}" if setting.name else "")
+    title = "Differences" + (f", each algorithm at its {setting.name}" if setting.name else "")
     caption = (
         "Intervals are for one pair at a time; the verdict takes all pairs into account. Seeds "
         "needed: of each algorithm, to tell a final difference as large as this one in four of "
