@@ -2,6 +2,7 @@
 
     python scripts/check_statistics.py coverage     # 95 % intervals over 1,000 draws
     python scripts/check_statistics.py power        # seeds needed, against simulated tests
+    python scripts/check_statistics.py grid         # the best of a grid, chosen on other seeds
     python scripts/check_statistics.py rliable      # needs `pip install rliable`
 
 What came out is in experiments/LOG.md.
@@ -11,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 
 from proxstep.lab import statistics as ours
+from proxstep.lab.outcomes import Outcome, choose
+from proxstep.runs.reading import Run
 
 _DRAWS = 1000
 SHAPES = {
@@ -78,6 +82,42 @@ def power(draws: int) -> None:
         )
 
 
+def grid(draws: int) -> None:
+    """Print coverage and width of two honest ways to report the best of three values, five seeds.
+
+    Values chosen for each seed by the others, and two seeds that choose for three that report. The
+    truth is what each way reports on average.
+    """
+    print("| true means | way | mean reported | coverage | mean width |")
+    print("|---|---|---|---|---|")
+    for means in ((0.60, 0.60, 0.60), (0.60, 0.62, 0.55), (0.60, 0.75, 0.50)):
+        for way, pick in (("others choose", _leave_one_out), ("two choose for three", _split)):
+            rng = np.random.default_rng(0)
+            tables = rng.normal(means, 0.05, (10_000, 5, 3))
+            reported = [pick(table) for table in tables]
+            truth = float(np.mean([np.mean(scores) for scores in reported]))
+            found = [
+                ours.estimate(ours.interquartile_mean, [scores]) for scores in reported[:draws]
+            ]
+            hits = np.mean([one.low <= truth <= one.high for one in found])
+            width = np.mean([one.high - one.low for one in found])
+            print(f"| {means} | {way} | {truth:.4f} | {hits:.3f} | {width:.3f} |", flush=True)
+
+
+def _leave_one_out(table: np.ndarray) -> np.ndarray:
+    """Return each seed's score at the value that `choose` gives it, by a table of (seed, value)."""
+    outcomes = [
+        Outcome(Run(Path(), "a", seed, {}, {}, []), str(value), "", score, score, score, [], [], [])
+        for seed, row in enumerate(table)
+        for value, score in enumerate(row)
+    ]
+    return np.array([outcome.final for outcome in choose(outcomes).outcomes])
+
+
+def _split(table: np.ndarray) -> np.ndarray:
+    return table[2:, table[:2].mean(axis=0).argmax()]
+
+
 def rliable() -> None:
     """Print our figures beside rliable's, on three tasks with ten runs each."""
     from rliable import library, metrics
@@ -110,14 +150,14 @@ def rliable() -> None:
 def main() -> None:
     """Run one of the checks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("check", choices=["coverage", "power", "rliable"])
+    parser.add_argument("check", choices=["coverage", "power", "grid", "rliable"])
     parser.add_argument("--draws", type=int, default=_DRAWS)
     parser.add_argument("--runs", type=int, nargs="+", default=[3, 4, 5, 10, 20])
     arguments = parser.parse_args()
     if arguments.check == "rliable":
         rliable()
-    elif arguments.check == "power":
-        power(arguments.draws)
+    elif arguments.check in ("power", "grid"):
+        {"power": power, "grid": grid}[arguments.check](arguments.draws)
     else:
         coverage(arguments.draws, arguments.runs)
 

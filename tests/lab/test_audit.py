@@ -63,7 +63,7 @@ def test_runs_are_audited_by_algorithm(make_run, tmp_path) -> None:
     assert found.constant == BASELINES["constant"]
     assert isopo.start.value == pytest.approx(0.2)
     assert isopo.gain.value == pytest.approx(0.35)
-    assert isopo.gain.low == pytest.approx(0.35 - 4.303 * 0.05 / 3**0.5)
+    assert isopo.gain.low == pytest.approx(0.35 - scipy.stats.t.ppf(0.975, 2) * 0.05 / 3**0.5)
     page = write_report(find_runs([tmp_path]), tmp_path / "page.html").read_text()
     assert "Is the gain real?" in page
     assert "The best constant answer, 7, would score 0.100" in page

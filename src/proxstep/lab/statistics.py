@@ -2,7 +2,7 @@
 
 `Samples` are one array of runs for each task: runs are resampled within their task (a stratified
 bootstrap). Intervals are the bootstrap's, widened for few runs: plain percentiles of five runs
-cover the truth in 89 of 100 cases, of three in 74, where they promise 95
+cover the truth in 90 of 100 cases, of three in 76, where they promise 95
 (`scripts/check_statistics.py`).
 """
 
