@@ -5,7 +5,9 @@
     python scripts/check_plan.py /tmp/plan rest      # and then to its end
     python scripts/check_plan.py /tmp/plan equal     # the two tables, to the bit
 
-Linux alone: orphans are looked for in /proc. What came out is in experiments/LOG.md.
+Linux alone: orphans are looked for in /proc. With --fork the runs are forks of the comparison,
+which saves the imports of each, most of the time of so small a run; everything else is what
+`proxstep compare` does. What came out is in experiments/LOG.md.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 RECIPE = """\
 algorithm: grpo
@@ -33,14 +37,74 @@ KINDS = ("SIGINT", "SIGTERM", "SIGKILL", "SIGKILL of all", "SIGKILL of a run, th
 TIMES = ("seconds_", "elapsed_seconds")
 
 
-def command(folder: Path, name: str) -> list[str]:
+def command(folder: Path, name: str, *, fork: bool) -> list[str]:
     """Return the command of a comparison, of 60 runs."""
+    program = (
+        [sys.executable, __file__, "--compare"] if fork else [sys.executable, "-m", "proxstep"]
+    )
     return [
-        *(sys.executable, "-m", "proxstep", "compare", str(folder / "tiny.yaml")),
+        *(*program, "compare", str(folder / "tiny.yaml")),
         *("--algorithms", "grpo,opo,isopo", "--seeds", "5", "--jobs", "1"),
         *("--vary", "optimizer.learning_rate=1e-4,3e-4,1e-3,3e-3"),
         *("--output", str(folder / name), "--csv", str(folder / f"{name}.csv")),
     ]
+
+
+class Fork:
+    """A process that was forked, as far as a comparison asks."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.code: int | None = None
+
+    def poll(self, options: int = os.WNOHANG) -> int | None:
+        """Return its exit code, None while it runs."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self) -> int | None:
+        """Wait for its end."""
+        return self.poll(0)
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def compare_with_forks(words: list[str]) -> int:
+    """Run a command line whose comparison forks its runs."""
+    from proxstep.cli import main
+    from proxstep.lab import compare
+    from proxstep.runs.children import die_with_parent
+    from proxstep.training import lifecycle
+
+    assert lifecycle  # imported before the forks
+
+    def fork(arguments: list[str], **options: Any) -> Fork:
+        prepare = die_with_parent()
+        pid = os.fork()
+        if pid:
+            return Fork(pid)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setsid()
+        prepare()
+        for descriptor in (1, 2):
+            os.dup2(options["stdout"].fileno(), descriptor)
+        code = 1
+        try:
+            code = main(arguments[3:])
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    compare.subprocess = SimpleNamespace(
+        Popen=fork, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
+    )
+    return main(words)
 
 
 def processes(of: Path) -> list[int]:
@@ -79,14 +143,18 @@ def kill(kind: str, compare: subprocess.Popen[bytes], folder: Path) -> float:
     return time.monotonic() - begun
 
 
-def broken(folder: Path, seed: int) -> None:
+def broken(folder: Path, seed: int, *, fork: bool) -> None:
     """Run the comparison, killed once in each way."""
     draw = random.Random(seed)
     for kind in draw.sample(KINDS, len(KINDS)):
-        compare = subprocess.Popen(command(folder, "broken"), stdout=subprocess.DEVNULL)
-        while not list((folder / "broken").glob("*/run.json")) and compare.poll() is None:
-            time.sleep(0.1)
-        wait = draw.uniform(10, 60)
+        before = len(list((folder / "broken").glob("*/run.json")))
+        words = command(folder, "broken", fork=fork)
+        compare = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        while len(list((folder / "broken").glob("*/run.json"))) <= before:
+            time.sleep(0.1)  # until it has begun a run of its own
+            if compare.poll() is not None:
+                break
+        wait = draw.uniform(0, 6) if fork else draw.uniform(5, 40)
         time.sleep(wait)
         if compare.poll() is not None:
             raise SystemExit(f"it ended before it was killed, with {compare.returncode}")
@@ -134,15 +202,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("part", choices=["whole", "broken", "rest", "equal"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fork", action="store_true")
+    if sys.argv[1:2] == ["--compare"]:
+        sys.exit(compare_with_forks(sys.argv[2:]))
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.yaml").write_text(RECIPE)
     names = {"whole": "whole", "rest": "broken"}
     if arguments.part in names:
-        subprocess.run(command(folder, names[arguments.part]), check=True)
+        subprocess.run(command(folder, names[arguments.part], fork=arguments.fork), check=True)
     elif arguments.part == "broken":
-        broken(folder, arguments.seed)
+        broken(folder, arguments.seed, fork=arguments.fork)
     else:
         equal(folder)
 
