@@ -212,7 +212,7 @@ def test_one_gpu_runs_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_summarize", lambda *_: 0)
     command = ["compare", "tiny.yaml", "--algorithms=opo"]
     for more in (["--device=auto"], ["--device=cpu"], ["--device=auto", "--jobs=3"]):
-        assert cli.main([*command, *more]) == 0
+        assert cli.main([*command, *more, "--overwrite"]) == 0
     assert seen == [1, 16, 3]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import scipy.stats
 
-from proxstep.lab.audit import Answers, Interval, audit, has_true_equations
+from proxstep.lab.audit import Answers, audit, has_true_equations
 from proxstep.lab.report import write_report
+from proxstep.lab.statistics import mean_interval
 from proxstep.runs.reading import find_runs
 
 BASELINES = {
@@ -30,10 +31,10 @@ def rows(step: int, right: int, number: int = 60) -> list[dict]:
 
 def test_the_interval_is_students() -> None:
     values = [0.1, 0.25, 0.3, 0.2]
-    found = Interval.of(values)
+    found = mean_interval(values)
     low, high = scipy.stats.t.interval(0.95, 3, scipy.stats.tmean(values), scipy.stats.sem(values))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-3)
-    assert Interval.of([0.5]) == Interval(0.5, 0.5, 0.5)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-12)
+    assert mean_interval([0.5]).text() == "0.500"
 
 
 def test_an_equation_counts_if_all_are_true() -> None:
@@ -60,9 +61,9 @@ def test_runs_are_audited_by_algorithm(make_run, tmp_path) -> None:
     (isopo,) = found.algorithms
     assert (found.num_prompts, isopo.num_seeds, len(isopo.shown)) == (60, 3, 10)
     assert found.constant == BASELINES["constant"]
-    assert isopo.start.mean == pytest.approx(0.2)
-    assert isopo.gain.mean == pytest.approx(0.35)
-    assert isopo.gain.low == pytest.approx(0.35 - 4.303 * 0.05 / 3**0.5)
+    assert isopo.start.value == pytest.approx(0.2)
+    assert isopo.gain.value == pytest.approx(0.35)
+    assert isopo.gain.low == pytest.approx(0.35 - scipy.stats.t.ppf(0.975, 2) * 0.05 / 3**0.5)
     page = write_report(find_runs([tmp_path]), tmp_path / "page.html").read_text()
     assert "Is the gain real?" in page
     assert "The best constant answer, 7, would score 0.100" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from rich.console import Console
 
 from proxstep.cli import commands as cli
 from proxstep.config.loading import load_recipe
+from proxstep.config.yamlfile import read_yaml
 from proxstep.errors import ProxstepError
 from proxstep.lab import compare
-from proxstep.lab.compare import Job, check_output, plan, run_jobs
+from proxstep.lab.compare import Job, Pace, clear, find_done, make_jobs, run_jobs
+from proxstep.lab.plan import Cell, Variant
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.lock import is_locked
 from proxstep.runs.reading import find_runs, load_samples
@@ -75,8 +78,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, programs: dict[str, str]) -> list[s
 
 
 def jobs_of(tmp_path: Path, *algorithms: str, seeds: int = 1) -> list[Job]:
-    recipes = [tiny_recipe(tmp_path / "unused", algorithm) for algorithm in algorithms]
-    return plan(recipes, seeds, tmp_path / "out")
+    variants = [
+        Variant(algorithm, {}, tiny_recipe(tmp_path / "unused", algorithm))
+        for algorithm in algorithms
+    ]
+    cells = [Cell(variant, seed) for seed in range(seeds) for variant in variants]
+    return make_jobs(cells, tmp_path / "out")
 
 
 def pipe() -> tuple[Console, io.StringIO]:
@@ -97,19 +104,20 @@ def test_every_algorithm_is_planned_with_every_seed_seed_by_seed(tmp_path: Path)
 
 
 def test_taken_folders_are_refused_or_cleared_of_runs_alone(tmp_path: Path) -> None:
-    check_output([], tmp_path / "none", overwrite=False)
+    find_done([], tmp_path / "none")
     for name in ("opo-seed0", "opo-seed1"):
         (tmp_path / name).mkdir()
         RunFolder(tmp_path / name).update_info(status="finished")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     with pytest.raises(ProxstepError, match=f"output {tmp_path} already holds 2 runs, and opo-see"):
-        check_output([], tmp_path, overwrite=False)
+        find_done([], tmp_path)
     assert (tmp_path / "opo-seed0" / "run.json").exists()
-    check_output([], tmp_path, overwrite=True)
+    (tmp_path / "plan.yaml").write_text("seeds: 3")
+    clear(tmp_path)
     held = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert held == ["notes", "notes/mine.txt", "opo-seed0", "opo-seed1"]
-    check_output([], tmp_path, overwrite=False)
+    find_done([], tmp_path)
     assert (tmp_path / "notes" / "mine.txt").exists()
 
 
@@ -119,11 +127,11 @@ def test_what_is_done_of_a_comparison_is_not_done_again(tmp_path: Path) -> None:
         RunFolder(job.folder).create(job.recipe, torch.device("cpu"), 1)
         RunFolder(job.folder).update_info(status=status)
     again = jobs_of(tmp_path, "grpo", "opo", "dro")
-    check_output(again, tmp_path / "out", overwrite=False)
+    find_done(again, tmp_path / "out")
     assert [job.state for job in again] == ["done", "waiting", "waiting"]
-    other = plan([job.recipe.model_copy(update={"steps": 9}) for job in jobs], 1, tmp_path / "out")
+    other = [Job(job.recipe.model_copy(update={"steps": 9})) for job in jobs]
     with pytest.raises(ProxstepError, match="3 runs, and dro-seed0 is none of this comparison"):
-        check_output(other, tmp_path / "out", overwrite=False)
+        find_done(other, tmp_path / "out")
 
 
 def test_the_last_record_carries_the_last_score(tmp_path: Path) -> None:
@@ -162,7 +170,7 @@ def test_only_so_many_run_at_a_time_and_in_order(
     assert most == min(num_parallel, 4)
     assert started == [job.folder.name for job in jobs]
     assert {job.state for job in jobs} == {"done"}
-    written = file.getvalue().splitlines()
+    written = re.sub(r" \(. of 4 done.*\)$", "", file.getvalue(), flags=re.MULTILINE).splitlines()
     assert sorted(written) == sorted(
         line
         for job in jobs
@@ -192,7 +200,7 @@ def test_a_failure_names_the_run_and_its_last_line_after_the_others_ended(
     assert second == f"dro-seed0 failed: it printed nothing (see {tmp_path}/out/logs/dro-seed0.log)"
     assert (tmp_path / "out" / "opo-seed0" / "finished").exists()
     assert [job.state for job in jobs] == ["failed", "done", "failed"]
-    assert "grpo-seed0: failed\n" in file.getvalue()
+    assert "grpo-seed0: failed (0 of 3 done, 1 failed)\n" in file.getvalue()
 
 
 def test_ctrl_c_stops_the_running_and_starts_no_other(
@@ -237,11 +245,42 @@ def test_a_terminal_shows_every_run_with_its_state(
         Console(file=file, force_terminal=True, width=100, color_system=None),
     )
     last = file.getvalue()[file.getvalue().rindex("greedy score") :].splitlines()
+    assert "2 of 2 done" in [line.strip() for line in last]
     rows = [line.split() for line in last if "-seed0" in line]
     assert rows == [
         ["grpo-seed0", "done", "3/3", "0.500", "0.125", "0.10"],
         ["isopo-seed0", "done", "3/3", "0.500", "0.125", "0.10"],
     ]
+
+
+def test_the_pace_counts_steps_taken_since_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("proxstep.lab.compare.time.monotonic", lambda: now)
+    jobs = jobs_of(tmp_path, "grpo", "opo", seeds=2)
+    jobs[0].code = 0
+    pace = Pace(jobs)
+    assert str(pace) == "1 of 4 done"
+    jobs[1].folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "score": 0.0}) + "\n" for step in (0, 1, 2)]
+    (jobs[1].folder / "metrics.jsonl").write_text("".join(lines))
+    now += 20
+    assert str(pace) == "1 of 4 done, 0:01:10 left"  # 2 steps in 20 s; 1 + 3 + 3 to do
+    jobs[3].code = -9
+    assert str(pace) == "1 of 4 done, 1 failed, 0:00:40 left"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_still_ends_its_step_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after SIGKILL of the comparison before."""
+    started = pretend(monkeypatch, {"grpo": "", "opo": ""})
+    jobs = jobs_of(tmp_path, "grpo", "opo")
+    monkeypatch.setattr(compare, "is_locked", lambda path: path == jobs[0].folder and not started)
+    run_jobs(jobs, 1, pipe()[0])
+    assert started == ["opo-seed0", "grpo-seed0"]
 
 
 def test_two_algorithms_from_the_command_line(
@@ -269,6 +308,16 @@ def test_two_algorithms_from_the_command_line(
         assert (recipe.task.difficulty, recipe.steps) == (1, 2)
         log = (here / "out" / "logs" / f"{run.path.name}.log").read_text()
         assert log.endswith(f"done: out/{run.path.name}\n")
+    plan = read_yaml(here / "out" / "plan.yaml")
+    assert (plan["algorithms"], plan["vary"], plan["seeds"]) == (["grpo", "isopo"], {}, 1)
+    assert cli.main(command) == 0  # nothing is run again
+    assert [run.info["started"] for run in find_runs([here / "out"])] == [
+        run.info["started"] for run in runs
+    ]
+    capsys.readouterr()
+    other = [*command, "--steps", "3"]
+    assert cli.main(other) == 2
+    assert "holds another plan, out/plan.yaml: its steps of grpo is 2." in capsys.readouterr().err
     first, second = ([sample["prompt"] for sample in load_samples(run)] for run in runs)
     assert first == second
     assert "isopo" in (here / "out" / "report.html").read_text()

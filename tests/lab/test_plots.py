@@ -103,6 +103,10 @@ def test_names_are_shown_as_they_are(make_run):
     assert "<i>" not in svg
 
 
+def test_an_algorithm_keeps_its_stroke_whatever_it_is_compared_with():
+    assert strokes(["opo", "isopo"])["opo"] == strokes(["dro", "grpo", "opo"])["opo"]
+
+
 def test_strokes_differ_and_do_not_depend_on_later_algorithms():
     names = [f"algorithm-{i}" for i in range(14)]
     assert len(set(strokes(names).values())) == 14

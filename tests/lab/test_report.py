@@ -122,18 +122,32 @@ def test_page_is_self_contained(make_run, page):
 
 def test_page_has_six_charts_that_name_all_algorithms(make_run, page):
     text = page(make_run("grpo"), make_run("isopo"), make_run("opo"))
-    charts = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    frontier, *charts = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert "grpo ends at 0.5 for 0.06 nats, isopo ends at 0.5" in frontier
     assert len(charts) == len(CHARTS) == 6
     for chart, svg in zip(CHARTS, charts, strict=True):
         assert all(f">{name}</text>" in svg for name in ("grpo", "isopo", "opo"))
         assert f"<figcaption>{chart.teaching.replace(chr(39), '&#39;')}</figcaption>" in text
 
 
+def test_at_most_eight_curves_are_drawn_the_highest(make_run, page):
+    finals = [0.3, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.95]
+    paths = [
+        make_run(f"a{i}", records=[{"step": 0, "score": 0.1}, {"step": 1, "score": final}])
+        for i, final in enumerate(finals)
+    ]
+    text = page(*paths)
+    assert "Drawn are the 8 algorithms with the highest final scores" in text
+    svg = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)[1]
+    assert ">a0</text>" not in svg
+    assert all(f">a{i}</text>" in svg for i in range(1, 9))
+
+
 def test_page_is_accessible(make_run, page):
     elements = Elements(page(make_run("grpo"), make_run("isopo")))
     assert all(attributes["scope"] in {"col", "row"} for attributes in elements.tags("th"))
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in elements.tags("svg"))
-    assert len(elements.tags("figure")) == len(elements.tags("figcaption")) == 6
+    assert len(elements.tags("figure")) == len(elements.tags("figcaption")) == 7
     assert elements.tags("html") == [{"lang": "en"}]
     ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
     assert len(ids) == len(set(ids))

@@ -113,7 +113,7 @@ def make_parser() -> Parser:
     report.add_argument(
         "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
     )
-    _add_figure(report)
+    _add_files(report)
     _add_toys(commands["toy"])
     return parser
 
@@ -145,19 +145,36 @@ def _add_compare(compare: Parser) -> None:
         "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)"
     )
     compare.add_argument(
+        "--add-seeds", type=int, default=0, metavar="K", help="K more: seeds 0 to N + K - 1"
+    )
+    compare.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="also run every algorithm with each of these values of a key; may be given again",
+    )
+    compare.add_argument(
+        "--budget",
+        metavar="TIME",
+        help="such as 2h or 90m: choose among the varied values by successive halving in that time",
+    )
+    compare.add_argument(
         "--jobs", type=int, help="runs at a time (default: the number of cores, on a CPU)"
     )
     compare.add_argument(
         "--output", type=Path, default=Path("outputs/compare"), help="folder of the runs"
     )
     compare.add_argument("--overwrite", action="store_true", help="delete the runs in that folder")
-    _add_figure(compare)
+    _add_files(compare)
 
 
-def _add_figure(command: Parser) -> None:
+def _add_files(command: Parser) -> None:
     command.add_argument(
         "--figure", type=Path, help="also draw the curves to this PNG, SVG or PDF file"
     )
+    command.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    command.add_argument("--csv", type=Path, help="also write every figure to this file")
 
 
 def _add_toys(toy: Parser) -> None:
@@ -225,8 +242,11 @@ examples:
 examples:
   proxstep compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 3
   proxstep compare recipes/arithmetic.yaml --algorithms isopo,isopo+opo --seeds 5 --steps 80
+  proxstep compare recipes/arithmetic.yaml --algorithms grpo,opo --seeds 5 \\
+    --vary optimizer.learning_rate=3e-5,1e-4,3e-4
 
-The same command again goes on where a comparison was stopped.
+The output folder holds the plan, plan.yaml. The same command again goes on where a comparison was
+stopped; with more seeds, algorithms or values it extends the plan. docs/compare.md has the rest.
 Every algorithm gets the same recipe, prompts and seeds. Settings of one algorithm alone, such as a
 learning rate tuned for it, go under the recipe's key per_algorithm; the report says what differs.
 """,

@@ -177,49 +177,62 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
 
 
 def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
-    from proxstep.config.loading import load_recipe
-    from proxstep.lab.compare import check_output, plan, run_jobs
+    from proxstep.lab.compare import clear, run_plan
+    from proxstep.lab.plan import parse_budget
     from proxstep.runs.console import make_progress
     from proxstep.runs.folder import check_folder
     from proxstep.runs.lock import locked
     from proxstep.training import lifecycle
     from proxstep.training.models import pick_device
 
+    plan = _plan(arguments, overrides)
+    budget = parse_budget(arguments.budget) if arguments.budget else None
+    output: Path = arguments.output
+    check_folder(output, "--output")
+    _check_files(arguments)
+    progress = make_progress(console)
+    with locked(output, "--output"):
+        try:
+            for variant in plan.variants:
+                lifecycle.check(variant.recipe)
+            if arguments.overwrite:
+                clear(output)
+            plan = plan.continuing(output)
+            for recipe in plan.distinct_models():  # once, before all runs would do it
+                lifecycle.prepared_source(recipe, progress)
+            plan.write(output)
+        finally:
+            progress.end()
+        on_cpu = pick_device(plan.variants[0].recipe.device).type == "cpu"
+        num_parallel = arguments.jobs or (os.cpu_count() or 1 if on_cpu else 1)
+        paths = [str(path) for path in run_plan(plan, output, num_parallel, console, budget)]
+    return _summarize(paths, output / "report.html", arguments, console)
+
+
+def _plan(arguments: Namespace, overrides: Overrides) -> Any:
+    from proxstep.lab.plan import Plan, parse_vary
+
     names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ProxstepError("--algorithms needs distinct names, separated by commas")
-    for name, number in (("--seeds", arguments.seeds), ("--jobs", arguments.jobs)):
-        if number is not None and number < 1:
-            raise ProxstepError(f"{name} must be at least 1, got {number}")
-    for key, _ in overrides:
-        if key in COMPARED:
-            raise ProxstepError(f"--{key} does not go with compare: use {COMPARED[key]}")
-    recipes = [load_recipe(arguments.recipe, [*overrides, ("algorithm", name)]) for name in names]
-    check_folder(arguments.output, "--output")
-    _check_figure(arguments.figure)
-    jobs = plan(recipes, arguments.seeds, arguments.output)
-    progress = make_progress(console)
-    with locked(arguments.output, "--output"):
-        try:
-            for recipe in recipes:
-                lifecycle.check(recipe)
-            check_output(jobs, arguments.output, overwrite=arguments.overwrite)
-            lifecycle.prepared_source(recipes[0], progress)  # once, before all runs would do it
-        finally:
-            progress.end()
-        on_cpu = pick_device(recipes[0].device).type == "cpu"
-        num_parallel = arguments.jobs or (os.cpu_count() or 1 if on_cpu else 1)
-        run_jobs(jobs, num_parallel, console)
-    paths = [str(job.folder) for job in jobs]
-    return _summarize(paths, arguments.output / "report.html", arguments.figure, console)
-
-
-COMPARED = {"algorithm": "--algorithms", "seed": "--seeds", "output_dir": "--output"}
+    for name, least in (("seeds", 1), ("jobs", 1), ("add_seeds", 0)):
+        number = getattr(arguments, name)
+        if number is not None and number < least:
+            option = name.replace("_", "-")
+            raise ProxstepError(f"--{option} must be at least {least}, got {number}")
+    return Plan.of(
+        arguments.recipe,
+        overrides,
+        names,
+        parse_vary(arguments.vary),
+        arguments.seeds + arguments.add_seeds,
+        halving=arguments.budget is not None,
+    )
 
 
 def _report(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     del overrides
-    return _summarize(arguments.runs, arguments.output, arguments.figure, console)
+    return _summarize(arguments.runs, arguments.output, arguments, console)
 
 
 def _diagnose(arguments: Namespace, overrides: Overrides, console: Any) -> int:
@@ -263,34 +276,47 @@ def _toy(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     return 0
 
 
-def _summarize(paths: Sequence[str], page: Path, figure: Path | None, console: Any) -> int:
+def _summarize(paths: Sequence[str], page: Path, arguments: Namespace, console: Any) -> int:
+    from proxstep.lab.comparison import compare_runs
     from proxstep.lab.plots import overview_figure
     from proxstep.lab.report import comparison_table, summarize, write_report
+    from proxstep.lab.tables import comma_separated, markdown, terminal_tables
+    from proxstep.lab.verdict import verdict
     from proxstep.runs.folder import check_file
     from proxstep.runs.reading import fairness_notes, find_runs
 
     check_file(page, "--output")
-    _check_figure(figure)
+    _check_files(arguments)
     runs = find_runs(paths)
-    console.print(comparison_table(summarize(runs)))
-    for note in fairness_notes(runs):
+    comparison = compare_runs(runs)
+    console.print(verdict(comparison), style="bold", highlight=False, markup=False)
+    console.print(comparison_table(summarize(comparison.runs)))
+    for table in terminal_tables(comparison):
+        console.print()
+        console.print(table)
+    for note in fairness_notes(comparison.runs, comparison.varied):
         console.out(note)
     write_report(runs, page)
     console.out(f"report: {page}")
-    if figure:
-        overview_figure(runs).savefig(figure, dpi=160)
-        console.out(f"figure: {figure}")
+    for path, text in ((arguments.markdown, markdown), (arguments.csv, comma_separated)):
+        if path:
+            path.write_text(text(comparison), encoding="utf-8")
+            console.out(f"table: {path}")
+    if arguments.figure:
+        overview_figure(comparison.runs).savefig(arguments.figure, dpi=160)
+        console.out(f"figure: {arguments.figure}")
     return 0
 
 
-def _check_figure(path: Path | None) -> None:
+def _check_files(arguments: Namespace) -> None:
     from proxstep.runs.folder import check_file
 
-    if path is None:
-        return
-    if path.suffix not in FIGURE_TYPES:
-        raise ProxstepError(f"--figure {path} must end in one of {', '.join(FIGURE_TYPES)}")
-    check_file(path, "--figure")
+    figure = arguments.figure
+    if figure and figure.suffix not in FIGURE_TYPES:
+        raise ProxstepError(f"--figure {figure} must end in one of {', '.join(FIGURE_TYPES)}")
+    for name in ("figure", "markdown", "csv"):
+        if path := getattr(arguments, name):
+            check_file(path, f"--{name}")
 
 
 FIGURE_TYPES = (".png", ".svg", ".pdf")

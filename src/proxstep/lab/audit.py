@@ -10,49 +10,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import sqrt
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from proxstep.lab.statistics import Estimate, mean_interval
 from proxstep.rewards import narrowness
 from proxstep.runs.reading import Run, by_algorithm, load_samples
 
-# Student's t, 97.5 %, by degrees of freedom; beyond them the normal distribution's is near enough.
-_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 _FEWEST_ROWS = 50
 _NUM_SHOWN = 10
 _EQUATION = re.compile(r"(-?[0-9]{1,9}) ([-+*/]) (-?[0-9]{1,9}) = (-?[0-9]{1,9})(?!\.?[0-9])")
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds with its 95 % interval by Student's t, which takes them for a sample.
-
-    Attributes:
-        mean: The mean.
-        low: The lower end; the mean itself where there is one seed.
-        high: The upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        """Return the interval of at least one value.
-
-        >>> Interval.of([0.1, 0.2, 0.3])
-        Interval(mean=0.2, low=-0.0484..., high=0.4484...)
-        """
-        middle = mean(values)
-        if len(values) == 1:
-            return cls(middle, middle, middle)
-        t = _T[len(values) - 2] if len(values) - 2 < len(_T) else 1.96
-        half = t * stdev(values) / sqrt(len(values))
-        return cls(middle, middle - half, middle + half)
 
 
 @dataclass(frozen=True)
@@ -99,9 +68,9 @@ class AlgorithmAudit:
 
     algorithm: str
     num_seeds: int
-    start: Interval
-    final: Interval
-    gain: Interval
+    start: Estimate
+    final: Estimate
+    gain: Estimate
     before: Answers
     after: Answers
     shown: list[Row]
@@ -152,9 +121,9 @@ def _of_algorithm(algorithm: str, runs: Sequence[tuple[list[Row], list[Row]]]) -
     return AlgorithmAudit(
         algorithm,
         len(runs),
-        Interval.of(starts),
-        Interval.of(finals),
-        Interval.of([final - start for start, final in zip(starts, finals, strict=True)]),
+        mean_interval(starts),
+        mean_interval(finals),
+        mean_interval([final - start for start, final in zip(starts, finals, strict=True)]),
         Answers.of([row for before, _ in runs for row in before]),
         Answers.of([row for _, after in runs for row in after]),
         shown[:_NUM_SHOWN],

@@ -1,4 +1,4 @@
-"""One recipe with several algorithms and seeds, each run in its own process, in parallel."""
+"""A plan worked through: each cell in its own process, several at a time, none of them twice."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +24,25 @@ from rich.table import Table
 from proxstep.config.loading import dump_recipe, with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.lab.halving import (
+    CLOCK,
+    NOTE,
+    Clock,
+    choosing_cells,
+    choosing_seeds,
+    num_rounds,
+    reported_cells,
+    write_note,
+)
+from proxstep.lab.plan import PLAN, Cell, Plan
 from proxstep.runs.checkpoint import checkpoints
 from proxstep.runs.children import die_with_parent
 from proxstep.runs.console import cell
 from proxstep.runs.folder import RunFolder
+from proxstep.runs.lock import is_locked
 from proxstep.training.lifecycle import load_run_recipe
+
+_MOST_SHOWN = 20
 
 
 @dataclass
@@ -72,31 +90,34 @@ class Job:
         return {**records[-1], "score": scores[-1]} if scores else {}
 
 
-def plan(recipes: Sequence[Recipe], seeds: int, output: Path) -> list[Job]:
-    """Return the jobs of a comparison, seed by seed, so that every algorithm is seen early."""
+def make_jobs(cells: Iterable[Cell], output: Path) -> list[Job]:
+    """Return the jobs of a plan's cells, in their order."""
     return [
         Job(
-            recipe.model_copy(
-                update={"seed": seed, "output_dir": str(output / f"{recipe.algorithm}-seed{seed}")}
+            cell.variant.recipe.model_copy(
+                update={"seed": cell.seed, "output_dir": str(output / cell.name)}
             )
         )
-        for seed in range(seeds)
-        for recipe in recipes
+        for cell in cells
     ]
 
 
-def check_output(jobs: Sequence[Job], output: Path, *, overwrite: bool) -> None:
-    """Find out what is done of a comparison that was stopped, or delete what the folder holds.
+def clear(output: Path) -> None:
+    """Delete the plan and the runs that a folder holds, and nothing else."""
+    for path in _held(output):
+        with RunFolder(path).locked():
+            RunFolder(path).clear()
+    for name in (PLAN, NOTE, CLOCK):
+        (output / name).unlink(missing_ok=True)
+
+
+def find_done(jobs: Sequence[Job], output: Path) -> None:
+    """Find out what is done of a comparison that was stopped.
 
     Raises:
-        ProxstepError: If it holds a run of anything else, with the ways out.
+        ProxstepError: If the folder holds a run of anything else, with the ways out.
     """
-    held = sorted(path.parent for path in output.glob("*/run.json"))
-    if overwrite:
-        for path in held:
-            with RunFolder(path).locked():
-                RunFolder(path).clear()
-        return
+    held = _held(output)
     planned = {job.folder: job for job in jobs}
     for path in held:
         if path not in planned or not _is_of(path, planned[path].recipe):
@@ -108,6 +129,10 @@ def check_output(jobs: Sequence[Job], output: Path, *, overwrite: bool) -> None:
             planned[path].code = 0
 
 
+def _held(output: Path) -> list[Path]:
+    return sorted(path.parent for path in output.glob("*/run.json"))
+
+
 def _is_of(path: Path, recipe: Recipe) -> bool:
     """Whether a folder holds a run of a recipe, or of one that was stopped before it wrote any."""
     if not (path / "recipe.yaml").exists():
@@ -116,10 +141,71 @@ def _is_of(path: Path, recipe: Recipe) -> bool:
     return held == with_absolute_paths(recipe).model_dump(exclude={"output_dir"})
 
 
-def run_jobs(jobs: Sequence[Job], num_parallel: int, console: Console) -> None:
+def run_plan(
+    plan: Plan, output: Path, num_parallel: int, console: Console, budget: float | None
+) -> list[Path]:
+    """Run what is not done of a plan.
+
+    Args:
+        plan: The plan.
+        output: Folder of the runs.
+        num_parallel: Runs at a time.
+        console: Shows how far it is.
+        budget: Seconds for a halving over all processes that worked on the plan; None without one.
+
+    Returns:
+        The folders of the runs that there are.
+
+    Raises:
+        ProxstepError: If the folder holds another run, or a run failed.
+        KeyboardInterrupt: After Ctrl-C or SIGTERM, once the runs have stopped.
+    """
+    if budget is None:
+        jobs = make_jobs(plan.cells(), output)
+        find_done(jobs, output)
+        run_jobs(jobs, num_parallel, console)
+        return [job.folder for job in jobs]
+    clock = Clock(output, budget)
+    number = num_rounds(plan)
+    seeds = [*choosing_seeds(number), *range(plan.seeds)]
+    known = make_jobs([Cell(variant, seed) for seed in seeds for variant in plan.variants], output)
+    find_done(known, output)
+    by_name = {job.folder.name: job for job in known}
+    try:
+        for done in range(number + 1):
+            scores = _scores(known)
+            last = done == number
+            cells = reported_cells(plan, scores) if last else choosing_cells(plan, done, scores)
+            jobs = [by_name[cell.name] for cell in cells]
+            console.out(f"{'the reported runs' if last else f'choosing, round {done + 1}'}:")
+            allowed = clock.within(1.0 if last else 0.5, partial(_longest, known))
+            run_jobs(jobs, num_parallel, console, allowed)
+    finally:
+        clock.save()
+    write_note(output, plan, budget, clock.spent, _scores(known))
+    return [job.folder for job in known if job.code == 0]
+
+
+def _scores(jobs: Sequence[Job]) -> dict[str, float]:
+    return {job.folder.name: job.last_record()["score"] for job in jobs if job.code == 0}
+
+
+def _longest(jobs: Sequence[Job]) -> float:
+    """Return the seconds of the longest run so far."""
+    records = (job.last_record() for job in jobs if job.code == 0)
+    return max((record["elapsed_seconds"] for record in records), default=0.0)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    num_parallel: int,
+    console: Console,
+    allowed: Callable[[], bool] = lambda: True,
+) -> None:
     """Run every job that is not done, showing how far each of them is.
 
-    Ctrl-C and SIGTERM ask the running ones to stop at their step's end; what they wrote stays.
+    None is started when `allowed` says no; those that run are waited for. Ctrl-C and SIGTERM ask
+    the running ones to stop at their step's end; what they wrote stays.
 
     Raises:
         ProxstepError: If a run failed, with the last line that it printed; the others are finished
@@ -129,40 +215,42 @@ def run_jobs(jobs: Sequence[Job], num_parallel: int, console: Console) -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
     seen: dict[str, str] = {}
+    pace = Pace(jobs)
     if live:
         live.start()
     try:
-        while any(job.code is None for job in jobs):
-            _advance(jobs, num_parallel)
+        while any(job.state == "running" or (job.code is None and allowed()) for job in jobs):
+            _advance(jobs, num_parallel, allowed)
             if live:
-                live.update(_overview(jobs), refresh=True)
+                live.update(_overview(jobs, pace), refresh=True)
             else:
-                _announce(jobs, seen, console)
+                _announce(jobs, seen, pace, console)
             time.sleep(0.5)
     except KeyboardInterrupt:
         _stop(jobs)
         raise
     finally:
         if live:
-            live.update(_overview(jobs), refresh=True)
+            live.update(_overview(jobs, pace), refresh=True)
             live.stop()
         signal.signal(signal.SIGTERM, before)
     failed = [job for job in jobs if job.code]
     if failed:
         raise ProxstepError(
-            "\n".join(
-                f"{job.folder.name} failed: {_last_line(job.log)} (see {job.log})" for job in failed
-            )
+            "\n".join(f"{job.folder.name} failed: {_reason(job)} (see {job.log})" for job in failed)
         )
 
 
-def _advance(jobs: Sequence[Job], num_parallel: int) -> None:
+def _advance(jobs: Sequence[Job], num_parallel: int, allowed: Callable[[], bool]) -> None:
     for job in jobs:
         if job.process is not None and job.code is None:
             job.code = job.process.poll()
     free = num_parallel - sum(job.state == "running" for job in jobs)
-    for job in [job for job in jobs if job.state == "waiting"][: max(free, 0)]:
-        job.process = _start(job)
+    waiting = (job for job in jobs if job.state == "waiting")
+    # A run whose comparison was killed may still be at its last step.
+    for job in islice((job for job in waiting if not is_locked(job.folder)), max(free, 0)):
+        if allowed():
+            job.process = _start(job)
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
@@ -193,13 +281,46 @@ def _stop(jobs: Sequence[Job]) -> None:
         process.wait()
 
 
-def _overview(jobs: Sequence[Job]) -> Table:
-    table = Table(box=None, pad_edge=False)
+class Pace:
+    """How far the jobs are, and how long the rest will take at the pace so far.
+
+    Args:
+        jobs: All jobs, before any of them is started.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._begun = time.monotonic()
+        self._before = self._steps()
+
+    def _steps(self) -> int:
+        return sum(
+            job.recipe.steps if job.code == 0 else job.last_record().get("step", 0)
+            for job in self._jobs
+            if job.state != "waiting" or job.folder.exists()
+        )
+
+    def __str__(self) -> str:
+        counts = Counter(job.state for job in self._jobs)
+        text = f"{counts['done']} of {len(self._jobs)} done"
+        if counts["failed"]:
+            text += f", {counts['failed']} failed"
+        steps = self._steps()
+        if (taken := steps - self._before) <= 0:
+            return text
+        to_do = sum(job.recipe.steps for job in self._jobs if job.state != "failed")
+        seconds = max(to_do - steps, 0) * (time.monotonic() - self._begun) / taken
+        return f"{text}, {timedelta(seconds=round(seconds))} left" if seconds else text
+
+
+def _overview(jobs: Sequence[Job], pace: Pace) -> Table:
+    table = Table(box=None, pad_edge=False, caption=str(pace), caption_justify="left")
     for heading in ("run", "state"):
         table.add_column(heading)
     for heading in ("step", "reward", "greedy score", "s/step"):
         table.add_column(heading, justify="right")
-    for job in jobs:
+    at_work = [job for job in jobs if job.state in ("running", "failed")]
+    for job in jobs if len(jobs) <= _MOST_SHOWN else at_work[:_MOST_SHOWN]:
         record = job.last_record()
         step = f"{record.get('step', 0)}/{job.recipe.steps}"
         fields = (cell(record, name) for name in ("reward", "score", "seconds_step"))
@@ -207,15 +328,23 @@ def _overview(jobs: Sequence[Job]) -> Table:
     return table
 
 
-def _announce(jobs: Sequence[Job], seen: dict[str, str], console: Console) -> None:
+def _announce(jobs: Sequence[Job], seen: dict[str, str], pace: Pace, console: Console) -> None:
     for job in jobs:
         name = job.folder.name
         if job.state not in ("waiting", seen.get(name)):
             seen[name] = job.state
-            score = cell(job.last_record(), "score")
-            console.out(
-                f"{name}: {job.state}" + (f", greedy score {score}" if job.code == 0 else "")
-            )
+            text = f"{name}: {job.state}"
+            if job.code == 0:
+                text += f", greedy score {cell(job.last_record(), 'score')}"
+            if job.code is not None and job.process:
+                text += f" ({pace})"
+            console.out(text)
+
+
+def _reason(job: Job) -> str:
+    if job.code is not None and job.code < 0:
+        return f"killed by {signal.Signals(-job.code).name}"
+    return _last_line(job.log)
 
 
 def _last_line(log: Path) -> str:

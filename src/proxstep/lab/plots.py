@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, NamedTuple
@@ -23,10 +23,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from matplotlib.typing import LineStyleType
 
+from proxstep.config.recipe import algorithm_names
 from proxstep.runs.reading import Run, by_algorithm, seed_spread
 
 # The color-blind-safe palette of Okabe and Ito, without the yellow that vanishes on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")
+# What is compared most often has colors of its own and solid lines.
+_FIRST = ("reinforce", "grpo", "isopo", "opo", "isopo+opo", "dapo", "gspo")
 _DASHES: tuple[LineStyleType, ...] = ("-", "--", ":")
 _MOST_POINTS_WITH_MARKERS = 15
 _LOG_SCALE_ABOVE_RATIO = 30.0
@@ -144,15 +147,23 @@ class Stroke(NamedTuple):
 
 
 def strokes(algorithms: Iterable[str]) -> dict[str, Stroke]:
-    """Return each algorithm's stroke, by its place in the order: the same in every chart.
+    """Return each algorithm's stroke: the same in every chart and, by its name, on every page.
 
-    >>> strokes(["grpo"])
-    {'grpo': Stroke(color='#0072b2', dash='-')}
+    Only where two names have one stroke, or nobody knows the name, does it get the next free one.
+
+    >>> strokes(["grpo"]), strokes(["opo", "grpo"])["grpo"]
+    ({'grpo': Stroke(color='#d55e00', dash='-')}, Stroke(color='#d55e00', dash='-'))
     """
-    return {
-        algorithm: Stroke(_COLORS[i % len(_COLORS)], _DASHES[i // len(_COLORS) % len(_DASHES)])
-        for i, algorithm in enumerate(dict.fromkeys(algorithms))
-    }
+    everything = [Stroke(color, dash) for dash in _DASHES for color in _COLORS]
+    places = {name: i for i, name in enumerate(dict.fromkeys((*_FIRST, *algorithm_names())))}
+    found: dict[str, Stroke] = {}
+    for algorithm in algorithms:
+        if algorithm not in found:
+            start = places.get(algorithm, 0)
+            order = [everything[(start + i) % len(everything)] for i in range(len(everything))]
+            free = (stroke for stroke in order if stroke not in found.values())
+            found[algorithm] = next(free, order[0])
+    return found
 
 
 def band_note(runs: Sequence[Run]) -> str:
@@ -168,16 +179,52 @@ def curve_svg(runs: Sequence[Run], chart: Chart) -> str:
     The element scales with its container, has text as text and says in its label how each curve
     ends. Its identifiers are salted with the field, so that charts of one page do not clash.
     """
-    with mpl.rc_context({**STYLE, "svg.hashsalt": chart.field}):
+    label = _describe(runs, chart)
+    return _as_svg(lambda axes: _draw(axes, runs, chart), runs, chart.field, label, band_note(runs))
+
+
+Track = tuple[Sequence[float], Sequence[float]]
+"""A run's KL and score at its evaluations."""
+
+
+def frontier_svg(runs: Sequence[Run], tracks: Mapping[str, Sequence[Track]]) -> str:
+    """Return the scores against the KL spent, each run a thin line and a dot at its end.
+
+    Args:
+        runs: The runs, for the legend.
+        tracks: Each algorithm's runs.
+    """
+
+    def draw(axes: Axes) -> None:
+        for algorithm, stroke in strokes(tracks).items():
+            look: dict[str, Any] = {"color": stroke.color, "linestyle": stroke.dash}
+            for kl, score in tracks[algorithm]:
+                axes.plot(kl, score, linewidth=1.0, alpha=0.6, **look)
+                axes.plot(kl[-1:], score[-1:], marker="o", color=stroke.color)
+        axes.set_xlabel("KL(policy ‖ initial), nats per token")
+        axes.set_ylabel("greedy score")
+
+    ends = [
+        f"{algorithm} ends at {np.mean([score[-1] for _, score in members]):.3g} for "
+        f"{np.mean([kl[-1] for kl, _ in members]):.3g} nats"
+        for algorithm, members in tracks.items()
+    ]
+    label = f"Greedy score against KL(policy ‖ initial), per token: {', '.join(ends)}."
+    return _as_svg(draw, runs, "frontier", label, "each run a line; dot: its end")
+
+
+def _as_svg(
+    draw: Callable[[Axes], None], runs: Sequence[Run], salt: str, label: str, note: str
+) -> str:
+    with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
         width, names = 4.2, list(by_algorithm(runs))
         num_rows = ceil(len(names) / _legend_columns(names, width))
         figure = Figure(figsize=(width, 2.9 + 0.2 * num_rows), layout="constrained")
-        axes = figure.subplots()
-        _draw(axes, runs, chart)
-        _add_legend(figure, runs, "outside upper left").set_alignment("left")
+        draw(figure.subplots())
+        _add_legend(figure, runs, "outside upper left", note).set_alignment("left")
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
-    return _inline(svg.getvalue(), _describe(runs, chart))
+    return _inline(svg.getvalue(), label)
 
 
 def overview_figure(runs: Sequence[Run]) -> Figure:
@@ -192,7 +239,7 @@ def overview_figure(runs: Sequence[Run]) -> Figure:
         for axes, chart in zip(figure.subplots(2, 3).flat, CHARTS, strict=True):
             _draw(axes, runs, chart)
             axes.set_title(chart.title)
-        _add_legend(figure, runs, "outside upper center")
+        _add_legend(figure, runs, "outside upper center", band_note(runs))
     return figure
 
 
@@ -231,7 +278,7 @@ def _scale(axes: Axes, chart: Chart, drawn: Sequence[float]) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _add_legend(figure: Figure, runs: Sequence[Run], place: Any) -> Legend:
+def _add_legend(figure: Figure, runs: Sequence[Run], place: Any, title: str) -> Legend:
     handles = [
         Line2D([], [], color=stroke.color, linestyle=stroke.dash, label=algorithm)
         for algorithm, stroke in strokes(by_algorithm(runs)).items()
@@ -240,7 +287,7 @@ def _add_legend(figure: Figure, runs: Sequence[Run], place: Any) -> Legend:
         handles=handles,
         loc=place,
         ncols=_legend_columns(list(by_algorithm(runs)), figure.get_figwidth()),
-        title=band_note(runs),
+        title=title,
         handlelength=1.8,
         columnspacing=1.2,
     )

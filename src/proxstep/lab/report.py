@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf, isnan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,8 +18,11 @@ from rich.text import Text
 
 from proxstep.config.yamlfile import dump_yaml
 from proxstep.errors import ProxstepError
-from proxstep.lab.audit import Interval, audit
-from proxstep.lab.plots import CHARTS, band_note, curve_svg, strokes
+from proxstep.lab.audit import audit
+from proxstep.lab.comparison import Comparison, compare_runs
+from proxstep.lab.plots import CHARTS, Track, band_note, curve_svg, frontier_svg, strokes
+from proxstep.lab.tables import text_tables
+from proxstep.lab.verdict import verdict
 from proxstep.runs.reading import (
     MISSING,
     Run,
@@ -30,6 +34,7 @@ from proxstep.runs.reading import (
 
 _TEMPLATE = "report.html.jinja"
 _LAST_STEPS = 5
+_MOST_CURVES = 8
 _NUM_SAMPLES = 3
 
 
@@ -179,16 +184,6 @@ def _score(spread: Spread | None) -> str:
     return f"{spread.mean:.3f}" if spread else MISSING
 
 
-def _interval(interval: Interval, sign: str = "") -> str:
-    """Return a mean with its interval.
-
-    >>> _interval(Interval(0.2, 0.05, 0.35), "+")
-    '+0.200 [+0.050, +0.350]'
-    """
-    low, high = (f"{end:{sign}.3f}" for end in (interval.low, interval.high))
-    return f"{interval.mean:{sign}.3f} [{low}, {high}]"
-
-
 def _signed_range(spread: Spread | None, num_seeds: int) -> str:
     if spread is None:
         return MISSING
@@ -259,23 +254,50 @@ _COLUMNS = (
 
 def _page_content(runs: Sequence[Run]) -> dict[str, Any]:
     """Return everything that the template shows, as text except for the charts."""
+    everyone, comparison = runs, compare_runs(runs)
+    runs = comparison.runs
     groups = by_algorithm(runs)
+    drawn = _drawn(comparison)
+    curves = [run for name, members in groups.items() if name in drawn for run in members]
     return {
+        "verdict": verdict(comparison),
+        "tables": text_tables(comparison),
+        "everyone": everyone,
         "algorithms": list(groups),
         "facts": _facts(runs),
         "columns": _COLUMNS,
         "summaries": summarize(runs),
         "colors": {name: stroke.color for name, stroke in strokes(groups).items()},
-        "charts": [(chart, Markup(curve_svg(runs, chart))) for chart in CHARTS],
+        "charts": [(chart, Markup(curve_svg(curves, chart))) for chart in CHARTS],
+        "frontier": _frontier(comparison, drawn),
+        "drawn": drawn,
         "band_note": band_note(runs),
-        "notes": fairness_notes(runs),
+        "notes": fairness_notes(runs, comparison.varied),
         "audit": audit(runs),
-        "interval": _interval,
         "samples": {name: _last_samples(members) for name, members in groups.items()},
         "recipes": {name: dump_yaml(members[0].recipe) for name, members in groups.items()},
         "runs": runs,
         "missing": MISSING,
     }
+
+
+def _drawn(comparison: Comparison) -> list[str]:
+    """Return the algorithms that are drawn: all, or those with the highest final scores."""
+    names = list(comparison.chosen)
+    if len(names) <= _MOST_CURVES:
+        return names
+    finals = {row.algorithm: row.final.value for row in comparison.settings[0].standings}
+    best = sorted(names, key=lambda name: -inf if isnan(finals[name]) else finals[name])
+    return [name for name in names if name in best[-_MOST_CURVES:]]
+
+
+def _frontier(comparison: Comparison, drawn: Sequence[str]) -> Markup | None:
+    """Return the panel of score against KL, None where the KL was not measured."""
+    outcomes = [o for name in drawn for o in comparison.chosen[name].outcomes if len(o.kl) > 1]
+    tracks: dict[str, list[Track]] = {}
+    for outcome in outcomes:
+        tracks.setdefault(outcome.run.algorithm, []).append((outcome.kl, outcome.scores))
+    return Markup(frontier_svg([o.run for o in outcomes], tracks)) if tracks else None
 
 
 def _facts(runs: Sequence[Run]) -> dict[str, str]:

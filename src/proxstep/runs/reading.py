@@ -138,16 +138,16 @@ def seed_spread(runs: Sequence[Run], name: str) -> dict[int, Spread]:
     return {step: Spread.of([curve[step] for curve in curves]) for step in steps}
 
 
-def fairness_notes(runs: Sequence[Run]) -> list[str]:
+def fairness_notes(runs: Sequence[Run], varied: Sequence[str] = ()) -> list[str]:
     """Return one sentence for each thing that makes the runs less comparable than they look.
 
     These are: runs that did not finish or learned nothing; seeds that repeat, are single or
     differ between algorithms; and differences in the recipe, the machine or the versions, except
     those that a comparison is about (seed and output folder; between algorithms also algorithm,
-    objective, geometry and advantage).
+    objective, geometry and advantage) and the keys that a plan varies.
     """
     groups = by_algorithm(runs)
-    return [*_unfinished_notes(runs), *_seed_notes(groups), *_setting_notes(groups)]
+    return [*_unfinished_notes(runs), *_seed_notes(groups), *_setting_notes(groups, varied)]
 
 
 def _unfinished_notes(runs: Sequence[Run]) -> Iterator[str]:
@@ -178,9 +178,10 @@ def _seed_notes(groups: dict[str, list[Run]]) -> Iterator[str]:
         yield f"The algorithms differ in: seed ({_who_has_what(listed)})."
 
 
-def _setting_notes(groups: dict[str, list[Run]]) -> Iterator[str]:
+def _setting_notes(groups: dict[str, list[Run]], varied: Sequence[str]) -> Iterator[str]:
     settings = {algorithm: list(map(_settings, runs)) for algorithm, runs in groups.items()}
     keys = dict.fromkeys(key for members in settings.values() for one in members for key in one)
+    keys = [key for key in keys if key not in varied]
     between: list[str] = []
     within: dict[str, list[str]] = {algorithm: [] for algorithm in groups}
     for key in keys:
@@ -215,18 +216,24 @@ def _settings(run: Run) -> dict[str, str]:
     """Return what is compared between runs, as text by dotted key: recipe, machine, versions."""
     recipe = {key: value for key, value in run.recipe.items() if key not in _VARIED_BY_RUN}
     info = {key: run.info.get(key) for key in _COMPARED_INFO}
-    return {key: _as_text(value) for key, value in _flatten({**recipe, "run": info})}
+    return {key: as_text(value) for key, value in flatten({**recipe, "run": info})}
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and their values.
+
+    >>> list(flatten({"task": {"name": "math", "difficulty": 3}, "steps": 5}))
+    [('task.name', 'math'), ('task.difficulty', 3), ('steps', 5)]
+    """
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Return a value of a recipe as a reader would write it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

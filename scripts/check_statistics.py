@@ -1,0 +1,166 @@
+"""Check the statistics of `proxstep compare` against synthetic data with known answers.
+
+    python scripts/check_statistics.py coverage     # 95 % intervals over 1,000 draws
+    python scripts/check_statistics.py power        # seeds needed, against simulated tests
+    python scripts/check_statistics.py grid         # the best of a grid, chosen on other seeds
+    python scripts/check_statistics.py rliable      # needs `pip install rliable`
+
+What came out is in experiments/LOG.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from proxstep.lab import statistics as ours
+from proxstep.lab.outcomes import Outcome, choose
+from proxstep.runs.reading import Run
+
+_DRAWS = 1000
+SHAPES = {
+    "normal": lambda rng, size: rng.normal(0.6, 0.05, size),
+    "skewed": lambda rng, size: rng.beta(8, 2, size),
+    "heavy tails": lambda rng, size: 0.6 + 0.05 * rng.standard_t(3, size),
+}
+
+
+def coverage(draws: int, numbers: list[int]) -> None:
+    """Print how often an interval holds the truth, for each number of runs."""
+    print("| runs | scores | one algorithm | bare percentiles | difference of two | P(a > b) |")
+    print("|---|---|---|---|---|---|")
+    for runs in numbers:
+        for name, draw in SHAPES.items():
+            rng = np.random.default_rng(runs)
+            # What an interquartile mean of so many runs is on average, and that of all.
+            truth = ours.interquartile_mean(draw(rng, (200_000, runs))).mean()
+            hits = np.zeros(4)
+            for _ in range(draws):
+                first, second = draw(rng, runs), draw(rng, runs)
+                one = ours.estimate(ours.interquartile_mean, [first])
+                bare = ours.estimate(ours.interquartile_mean, [first], widened=False)
+                two = ours.estimate(ours.difference(1), [first, second])
+                better = ours.improvement_estimate([first], [second])
+                pairs = ((one, truth), (bare, truth), (two, 0.0), (better, 0.5))
+                hits += [found.low <= true <= found.high for found, true in pairs]
+            shares = " | ".join(f"{share:.3f}" for share in hits / draws)
+            print(f"| {runs} | {name} | {shares} |", flush=True)
+
+
+def power(draws: int) -> None:
+    """Print estimates of the seeds needed, and how often about so many tell two algorithms apart.
+
+    The estimate is right within 20 % if four of five comparisons (0.8) lies between the last two.
+    """
+    print(
+        "| difference | estimate, spread known | from 5 runs: median | power | at / 1.2 | x 1.2 |"
+    )
+    print("|---|---|---|---|---|---|")
+    for effect in (1.0, 1.5, 2.0):
+        rng = np.random.default_rng(0)
+        spread = float(ours.interquartile_mean(rng.normal(0, 1, (100_000, 20))).std() * 20**0.5)
+        known = ours.seeds_needed(effect, spread * (2 / 5) ** 0.5, 5)
+        guesses = []
+        for _ in range(draws):
+            pair = [rng.normal(effect, 1, 5), rng.normal(0, 1, 5)]
+            found = ours.estimate(ours.difference(1), pair)
+            guesses.append(ours.seeds_needed(found.value, found.error, 5))
+        shares = []
+        for runs in (known, round(known / 1.2), round(known * 1.2)):
+            told = [
+                ours.estimate(
+                    ours.difference(1), [rng.normal(effect, 1, runs), rng.normal(0, 1, runs)]
+                ).is_certain
+                for _ in range(draws)
+            ]
+            shares.append(f"{np.mean(told):.3f} at {runs}")
+        print(
+            f"| {effect} | {known} | {np.median(guesses):.0f} | {' | '.join(shares)} |", flush=True
+        )
+
+
+def grid(draws: int) -> None:
+    """Print coverage and width of two honest ways to report the best of three values, five seeds.
+
+    Values chosen for each seed by the others, and two seeds that choose for three that report. The
+    truth is what each way reports on average.
+    """
+    print("| true means | way | mean reported | coverage | mean width |")
+    print("|---|---|---|---|---|")
+    for means in ((0.60, 0.60, 0.60), (0.60, 0.62, 0.55), (0.60, 0.75, 0.50)):
+        for way, pick in (("others choose", _leave_one_out), ("two choose for three", _split)):
+            rng = np.random.default_rng(0)
+            tables = rng.normal(means, 0.05, (10_000, 5, 3))
+            reported = [pick(table) for table in tables]
+            truth = float(np.mean([np.mean(scores) for scores in reported]))
+            found = [
+                ours.estimate(ours.interquartile_mean, [scores]) for scores in reported[:draws]
+            ]
+            hits = np.mean([one.low <= truth <= one.high for one in found])
+            width = np.mean([one.high - one.low for one in found])
+            print(f"| {means} | {way} | {truth:.4f} | {hits:.3f} | {width:.3f} |", flush=True)
+
+
+def _leave_one_out(table: np.ndarray) -> np.ndarray:
+    """Return each seed's score at the value that `choose` gives it, by a table of (seed, value)."""
+    outcomes = [
+        Outcome(Run(Path(), "a", seed, {}, {}, []), str(value), "", score, score, score, [], [], [])
+        for seed, row in enumerate(table)
+        for value, score in enumerate(row)
+    ]
+    return np.array([outcome.final for outcome in choose(outcomes).outcomes])
+
+
+def _split(table: np.ndarray) -> np.ndarray:
+    return table[2:, table[:2].mean(axis=0).argmax()]
+
+
+def rliable() -> None:
+    """Print our figures beside rliable's, on three tasks with ten runs each."""
+    from rliable import library, metrics
+
+    rng = np.random.default_rng(3)
+    first, second = rng.beta(8, 2, (10, 3)), rng.beta(7, 3, (10, 3))
+    scores = {"a": first, "a,b": (first, second)}
+    theirs, their_ends = library.get_interval_estimates(
+        {"a": first}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=20_000
+    )
+    better, better_ends = library.get_interval_estimates(
+        {"a,b": scores["a,b"]}, metrics.probability_of_improvement, reps=5_000
+    )
+    columns = [list(first.T), [*first.T, *second.T]]
+    iqm = ours.estimate(ours.interquartile_mean, columns[0], widened=False)
+    prob = ours.estimate(ours.improvement(3), columns[1], widened=False)
+    print("| | rliable | here, bare percentiles |")
+    print("|---|---|---|")
+    for name, one, ends, here in (
+        ("interquartile mean", theirs["a"], their_ends["a"], iqm),
+        ("probability of improvement", better["a,b"], better_ends["a,b"], prob),
+    ):
+        low, high = np.ravel(ends)
+        print(
+            f"| {name} | {float(np.ravel(one)[0]):.6f} [{low:.4f}, {high:.4f}] "
+            f"| {here.value:.6f} [{here.low:.4f}, {here.high:.4f}] |"
+        )
+
+
+def main() -> None:
+    """Run one of the checks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("check", choices=["coverage", "power", "grid", "rliable"])
+    parser.add_argument("--draws", type=int, default=_DRAWS)
+    parser.add_argument("--runs", type=int, nargs="+", default=[3, 4, 5, 10, 20])
+    arguments = parser.parse_args()
+    if arguments.check == "rliable":
+        rliable()
+    elif arguments.check in ("power", "grid"):
+        {"power": power, "grid": grid}[arguments.check](arguments.draws)
+    else:
+        coverage(arguments.draws, arguments.runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

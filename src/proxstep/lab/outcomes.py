@@ -1,0 +1,165 @@
+"""What became of each run of a comparison, and which runs stand for which algorithm.
+
+Varied keys of the sections `task` and `model` make different tasks, over which results are
+averaged; all others are tuned. A tuned value is chosen for each seed by the *other* seeds: no run
+has a say in whether it is reported, so the mean over seeds is unbiased for "tune on n - 1 seeds,
+run on a new one", and no seed is given away to the choice, as a split in two halves would.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isnan, nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proxstep.config.yamlfile import read_yaml
+from proxstep.lab.plan import CHOOSING, PLAN, label
+from proxstep.lab.statistics import area_under_curve, value_at
+from proxstep.runs.reading import Run, by_algorithm, flatten
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run's result; NaN for what was not measured.
+
+    Attributes:
+        run: The run.
+        tuned: Its values of the tuned keys, as text; empty where none is tuned.
+        task: Its values of the varied keys of task and model, as text.
+        final: The last score after step 0.
+        best: The highest of them, which is an optimist's figure: it is chosen by its own score.
+        area: The mean score over all steps.
+        kl: KL(policy || initial) at the evaluations, in nats per token; empty where one of them did
+            not measure it.
+        seconds: Seconds since the beginning at the evaluations, likewise.
+        scores: The scores at the evaluations.
+    """
+
+    run: Run
+    tuned: str
+    task: str
+    final: float
+    best: float
+    area: float
+    kl: list[float]
+    seconds: list[float]
+    scores: list[float]
+
+    @classmethod
+    def of(cls, run: Run, varied: Sequence[str]) -> Outcome:
+        """Return a run's outcome."""
+        measured = [record for record in run.records if record.get("score") is not None]
+        scores = [float(record["score"]) for record in measured]
+        steps = [record["step"] for record in measured]
+        trained = [score for step, score in zip(steps, scores, strict=True) if step > 0]
+        own = dict(flatten(run.recipe))
+        values = {key: own.get(key) for key in varied}
+        return cls(
+            run,
+            label(values, of_task=False),
+            label(values, of_task=True),
+            trained[-1] if trained else nan,
+            max(trained, default=nan),
+            area_under_curve(steps, scores),
+            _series(measured, "kl_policy_initial", at_start=0.0),
+            _series(measured, "elapsed_seconds"),
+            scores,
+        )
+
+    def score_at_kl(self, kl: float) -> float:
+        """Return the score when the KL was first spent."""
+        return value_at(self.kl, self.scores, kl)
+
+    def score_after(self, seconds: float) -> float:
+        """Return the score after so many seconds."""
+        return value_at(self.seconds, self.scores, seconds)
+
+    def kl_at_score(self, score: float) -> float:
+        """Return the KL spent when the score was first reached."""
+        if not self.kl:
+            return nan
+        return value_at(self.scores, [float(kl) for kl in np.maximum.accumulate(self.kl)], score)
+
+
+def _series(
+    records: Sequence[dict[str, Any]], name: str, at_start: float | None = None
+) -> list[float]:
+    """Return a field of every record, empty if one lacks it.
+
+    Args:
+        records: The records.
+        name: The field.
+        at_start: What it is by definition at step 0, where it need not be measured.
+    """
+    values = [record.get(name) for record in records]
+    if records and records[0]["step"] == 0 and values[0] is None:
+        values[0] = at_start
+    return [] if None in values else [float(value) for value in values if value is not None]
+
+
+def plans_of(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
+    """Return the plans beside the runs, by their folder."""
+    folders = dict.fromkeys(run.path.parent for run in runs)
+    return {f: read_yaml(f / PLAN) for f in folders if (f / PLAN).is_file()}
+
+
+def varied_keys(runs: Sequence[Run]) -> list[str]:
+    """Return what the plans beside the runs vary, in order."""
+    return list(dict.fromkeys(key for plan in plans_of(runs).values() for key in plan["vary"]))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The runs that stand for an algorithm at its best of the grid.
+
+    Attributes:
+        outcomes: One for each task and seed, at the values that the other seeds chose.
+        votes: Each choice of values, with the number of seeds that are reported at it.
+    """
+
+    outcomes: list[Outcome]
+    votes: dict[str, int]
+
+
+def choose(outcomes: Sequence[Outcome]) -> Chosen:
+    """Return an algorithm's runs at its best tuned values, chosen for each seed by the others.
+
+    Where there is one seed alone, it chooses for itself.
+    """
+    seeds = sorted({outcome.run.seed for outcome in outcomes})
+    kept: list[Outcome] = []
+    votes: Counter[str] = Counter()
+    for seed in seeds:
+        others = [o for o in outcomes if o.run.seed != seed] or list(outcomes)
+        best = max(dict.fromkeys(o.tuned for o in outcomes), key=lambda v: _mean_final(others, v))
+        kept += [o for o in outcomes if o.run.seed == seed and o.tuned == best]
+        votes[best] += 1
+    return Chosen(kept, dict(votes.most_common()))
+
+
+def _mean_final(outcomes: Sequence[Outcome], tuned: str) -> float:
+    """Return the mean final score over seeds, tasks weighing alike; -inf where there is none."""
+    tasks: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        if outcome.tuned == tuned and not isnan(outcome.final):
+            tasks.setdefault(outcome.task, []).append(outcome.final)
+    return float(np.mean([np.mean(finals) for finals in tasks.values()])) if tasks else -np.inf
+
+
+def outcomes_by_algorithm(runs: Sequence[Run]) -> dict[str, list[Outcome]]:
+    """Return every run's outcome, by its algorithm in order of first appearance.
+
+    The runs that only chose values in a halving are left out.
+    """
+    varied = varied_keys(runs)
+    halved = {folder for folder, plan in plans_of(runs).items() if plan.get("halving")}
+    runs = [run for run in runs if run.path.parent not in halved or run.seed < CHOOSING]
+    return {
+        algorithm: [Outcome.of(run, varied) for run in members]
+        for algorithm, members in by_algorithm(runs).items()
+    }

@@ -1,0 +1,85 @@
+"""One or two sentences that say what a comparison has shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from proxstep.lab.comparison import Comparison, Pair, Setting
+from proxstep.lab.statistics import MOST_SEEDS
+
+
+def verdict(comparison: Comparison) -> str:
+    """Return what is shown of the final scores, and of the KL where that can be told.
+
+    With more than two algorithms a difference counts where it is told from chance in view of all
+    pairs (Bonferroni).
+    """
+    setting = comparison.settings[0]
+    if len(setting.standings) < 2:
+        return f"{setting.standings[0].algorithm} alone was run: there is nothing to compare it to."
+    if not setting.pairs:
+        return "No verdict: fewer than two algorithms have a score."
+    if any(pair.seeds < 2 for pair in setting.pairs):
+        return (
+            "No verdict from one seed: what differs may be chance. Add seeds with --add-seeds 4 to "
+            "the same command."
+        )
+    text = _of_scores(setting)
+    if comparison.tuned:
+        text = f"Each at its best {comparison.tuned}, chosen on other seeds: {text}"
+    saved = _of_kl(setting.pairs)
+    return f"{text}; {saved}." if saved else f"{text}."
+
+
+def _of_scores(setting: Setting) -> str:
+    pairs = setting.pairs
+    leader = pairs[0].first
+    own = [pair for pair in pairs if pair.first == leader]
+    if not any(pair.adjusted for pair in own):
+        others = [pair for pair in pairs if pair.adjusted]
+        text = f"{_listed([leader, *(pair.second for pair in own)])} cannot be told apart "
+        if others:
+            text = f"{leader} cannot be told apart from {_listed([p.second for p in own])} "
+        return text + _at_seeds(own)
+    above = [pair for pair in own if pair.adjusted]
+    text = f"{leader} ends " + " and ".join(
+        f"{pair.final.text()} above {pair.second}" for pair in above
+    )
+    seeds = min(pair.seeds for pair in own)
+    if unclear := [pair for pair in own if not pair.adjusted]:
+        names = _listed([pair.second for pair in unclear])
+        return f"{text}; it cannot be told apart from {names} {_at_seeds(unclear)}"
+    return f"{text} ({seeds} seeds)"
+
+
+def _at_seeds(pairs: Sequence[Pair]) -> str:
+    seeds = min(pair.seeds for pair in pairs)
+    easiest = min(pairs, key=lambda pair: pair.seeds_needed)
+    if easiest.seeds_needed >= MOST_SEEDS:
+        more = f"more than {MOST_SEEDS - seeds} more"
+    else:
+        more = f"{max(easiest.seeds_needed - seeds, 1)} more"
+    which = f" for {easiest.first} against {easiest.second}" if len(pairs) > 1 else ""
+    return f"at {seeds} seeds: {more} would be needed{which}"
+
+
+def _of_kl(pairs: Sequence[Pair]) -> str:
+    """Return the clearest saving of KL at equal score, nothing where none is clear."""
+    clear = [pair for pair in pairs if pair.kl_adjusted]
+    if not clear:
+        return ""
+    pair = max(clear, key=lambda pair: max(pair.kl_saved.value, pair.kl_saved_by_second.value))
+    first, second, saved = pair.first, pair.second, pair.kl_saved
+    if saved.value < 0:
+        first, second, saved = pair.second, pair.first, pair.kl_saved_by_second
+    against = f" than {second}" if len(pairs) > 1 else ""
+    return f"{first} spends {saved.percent()} less KL{against} at equal score"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as a list in a sentence.
+
+    >>> _listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,0 +1,239 @@
+"""From runs to tables and verdict: choice of tuned values, equal KL, pairs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from math import isnan, nan
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from proxstep.lab.comparison import BEST, compare_runs
+from proxstep.lab.outcomes import Outcome, choose
+from proxstep.lab.report import write_report
+from proxstep.lab.tables import comma_separated, markdown, terminal_tables
+from proxstep.lab.verdict import verdict
+from proxstep.runs.reading import find_runs, load_run
+
+STEPS = (0, 2, 4, 6)
+
+
+def curve(final: float, kl: float = 0.3, start: float = 0.2) -> list[dict]:
+    """A straight line from start to final, KL and time along with it."""
+    return [
+        {
+            "step": step,
+            "score": start + (final - start) * step / 6,
+            "kl_policy_initial": kl * step / 6,
+            "elapsed_seconds": 10.0 * step,
+        }
+        for step in STEPS
+    ]
+
+
+@pytest.fixture
+def make_runs(make_run, tmp_path):
+    """Return a function that writes runs of algorithms by their finals, and reads them."""
+
+    def make(**finals):
+        for name, values in finals.items():
+            for seed, (final, kl) in enumerate(values):
+                make_run(name, seed, curve(final, kl))
+        return find_runs([tmp_path])
+
+    return make
+
+
+def spread(middle: float, kl: float, seeds: int = 5, width: float = 0.02) -> list:
+    """Finals around a middle, KL with a little spread."""
+    shifts = np.linspace(-1, 1, seeds)
+    return [(middle + width * x, kl * (1 + 0.05 * x)) for x in shifts[::-1]]
+
+
+def test_an_outcome_reads_final_best_area_and_curves(make_run) -> None:
+    records = curve(0.8)
+    records[2]["score"] = 0.9
+    outcome = Outcome.of(load_run(make_run(records=records)), [])
+    assert (outcome.final, outcome.best) == (pytest.approx(0.8), 0.9)
+    assert outcome.area == pytest.approx((0.2 / 2 + 0.4 + 0.9 + 0.8 / 2) / 3)
+    assert outcome.score_at_kl(0.05) == pytest.approx(0.3)
+    assert isnan(outcome.score_at_kl(0.31))
+    assert outcome.score_after(10.0) == pytest.approx(0.3)
+    assert outcome.kl_at_score(0.4) == pytest.approx(0.1)
+
+
+def test_an_outcome_of_little_is_nan(make_run) -> None:
+    outcome = Outcome.of(load_run(make_run(records=[{"step": 0, "score": 0.5}])), [])
+    assert isnan(outcome.final)
+    assert isnan(outcome.best)
+    assert isnan(outcome.area)
+    outcome = Outcome.of(load_run(make_run("b", records=[{"step": 1}])), [])
+    assert outcome.scores == []
+
+
+def test_what_one_evaluation_did_not_measure_is_not_interpolated(make_run) -> None:
+    records = curve(0.8)
+    records[2]["kl_policy_initial"] = None
+    records[0]["elapsed_seconds"] = None
+    run = load_run(make_run(records=records))
+    outcome = Outcome.of(run, [])
+    assert (outcome.kl, outcome.seconds) == ([], [])
+    assert isnan(outcome.kl_at_score(0.4))
+    (setting,) = compare_runs([run]).settings
+    assert isnan(setting.kl)
+    assert isnan(setting.standings[0].at_kl.value)
+
+
+def fake(tuned: str, seed: int, final: float, make_run) -> Outcome:
+    run = load_run(make_run("opo", seed, curve(final), name=f"opo-{tuned}-{seed}"))
+    return Outcome(run, tuned, "", final, final, final, [0.0], [0.0], [final])
+
+
+def test_no_seed_has_a_say_in_its_own_value(make_run) -> None:
+    """Seed 0 alone does well at b: the others send it to a, and it sends them to b."""
+    finals = {"a": (0.5, 0.5, 0.6), "b": (0.9, 0.4, 0.5)}
+    outcomes = [fake(v, s, f, make_run) for v, row in finals.items() for s, f in enumerate(row)]
+    chosen = choose(outcomes)
+    assert [(o.run.seed, o.tuned, o.final) for o in chosen.outcomes] == [
+        (0, "a", 0.5),
+        (1, "b", 0.4),
+        (2, "b", 0.5),
+    ]
+    assert chosen.votes == {"b": 2, "a": 1}
+
+
+def test_one_seed_chooses_for_itself_and_nan_is_never_chosen(make_run) -> None:
+    outcomes = [fake(v, 0, f, make_run) for v, f in (("a", nan), ("b", 0.1), ("c", 0.2))]
+    assert [o.tuned for o in choose(outcomes).outcomes] == ["c"]
+
+
+def test_two_algorithms_that_differ_are_told_apart_at_equal_kl_too(make_runs) -> None:
+    comparison = compare_runs(make_runs(grpo=spread(0.6, 0.4), opo=spread(0.8, 0.2)))
+    (setting,) = comparison.settings
+    (pair,) = setting.pairs
+    assert (pair.first, pair.second, pair.seeds) == ("opo", "grpo", 5)
+    assert pair.final.value == pytest.approx(0.2)
+    assert pair.better.value == 1.0
+    assert setting.kl == pytest.approx(0.2 * 0.95)
+    assert pair.at_kl.value == pytest.approx((0.6 - 0.4 / 2) * 0.95, rel=0.1)
+    # At equal score opo is at KL 0.2 * (y - 0.2) / 0.6, grpo at 0.4 * (y - 0.2) / 0.4.
+    assert pair.kl_saved.value == pytest.approx(2 / 3, rel=0.01)
+    assert pair.kl_saved_by_second.value == pytest.approx(1 - 3, rel=0.02)
+    assert 3 <= pair.seeds_needed <= 5 or pair.seeds_needed == 2
+    text = verdict(comparison)
+    assert text.startswith("opo ends 0.200 [0.1")
+    assert "above grpo (5 seeds); opo spends 67 % [6" in text
+    assert text.endswith("less KL at equal score.")
+
+
+def test_two_that_do_not_differ_are_not_and_the_verdict_says_what_would_tell(make_runs) -> None:
+    runs = make_runs(grpo=spread(0.6, 0.3, width=0.1), opo=spread(0.62, 0.3, width=0.1))
+    comparison = compare_runs(runs)
+    needed = comparison.settings[0].pairs[0].seeds_needed
+    assert 20 < needed < 400
+    assert verdict(comparison) == (
+        f"opo and grpo cannot be told apart at 5 seeds: {needed - 5} more would be needed."
+    )
+
+
+def test_of_three_the_verdict_says_who_is_clear_and_who_is_not(make_runs) -> None:
+    runs = make_runs(dro=spread(0.3, 0.3), grpo=spread(0.605, 0.3), opo=spread(0.61, 0.3))
+    text = verdict(compare_runs(runs))
+    assert text.startswith("opo ends 0.310 [")
+    assert "above dro; it cannot be told apart from grpo at 5 seeds: " in text
+
+
+def test_there_is_no_verdict_from_one_seed_or_one_algorithm(make_runs, make_run) -> None:
+    assert verdict(compare_runs([load_run(make_run())])).startswith("isopo alone was run")
+    runs = make_runs(grpo=[(0.6, 0.3)], opo=[(0.7, 0.3)])
+    assert verdict(compare_runs([r for r in runs if r.algorithm != "isopo"])).startswith(
+        "No verdict from one seed"
+    )
+
+
+@pytest.fixture
+def grid(make_run, tmp_path):
+    """Two algorithms, three learning rates, four seeds; opo is best at 0.3, grpo at 0.1."""
+    (tmp_path / "plan.yaml").write_text(
+        yaml.safe_dump({"vary": {"optimizer.learning_rate": [0.1, 0.3]}, "seeds": 4})
+    )
+    finals = {("grpo", 0.1): 0.6, ("grpo", 0.3): 0.3, ("opo", 0.1): 0.5, ("opo", 0.3): 0.8}
+    for (name, rate), middle in finals.items():
+        for seed, (final, kl) in enumerate(spread(middle, 0.3, seeds=4)):
+            recipe = {"optimizer": {"learning_rate": rate}}
+            make_run(name, seed, curve(final, kl), recipe, name=f"{name}-{rate}-{seed}")
+    return find_runs([tmp_path])
+
+
+def test_a_grid_is_reported_at_its_best_and_at_equal_values(grid) -> None:
+    comparison = compare_runs(grid)
+    assert [s.name for s in comparison.settings] == [BEST, "learning_rate 0.1", "learning_rate 0.3"]
+    finals = {
+        (s.name, row.algorithm): pytest.approx(row.final.value, abs=1e-9)
+        for s in comparison.settings
+        for row in s.standings
+    }
+    assert finals == {
+        (BEST, "grpo"): 0.6,
+        (BEST, "opo"): 0.8,
+        ("learning_rate 0.1", "grpo"): 0.6,
+        ("learning_rate 0.1", "opo"): 0.5,
+        ("learning_rate 0.3", "grpo"): 0.3,
+        ("learning_rate 0.3", "opo"): 0.8,
+    }
+    assert len(comparison.runs) == 8
+    assert verdict(comparison).startswith(
+        "Each at its best learning_rate, chosen on other seeds: opo ends 0.200 ["
+    )
+    assert "grpo: learning_rate 0.1 in 4; opo: learning_rate 0.3 in 4" in markdown(comparison)
+
+
+def test_tables_fit_a_terminal_and_hold_what_the_page_does(grid, tmp_path) -> None:
+    comparison = compare_runs(grid)
+    console = Console(width=100, file=io.StringIO(), color_system=None)
+    with console.capture() as capture:
+        for table in terminal_tables(comparison):
+            console.print(table)
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= 100
+    (row,) = [line for line in lines if line.startswith("opo") and "best of" in line]
+    assert " ".join(row.split()).startswith("opo best of the grid 4 0.800 [0.7")
+    page = write_report(grid, tmp_path / "page.html").read_text()
+    assert verdict(comparison) in page
+    assert "Differences, each algorithm at its best of the grid" in page
+    assert "16 runs" in page
+    assert "The grpo runs differ in" not in page
+
+
+def test_csv_has_every_figure_with_all_digits(grid) -> None:
+    comparison = compare_runs(grid)
+    rows = list(csv.DictReader(io.StringIO(comma_separated(comparison))))
+    assert len(rows) == 3 * (2 * 5 + 7)
+    (row,) = [
+        row
+        for row in rows
+        if (row["setting"], row["algorithm"], row["against"], row["measure"])
+        == (BEST, "opo", "", "final")
+    ]
+    final = comparison.settings[0].standings[1].final
+    assert (float(row["value"]), float(row["low"])) == (final.value, final.low)
+    assert row["seeds"] == "4"
+
+
+def test_tasks_are_averaged_and_are_no_tuning(make_run, tmp_path) -> None:
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"vary": {"task.difficulty": [1, 2]}}))
+    for name, shift in (("grpo", 0.0), ("opo", 0.1)):
+        for difficulty, middle in ((1, 0.8), (2, 0.4)):
+            for seed in range(3):
+                recipe = {"task": {"difficulty": difficulty}}
+                records = curve(middle + shift + 0.01 * seed)
+                make_run(name, seed, records, recipe, name=f"{name}-{difficulty}-{seed}")
+    comparison = compare_runs(find_runs([tmp_path]))
+    (setting,) = comparison.settings
+    assert [row.seeds for row in setting.standings] == [3, 3]
+    assert setting.standings[0].final.value == pytest.approx(0.61)
+    assert setting.pairs[0].better.value == 1.0
+    assert not comparison.tuned

@@ -1,0 +1,87 @@
+"""Estimates over seeds, against closed forms and data with known answers."""
+
+from __future__ import annotations
+
+from math import isnan, nan
+
+import numpy as np
+import pytest
+
+from proxstep.lab import statistics as ours
+
+
+def test_an_interquartile_mean_is_of_the_middle_half_of_all_tasks() -> None:
+    first, second = np.array([0.0, 0.4, 0.5, 9.0]), np.array([-7.0, 0.6, 0.7, 0.3])
+    assert ours.interquartile_mean(first, second) == pytest.approx((0.3 + 0.4 + 0.5 + 0.6) / 4)
+
+
+def test_the_probability_of_improvement_counts_pairs_and_half_the_ties() -> None:
+    first, second = np.array([1.0, 2.0, 3.0]), np.array([0.0, 2.0, 5.0])
+    wins = np.mean([[1.0 if a > b else 0.5 if a == b else 0.0 for b in second] for a in first])
+    assert ours.improvement(1)(first, second) == pytest.approx(wins)
+    assert ours.improvement(2)(first, second, second, first) == pytest.approx(0.5)
+
+
+def test_the_saving_is_a_share_of_the_seconds() -> None:
+    one, other = np.array([1.0, 1.0]), np.array([4.0, 4.0])
+    assert ours.saving(1)(one, other) == 0.75
+    assert ours.saving(1)(other, one) == -3.0
+
+
+def test_estimates_repeat_to_the_bit_and_one_run_has_no_interval() -> None:
+    sample = [np.random.default_rng(0).normal(size=6)]
+    assert ours.estimate(ours.interquartile_mean, sample) == ours.estimate(
+        ours.interquartile_mean, sample
+    )
+    alone = ours.estimate(ours.interquartile_mean, [np.array([0.5])])
+    assert alone.value == 0.5
+    assert isnan(alone.low)
+    assert alone.text() == "0.500"
+    assert not alone.is_certain
+
+
+def test_limits_hold_and_equal_runs_have_no_spread() -> None:
+    apart = [np.array([1.0, 2.0, 3.0]), np.array([-1.0, -2.0, -3.0])]
+    assert ours.estimate(ours.improvement(1), apart, limits=(0, 1)).high == 1.0
+    better = ours.improvement_estimate(apart[:1], apart[1:])
+    assert (better.value, better.low, better.high) == (1.0, pytest.approx(0.025 ** (1 / 3)), 1.0)
+    worse = ours.improvement_estimate(apart[1:], apart[:1])
+    assert (worse.low, worse.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 3)))
+    same = ours.estimate(ours.difference(1), [np.ones(4), np.ones(4)])
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("runs", [3, 5])
+def test_few_runs_are_covered(runs: int) -> None:
+    """All of it, with 1,000 draws: scripts/check_statistics.py."""
+    rng = np.random.default_rng(runs)
+    found = [
+        ours.estimate(ours.interquartile_mean, [rng.normal(0.6, 0.05, runs)]) for _ in range(200)
+    ]
+    share = np.mean([estimate.low <= 0.6 <= estimate.high for estimate in found])
+    assert 0.9 <= share <= 0.985
+
+
+@pytest.mark.parametrize(("effect", "textbook"), [(0.5, 64), (0.8, 26), (1.0, 17), (1.5, 9)])
+def test_the_power_is_the_textbooks(effect: float, textbook: int) -> None:
+    """Cohen 1988, table 2.4.1: runs of each of two groups for a power of 0.8 at 5 %."""
+    assert ours.seeds_needed(effect, np.sqrt(2 / 5), 5) == textbook
+
+
+@pytest.mark.parametrize("effect", [0.0, nan, 1e-9])
+def test_no_difference_needs_more_seeds_than_anybody_has(effect: float) -> None:
+    assert ours.seeds_needed(effect, 0.1, 5) == ours.MOST_SEEDS
+
+
+def test_a_difference_without_spread_needs_two_seeds() -> None:
+    assert ours.seeds_needed(0.1, 0.0, 5) == 2
+
+
+def test_a_value_is_taken_when_the_budget_is_first_spent() -> None:
+    assert ours.value_at([0.0, 0.2], [0.0, 1.0], 0.05) == pytest.approx(0.25)
+    assert ours.value_at([0.0, 0.2], [0.1, 1.0], 0.0) == 0.1
+    assert ours.value_at([0.0, 0.2, 0.1, 0.2], [0.0, 0.5, 0.9, 1.0], 0.2) == 0.5
+    assert isnan(ours.value_at([0.0, 0.2], [0.0, 1.0], 0.3))
+    assert isnan(ours.value_at([0.1, 0.2], [0.0, 1.0], 0.05))
+    assert isnan(ours.value_at([], [], 0.1))
+    assert isnan(ours.value_at([0.0, nan], [0.0, 1.0], 0.1))
