@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import defaultdict
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +37,24 @@ CHECKED = [
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="of each test's slow cases, every Nth"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of each test's slow cases leave the first and every Nth after it; what is fast stays."""
+    every, cases = config.getoption("every"), defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    left_out = {item for of in cases.values() for i, item in enumerate(of) if i % every}
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)
