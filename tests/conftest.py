@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +37,24 @@ CHECKED = [
     "proxstep.isopo.rule",
     "tests.theory.maths",
 ]
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _checked(*, typechecker: Any) -> Callable[[Any], Any]:
+    """Decorate what the hook hands over, but for functions in functions, which have no shapes.
+
+    Each call of the outer one makes them anew, and making the checks takes longer than the call.
+    """
+
+    def decorate(of: Any) -> Any:
+        if "<locals>" in getattr(of, "__qualname__", ""):
+            return of
+        return _jaxtyped(of, typechecker=typechecker)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _checked
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 torch.set_num_threads(1)
 
