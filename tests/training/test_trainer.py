@@ -22,8 +22,10 @@ from proxstep.training import lifecycle
 from proxstep.training.objective import Objective
 from proxstep.training.trainer import Trainer
 
+EVERY = [*algorithm_names(), "isopo+opo", "isopo-natural+gspo"]
 
-@pytest.mark.parametrize("algorithm", [*algorithm_names(), "isopo+opo", "isopo-natural+gspo"])
+
+@pytest.mark.parametrize("algorithm", [*EVERY[::2], *slow(*EVERY[1::2])])
 def test_every_algorithm_runs(tmp_path: Path, algorithm: str) -> None:
     recipe = tiny_recipe(tmp_path / "run", algorithm, steps=1)
     assert lifecycle.train(recipe, Silent()) == "finished"
