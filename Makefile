@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # verl holds transformers below what the rest is developed with, and weighs 2 GB.
 VERL := .venv-verl
-VERL_MARK ?= verl
+# .ci/run leaves a part of test-all out: verl's slow tests, and sets SLOW_EVERY to 4, the first, the
+# fifth, ... of each slow test's cases.
+VERL_TESTS ?= test-verl
+SLOW_EVERY ?= 1
+# A file's tests stay on one processor, where what they share is made once.
+IN_FILES := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 VERL_PIP = $(VERL)/bin/python -m pip install -q --disable-pip-version-check
 # The oldest release of TRL that is supported, before the environment's own on the path.
 TRL_OLDEST := .trl-oldest
@@ -12,9 +17,11 @@ OLDEST = PYTHONPATH=$(CURDIR)/$(TRL_OLDEST) $(BIN)/python
 TRL_TESTS := $(addprefix tests/engines/test_trl_,release.py gradients.py options.py runs.py recipe.py)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Compiled files are kept: without them each process compiles 280 files of tests again.
+export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 demo demo-real figure reference test test-all trust test-trl-oldest test-verl lint audit \
+.PHONY: help setup smollm2 demo demo-real figure reference test test-all trust test-trl-oldest test-verl test-verl-quick lint audit \
   bench gpu clean
 
 help:  ## List the targets
@@ -69,23 +76,26 @@ reference: setup  ## Write the reference pages of docs/ from the code
 	$(BIN)/python scripts/make_scaling.py
 
 test: setup  ## The test suite (under 10 minutes on two cores)
-	$(BIN)/python -m pytest -q -n 2 --ignore tests/trust
+	$(BIN)/python $(IN_FILES) --ignore tests/trust
 
-test-all: test smollm2  ## The test suite, the slow tests, trust's quick ones, TRL's with its oldest release, verl's
-	$(BIN)/python -m pytest -q -n 2 -m slow --ignore tests/trust  # make trust runs those
-	$(BIN)/python -m pytest -q -n 2 tests/trust
-	$(MAKE) test-trl-oldest test-verl
+test-all: smollm2  ## The test suite with all slow tests, trust's quick ones, TRL's with its oldest release, verl's
+	$(BIN)/python $(IN_FILES) -m "not gpu and not verl" --every=$(SLOW_EVERY) --ignore tests/trust
+	$(BIN)/python -m pytest -q -n 2 tests/trust  # make trust runs the slow ones
+	$(MAKE) test-trl-oldest $(VERL_TESTS)
 
 trust: setup  ## The suites behind docs/reliability.md, with their counts (under 30 minutes)
 	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not verl" tests/trust
 
 test-trl-oldest: $(TRL_OLDEST)/.installed  ## TRL's tests with the oldest release that is supported
 	$(OLDEST) -c 'import trl; assert trl.__version__ == "1.14.2", trl.__file__'
-	$(OLDEST) -m pytest -q -n 2 $(TRL_TESTS)
-	$(OLDEST) -m pytest -q -n 2 -m slow tests/engines/test_trl_runs.py
+	$(OLDEST) $(IN_FILES) $(TRL_TESTS)
+	$(OLDEST) $(IN_FILES) -m slow --every=$(SLOW_EVERY) tests/engines/test_trl_runs.py
 
-test-verl: $(VERL)/.installed  ## verl's tests, in .venv-verl: on the CPU, with Ray (half an hour)
-	$(VERL)/bin/python -m pytest -q -m "$(VERL_MARK)" tests/verl
+test-verl: test-verl-quick  ## verl's tests, in .venv-verl: on the CPU, with Ray (half an hour)
+	$(VERL)/bin/python -m pytest -q -m "verl and slow" tests/verl
+
+test-verl-quick: $(VERL)/.installed  ## Those that start no Ray
+	$(VERL)/bin/python $(IN_FILES) -m "verl and not slow" tests/verl
 
 lint: setup  ## Formatting, style and types
 	$(BIN)/ruff format --check .

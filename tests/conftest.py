@@ -5,8 +5,12 @@ The checks take as long as the rest of the suite. PROXSTEP_CHECK_SHAPES=1 checks
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,8 +38,55 @@ CHECKED = [
     "proxstep.isopo.rule",
     "tests.theory.maths",
 ]
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _checked(*, typechecker: Any) -> Callable[[Any], Any]:
+    """Decorate what the hook hands over, but for functions in functions, which have no shapes.
+
+    Each call of the outer one makes them anew, and making the checks takes longer than the call.
+    """
+
+    def decorate(of: Any) -> Any:
+        if "<locals>" in getattr(of, "__qualname__", ""):
+            return of
+        return _jaxtyped(of, typechecker=typechecker)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _checked
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="of each test's slow cases, every Nth"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Nothing that is imported here is garbage: a sixth of the time went into looking for some."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of each test's slow cases leave the first and every Nth after it; what is fast stays."""
+    every, cases = config.getoption("every"), defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    left_out = {item for of in cases.values() for i, item in enumerate(of) if i % every}
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.cli.command_case import TINY, mistake, run
+from tests.selection import slow
 
 from proxstep.cli import commands as cli
 from proxstep.config.recipe import Recipe
@@ -113,7 +114,7 @@ def test_the_local_engine_has_no_command(
     assert calls == []
 
 
-@pytest.mark.parametrize("engine", ["trl", "verl"])
+@pytest.mark.parametrize("engine", ["trl", *slow("verl")])
 def test_a_missing_extra_is_one_message(tmp_path: Path, engine: str) -> None:
     code = (
         "import importlib.metadata as metadata, sys\n"

@@ -10,6 +10,7 @@ import torch
 from tests.engine import tiny_recipe
 from tests.engines.test_trl_gradients import difference, local_gradients
 from tests.engines.trl_case import Watch, copied, made, quiet, tiny, trained
+from tests.selection import slow
 from torch import Tensor, nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -82,7 +83,11 @@ def compare(folder: Path, algorithm: str, **changes: Any) -> tuple[float, Any]:
     return difference(watch.gradients[1], expected), trainer
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+FAST = ("grpo", "reinforce", "rloo", "gspo", "dro", "dppo-kl", "reinforce-plus-plus", "opo")
+"""Of TRL's own and of ours, each kind of ratio once."""
+
+
+@pytest.mark.parametrize("algorithm", [n if n in FAST else slow(n)[0] for n in ALGORITHMS])
 def test_every_algorithm_has_its_own_gradient(tmp_path: Path, algorithm: str) -> None:
     """Whichever of TRL's trainers or ours computes it."""
     error, trainer = compare(tmp_path, algorithm)
@@ -102,7 +107,7 @@ def test_every_aggregation_has_its_count() -> None:
     assert set(_COUNTS) == set(LOSS_AGG_MODES)
 
 
-@pytest.mark.parametrize("kind", ["leave-one-out", "batch-normalized", "group-zscore"])
+@pytest.mark.parametrize("kind", ["leave-one-out", *slow("batch-normalized", "group-zscore")])
 def test_advantages_that_are_not_left_to_trl(tmp_path: Path, kind: str) -> None:
     """Of the weighted rewards of all that have one; in the batch, and in what TRL logs."""
     tokenizer, model = tiny()
@@ -233,7 +238,12 @@ def unknown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return algorithm
 
 
-@pytest.mark.parametrize("unknown", UNKNOWN, indirect=True)
+FAST_UNKNOWN = ("with a preparation", "under a name of TRL's")
+
+
+@pytest.mark.parametrize(
+    "unknown", [n if n in FAST_UNKNOWN else slow(n)[0] for n in UNKNOWN], indirect=True
+)
 def test_an_algorithm_registered_here_alone(tmp_path: Path, unknown: Algorithm) -> None:
     """It trains with its own loss; none of TRL's takes its place."""
     error, trainer = compare(tmp_path, unknown.name)

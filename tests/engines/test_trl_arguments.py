@@ -9,11 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 from tests.engines.trl_case import PROMPTS, SIZES, Watch, dataset, quiet, text_reward, tiny, trained
+from tests.selection import slow
 from trl import GRPOConfig, GRPOTrainer
 
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer
 
-TRAINERS = [OpoTrainer, IsopoTrainer]
+TRAINERS = [OpoTrainer, *slow(IsopoTrainer)]
 SAMPLED = ("reward", "reward_std", "rewards/", "completions/")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.engine import tiny_recipe
 from tests.engines.trl_case import Watch, copied, gradients_of, made, tiny, trained
+from tests.selection import slow
 from torch import Tensor, nn
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -212,19 +213,18 @@ NARROW = {"clip_ratio_low": 0.02, "clip_ratio_high": 0.02}
 
 
 CASES = [
-    pytest.param(*case, marks=pytest.mark.slow if slow else ())
-    for *case, slow in [
-        ("isopo", True, False),
-        ("isopo", False, False),
-        ("isopo-figure4", True, False),
-        ("isopo-natural", True, False),
-        ("isopo-natural", False, True),
-        ("proma-intra", False, False),
-        ("isopo-npg", True, True),
-        ("isopo-npg", False, True),
-        ("isopo-euclidean", True, True),
-        ("isopo-figure4", False, True),
-    ]
+    ("isopo", True),
+    ("proma-intra", False),
+    *slow(
+        ("isopo-natural", True),
+        ("isopo-natural", False),
+        ("isopo-figure4", True),
+        ("isopo-figure4", False),
+        ("isopo-npg", True),
+        ("isopo-npg", False),
+        ("isopo-euclidean", True),
+        ("isopo", False),
+    ),
 ]
 
 
@@ -277,13 +277,15 @@ ISOPO_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-SLOW = ("no checkpointing", "linear layers alone", "not damped", "lora, natural", "batch", "zscore")
-"""Cases that others nearly repeat."""
+FAST = {
+    *("lora", "sampled completion positions", "truncated ones masked"),
+    *("default", "ratio", "length", "adaptive"),
+}
 
 
 def marked(cases: dict[str, Any]) -> list[Any]:
-    """The cases' names, some of them as slow tests."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in cases]
+    """The cases' names, most of them as slow tests."""
+    return [name if name in FAST else slow(name)[0] for name in cases]
 
 
 @pytest.mark.parametrize("case", marked(ISOPO_CASES))
@@ -305,7 +307,7 @@ def test_the_identity_is_reinforce(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trainer_class", "algorithm"), [(OpoTrainer, "opo"), (IsopoTrainer, "isopo")]
+    ("trainer_class", "algorithm"), [(IsopoTrainer, "isopo"), *slow((OpoTrainer, "opo"))]
 )
 def test_tokens_of_tools_and_weights_of_sequences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer_class: Any, algorithm: str
@@ -350,7 +352,7 @@ def test_opo_with_adapters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trainer_class", "algorithm"), [(OpoTrainer, "opo"), (IsopoTrainer, "isopo")]
+    ("trainer_class", "algorithm"), [(IsopoTrainer, "isopo"), *slow((OpoTrainer, "opo"))]
 )
 def test_the_divergence_keeps_its_plain_gradient(
     tmp_path: Path, trainer_class: Any, algorithm: str
@@ -366,10 +368,12 @@ def test_the_divergence_keeps_its_plain_gradient(
     ("trainer_class", "algorithm", "options"),
     [
         (OpoTrainer, "opo", {}),
-        (OpoTrainer, "opo", {"surrogate": "ratio"}),
-        (IsopoTrainer, "isopo+opo", {**ALL, "loss_type": "opo"}),
         (IsopoTrainer, "isopo+gspo", {**ALL, "loss_type": "gspo", **NARROW}),
-        (IsopoTrainer, "isopo", ALL),
+        *slow(
+            (OpoTrainer, "opo", {"surrogate": "ratio"}),
+            (IsopoTrainer, "isopo+opo", {**ALL, "loss_type": "opo"}),
+            (IsopoTrainer, "isopo", ALL),
+        ),
     ],
 )
 def test_the_second_update_of_a_rollout(

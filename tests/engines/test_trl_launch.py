@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tests.engine import Silent, tiny_recipe
 from tests.engines.trl_case import quiet
+from tests.selection import slow
 from trl import GRPOTrainer
 
 from proxstep.cli import commands as cli
@@ -73,16 +74,14 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize(
     ("algorithm", "changes"),
     [
-        ("isopo", {}),
-        pytest.param(
-            "opo",
-            {"update": {"num_minibatches": 2, "num_iterations": 2, "microbatch_size": 4}},
-            marks=pytest.mark.slow,
+        *slow(
+            ("isopo", {}),
+            (
+                "opo",
+                {"update": {"num_minibatches": 2, "num_iterations": 2, "microbatch_size": 4}},
+            ),
         ),
-        pytest.param(
-            *("cispo", {"rollout": {"overlong_buffer": 2}, "optimizer": {"warmup_updates": 2}}),
-            marks=pytest.mark.slow,
-        ),
+        ("cispo", {"rollout": {"overlong_buffer": 2}, "optimizer": {"warmup_updates": 2}}),
     ],
 )
 def test_the_printed_script_trains_the_same_weights(
@@ -269,6 +268,7 @@ def test_a_run_in_the_folder_is_kept_or_replaced(tmp_path: Path) -> None:
     assert records(folder)[-1]["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +284,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
     assert records(tmp_path / "run")[-1]["step"] == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_reported_to_anybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.utils import _telemetry

@@ -7,11 +7,13 @@ import functools
 import inspect
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.engines.trl_case import SIZES, dataset, made, quiet, text_reward, tiny, trained
+from tests.selection import slow
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
@@ -275,20 +277,20 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"max_grad_norm": 0.1},
     "log_completions": {"log_completions": True},
 }
-SLOW_ACTIVE = {
-    "beta, several iterations",
-    "scale_rewards",
-    "bf16",
-    "pad_to_multiple_of",
-    "max_grad_norm",
+FAST_ACTIVE = {
+    ("beta", IsopoTrainer),
+    ("mask_truncated_completions", OpoTrainer),
+    ("a completion twice in a step", IsopoTrainer),
+    ("num_generations_eval", OpoTrainer),
+    ("log_completions", OpoTrainer),
 }
-SOME_ACTIVE = [
-    pytest.param(case, marks=pytest.mark.slow if case in SLOW_ACTIVE else ()) for case in ACTIVE
-]
+"""Of the reference model, of masks, of several updates, of evaluation and of what is written."""
 
 
-@pytest.mark.parametrize("trainer_class", TRAINERS)
-@pytest.mark.parametrize("case", SOME_ACTIVE)
+@pytest.mark.parametrize(
+    ("case", "trainer_class"),
+    [each if each in FAST_ACTIVE else slow(each)[0] for each in product(ACTIVE, TRAINERS)],
+)
 def test_options_in_a_step(tmp_path: Path, trainer_class: Any, case: str) -> None:
     options = dict(ACTIVE[case])
     tokenizer, model = tiny(lora=options.pop("lora", False))
@@ -322,7 +324,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("trainer_class", TRAINERS)
+@pytest.mark.parametrize("trainer_class", [IsopoTrainer, *slow(OpoTrainer)])
 def test_arguments_of_the_trainer(tmp_path: Path, trainer_class: Any) -> None:
     """Positional as in TRL, a path for the model, PEFT by its configuration, a rollout function."""
     from peft import LoraConfig

@@ -15,6 +15,7 @@ from tests import models
 from tests.engine import tiny_recipe
 from tests.engines.test_trl_gradients import difference, local_gradients
 from tests.engines.trl_case import copied, environment, made, tiny, trained
+from tests.selection import slow
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer, tables, translation
@@ -52,7 +53,7 @@ def test_another_trl_is_refused(monkeypatch: pytest.MonkeyPatch, found: str | No
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("arguments", [["-c", "import proxstep.engines.trl"], COMMAND])
+@pytest.mark.parametrize("arguments", [COMMAND, *slow(["-c", "import proxstep.engines.trl"])])
 def test_a_refusal_comes_before_trl_is_imported(tmp_path: Path, arguments: list[str]) -> None:
     """In a library's import and on the command line, where TRL's own import would fail."""
     (tmp_path / "trl-1.15.0.dist-info").mkdir()

@@ -12,6 +12,7 @@ import torch
 from tests.engine import tiny_recipe
 from tests.engines.test_trl_gradients import difference, local_gradients
 from tests.engines.trl_case import environment, made, tiny, trained
+from tests.selection import slow
 from torch import nn
 from transformers import TrainerCallback
 
@@ -23,7 +24,9 @@ from proxstep.errors import ProxstepError
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
 
 
-@pytest.mark.parametrize("options", [{"num_overlap_positions": 5}, {"rule": "isopo-natural"}])
+@pytest.mark.parametrize(
+    "options", [{"num_overlap_positions": 5}, *slow({"rule": "isopo-natural"})]
+)
 def test_a_resumed_run_is_as_if_never_killed(tmp_path: Path, options: dict[str, Any]) -> None:
     """From a checkpoint: parameters, trailing means and samples of positions, to the bit."""
     options |= CHECKPOINTS
@@ -49,6 +52,7 @@ def _model() -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_our_state_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

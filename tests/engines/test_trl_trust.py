@@ -16,6 +16,7 @@ from tests import models
 from tests.engine import Silent, tiny_recipe
 from tests.engines.trl_case import SIZES, Watch, copied, dataset, made, quiet, text_reward, tiny
 from tests.engines.trl_case import trained as train
+from tests.selection import slow
 from trl import GRPOTrainer, TrlParser
 
 from proxstep.engines.trl import (
@@ -210,14 +211,7 @@ def test_what_a_command_line_means(tmp_path: Path, options: str, expected: dict[
 # -- several trainers on one model -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "then",
-    [
-        GRPOTrainer,
-        pytest.param(IsopoTrainer, marks=pytest.mark.slow),
-        pytest.param(OpoTrainer, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("then", slow(GRPOTrainer, IsopoTrainer, OpoTrainer))
 def test_the_next_trainer_finds_an_ordinary_model(tmp_path: Path, then: Any) -> None:
     """However the one before ended: alive, deleted, or by an exception in a reward or a loss."""
     tokenizer, model = tiny()
@@ -251,10 +245,10 @@ def test_the_next_trainer_finds_an_ordinary_model(tmp_path: Path, then: Any) -> 
     ("trainer_class", "options"),
     [
         (OpoTrainer, {}),
-        (IsopoTrainer, {}),
-        pytest.param(IsopoTrainer, {"rule": "isopo-natural"}, marks=pytest.mark.slow),
-        pytest.param(
-            *(IsopoTrainer, {"other_parameters": "freeze", "bf16": True}), marks=pytest.mark.slow
+        *slow(
+            (IsopoTrainer, {}),
+            (IsopoTrainer, {"rule": "isopo-natural"}),
+            (IsopoTrainer, {"other_parameters": "freeze", "bf16": True}),
         ),
     ],
 )
@@ -309,8 +303,10 @@ OF_OPTIONS = {"kl", "entropy_coef"}
 FAST = ("both", "all completions masked")
 
 
-@pytest.mark.parametrize("cases", [FAST, pytest.param(tuple(LOSS_PATHS), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("trainer_class", TRAINERS)
+@pytest.mark.parametrize(
+    ("trainer_class", "cases"),
+    [(OpoTrainer, FAST), *slow((IsopoTrainer, tuple(LOSS_PATHS)), (OpoTrainer, tuple(LOSS_PATHS)))],
+)
 def test_the_same_metrics_whatever_the_options(
     tmp_path: Path, trainer_class: Any, cases: tuple[str, ...]
 ) -> None:
@@ -379,13 +375,7 @@ LORA = {"rank": 2, "target_modules": "all-linear"}
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "lora"),
-    [
-        ("isopo", LORA),
-        pytest.param("grpo", LORA, marks=pytest.mark.slow),
-        pytest.param("grpo", None, marks=pytest.mark.slow),
-        pytest.param("isopo", None, marks=pytest.mark.slow),
-    ],
+    ("algorithm", "lora"), slow(("isopo", LORA), ("grpo", LORA), ("grpo", None), ("isopo", None))
 )
 def test_the_same_recipe_begins_the_same(
     tmp_path: Path, algorithm: str, lora: dict[str, Any] | None

@@ -275,6 +275,7 @@ def run(script: str, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_overhead_script_runs(tmp_path: Path) -> None:
     path = tmp_path / "new" / "overhead.json"
     rows = ["reinforce", "isopo", "paper", "vmap-euclidean"]

@@ -278,7 +278,8 @@ HALF = replace(WORK, itemsize=2)
 FOLDED = 2 * fold_bytes(SMALL, 2)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [True, False])
 def test_a_step_exchanges_only_its_means(ranks: Ranks, sharded: bool) -> None:
     """And under FSDP2 what FSDP2 exchanges anyway."""
     for count in ranks.run(traffic, "microbatch", sharded, 0):
@@ -291,7 +292,8 @@ def test_a_step_exchanges_only_its_means(ranks: Ranks, sharded: bool) -> None:
             assert plain == 2 * fsdp_bytes(SMALL, 2)
 
 
-@pytest.mark.parametrize("seed", EACH_SEED)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_samples_from_all_ranks_are_gathered(ranks: Ranks, seed: int) -> None:
     counts = ranks.run(traffic, "ranks", False, seed)
     assert sum(count["own rows"] for count in counts) == 10
@@ -305,7 +307,8 @@ def test_samples_from_all_ranks_are_gathered(ranks: Ranks, seed: int) -> None:
         assert count["first all_reduce calls"] == 2 * len(uses(SMALL))
 
 
-@pytest.mark.parametrize("seed", EACH_SEED)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_samples_of_the_previous_step_are_merged_once(ranks: Ranks, seed: int) -> None:
     for count in ranks.run(traffic, "previous_step", False, seed):
         keys = sorted(use.key for use in uses(SMALL))  # the order in which they are merged

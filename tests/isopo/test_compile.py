@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import product
 
 import jaxtyping
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.families import FAMILIES, build
 from tests.isopo.test_install import COEFFICIENTS, IDS
 from tests.models import tiny_gpt2, tiny_qwen3
+from tests.selection import slow
 from torch import nn
 
 from proxstep import Isopo
@@ -47,16 +49,13 @@ def gradient_of(
 
 
 @pytest.mark.parametrize(
-    "rule",
+    ("name", "rule"),
     [
-        "isopo",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("reinforce", "isopo-figure4", "isopo-natural")
-        ),
+        ("gpt2", "isopo"),
+        *slow(("qwen3", "isopo")),
+        *slow(*product(MODELS, ("reinforce", "isopo-figure4", "isopo-natural"))),
     ],
 )
-@pytest.mark.parametrize("name", MODELS)
 def test_one_graph_for_all_microbatches(name: str, rule: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

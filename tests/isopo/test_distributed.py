@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tests.distributed import Ranks
 from tests.isopo.rules import paper
 from tests.isopo.spreads import WRAPPERS, Outcome, Run, Spread, build, microbatch, train
+from tests.selection import slow
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -128,13 +129,21 @@ for _wrapper, _name in ((DDP, "DDP"), (FSDP, "FSDP2")):
     }
 
 
-@pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
-def test_variations_train_as_one_process(ranks: Ranks, changes: dict[str, Any]) -> None:
-    run = Run((ACCUMULATED,) * 2, DAMPED, options=EVERY_POSITION).but(**changes)
+FAST = {
+    *("static graph", "resharded", "layers sharded last"),
+    *("DDP, checkpointed", "DDP, clipped", "DDP, group by name"),
+    *("FSDP2, checkpointed by torch", "FSDP2, forwards in between", "FSDP2, others frozen"),
+}
+"""Each kind of variation once, under DDP or under FSDP2."""
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else slow(n)[0] for n in VARIATIONS])
+def test_variations_train_as_one_process(ranks: Ranks, name: str) -> None:
+    run = Run((ACCUMULATED,) * 2, DAMPED, options=EVERY_POSITION).but(**VARIATIONS[name])
     check_same(ranks.run(train, run), one_process(run.alone()))
 
 
-@pytest.mark.parametrize("wrapper", [DDP, FSDP])
+@pytest.mark.parametrize("wrapper", [FSDP, *slow(DDP)])
 def test_single_precision(ranks: Ranks, wrapper: str) -> None:
     run = Run((ACCUMULATED,), DAMPED, "gpt2", wrapper, dtype=torch.float32)
     check_same(ranks.run(train, run), one_process(run.alone()), 1e-5)
@@ -164,17 +173,19 @@ RANKS = {"overlap_source": "ranks"}
     [
         (paper("isopo"), {"num_overlap_positions": 9}, False, DDP),
         (paper("isopo"), {"num_overlap_positions": 2}, True, FSDP),
-        (
-            paper("isopo"),
-            {"num_overlap_positions": 5, "overlap_positions": "completion"},
-            True,
-            DDP,
-        ),
-        (paper("isopo-npg"), {"num_overlap_positions": None}, False, DDP),
-        (paper("isopo-figure4"), {"num_overlap_positions": 9}, False, FSDP),
-        (DAMPED, {"num_overlap_positions": 9}, False, DDP),
-        (DAMPED, {"num_overlap_positions": None}, False, FSDP),
         (DAMPED, {"num_overlap_positions": 9, "fisher_denominator": "trailing"}, False, DDP),
+        *slow(
+            (
+                paper("isopo"),
+                {"num_overlap_positions": 5, "overlap_positions": "completion"},
+                True,
+                DDP,
+            ),
+            (paper("isopo-npg"), {"num_overlap_positions": None}, False, DDP),
+            (paper("isopo-figure4"), {"num_overlap_positions": 9}, False, FSDP),
+            (DAMPED, {"num_overlap_positions": 9}, False, DDP),
+            (DAMPED, {"num_overlap_positions": None}, False, FSDP),
+        ),
     ],
 )
 def test_samples_of_all_ranks_make_the_spread_over_ranks_irrelevant(
@@ -192,8 +203,7 @@ def test_samples_of_all_ranks_make_the_spread_over_ranks_irrelevant(
     ("rule", "num_positions", "wrapper"),
     [
         (paper("isopo"), 9, DDP),
-        pytest.param(paper("isopo-figure4"), 2, FSDP, marks=pytest.mark.slow),
-        (DAMPED, 100, FSDP),
+        *slow((paper("isopo-figure4"), 2, FSDP), (DAMPED, 100, FSDP)),
     ],
 )
 def test_samples_of_the_previous_step_make_the_spread_irrelevant(
@@ -249,7 +259,7 @@ def test_no_more_rows_are_kept_than_asked_for_and_nothing_that_they_are_part_of(
     assert kept.untyped_storage().nbytes() == kept.nbytes
 
 
-@pytest.mark.parametrize("source", ["microbatch", "ranks", "previous_step"])
+@pytest.mark.parametrize("source", ["ranks", *slow("previous_step", "microbatch")])
 def test_a_group_of_one_rank_knows_nothing_of_the_other(ranks: Ranks, source: str) -> None:
     options = {"num_overlap_positions": 9, "overlap_source": source}
     run = Run((EVEN, UNEVEN), DAMPED, options=options, group="each")
@@ -261,10 +271,8 @@ def test_a_group_of_one_rank_knows_nothing_of_the_other(ranks: Ranks, source: st
 @pytest.mark.parametrize(
     ("source", "wrapper"),
     [
-        ("microbatch", FSDP),
         ("previous_step", DDP),
-        pytest.param("ranks", DDP, marks=pytest.mark.slow),
-        pytest.param("previous_step", FSDP, marks=pytest.mark.slow),
+        *slow(("microbatch", FSDP), ("ranks", DDP), ("previous_step", FSDP)),
     ],
 )
 def test_a_restart_changes_nothing(ranks: Ranks, source: str, wrapper: str) -> None:

@@ -14,6 +14,7 @@ from tests.oracle import (
     random_sequences,
     summed_by_parameter,
 )
+from tests.selection import square
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,8 +43,7 @@ def sums(model: nn.Module, sequence: Sequence) -> dict[str, Tensor]:
     return summed_by_parameter(model, {key: g.sum(0) for key, g in positions.items()})
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "seed"), square(FAMILIES, SEEDS))
 def test_positions_sum_to_autograd(family: str, seed: int) -> None:
     model = build(family, seed)
     for sequence in random_sequences(seed):
@@ -51,8 +51,10 @@ def test_positions_sum_to_autograd(family: str, seed: int) -> None:
         assert_same(sums(model, sequence), expected, 1e-12)
 
 
-@pytest.mark.parametrize("length", [3, 4, 6])  # four: as many as heads
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "length"),
+    square(FAMILIES, [3, 4, 6]),  # four: as many as heads
+)
 def test_positions_are_where_the_tokens_are(family: str, length: int) -> None:
     """The last token is predicted and predicts nothing; the one before it is the last to matter."""
     model = build(family, length)
@@ -209,8 +211,7 @@ def _batched_log_prob(model: nn.Module, sequences: list[Sequence], side: str) ->
     return (log_prob * completion[:, 1:]).sum()
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "side"), square(FAMILIES, ["right", "left"]))
 def test_a_padded_batch_gives_the_sum_over_sequences(family: str, side: str) -> None:
     model, sequences = build(family, 8), random_sequences(8)
     together = gradients(model, _batched_log_prob(model, sequences, side))

@@ -7,6 +7,7 @@ import torch
 from tests.families import build
 from tests.isopo.grids import make_grid, run
 from tests.oracle import position_gradients, random_sequences, summed_by_parameter
+from tests.selection import square
 from torch import Tensor, nn
 
 from proxstep import ProxstepError
@@ -57,8 +58,10 @@ def assert_same(ours: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: f
         assert (ours[name] - right).norm() <= tolerance * right.norm(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("microbatches", [[[0, 1, 2], [3, 4, 5]], [[0], [1, 2], [3], [4, 5]]])
+@pytest.mark.parametrize(
+    ("family", "microbatches"),
+    square(FAMILIES, [[[0, 1, 2], [3, 4, 5]], [[0], [1, 2], [3], [4, 5]]]),
+)
 def test_equals_the_projection_of_materialized_gradients(
     family: str, microbatches: list[list[int]]
 ) -> None:

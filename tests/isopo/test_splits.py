@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,13 +10,12 @@ import torch
 from tests.isopo.grids import log_probs, make_grid
 from tests.models import tiny_qwen3
 from tests.oracle import random_sequences
+from tests.selection import slow
 from torch import Tensor
 
 from proxstep.isopo import IsometricRule, Isopo, NaturalRule, Rule
 
 NUM_SEQUENCES, NUM_STEPS = 8, 3
-SPLITS = (8, 4, 2, 1)
-"""Sequences of each microbatch."""
 
 PRESERVED = IsometricRule(-1.0, scale="preserved")
 CASES: dict[str, tuple[Rule, dict[str, Any]]] = {
@@ -26,11 +26,15 @@ CASES: dict[str, tuple[Rule, dict[str, Any]]] = {
     "trailing denominators": (PRESERVED, {"fisher_denominator": "trailing"}),
 }
 
-FAST = ("isopo",)
+OTHERS = [name for name in CASES if name != "isopo"]
 
 
+@cache
 def run(rule: Rule, size: int, *, again: bool = False, **options: Any) -> list[list[Tensor]]:
-    """The gradients of some steps at a learning rate of 0, each cut into microbatches of a size."""
+    """The gradients of some steps at a learning rate of 0, each cut into microbatches of a size.
+
+    What several tests look at is computed once.
+    """
     torch.manual_seed(0)
     model = tiny_qwen3()
     options = {"num_overlap_positions": 20, **options}
@@ -66,19 +70,20 @@ def length(gradients: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    "case",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+    ("case", "sizes"), [("isopo", (2, 1)), *slow(("isopo", (4,)), *((c, (1,)) for c in OTHERS))]
 )
-def test_the_gradient_does_not_depend_on_the_microbatches(case: str) -> None:
+def test_the_gradient_does_not_depend_on_the_microbatches(
+    case: str, sizes: tuple[int, ...]
+) -> None:
     rule, options = CASES[case]
     whole = run(rule, NUM_SEQUENCES, **options)
-    for size in SPLITS[1:] if case == "isopo" else SPLITS[-1:]:
+    for size in sizes:
         for found, expected in zip(run(rule, size, **options), whole, strict=True):
             for ours, theirs in zip(found, expected, strict=True):
                 assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("again", [False, *slow(True)])
 def test_no_step_is_inflated(again: bool) -> None:
     """An average sequence keeps its weight, from the first step on."""
     plain = run(IsometricRule(0.0, 0.0, 0.0), NUM_SEQUENCES, again=again)
@@ -88,17 +93,17 @@ def test_no_step_is_inflated(again: bool) -> None:
             assert 0.5 < length(ours) / length(theirs) < 6
 
 
-def test_what_depends_on_the_microbatches_by_construction() -> None:
+@pytest.mark.parametrize(
+    ("rule", "options"), [(PRESERVED, {"overlap_source": "microbatch"}), *slow((NaturalRule(), {}))]
+)
+def test_what_depends_on_the_microbatches_by_construction(
+    rule: Rule, options: dict[str, Any]
+) -> None:
     """The microbatch's own sample, and the kernel of the sequences that share one."""
-    cases: list[tuple[Rule, dict[str, Any]]] = [
-        (PRESERVED, {"overlap_source": "microbatch"}),
-        (NaturalRule(), {}),
-    ]
-    for rule, options in cases:
-        whole, cut = run(rule, 8, **options), run(rule, 2, **options)
-        for found, expected in zip(cut, whole, strict=True):
-            apart = [a - b for a, b in zip(found, expected, strict=True)]
-            assert length(apart) > 1e-3 * length(expected)
+    whole, cut = run(rule, 8, **options), run(rule, 2, **options)
+    for found, expected in zip(cut, whole, strict=True):
+        apart = [a - b for a, b in zip(found, expected, strict=True)]
+        assert length(apart) > 1e-3 * length(expected)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.selection import square
 from tests.threads import Threads
 from torch import Tensor
 
@@ -147,28 +148,27 @@ def fold_on_ranks(steps: list[Step], decay: float) -> tuple[list[dict[str, Tenso
     return threads.run(on_rank), threads.sent
 
 
-@pytest.mark.parametrize(("num_ranks", "seed"), [(2, 0), (5, 1), (33, 2)])
-@pytest.mark.parametrize(
-    ("measured", "exchanges"),
-    [
-        (everything, 1),
-        (other_sequences, 1),
-        (nothing_at_first, 1),
-        (other_parameters, 2),
-        (nothing_on_one, 2),
-        (another_order, 2),
-        (another_precision, 2),
-    ],
-)
+EXCHANGES = {
+    everything: 1,
+    other_sequences: 1,
+    nothing_at_first: 1,
+    other_parameters: 2,
+    nothing_on_one: 2,
+    another_order: 2,
+    another_precision: 2,
+}
+
+
+@pytest.mark.parametrize(("measured", "num_ranks"), square(EXCHANGES, [2, 5, 33]))
 def test_ranks_get_the_same_averages_to_the_last_bit(
-    monkeypatch: pytest.MonkeyPatch, measured: Any, exchanges: int, num_ranks: int, seed: int
+    monkeypatch: pytest.MonkeyPatch, measured: Any, num_ranks: int
 ) -> None:
     """Whatever each has measured; with names on the way only where the ranks' may differ."""
-    steps = measured(np.random.default_rng(seed), num_ranks)
+    steps = measured(np.random.default_rng(num_ranks), num_ranks)
     expected = summed_by_name(steps, 0.9)
     monkeypatch.setattr(Tensor, "item", None, raising=False)  # a copy for every number
     states, sent = fold_on_ranks(steps, 0.9)
-    assert len(sent) == exchanges
+    assert len(sent) == EXCHANGES[measured]
     assert len(pickle.dumps(sent[0])) <= 16 * len(PLACES) + 64
     for state in states:
         assert list(state) == list(expected)

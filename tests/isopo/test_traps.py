@@ -14,6 +14,7 @@ from tests import models
 from tests.families import FAMILIES, MORE, build
 from tests.isopo.test_install import COEFFICIENTS, IDS, gradients, log_probs
 from tests.models import tiny_qwen3
+from tests.selection import square
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -218,8 +219,9 @@ def test_inner_products_are_float32_where_backward_runs_inside_autocast(rule: st
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+@pytest.mark.parametrize(
+    ("family", "dtype"), square([*FAMILIES, *MORE], [torch.float32, torch.bfloat16])
+)
 def test_the_forward_is_the_models_to_the_last_bit(family: str, dtype: torch.dtype) -> None:
     """Not only up to rounding: else the policy that is trained is not the one that sampled."""
     model = build(family, 0, dtype, exact=False)

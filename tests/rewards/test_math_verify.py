@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.rewards.patience import little_patience
+from tests.selection import slow
 
 from proxstep.errors import ProxstepError
 from proxstep.rewards import (
@@ -120,8 +121,7 @@ HOSTILE: list[Any] = [
     "\\boxed{1\0 2}",
     "\0" * 1000,
     "\\boxed{\ud800}",
-    r"\boxed{\sum_{n=1}^{10^{10}} n^{n}}",
-    r"\boxed{(10^9)!}",
+    *slow(r"\boxed{\sum_{n=1}^{10^{10}} n^{n}}", r"\boxed{(10^9)!}"),
     r"\boxed{10^{10^{10}}}",
     r"\boxed{\lambda}",
     None,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine import Silent, made_trainer, records, spread_reward, tiny_recipe, weights
+from tests.selection import slow
 
 from proxstep.errors import ProxstepError
 from proxstep.runs import tracking
@@ -76,36 +77,35 @@ def check_same_run(first: Path, second: Path) -> None:
     assert (first / "samples.jsonl").read_bytes() == (second / "samples.jsonl").read_bytes()
 
 
-@pytest.fixture
-def whole(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
-    lifecycle.train(recipe_in(tmp_path / "whole"), Silent())
-    return tmp_path / "whole"
+    folder = tmp_path_factory.mktemp("nothing") / "whole"
+    lifecycle.train(recipe_in(folder), Silent())
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("trouble", "step", "complaint"),
-    [
-        ("16 3", 2, "step 3: reward function 'flaky' raised ConnectionError: no route to the ju"),
-        ("6 2", 2, "step 2: reward function 'flaky' raised ConnectionError: no route to the judge"),
-        ("6 3", 4, "step 4: reward function 'flaky' raised ConnectionError: no route to the judge"),
-    ],
+    ("trouble", "kept", "lost"), [("16 3", 2, 3), *slow(("6 2", 2, 2), ("6 3", 4, 4))]
 )
 def test_a_reward_that_raises_costs_at_most_its_own_step(
     tmp_path: Path,
     whole: Path,
     monkeypatch: pytest.MonkeyPatch,
     trouble: str,
-    step: int,
-    complaint: str,
+    kept: int,
+    lost: int,
 ) -> None:
+    complaint = (
+        f"step {lost}: reward function 'flaky' raised ConnectionError: no route to the judge"
+    )
     folder, progress = tmp_path / "run", Silent()
     monkeypatch.setenv("TROUBLE", trouble)
     with pytest.raises(ProxstepError, match=complaint):
         lifecycle.train(recipe_in(folder), progress)
     assert status(folder) == "failed"
-    assert load_state(latest_checkpoint(folder))["step"] == step
-    assert f"saved up to step {step}: proxstep train --resume {folder}" in progress.notes
+    assert load_state(latest_checkpoint(folder))["step"] == kept
+    assert f"saved up to step {kept}: proxstep train --resume {folder}" in progress.notes
     monkeypatch.setenv("TROUBLE", "")
     assert lifecycle.resume(folder, Silent()) == "finished"
     check_same_run(whole, folder)

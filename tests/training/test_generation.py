@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.engine import Silent, collected, made_trainer, tiny_recipe, with_reward
+from tests.selection import slow
 
 from proxstep.config.loading import load_recipe
 from proxstep.runs.checkpoint import latest_checkpoint
@@ -181,7 +182,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("algorithm", ["dapo", "isopo"])
+@pytest.mark.parametrize("algorithm", ["dapo", *slow("isopo")])
 def test_resuming_repeats_the_run_to_the_bit(tmp_path: Path, algorithm: str) -> None:
     reward = tmp_path / "reward.py"
     reward.write_text(REWARD_FILE)

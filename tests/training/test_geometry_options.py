@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine import Silent, records, spread_reward, tiny_recipe, weights
+from tests.selection import slow
 from tests.training.one_batch import one_batch
 
 from proxstep.training import lifecycle
@@ -53,7 +54,7 @@ def test_options_of_the_geometry_change_the_run(tmp_path: Path, options: dict[st
     assert same == ("memory_mib" in options or options.get("overlap_source") == "ranks")
 
 
-@pytest.mark.parametrize("interact", ["group", "microbatch"])
+@pytest.mark.parametrize("interact", ["group", *slow("microbatch")])
 def test_the_natural_rule_by_prompt_does_not_depend_on_microbatches(
     tmp_path: Path, interact: str
 ) -> None:
@@ -117,9 +118,8 @@ def test_diagnostics_do_not_change_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "algorithm",
     [
-        "grpo",
         "isopo+opo",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("reinforce", "isopo")),
+        *slow("reinforce", "grpo", "isopo"),
     ],
 )
 def test_the_chunked_head_gives_the_same_run(tmp_path: Path, algorithm: str) -> None:

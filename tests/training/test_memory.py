@@ -61,6 +61,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]
     return {name: [float(number) for number in numbers] for name, *numbers in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own count")
 @pytest.mark.parametrize("algorithm", ["isopo", "opo"])
 def test_the_estimate_is_near_what_a_run_takes(

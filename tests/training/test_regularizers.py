@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.engine import Silent, tiny_recipe
 from tests.models import tiny_qwen3
+from tests.selection import slow, square
 from torch import Tensor, nn
 
 from proxstep.config.recipe import Recipe
@@ -126,9 +127,10 @@ def by_hand(
 
 
 @pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
-@pytest.mark.parametrize("size", [None, 1, 3])
-@pytest.mark.parametrize("coefs", COEFS)
-@pytest.mark.parametrize("algorithm", ["reinforce", "isopo", "isopo-natural"])
+@pytest.mark.parametrize(
+    ("algorithm", "coefs", "size"),
+    square(["reinforce", "isopo", "isopo-natural"], COEFS, [None, 1, 3]),
+)
 def test_the_gradient_is_the_one_written_by_hand(
     tmp_path: Path,
     algorithm: str,
@@ -183,13 +185,10 @@ def estimate_by_hand(
     return gradients(policy), float(mean.detach())
 
 
-@pytest.mark.parametrize("head", ["full", "chunked"])
-@pytest.mark.parametrize("size", [None, 3])
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 @pytest.mark.parametrize(
-    "algorithm",
-    ["isopo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("reinforce", "isopo+opo"))],
+    ("kind", "size", "head"), square(["k1", "k2", "k3"], [None, 3], ["full", "chunked"])
 )
+@pytest.mark.parametrize("algorithm", ["isopo", *slow("reinforce", "isopo+opo")])
 def test_the_gradient_of_an_estimate_is_the_one_written_by_hand(
     tmp_path: Path, algorithm: str, kind: str, size: int | None, head: str
 ) -> None:
@@ -269,12 +268,14 @@ def run(folder: Path, algorithm: str, **changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("algorithm", "lora", "estimator"),
     [
-        ("reinforce", None, "exact"),
         ("reinforce", {"rank": 2}, "exact"),
-        ("isopo", None, "exact"),
-        pytest.param("isopo", {"rank": 2}, "exact", marks=pytest.mark.slow),
-        ("reinforce", None, "k2"),
-        pytest.param("isopo", {"rank": 2}, "k2", marks=pytest.mark.slow),
+        *slow(
+            ("reinforce", None, "exact"),
+            ("reinforce", None, "k2"),
+            ("isopo", None, "exact"),
+            ("isopo", {"rank": 2}, "exact"),
+            ("isopo", {"rank": 2}, "k2"),
+        ),
     ],
 )
 def test_a_large_penalty_keeps_the_policy_near_the_initial_one(
@@ -289,7 +290,7 @@ def test_a_large_penalty_keeps_the_policy_near_the_initial_one(
     assert near[-1]["regularizer/kl"] > 0
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "isopo"])
+@pytest.mark.parametrize("algorithm", ["reinforce", *slow("isopo")])
 def test_a_bonus_keeps_the_policy_open(tmp_path: Path, algorithm: str) -> None:
     free = run(tmp_path / "free", algorithm)
     bonus = run(tmp_path / "open", algorithm, regularizer={"entropy_coef": 20.0})

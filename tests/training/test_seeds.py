@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.engine import Silent, records, spread_reward, tiny_recipe
+from tests.selection import slow
 
 from proxstep.config.sections import Lora, ModelSection
 from proxstep.runs.checkpoint import latest_checkpoint
@@ -64,7 +65,11 @@ def trained(folder: Path, seed: int, option: dict[str, Any], elsewhere: int) -> 
     return {"records": measured, **load_file(file)}
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=str)
+FAST = ({"name": "LOCAL"}, OPTIONS[-1])
+"""A model of one's own, and adapters with dropout under autocast."""
+
+
+@pytest.mark.parametrize("option", [*FAST, *slow(*(o for o in OPTIONS if o not in FAST))], ids=str)
 def test_the_same_seed_is_the_same_run(tmp_path: Path, option: dict[str, Any]) -> None:
     first = trained(tmp_path / "first", 3, option, elsewhere=1)
     second = trained(tmp_path / "second", 3, option, elsewhere=2)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.engine import Silent, records, spread_reward, tiny_recipe, weights
+from tests.selection import slow
 
 from proxstep.config.recipe import algorithm_names
 from proxstep.errors import ProxstepError
@@ -21,8 +22,10 @@ from proxstep.training import lifecycle
 from proxstep.training.objective import Objective
 from proxstep.training.trainer import Trainer
 
+EVERY = [*algorithm_names(), "isopo+opo", "isopo-natural+gspo"]
 
-@pytest.mark.parametrize("algorithm", [*algorithm_names(), "isopo+opo", "isopo-natural+gspo"])
+
+@pytest.mark.parametrize("algorithm", [*EVERY[::2], *slow(*EVERY[1::2])])
 def test_every_algorithm_runs(tmp_path: Path, algorithm: str) -> None:
     recipe = tiny_recipe(tmp_path / "run", algorithm, steps=1)
     assert lifecycle.train(recipe, Silent()) == "finished"
@@ -52,10 +55,21 @@ def test_a_checkpoint_is_an_ordinary_model(tmp_path: Path) -> None:
 
 
 OF_EVERY_KIND = [
-    ("reinforce", {}),
-    pytest.param("opo", {}, marks=pytest.mark.slow),
-    ("isopo-natural", {}),
-    ("grpo", {"optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}}),
+    *slow(
+        (
+            "isopo",
+            {
+                "optimizer": {"name": "soap", "learning_rate": 1e-3},
+                "update": {"num_iterations": 4},  # it renews its basis in the 11th update of 16
+            },
+        ),
+        ("reinforce", {}),
+        ("opo", {}),
+        ("isopo-natural", {}),
+        ("grpo", {"optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}}),
+        ("grpo", {"optimizer": {"name": "kron", "learning_rate": 1e-3}}),
+        ("isopo", {"model": {"autocast": "bfloat16"}}),
+    ),
     (
         "isopo",
         {
@@ -69,17 +83,6 @@ OF_EVERY_KIND = [
             "update": {"num_minibatches": 1},
         },
     ),
-    (
-        "isopo",
-        {
-            "optimizer": {"name": "soap", "learning_rate": 1e-3},
-            "update": {"num_iterations": 4},  # it renews its basis in the 11th update of 16
-        },
-    ),
-    pytest.param(
-        *("grpo", {"optimizer": {"name": "kron", "learning_rate": 1e-3}}), marks=pytest.mark.slow
-    ),
-    pytest.param("isopo", {"model": {"autocast": "bfloat16"}}, marks=pytest.mark.slow),
     (
         "isopo",
         {
@@ -155,7 +158,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(tmp_path: Path, numbe
     assert [r["step"] for r in records(folder)] == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "grpo", "opo", "gspo"])
+@pytest.mark.parametrize("algorithm", ["grpo", *slow("reinforce", "opo", "gspo")])
 def test_microbatches_do_not_change_the_step(tmp_path: Path, algorithm: str) -> None:
     for name, size in (("whole", None), ("split", 3)):
         update = {"microbatch_size": size, "num_minibatches": 2, "num_iterations": 2}
@@ -255,7 +258,7 @@ def test_samples_are_kept(tmp_path: Path) -> None:
     assert set(samples[0]) == {"step", "prompt", "completion", "answer", "reward"}
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "isopo"])
+@pytest.mark.parametrize("algorithm", ["isopo", *slow("reinforce")])
 def test_lora_trains_adapters_alone_and_resumes(tmp_path: Path, algorithm: str) -> None:
     folder = tmp_path / "run"
     reward = spread_reward(tmp_path)
