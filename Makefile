@@ -78,8 +78,8 @@ reference: setup  ## Write the reference pages of docs/ from the code
 test: setup  ## The test suite (under 10 minutes on two cores)
 	$(BIN)/python $(IN_FILES) --ignore tests/trust
 
-test-all: smollm2  ## The test suite with all slow tests, trust's quick ones, TRL's with its oldest release, verl's
-	$(BIN)/python $(IN_FILES) -m "not gpu and not verl" --every=$(SLOW_EVERY) --ignore tests/trust
+test-all: test smollm2  ## The test suite, the slow tests, trust's quick ones, TRL's with its oldest release, verl's
+	$(BIN)/python $(IN_FILES) -m "slow and not gpu and not verl" --every=$(SLOW_EVERY) --ignore tests/trust
 	$(BIN)/python -m pytest -q -n 2 tests/trust  # make trust runs the slow ones
 	$(MAKE) test-trl-oldest $(VERL_TESTS)
 
