@@ -105,6 +105,12 @@ REFUSED: tuple[Refusal, ...] = (
         "verl has no muon: leave it null",
     ),
     (
+        "update.kl_budget",
+        lambda recipe: recipe.update.kl_budget is not None,
+        "verl's workers step their optimizers without scoring anything in between: leave it null, "
+        "or use --engine local",
+    ),
+    (
         "logging.checkpoint_minutes",
         lambda recipe: recipe.logging.differs("checkpoint_minutes"),
         "verl saves by steps alone: leave it out, and set logging.checkpoint_every",
