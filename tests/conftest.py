@@ -32,6 +32,7 @@ CHECKED = [
     "proxstep.isopo.diagnostics.summary",
     "proxstep.isopo.means",
     "proxstep.isopo.rule",
+    "proxstep.budget.prediction",
     "tests.theory.maths",
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")

@@ -40,7 +40,8 @@ class KlBudget(torch.optim.Optimizer):
     differences that are measured drown in rounding errors: keep autocast out of it.
 
     Two copies of the trainable parameters are held during a step; with "corrected" one of them
-    stays until the next.
+    stays until the next. On several ranks each scores sequences of its own, and all of them take
+    the same step; every rank must take it.
 
     Args:
         optimizer: Proposes steps. Schedules may be made on it or on this one.
@@ -191,6 +192,7 @@ class KlBudget(torch.optim.Optimizer):
         _place(parameters, current, self._before, 0.0)
         realized = _mean(sampled_kl(log_prob_BT, earlier_BT, response_BT))
         self._kl.learn(realized, *self._expected)
+        self._before = None
         return realized
 
     def _parameters(self) -> list[Tensor]:
@@ -236,7 +238,7 @@ def _place(
         if scale in (0.0, 1.0):
             parameter.copy_(new if scale else old)
         else:
-            torch.lerp(old, new, scale, out=parameter)
+            parameter.copy_(torch.lerp(old, new, scale))
 
 
 def _mean(value_B: Tensor) -> float:
