@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from proxstep.algorithms.aggregate import check_literal, check_number
 from proxstep.budget.control import Control, State, adapt, backtrack, predict, scale_for
@@ -162,9 +161,9 @@ class KlBudget(torch.optim.Optimizer):
     def _score(self, log_probs: LogProbs) -> tuple[Tensor, Tensor]:
         self._forwards += 1
         log_prob_BT, response_BT = log_probs()
-        for module in self.model.modules():  # else the next pass would use the same full weights
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):  # FSDP2: else the next pass would use these full weights
+                module.reshard()  # type: ignore[operator]
         if log_prob_BT.dim() != 2 or log_prob_BT.shape != response_BT.shape:
             raise ProxstepError(
                 "log_probs() must return the log-probabilities of tokens, (batch, tokens), and a "
