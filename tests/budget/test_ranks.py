@@ -17,6 +17,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", ["predicted", "corrected", "measured-backtracking"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_ranks_take_the_step_of_one_process(ranks: Ranks, wrapper: str, control: str) -> None:

@@ -33,7 +33,7 @@ TRANSLATED = (
     *("rollout.dynamic_sampling_max_batches", "rollout.importance_cap"),
     *("rollout.stop", "rollout.prefill"),
     *("update.num_minibatches", "update.microbatch_size", "update.microbatch_tokens"),
-    "update.kl_budget",
+    *("update.kl_budget", "update.kl_budget_per", "update.kl_control", "update.kl_num_sequences"),
     *("optimizer.name", "optimizer.betas", "optimizer.momentum", "optimizer.max_grad_norm"),
     *("optimizer.muon_learning_rate", "logging.checkpoint_every"),
     *("optimizer.lr_scheduler_type", "optimizer.min_lr_rate", "evaluation.patience"),
