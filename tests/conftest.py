@@ -36,6 +36,7 @@ CHECKED = [
     "proxstep.isopo.diagnostics.summary",
     "proxstep.isopo.means",
     "proxstep.isopo.rule",
+    "proxstep.budget.prediction",
     "tests.theory.maths",
 ]
 _jaxtyped = jaxtyping.jaxtyped

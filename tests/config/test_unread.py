@@ -53,6 +53,14 @@ SOMETIMES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     ),
     "rollout.overlong_penalty": (2.0, {"rollout": {"overlong_buffer": 8}}, {}),
     "optimizer.min_lr_rate": (0.1, {"optimizer": {"lr_scheduler_type": "linear"}}, {}),
+    **{
+        f"update.{key}": (value, {"update": {"kl_budget": 0.1}}, {})
+        for key, value in [
+            ("kl_budget_per", "token"),
+            ("kl_control", "corrected"),
+            ("kl_num_sequences", 8),
+        ]
+    },
     "evaluation.temperature": (0.6, {"evaluation": {"num_samples": 4}}, {}),
     "logging.project": ("mine", {"logging": {"tracker": "wandb"}}, {}),
     "geometry.fisher_power": (1.0, {"algorithm": "isopo"}, {"algorithm": "isopo-natural"}),
@@ -103,6 +111,7 @@ ALWAYS = {
     *("rollout.stop", "rollout.prefill"),
     *("rollout.dynamic_sampling_max_batches", "rollout.mask_truncated_completions"),
     *("rollout.overlong_buffer", "update.num_minibatches", "update.num_iterations"),
+    "update.kl_budget",
     *(
         "update.microbatch_size",
         "update.microbatch_tokens",

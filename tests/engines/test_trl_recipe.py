@@ -68,6 +68,9 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "optimizer.muon": ("isopo", {"optimizer": {"name": "muon"}}),
     "optimizer.min_lr_rate": ("isopo", {"optimizer": {"lr_scheduler_type": "cosine"}}),
     "optimizer.momentum": ("isopo", {"optimizer": {"name": "sgd"}}),
+    "update.kl_": ("isopo", {"update": {"kl_budget": 0.1}}),
+    "update.kl_budget": ("isopo", {}),
+    "update.kl_budget_per": ("isopo", {"update": {"kl_budget": 0.1}}),
     "evaluation.temperature": ("isopo", {"evaluation": {"num_samples": 4}}),
     "logging.project": ("isopo", {"logging": {"tracker": "wandb"}}),
 }
@@ -132,7 +135,8 @@ def test_every_key_changes_the_script_or_is_refused(tmp_path: Path, key: str) ->
     except ProxstepError as error:
         refused = str(error)
         assert name not in (*RUN_FOLDER, *SAME_ANYHOW)
-        assert refused.split()[0] in (name, "algorithm", "optimizer.name", "model.warmup_solutions")
+        others = ("algorithm", "optimizer.name", "model.warmup_solutions", "update.kl_budget")
+        assert refused.split()[0] in (name, *others)
         assert "--engine trl: " in refused
         return
     assert changed == (name not in (*RUN_FOLDER, *SAME_ANYHOW))

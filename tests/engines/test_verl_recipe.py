@@ -117,6 +117,10 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
         "rollout.prefill",
         "rollout.stop",
         "task.reward_seconds",
+        "update.kl_budget",
+        "update.kl_budget_per",
+        "update.kl_control",
+        "update.kl_num_sequences",
     }
 
 

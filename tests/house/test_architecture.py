@@ -13,6 +13,7 @@ ROOMS = (
     ("errors", "typing"),
     ("logprobs",),
     ("algorithms", "isopo"),
+    ("budget",),
     ("rewards",),
     ("tasks",),
     ("config",),
@@ -27,7 +28,7 @@ ROOMS = (
 LATE = {"isopo.experts": {"transformers"}}
 """What the forward of another library's layer imports when it runs."""
 
-TORCH_ONLY = ("errors", "typing", "logprobs", "algorithms", "isopo")
+TORCH_ONLY = ("errors", "typing", "logprobs", "algorithms", "isopo", "budget")
 
 
 def modules() -> dict[str, Path]:

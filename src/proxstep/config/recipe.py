@@ -251,6 +251,12 @@ class Recipe(Section):
     def _check_numerics(self) -> Recipe:
         self.optimizer.options()
         if self.model.dtype == "bfloat16":
+            if self.update.kl_budget is not None:
+                raise ValueError(
+                    "update.kl_budget measures small differences of log-probabilities, and "
+                    "model.dtype bfloat16 is too coarse for them: use float32, with "
+                    "model.autocast bfloat16"
+                )
             if self.model.autocast is not None:
                 raise ValueError(
                     "model.autocast computes with float32 weights in bfloat16, but model.dtype is "

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from proxstep.budget import KlBudget
+from proxstep.budget.control import Control
 from proxstep.rewards import overlong_punishment
 
 Positive = Annotated[int, Field(ge=1)]
@@ -281,6 +283,29 @@ class UpdateSection(Section):
         description="Tokens per forward and backward, prompts and padding included, instead: the "
         "longest sequences first, each with others of its length. verl's ppo_max_token_len_per_gpu."
         " Not for rules that depend on which sequences share a microbatch.",
+    )
+    kl_budget: float | None = Field(
+        default=None,
+        gt=0,
+        description="Nats by which a rollout's update may move the policy: each optimizer step is "
+        "scaled by at most min(1, sqrt(budget / predicted KL)), and a rollout's steps share the "
+        "budget. null for no limit. See docs/kl-budget.md.",
+    )
+    kl_budget_per: Literal["sequence", "token"] = Field(
+        default="sequence",
+        description="What the budget is of: a completion, on average, or a token.",
+    )
+    kl_control: Control = Field(
+        default=default_of(KlBudget, "control"),
+        description="predicted: by the KL divergence that is predicted. corrected: with a factor "
+        "that is learned from what earlier steps did. measured-backtracking: halve the step until "
+        "the measured KL divergence is within the budget. adaptive-learning-rate: PPO's, from the "
+        "step before.",
+    )
+    kl_num_sequences: Positive | None = Field(
+        default=None,
+        description="Completions of each minibatch on which the KL divergence is measured; null "
+        "for a sixteenth of them, and 4 at least.",
     )
 
     @cached_property

@@ -112,6 +112,13 @@ READ: Mapping[str, Reading] = {
         "is the largest punishment within rollout.overlong_buffer, which is null: give a number of "
         "tokens",
     ),
+    **dict.fromkeys(
+        ("update.kl_budget_per", "update.kl_control", "update.kl_num_sequences"),
+        (
+            lambda r: r.update.kl_budget is not None,
+            "is of update.kl_budget, which is null: give a number of nats, or leave it out",
+        ),
+    ),
     "evaluation.temperature": (
         lambda r: r.evaluation.num_samples > 0,
         "is of evaluation.num_samples, which is 0, and a greedy score has none: give a number of "

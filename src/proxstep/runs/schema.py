@@ -77,6 +77,11 @@ PREFIXES: dict[str, str] = {
     "effective_sample_size, mu, tau, importance_mean, ... docs/algorithms.md has OPO's.",
     "regularizer/": "The regularizer's terms in nats per completion token, averaged over updates: "
     "entropy and kl (of the policy from the initial one) before their coefficients, and loss.",
+    "kl_budget/": "Of update.kl_budget, averaged over updates, in nats per sequence or token as "
+    "update.kl_budget_per says: predicted (of the step as the optimizer proposed it), scale (the "
+    "share that was taken), realized (of the step before, on this step's samples, or where "
+    "update.kl_control measures its own step, of this one), factor (what predictions are "
+    "multiplied by), forwards (passes over the sequences that are judged).",
     "geometry/": "What ISOPO reports, averaged over layers and updates: weight_spread, ...",
 }
 

@@ -221,6 +221,11 @@ def _longest_prompt(recipe: Recipe) -> int:
 
 
 def _states(recipe: Recipe) -> int:
+    copies = 0 if recipe.update.kl_budget is None else 2  # before a step, and as it was proposed
+    return copies + _optimizer_states(recipe)
+
+
+def _optimizer_states(recipe: Recipe) -> int:
     if recipe.optimizer.name == "sgd":
         return int(bool(recipe.optimizer.momentum))
     return _OPTIMIZER_STATES[recipe.optimizer.name]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from proxstep.budget import KlBudget
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.summary import summary
@@ -24,6 +25,7 @@ from proxstep.training.batch import Batch, collect, shortage
 from proxstep.training.chunkable import check_chunkable
 from proxstep.training.clock import Clock
 from proxstep.training.evaluation import Probe, evaluate, truncation_note
+from proxstep.training.judging import judged, with_budget
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.optimizers import make_optimizer, make_schedule
 from proxstep.training.prompts import Prompts
@@ -73,6 +75,8 @@ class Trainer(Resumable):
         self.objective = Objective(recipe)
         self.isopo = make_isopo(recipe, model)
         self.optimizer = make_optimizer(recipe.optimizer, model)
+        if recipe.update.kl_budget is not None:
+            self.optimizer = with_budget(recipe.update, self.optimizer, model, progress.note)
         self.schedule = make_schedule(
             self.optimizer, recipe.optimizer, recipe.steps * recipe.update.num_updates
         )
@@ -212,11 +216,14 @@ class Trainer(Resumable):
         sequences: dict[str, list[Tensor]] = {}
         steps: dict[str, list[float]] = {}
         self.model.train()
+        minibatches = list(batch.minibatches(section.num_minibatches))
+        if isinstance(self.optimizer, KlBudget):
+            self.optimizer.begin_rollout(len(minibatches) * section.num_iterations)
         for iteration in range(section.num_iterations):
-            for minibatch in batch.minibatches(section.num_minibatches):
+            for minibatch in minibatches:
                 self._measure_past(minibatch)
                 taken = self._accumulate(minibatch, sequences, measure_entropy=iteration == 0)
-                taken["grad_norm"] = self._optimizer_step(taken)
+                taken |= self._optimizer_step(taken, minibatch)
                 taken |= self._geometry_step()
                 for name, value in taken.items():
                     steps.setdefault(name, []).append(value)
@@ -329,8 +336,8 @@ class Trainer(Resumable):
             taken[f"regularizer/{name}"] += value
         return loss
 
-    def _optimizer_step(self, losses: Mapping[str, float]) -> float:
-        """Clip, step and clear; return the gradient's norm before clipping.
+    def _optimizer_step(self, losses: Mapping[str, float], minibatch: Batch) -> dict[str, float]:
+        """Clip, step and clear; return the gradient's norm before clipping, and the step in nats.
 
         Raises:
             ProxstepError: If the gradient or a loss is not finite; the parameters are left as they
@@ -346,11 +353,16 @@ class Trainer(Resumable):
                     "the last completions in samples.jsonl"
                 )
         self.torn = True
-        self.optimizer.step()
+        taken = {"grad_norm": norm}
+        if isinstance(self.optimizer, KlBudget):
+            self.optimizer.step(judged(self.recipe, self.model, minibatch))
+            taken |= {f"kl_budget/{name}": x for name, x in self.optimizer.measured.items()}
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
         self.num_updates += 1
-        return norm
+        return taken
 
     def _evaluate(self) -> dict[str, Any]:
         """Measure the policy as it is now; no step's randomness depends on it."""

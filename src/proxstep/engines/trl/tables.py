@@ -33,6 +33,7 @@ TRANSLATED = (
     *("rollout.dynamic_sampling_max_batches", "rollout.importance_cap"),
     *("rollout.stop", "rollout.prefill"),
     *("update.num_minibatches", "update.microbatch_size", "update.microbatch_tokens"),
+    *("update.kl_budget", "update.kl_budget_per", "update.kl_control", "update.kl_num_sequences"),
     *("optimizer.name", "optimizer.betas", "optimizer.momentum", "optimizer.max_grad_norm"),
     *("optimizer.muon_learning_rate", "logging.checkpoint_every"),
     *("optimizer.lr_scheduler_type", "optimizer.min_lr_rate", "evaluation.patience"),
@@ -199,6 +200,11 @@ REFUSALS: tuple[Refusal, ...] = (
     _only(
         *("update.microbatch_tokens", [None]),
         "TRL's microbatches have one number of sequences; use update.microbatch_size",
+    ),
+    _only(
+        *("update.kl_budget", [None]),
+        "TRL's loop steps its optimizer without a function that scores completions; leave it out, "
+        "or use --engine local",
     ),
     (
         *("geometry.interact", _scatters_groups),

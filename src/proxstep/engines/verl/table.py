@@ -104,6 +104,15 @@ REFUSED: tuple[Refusal, ...] = (
         lambda recipe: recipe.optimizer.muon_learning_rate is not None,
         "verl has no muon: leave it null",
     ),
+    *(
+        (
+            f"update.{key}",
+            lambda recipe, key=key: recipe.update.differs(key),
+            "verl's workers step their optimizers without scoring anything in between: leave it "
+            "out, or use --engine local",
+        )
+        for key in ("kl_budget", "kl_budget_per", "kl_control", "kl_num_sequences")
+    ),
     (
         "logging.checkpoint_minutes",
         lambda recipe: recipe.logging.differs("checkpoint_minutes"),

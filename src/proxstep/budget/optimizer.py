@@ -1,0 +1,265 @@
+"""KlBudget: any optimizer's step, scaled so that it moves the policy by so many nats at most."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from proxstep.algorithms.aggregate import check_literal, check_number
+from proxstep.budget.control import Control, State, adapt, backtrack, predict, scale_for
+from proxstep.budget.prediction import LogProbs, sampled_kl
+from proxstep.errors import ProxstepError
+from proxstep.typing import Tensor
+
+_SMALL, _MANY = 0.05, 20
+
+
+class KlBudget(torch.optim.Optimizer):
+    """An optimizer whose steps move the policy by so many nats at most.
+
+        optimizer = KlBudget(torch.optim.AdamW(model.parameters(), lr=1e-3), model, nats=0.03)
+        loss.backward()
+        optimizer.step(log_probs)
+
+    The optimizer proposes its step, with momentum, weight decay and whatever it does; the KL
+    divergence of that step is predicted, and the step is multiplied by min(1, sqrt(nats /
+    predicted)). The step is scaled, not the gradient and not the moments: those are the same as
+    without a budget. A step that needs no scaling is the optimizer's own to the bit.
+
+    `log_probs` is a function without arguments that scores a few of the minibatch's sequences with
+    the model as it is: it returns their tokens' log-probabilities in nats, (batch, tokens), at the
+    temperature at which they were sampled, and a mask of the tokens that count. It runs without
+    gradient, with the model in evaluation mode, two times in most steps. In half precision the
+    differences that are measured drown in rounding errors: keep autocast out of it.
+
+    Two copies of the trainable parameters are held during a step; with "corrected" one of them
+    stays until the next. On several ranks each scores sequences of its own, and all of them take
+    the same step; every rank must take it.
+
+    Args:
+        optimizer: Proposes steps. Schedules may be made on it or on this one.
+        model: The policy.
+        nats: The budget of a rollout: of one optimizer step, unless `begin_rollout` says how many
+            share it.
+        per: Whether the budget is of a "sequence", on average, or of a "token".
+        control: One of `CONTROLS`.
+        note: Told once if the scale stays below 0.05 for 20 steps.
+
+    Attributes:
+        measured: What the last step was: "predicted" (of the step as it was proposed, in the
+            budget's unit), "scale", "forwards" (calls of `log_probs`), and where the control
+            measures it "realized": of the step before, on samples that this step brought
+            ("corrected"), or of this step ("measured-backtracking", "adaptive-learning-rate").
+
+    Raises:
+        ProxstepError: If an option does not fit.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        nats: float,
+        *,
+        per: Literal["sequence", "token"] = "sequence",
+        control: Control = "predicted",
+        note: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        check_number("nats", nats, above=True)
+        check_literal("per", per, Literal["sequence", "token"])
+        check_literal("control", control, Control)
+        self.inner, self.model, self.nats = optimizer, model, nats
+        self.per, self.control, self.note = per, control, note
+        self.measured: dict[str, float] = {}
+        self._kl = State()
+        self._share, self._left, self._steps = 1.0, 0.0, 1
+        self._small, self._forwards = 0, 0
+        self._before: list[Tensor] | None = None
+        self._expected = (0.0, 1.0)
+        super().__init__(optimizer.param_groups, {})
+
+    def begin_rollout(self, num_steps: int) -> None:
+        """Let the next optimizer steps share one budget, in equal parts.
+
+        What a step leaves of its part is added to those after it.
+
+        Args:
+            num_steps: How many there are.
+        """
+        self._share, self._left, self._steps = 1.0 / num_steps, 0.0, num_steps
+
+    # The base class's annotation has overloads for closures that return a loss.
+    def step(self, closure: LogProbs) -> None:  # type: ignore[override]
+        """Take the optimizer's step, or as much of it as the budget allows.
+
+        Args:
+            closure: `log_probs`: scores a few of the minibatch's sequences; see the class.
+
+        Raises:
+            ProxstepError: If the step's KL divergence is not finite at any size.
+        """
+        self._forwards = 0
+        parameters = self._parameters()
+        with torch.no_grad(), _evaluating(self.model):
+            log_prob_BT, response_BT = self._score(closure)
+            budget, unit = self._budget(response_BT)
+            realized = self._realized(closure, parameters, log_prob_BT, response_BT)
+            before = [parameter.clone() for parameter in parameters]
+            with torch.enable_grad():
+                self.inner.step()
+            proposed = [parameter.clone() for parameter in parameters]
+
+            def measure(scale: float) -> float:
+                _place(parameters, before, proposed, scale)
+                other_BT, _ = self._score(closure)
+                return _mean(sampled_kl(log_prob_BT, other_BT, response_BT))
+
+            try:
+                scale, predicted, measured = self._choose(measure, budget)
+            except BaseException:
+                _place(parameters, before, proposed, 0.0)
+                raise
+            _place(parameters, before, proposed, scale)
+        self._expected = (predicted * scale**2, budget)
+        self._steps -= 1
+        self._left = max(0.0, budget - self._expected[0] * self._kl.factor)
+        if self._steps == 0:  # the next step is a rollout of its own, if nobody says otherwise
+            self.begin_rollout(1)
+        if self.control == "corrected":
+            self._before = before
+        realized = realized if measured is None else measured
+        self.measured = {"predicted": predicted / unit, "scale": scale}
+        self.measured |= {"forwards": float(self._forwards), "factor": self._kl.factor}
+        if realized is not None:
+            self.measured["realized"] = realized / unit
+        self._count_small(scale)
+
+    def _choose(
+        self, measure: Callable[[float], float], budget: float
+    ) -> tuple[float, float, float | None]:
+        """Return the step's scale, the prediction for the whole step, and what was measured."""
+        state = self._kl
+        if self.control == "measured-backtracking":
+            scale, measured = backtrack(measure, budget)
+            return scale, measured / scale**2, measured
+        if self.control == "adaptive-learning-rate":
+            scale = state.scale
+            measured = measure(scale)
+            state.scale = adapt(state, measured, budget)
+            return scale, measured / scale**2, measured
+        predicted = predict(measure, state, budget / state.factor)
+        state.scale = scale_for(budget, predicted * state.factor)
+        return state.scale, predicted, None
+
+    def _score(self, log_probs: LogProbs) -> tuple[Tensor, Tensor]:
+        self._forwards += 1
+        log_prob_BT, response_BT = log_probs()
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):  # FSDP2: else the next pass would use these full weights
+                module.reshard()  # type: ignore[operator]
+        if log_prob_BT.dim() != 2 or log_prob_BT.shape != response_BT.shape:
+            raise ProxstepError(
+                "log_probs() must return the log-probabilities of tokens, (batch, tokens), and a "
+                f"mask of the same shape: got {tuple(log_prob_BT.shape)} and "
+                f"{tuple(response_BT.shape)}"
+            )
+        return log_prob_BT.detach(), response_BT.bool()
+
+    def _budget(self, response_BT: Tensor) -> tuple[float, float]:
+        """Return this step's budget in nats per sequence, and the sequence's length in units."""
+        unit = 1.0
+        if self.per == "token":
+            unit = max(1.0, _mean(response_BT.sum(dim=1).double()))
+        return self.nats * unit * self._share + self._left, unit
+
+    def _realized(
+        self,
+        log_probs: LogProbs,
+        parameters: list[Tensor],
+        log_prob_BT: Tensor,
+        response_BT: Tensor,
+    ) -> float | None:
+        """Return the last step's KL divergence on this step's samples, and learn from it."""
+        if self._before is None:
+            return None
+        current = [parameter.clone() for parameter in parameters]
+        _place(parameters, current, self._before, 1.0)
+        earlier_BT, _ = self._score(log_probs)
+        _place(parameters, current, self._before, 0.0)
+        realized = _mean(sampled_kl(log_prob_BT, earlier_BT, response_BT))
+        self._kl.learn(realized, *self._expected)
+        self._before = None
+        return realized
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _count_small(self, scale: float) -> None:
+        self._small = self._small + 1 if scale < _SMALL else 0
+        if self._small == _MANY:
+            self.note(
+                f"the KL budget scaled {_MANY} steps in a row below {_SMALL:g}: the learning rate "
+                f"is {1 / scale:.0f} times what the budget allows"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state and the budget's."""
+        return {
+            "optimizer": self.inner.state_dict(),
+            "kl": asdict(self._kl),
+            "rollout": (self._share, self._left, self._steps),
+            "last": (self._expected, self._small),
+            "before": self._before,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a state that `state_dict` returned."""
+        self.inner.load_state_dict(dict(state_dict["optimizer"]))
+        self.param_groups = self.inner.param_groups
+        self._kl = State(**state_dict["kl"])
+        self._share, self._left, self._steps = state_dict["rollout"]
+        self._expected, self._small = state_dict["last"]
+        before = state_dict["before"]
+        if before is not None:
+            device = self._parameters()[0].device
+            before = [value.to(device) for value in before]
+        self._before = before
+
+
+def _place(
+    parameters: list[Tensor], before: list[Tensor], proposed: list[Tensor], scale: float
+) -> None:
+    """Set parameters to before + scale (proposed - before)."""
+    for parameter, old, new in zip(parameters, before, proposed, strict=True):
+        if scale in (0.0, 1.0):
+            parameter.copy_(new if scale else old)
+        else:
+            parameter.copy_(torch.lerp(old, new, scale))
+
+
+def _mean(value_B: Tensor) -> float:
+    """Return the mean over sequences, of all ranks where there are several."""
+    sums = torch.stack([value_B.sum(), value_B.new_tensor(float(len(value_B)))])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    total, count = sums.tolist()
+    return total / count
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, then each back into its own."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

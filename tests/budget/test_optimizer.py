@@ -1,0 +1,244 @@
+"""KlBudget in a plain loop: what is scaled, what is not, and what is told."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import proxstep
+from proxstep import KlBudget, ProxstepError
+from proxstep.budget import CONTROLS
+from proxstep.budget.control import State, adapt, backtrack, predict
+from proxstep.budget.prediction import sampled_kl
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.1),
+    "sgd": lambda p, lr: torch.optim.SGD(p, lr=10 * lr, momentum=0.9),
+}
+
+
+class Loop:
+    """A tiny policy and its loop, always the same."""
+
+    def __init__(self, name: str, rate: float, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Embedding(11, 16), nn.Linear(16, 32), nn.Dropout(0.5), nn.Tanh(), nn.Linear(32, 11)
+        )
+        self.inner = OPTIMIZERS[name](self.model.parameters(), rate)
+        self.optimizer: torch.optim.Optimizer = self.inner
+        if options:
+            self.optimizer = KlBudget(self.inner, self.model, **options)
+
+    def log_probs(self) -> tuple[Tensor, Tensor]:
+        chosen = self.model(self.token[:, :-1]).log_softmax(-1)
+        log_prob = chosen.gather(-1, self.token[:, 1:, None]).squeeze(-1)
+        return log_prob, torch.ones_like(log_prob, dtype=torch.bool)
+
+    def backward(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        self.token = torch.randint(11, (16, 9), generator=generator)
+        advantage = torch.randn(16, generator=generator)
+        torch.manual_seed(step)
+        self.optimizer.zero_grad()
+        (-(advantage[:, None] * self.log_probs()[0]).sum() / 16).backward()
+
+    def run(self, steps: int, first: int = 0) -> list[dict[str, float]]:
+        measured = []
+        for step in range(first, first + steps):
+            self.backward(step)
+            if isinstance(self.optimizer, KlBudget):
+                self.optimizer.step(self.log_probs)
+                measured.append(self.optimizer.measured)
+            else:
+                self.optimizer.step()
+        return measured
+
+    def weights(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("control", ["predicted", "corrected", "measured-backtracking"])
+def test_a_step_within_the_budget_is_the_optimizers_own_to_the_bit(name: str, control: str) -> None:
+    plain, limited = Loop(name, 1e-3), Loop(name, 1e-3, nats=1e3, control=control)
+    plain.run(3)
+    assert [m["scale"] for m in limited.run(3)] == [1.0, 1.0, 1.0]
+    for mine, its in zip(limited.weights(), plain.weights(), strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_step_is_scaled_and_not_the_moments(name: str) -> None:
+    plain, limited = Loop(name, 0.1), Loop(name, 0.1, nats=1e-3)
+    start = limited.weights()
+    plain.run(1)
+    (measured,) = limited.run(1)
+    scale = measured["scale"]
+    assert 1e-4 < scale < 0.5
+    for old, mine, its in zip(start, limited.weights(), plain.weights(), strict=True):
+        torch.testing.assert_close(mine - old, scale * (its - old), rtol=1e-4, atol=1e-6)
+    mine, its = limited.inner.state_dict()["state"], plain.inner.state_dict()["state"]
+    for key in its:
+        for field, value in its[key].items():
+            assert torch.equal(torch.as_tensor(mine[key][field]), torch.as_tensor(value)), field
+
+
+@pytest.mark.parametrize("control", ["predicted", "corrected", "measured-backtracking"])
+@pytest.mark.parametrize("rate", [1e-3, 0.03, 1.0])
+def test_what_the_step_does_to_the_sequences_is_within_the_budget(
+    control: str, rate: float
+) -> None:
+    loop = Loop("adamw", rate, nats=0.02, control=control)
+    loop.model.eval()
+    for step in range(6):
+        loop.backward(step)
+        before, counts = (x.detach() for x in loop.log_probs())
+        loop.optimizer.step(loop.log_probs)  # type: ignore[arg-type]
+        taken = float(sampled_kl(before, loop.log_probs()[0].detach(), counts).mean())
+        assert taken <= (0.03 if control != "measured-backtracking" else 0.02 + 1e-9)
+        if rate >= 0.03 and control == "predicted":
+            assert taken >= 0.013
+
+
+def test_the_model_scores_in_evaluation_mode_and_without_gradient_and_trains_on() -> None:
+    loop = Loop("adamw", 0.1, nats=1e-3)
+    seen = []
+    loop.backward(0)
+
+    def log_probs() -> tuple[Tensor, Tensor]:
+        seen.append((loop.model.training, torch.is_grad_enabled()))
+        return loop.log_probs()
+
+    loop.optimizer.step(log_probs)  # type: ignore[arg-type]
+    assert set(seen) == {(False, False)}
+    assert loop.model.training
+    assert loop.optimizer.measured["forwards"] == len(seen)  # type: ignore[union-attr]
+
+
+def test_a_budget_of_a_token_is_that_of_a_sequence_over_its_length() -> None:
+    by_sequence = Loop("adamw", 0.1, nats=8 * 1e-3)
+    by_token = Loop("adamw", 0.1, nats=1e-3, per="token")
+    (whole,), (each,) = by_sequence.run(1), by_token.run(1)
+    assert each["scale"] == pytest.approx(whole["scale"], rel=1e-6)
+    assert each["predicted"] == pytest.approx(whole["predicted"] / 8, rel=1e-6)
+
+
+def test_a_rollouts_steps_share_its_budget() -> None:
+    loop = Loop("adamw", 0.1, nats=0.01)
+    budget = loop.optimizer
+    assert isinstance(budget, KlBudget)
+    for _ in range(2):
+        budget.begin_rollout(4)
+        spent = [m["predicted"] * m["scale"] ** 2 for m in loop.run(4)]
+        assert spent == pytest.approx([0.0025] * 4, rel=1e-3)
+    budget.begin_rollout(2)
+    for group in budget.param_groups:
+        group["lr"] = 1e-5
+    assert loop.run(1)[0]["scale"] == 1.0
+    for group in budget.param_groups:
+        group["lr"] = 0.1
+    (last,) = loop.run(1)
+    assert last["predicted"] * last["scale"] ** 2 == pytest.approx(0.01, rel=0.05)  # what was left
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_state_goes_on_to_the_bit(control: str) -> None:
+    whole = Loop("adamw", 0.05, nats=0.01, control=control)
+    expected = whole.run(6)
+    first = Loop("adamw", 0.05, nats=0.01, control=control)
+    first.run(3)
+    second = Loop("adamw", 0.05, nats=0.01, control=control)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    assert second.run(3, first=3) == expected[3:]
+    for mine, its in zip(second.weights(), whole.weights(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_a_learning_rate_that_is_always_too_large_is_told_once() -> None:
+    told: list[str] = []
+    loop = Loop("adamw", 3.0, nats=1e-3, note=told.append)
+    loop.run(19)
+    assert not told
+    loop.run(5, first=19)
+    assert len(told) == 1
+    assert "times what the budget allows" in told[0]
+
+
+def test_a_schedule_reaches_the_optimizer() -> None:
+    loop = Loop("adamw", 0.1, nats=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: 1 / (1 + step))
+    loop.run(1)
+    schedule.step()
+    assert [group["lr"] for group in loop.inner.param_groups] == [0.05]
+
+
+def test_a_step_that_is_not_finite_changes_no_parameter() -> None:
+    loop = Loop("sgd", 0.1, nats=0.1)
+    loop.backward(0)
+    start = loop.weights()
+    next(loop.model.parameters()).grad.fill_(torch.nan)  # type: ignore[union-attr]
+    with pytest.raises(ProxstepError, match="is nan"):
+        loop.optimizer.step(loop.log_probs)  # type: ignore[arg-type]
+    for mine, old in zip(loop.weights(), start, strict=True):
+        assert torch.equal(mine, old)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for options in ({"nats": 0.0}, {"nats": 1.0, "per": "word"}, {"nats": 1.0, "control": "none"}):
+        with pytest.raises(ProxstepError, match=list(options)[-1]):
+            Loop("sgd", 0.1, **options)
+    loop = Loop("sgd", 0.1, nats=1.0)
+    loop.backward(0)
+    with pytest.raises(ProxstepError, match=r"\(batch, tokens\)"):
+        loop.optimizer.step(lambda: (torch.zeros(3), torch.ones(3)))  # type: ignore[arg-type]
+
+
+def test_it_is_exported_lazily() -> None:
+    assert proxstep.KlBudget is KlBudget
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = proxstep.nothing_of_the_kind  # type: ignore[attr-defined]
+
+
+# -- the controls ----------------------------------------------------------------------------------
+
+
+def test_a_trial_far_from_the_step_is_made_again() -> None:
+    tried = []
+
+    def measure(scale: float) -> float:
+        """Far out the divergence grows more slowly than the square."""
+        tried.append(scale)
+        return min(100 * scale**2, 1.0)
+
+    assert predict(measure, State(scale=1.0), 0.01) == pytest.approx(100)
+    assert tried == [1.0, 0.1, 0.01] or tried == [1.0, 0.1]
+
+
+def test_a_factor_is_learned_without_the_bias_of_logarithms() -> None:
+    state, generator = State(), torch.Generator().manual_seed(0)
+    for noise in torch.rand(4000, generator=generator).tolist():
+        state.learn(realized=0.02 * 1.5 * 2 * noise, predicted=0.02, budget=0.03)
+    factors = []
+    for noise in torch.rand(1000, generator=generator).tolist():
+        state.learn(realized=0.02 * 1.5 * 2 * noise, predicted=0.02, budget=0.03)
+        factors.append(state.factor)
+    assert sum(factors) / 1000 == pytest.approx(1.5, rel=0.03)
+    before = state.factor
+    state.learn(realized=float("nan"), predicted=0.02, budget=0.03)
+    assert state.factor == before
+
+
+def test_backtracking_halves_and_adapting_goes_step_by_step() -> None:
+    assert backtrack(lambda scale: scale, 0.3) == (0.25, 0.25)
+    state = State(scale=0.5)
+    assert adapt(state, 0.5, 0.1) == pytest.approx(0.5 / 1.5)
+    assert adapt(state, 0.01, 0.1) == pytest.approx(0.75)
+    assert adapt(state, 0.1, 0.1) == 0.5
+    assert adapt(State(), 0.0, 0.1) == 1.0
