@@ -28,9 +28,9 @@ RECIPE = """\
 algorithm: grpo
 steps: 2
 device: cpu
-model: {name: embedded, warmup_score: 0.0}
-task: {name: arithmetic, difficulty: 1, num_validation: 16}
-rollout: {num_prompts: 4, num_generations: 4, max_completion_length: 3}
+model: {name: embedded}
+task: {name: arithmetic, difficulty: 3, num_validation: 16}
+rollout: {num_prompts: 4, num_generations: 4, max_completion_length: 6}
 evaluation: {num_probe_prompts: 2, every: 1}
 """
 KINDS = ("SIGINT", "SIGTERM", "SIGKILL", "SIGKILL of all", "SIGKILL of a run, then of compare")
