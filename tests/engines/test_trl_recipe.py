@@ -69,6 +69,7 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "optimizer.min_lr_rate": ("isopo", {"optimizer": {"lr_scheduler_type": "cosine"}}),
     "optimizer.momentum": ("isopo", {"optimizer": {"name": "sgd"}}),
     "evaluation.temperature": ("isopo", {"evaluation": {"num_samples": 4}}),
+    "rollout.gpu_memory": ("isopo", {"rollout": {"engine": "vllm"}}),
     "logging.project": ("isopo", {"logging": {"tracker": "wandb"}}),
 }
 """By the beginning of a key: the algorithm and the keys that it needs beside it."""
@@ -132,7 +133,8 @@ def test_every_key_changes_the_script_or_is_refused(tmp_path: Path, key: str) ->
     except ProxstepError as error:
         refused = str(error)
         assert name not in (*RUN_FOLDER, *SAME_ANYHOW)
-        assert refused.split()[0] in (name, "algorithm", "optimizer.name", "model.warmup_solutions")
+        of = ("algorithm", "optimizer.name", "model.warmup_solutions", "rollout.engine")
+        assert refused.split()[0] in (name, *of)
         assert "--engine trl: " in refused
         return
     assert changed == (name not in (*RUN_FOLDER, *SAME_ANYHOW))
@@ -166,6 +168,7 @@ def test_a_key_that_nothing_is_made_of(tmp_path: Path, monkeypatch: pytest.Monke
             "dynamic_sampling_max_batches 3",
         ),
         ("opo", {"rollout": {"importance_cap": 2.0}}, "rollout.importance_cap 2.0"),
+        ("grpo", {"rollout": {"engine": "vllm"}}, "rollout.engine vllm"),
         ("grpo", {"rollout": {"stop": ["."]}}, "rollout.stop"),
         ("grpo", {"rollout": {"prefill": "So"}}, "rollout.prefill So"),
         ("isopo", {"update": {"microbatch_size": 5}}, "update.microbatch_size 5"),

@@ -55,6 +55,8 @@ OF_EVERY_KIND = [
     ("reinforce", {}),
     pytest.param("opo", {}, marks=pytest.mark.slow),
     ("isopo-natural", {}),
+    ("grpo", {"update": {"num_minibatches": 2, "microbatch_tokens": 20}}),
+    ("isopo", {"update": {"num_minibatches": 2, "microbatch_tokens": 20}}),
     ("grpo", {"optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}}),
     (
         "isopo",
