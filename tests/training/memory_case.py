@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from tests.engine import Silent, spread_reward, tiny_recipe
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from proxstep.config.recipe import Recipe
 from proxstep.training import lifecycle
@@ -40,10 +40,7 @@ WEIGHTS = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6
 def save_model(folder: Path, sizes: dict[str, int]) -> None:
     """Write an untrained model with a size of its own, and the embedded tokenizer."""
     tokenizer, small = build_embedded_model()
-    config = small.config
-    for name, size in sizes.items():
-        setattr(config, name, size)
-    config.layer_types = None
+    config = Qwen3Config(**{**small.config.to_dict(), **sizes, "layer_types": None})
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

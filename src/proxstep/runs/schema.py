@@ -77,7 +77,8 @@ PREFIXES: dict[str, str] = {
     "effective_sample_size, mu, tau, importance_mean, ... docs/algorithms.md has OPO's.",
     "sampler/": "The old policy beside the sampler at the tokens drawn, in nats, where both are "
     "known (rollout.engine vllm, rollout.importance_cap): log_ratio_max and log_ratio_p999, the "
-    "largest |log-ratio| and its 99.9 % quantile; kl, KL(sampler || old policy) a token (k3).",
+    "largest absolute log-ratio and its 99.9 % quantile; kl, the old policy's divergence from the "
+    "sampler a token (k3).",
     "regularizer/": "The regularizer's terms in nats per completion token, averaged over updates: "
     "entropy and kl (of the policy from the initial one) before their coefficients, and loss.",
     "geometry/": "What ISOPO reports, averaged over layers and updates: weight_spread, ...",
