@@ -81,6 +81,7 @@ def collected(trainer: Trainer, first_batch: int = 0) -> tuple[Batch | None, dic
         trainer.recipe,
         trainer.objective,
         trainer.model,
+        trainer.sampler,
         trainer.tokenizer,
         trainer.train_prompts,
         first_batch,

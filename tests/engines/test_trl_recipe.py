@@ -72,6 +72,7 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "update.kl_budget": ("isopo", {}),
     "update.kl_budget_per": ("isopo", {"update": {"kl_budget": 0.1}}),
     "evaluation.temperature": ("isopo", {"evaluation": {"num_samples": 4}}),
+    "rollout.gpu_memory": ("isopo", {"rollout": {"engine": "vllm"}}),
     "logging.project": ("isopo", {"logging": {"tracker": "wandb"}}),
 }
 """By the beginning of a key: the algorithm and the keys that it needs beside it."""
@@ -136,7 +137,7 @@ def test_every_key_changes_the_script_or_is_refused(tmp_path: Path, key: str) ->
         refused = str(error)
         assert name not in (*RUN_FOLDER, *SAME_ANYHOW)
         others = ("algorithm", "optimizer.name", "model.warmup_solutions", "update.kl_budget")
-        assert refused.split()[0] in (name, *others)
+        assert refused.split()[0] in (name, "rollout.engine", *others)
         assert "--engine trl: " in refused
         return
     assert changed == (name not in (*RUN_FOLDER, *SAME_ANYHOW))
@@ -170,6 +171,7 @@ def test_a_key_that_nothing_is_made_of(tmp_path: Path, monkeypatch: pytest.Monke
             "dynamic_sampling_max_batches 3",
         ),
         ("opo", {"rollout": {"importance_cap": 2.0}}, "rollout.importance_cap 2.0"),
+        ("grpo", {"rollout": {"engine": "vllm"}}, "rollout.engine vllm"),
         ("grpo", {"rollout": {"stop": ["."]}}, "rollout.stop"),
         ("grpo", {"rollout": {"prefill": "So"}}, "rollout.prefill So"),
         ("isopo", {"update": {"microbatch_size": 5}}, "update.microbatch_size 5"),

@@ -18,9 +18,9 @@ from tests.engines.trl_case import copied, environment, made, tiny, trained
 from tests.selection import slow
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from proxstep.config.releases import check_trl
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer, tables, translation
 from proxstep.engines.trl.release import FusedOutput
-from proxstep.engines.versions import check_trl
 from proxstep.errors import ProxstepError
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def test_another_trl_is_refused(monkeypatch: pytest.MonkeyPatch, found: str | No
             raise metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr("proxstep.engines.versions.version", version)
+    monkeypatch.setattr("proxstep.config.releases.version", version)
     with pytest.raises(ProxstepError, match=REFUSED[found]) as refusal:
         check_trl()
     assert "\n" not in str(refusal.value)
@@ -77,14 +77,14 @@ def test_a_refusal_comes_before_trl_is_imported(tmp_path: Path, arguments: list[
 
 @pytest.mark.parametrize("found", ["1.14.2", "1.14.3", "1.16.0", "1.16.3"])
 def test_these_are_supported(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr("proxstep.engines.versions.version", lambda name: found)
+    monkeypatch.setattr("proxstep.config.releases.version", lambda name: found)
     check_trl()
 
 
 def test_the_extra_asks_for_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     _, asked = settings["project"]["optional-dependencies"]["trl"]
-    monkeypatch.setattr("proxstep.engines.versions.version", lambda name: "0.1")
+    monkeypatch.setattr("proxstep.config.releases.version", lambda name: "0.1")
     with pytest.raises(ProxstepError) as refusal:
         check_trl()
     assert str(refusal.value).endswith(f"({asked})")

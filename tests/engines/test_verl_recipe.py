@@ -65,6 +65,7 @@ COMPUTED = {
     *("model.lora.rank", "model.lora.alpha", "model.lora.target_modules"),
     *("regularizer.kl_coef", "regularizer.kl_estimator", "regularizer.kl_in"),
     *("rollout.top_k", "rollout.overlong_buffer", "rollout.overlong_penalty"),
+    *("rollout.engine", "rollout.gpu_memory_utilization"),
     *("rollout.importance_cap", "update.num_minibatches", "update.microbatch_size"),
     "update.microbatch_tokens",
     *("optimizer.name", "optimizer.betas", "optimizer.eps", "optimizer.momentum"),
@@ -305,6 +306,10 @@ def test_keys_of_the_actor(changes: dict[str, Any], expected: dict[str, str]) ->
             {"+data.apply_chat_template_kwargs": "{enable_thinking:false}"},
         ),
         ({"rollout": {"top_k": 0}}, {f"{table.ROLLOUT}.top_k": "-1"}),
+        (
+            {"rollout": {"engine": "vllm", "gpu_memory_utilization": 0.4}},
+            {f"{table.ROLLOUT}.name": "vllm", f"{table.ROLLOUT}.gpu_memory_utilization": "0.4"},
+        ),
         ({"model": {"lora": {"rank": 4}}}, {f"{table.MODEL}.lora_rank": "4"}),
         ({"logging": {"tracker": "wandb"}}, {"trainer.logger": "[console,file,wandb]"}),
         ({"steps": 7, "logging": {"checkpoint_every": None}}, {"trainer.save_freq": "7"}),
@@ -347,7 +352,7 @@ def test_the_room_is_open_without_verl(monkeypatch: pytest.MonkeyPatch, name: st
     def version(package: str) -> str:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr("proxstep.engines.versions.version", version)
+    monkeypatch.setattr("proxstep.config.releases.version", version)
     with pytest.raises(ProxstepError, match=r'^verl is not installed: pip install "proxstep\[verl'):
         getattr(engine, name)()
     assert not hasattr(engine, "OpoConfig")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.engine import Silent, tiny_recipe
+from tests.engine import Silent, collected, tiny_recipe
 
 from proxstep.runs.folder import RunFolder
 from proxstep.training import lifecycle
-from proxstep.training.batch import Batch, collect
+from proxstep.training.batch import Batch
 from proxstep.training.trainer import Trainer
 
 
@@ -22,8 +22,7 @@ def one_batch(folder: Path, algorithm: str, **changes: Any) -> tuple[Trainer, Ba
     tokenizer, prompts = lifecycle._tokenized(recipe, source, Silent())
     model = lifecycle.load_model(source, "float32", torch.device("cpu"), None)
     made = Trainer(recipe, model, tokenizer, *prompts, RunFolder(folder), Silent())
-    torch.manual_seed(0)
-    batch, _ = collect(recipe, made.objective, model, tokenizer, prompts[0], 0, made.clock.phase)
+    batch, _ = collected(made)
     assert batch is not None
     signal_B = torch.linspace(-1, 1, len(batch))
     return made, dataclasses.replace(batch, signal_B=signal_B)

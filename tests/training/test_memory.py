@@ -49,10 +49,13 @@ def test_isopo_carries_positions_and_no_more_workspace_than_it_uses() -> None:
     assert own.workspace < 128 * 2**20 + 4 * 1024 * 151936
 
 
+MEASURED = ("isopo", "opo", "grpo:autocast")
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     folder = tmp_path_factory.mktemp("memory")
-    words = [sys.executable, "-m", "tests.training.memory_case", str(folder), "isopo", "opo"]
+    words = [sys.executable, "-m", "tests.training.memory_case", str(folder), *MEASURED]
     one = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         words, cwd=ROOT, env={**os.environ, **one}, capture_output=True, text=True, check=True
@@ -63,7 +66,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own count")
-@pytest.mark.parametrize("algorithm", ["isopo", "opo"])
+@pytest.mark.parametrize("algorithm", MEASURED)
 def test_the_estimate_is_near_what_a_run_takes(
     measured: dict[str, list[float]], algorithm: str
 ) -> None:

@@ -63,6 +63,8 @@ OF_EVERY_KIND = [
                 "update": {"num_iterations": 4},  # it renews its basis in the 11th update of 16
             },
         ),
+        ("isopo", {"update": {"num_minibatches": 2, "microbatch_tokens": 20}}),
+        ("grpo", {"update": {"num_minibatches": 2, "microbatch_tokens": 20}}),
         ("reinforce", {}),
         ("opo", {}),
         ("isopo-natural", {}),

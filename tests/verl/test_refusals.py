@@ -18,10 +18,10 @@ from verl.workers.config import FSDPEngineConfig, MtpConfig
 
 import verl
 from proxstep.algorithms import ALGORITHMS
+from proxstep.config.releases import check_verl
 from proxstep.engines.verl import IsopoActorConfig, IsopoEngineConfig, OpoPolicyLossConfig
 from proxstep.engines.verl.refusals import sequence_losses
 from proxstep.engines.verl.seams import loss_mode
-from proxstep.engines.versions import check_verl
 from proxstep.errors import ProxstepError
 
 pytestmark = pytest.mark.verl
@@ -171,7 +171,7 @@ def test_another_verl_is_refused(monkeypatch: pytest.MonkeyPatch, found: str | N
             raise metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr("proxstep.engines.versions.version", version)
+    monkeypatch.setattr("proxstep.config.releases.version", version)
     with pytest.raises(
         ProxstepError, match=r'pip install "proxstep\[verl\]" \(verl>=0.9.1,<0.10\)'
     ):
@@ -180,7 +180,7 @@ def test_another_verl_is_refused(monkeypatch: pytest.MonkeyPatch, found: str | N
 
 @pytest.mark.parametrize("found", ["0.9.1", "0.9.2", "0.9.1.post1"])
 def test_these_are_supported(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr("proxstep.engines.versions.version", lambda name: found)
+    monkeypatch.setattr("proxstep.config.releases.version", lambda name: found)
     check_verl()
 
 

@@ -5,8 +5,10 @@ Shapes: B sequences, T token positions.
 
 from __future__ import annotations
 
+import math
+
 from proxstep.algorithms.aggregate import check_positive
-from proxstep.logprobs.tokens import bounded, masked_sum, token_log_ratio
+from proxstep.logprobs.tokens import bounded, kl_estimate, masked_sum, token_log_ratio
 from proxstep.typing import Bool, Float, Tensor
 
 
@@ -53,4 +55,32 @@ def importance_weights(
         "importance_max": weight_B.max().item(),
         "importance_truncated": (ratio_B > cap).double().mean().item(),
         "importance_sample_size": (weight_B.sum().square() / weight_B.square().sum()).item(),
+    }
+
+
+def sampler_mismatch(
+    log_probs: Float[Tensor, "batch tokens"],
+    sampler_log_probs: Float[Tensor, "batch tokens"],
+    response_mask: Bool[Tensor, "batch tokens"],
+) -> dict[str, float]:
+    """Return how far a policy is from the sampler, over the tokens that the sampler drew.
+
+    Args:
+        log_probs: The policy's log-probabilities, in nats.
+        sampler_log_probs: Those with which the tokens were drawn, in nats.
+        response_mask: True at the response's tokens.
+
+    Returns:
+        In nats: `log_ratio_max`, the largest |log pi - log pi_sampler| of any token; and
+        `log_ratio_p999`, the smallest that 99.9 % of the tokens do not exceed; `kl`, the mean of
+        the k3 estimate of KL(sampler || policy) a token. Nothing where there is no token.
+    """
+    drawn, own = sampler_log_probs[response_mask].double(), log_probs[response_mask].double()
+    if not len(drawn):
+        return {}
+    ratio = (own - drawn).abs()
+    return {
+        "log_ratio_max": ratio.max().item(),
+        "log_ratio_p999": ratio.kthvalue(math.ceil(0.999 * len(ratio))).values.item(),
+        "kl": kl_estimate(drawn[None], own[None], "k3").mean().item(),
     }

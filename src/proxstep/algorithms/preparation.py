@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from proxstep.algorithms.importance import importance_weights
+from proxstep.algorithms.importance import importance_weights, sampler_mismatch
 from proxstep.logprobs.tokens import masked_mean
 from proxstep.typing import Bool, Float, Int, Tensor
 
@@ -36,6 +36,12 @@ class OldPolicy:
             self.log_prob_BT, self.sampler_log_prob_BT, self.response_BT, cap=cap
         )
         return weight_B.cpu(), metrics
+
+    def mismatch(self) -> dict[str, float]:
+        """Return how far it is from the sampler; nothing where nobody kept the sampler's."""
+        if self.sampler_log_prob_BT is None:
+            return {}
+        return sampler_mismatch(self.log_prob_BT, self.sampler_log_prob_BT, self.response_BT)
 
 
 @dataclass(frozen=True)

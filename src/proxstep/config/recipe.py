@@ -92,7 +92,9 @@ class Recipe(Section):
     @cached_property
     def keeps_sampler(self) -> bool:
         """Whether the log-probabilities with which tokens are drawn are needed."""
-        return self.rollout.importance_cap is not None or self.objective.algorithm.ratio_to_sampler
+        rollout = self.rollout
+        corrects = rollout.importance_cap is not None or rollout.engine == "vllm"
+        return corrects or self.objective.algorithm.ratio_to_sampler
 
     @cached_property
     def leaves_out_idle(self) -> bool:
@@ -125,6 +127,22 @@ class Recipe(Section):
                 f"update.num_minibatches {update.num_minibatches} does not divide "
                 f"rollout.num_prompts {rollout.num_prompts}: a prompt's group stays in one "
                 "minibatch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Recipe:
+        if self.rollout.engine == "transformers":
+            return self
+        if self.device not in ("auto", "cuda", "cuda:0"):
+            raise ValueError(
+                f"rollout.engine vllm samples on the first GPU, and device is {self.device}: use "
+                "cuda, and choose the GPU with CUDA_VISIBLE_DEVICES; or rollout.engine transformers"
+            )
+        if not 0.01 <= self.rollout.temperature <= 2:
+            raise ValueError(
+                f"rollout.temperature {self.rollout.temperature} is outside 0.01 to 2, the range "
+                "that rollout.engine vllm takes as it is: use transformers"
             )
         return self
 

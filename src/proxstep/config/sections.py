@@ -213,6 +213,19 @@ class RolloutSection(Section):
     num_prompts: Positive = Field(default=16, description="P, prompts per step.")
     num_generations: Positive = Field(default=8, description="G, completions per prompt.")
     max_completion_length: Positive = Field(default=64, description="In tokens.")
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="What samples: transformers on the policy itself, or vLLM on the same GPU, "
+        "which sleeps between rollouts and gets the weights anew for each. vllm has not run on a "
+        "card yet. Evaluation samples with transformers. verl always samples with vLLM.",
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.3,
+        gt=0,
+        le=1,
+        description="Share of the GPU's memory that vLLM takes while it samples. TRL's "
+        "vllm_gpu_memory_utilization.",
+    )
     batch_size: Positive | None = Field(
         default=None,
         description="Completions sampled at a time, whose keys and values are kept; null for all. "

@@ -107,6 +107,14 @@ READ: Mapping[str, Reading] = {
         lambda r: r.optimizer.lr_scheduler_type != "constant",
         "is where optimizer.lr_scheduler_type linear and cosine end: choose one, or leave it out",
     ),
+    "rollout.gpu_memory_utilization": (
+        lambda r: r.rollout.engine == "vllm",
+        "is of rollout.engine vllm: leave it out",
+    ),
+    "rollout.batch_size": (
+        lambda r: r.rollout.engine == "transformers",
+        "is of rollout.engine transformers, and vllm makes its own batches: leave it out",
+    ),
     "rollout.overlong_penalty": (
         lambda r: r.rollout.overlong_buffer is not None,
         "is the largest punishment within rollout.overlong_buffer, which is null: give a number of "

@@ -75,6 +75,10 @@ PREFIXES: dict[str, str] = {
     "objective/": "What the objective reports. Of each update, averaged over sequences and "
     "updates: clip_ratio, ratio, kl_old_policy, abs_delta, chi_square, ... Of the rollout: "
     "effective_sample_size, mu, tau, importance_mean, ... docs/algorithms.md has OPO's.",
+    "sampler/": "The old policy beside the sampler at the tokens drawn, in nats, where both are "
+    "known (rollout.engine vllm, rollout.importance_cap): log_ratio_max and log_ratio_p999, the "
+    "largest absolute log-ratio and its 99.9 % quantile; kl, the old policy's divergence from the "
+    "sampler a token (k3).",
     "regularizer/": "The regularizer's terms in nats per completion token, averaged over updates: "
     "entropy and kl (of the policy from the initial one) before their coefficients, and loss.",
     "kl_budget/": "Of update.kl_budget, averaged over updates, in nats per sequence or token as "

@@ -19,7 +19,6 @@ from proxstep.algorithms.advantages import Groups
 from proxstep.config.recipe import Recipe
 from proxstep.config.sections import UpdateSection
 from proxstep.rewards import overlong_punishment
-from proxstep.training.generation import sample
 from proxstep.training.objective import Objective
 from proxstep.training.prompts import Prompts, batch_rows
 from proxstep.training.regularizers import reward_penalty
@@ -32,6 +31,7 @@ from proxstep.training.rollout import (
     rows_by_tokens,
     vocabulary_size,
 )
+from proxstep.training.sampler import Sampler
 from proxstep.typing import Float, Int, Tensor
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -160,6 +160,7 @@ def collect(
     recipe: Recipe,
     objective: Objective,
     model: nn.Module,
+    sampler: Sampler,
     tokenizer: Any,
     prompts: Prompts,
     first_batch: int,
@@ -180,7 +181,7 @@ def collect(
     Returns:
         The batch, or None where nothing is left to learn from, and what was measured.
     """
-    graded, num_batches = generate(recipe, model, tokenizer, prompts, first_batch, phase)
+    graded, num_batches = generate(recipe, sampler, tokenizer, prompts, first_batch, phase)
     measured = {**graded.describe(), "generation_batches": num_batches}
     reward_B = graded.reward_B
     if (punishment_B := overlong(recipe, graded.completions)) is not None:
@@ -237,7 +238,7 @@ def _batch(
     advantage_B = advantage_B.float()
     update = recipe.update
     old_log_prob_BT = old_policy = None
-    if objective.reads_old_policy:
+    if objective.reads_old_policy or recipe.rollout.engine == "vllm":
         if log_prob_BT is None:
             with phase("log_probs"):
                 log_prob_BT = _log_probs(recipe, model, completions)
@@ -257,6 +258,8 @@ def _batch(
             with phase("log_probs"):
                 old_log_prob_BT = _some_log_probs(recipe, model, completions, needed_B.cpu())
     measured = {name: spread[name] for name in ("frac_reward_zero_std", "reward_std")}
+    if old_policy is not None:
+        measured |= {f"sampler/{name}": value for name, value in old_policy.mismatch().items()}
     measured["advantage_range"] = (advantage_B.max() - advantage_B.min()).item()
     if recipe.leaves_out_idle:
         measured["frac_left_out_sequences"] = (signal.value_B == 0).double().mean().item()
@@ -322,7 +325,7 @@ def _some_log_probs(
 
 def generate(
     recipe: Recipe,
-    model: nn.Module,
+    sampler: Sampler,
     tokenizer: Any,
     prompts: Prompts,
     first_batch: int,
@@ -342,14 +345,14 @@ def generate(
     found = 0
     while len(parts) < (section.dynamic_sampling_max_batches or 1) and found < section.num_prompts:
         batch = first_batch + len(parts)
-        parts.append(_generation_batch(recipe, model, tokenizer, prompts, batch, phase))
+        parts.append(_generation_batch(recipe, sampler, tokenizer, prompts, batch, phase))
         found += len(informative_groups(parts[-1].reward_B, parts[-1].group_B))
     return _joined(parts, tokenizer.pad_token_id), len(parts)
 
 
 def _generation_batch(
     recipe: Recipe,
-    model: nn.Module,
+    sampler: Sampler,
     tokenizer: Any,
     prompts: Prompts,
     batch: int,
@@ -358,25 +361,9 @@ def _generation_batch(
     """Sample and grade `num_generations` completions of each prompt of one batch."""
     section = recipe.rollout
     rows = batch_rows(len(prompts), section.num_prompts, batch, recipe.seed)
+    with phase("rollout"):
+        completions = sampler([prompts.tokens(row) for row in rows])
     repeated = [row for row in rows for _ in range(section.num_generations)]
-    size = section.batch_size or len(repeated)
-    with phase("rollout"), autocast(recipe, model):
-        tokens = {row: prompts.tokens(row) for row in rows}
-        parts = [
-            sample(
-                model,
-                tokenizer,
-                [tokens[row] for row in repeated[start : start + size]],
-                max_new_tokens=section.max_completion_length,
-                temperature=section.temperature,
-                top_p=section.top_p,
-                top_k=section.top_k,
-                with_log_probs=recipe.keeps_sampler,
-                stop=section.stop or (),
-            )
-            for start in range(0, len(repeated), size)
-        ]
-    completions = joined(parts, tokenizer.pad_token_id)
     with phase("reward"):
         truncated = completions.truncated_B.tolist()
         table = prompts.grade(repeated, completions.texts(tokenizer), truncated)

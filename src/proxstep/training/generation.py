@@ -74,7 +74,7 @@ def sample(
         tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))
     }
     source_B = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=device)
-    token_PT, attention_PT = _padded(list(unique), tokenizer.pad_token_id, device)
+    token_PT, attention_PT = padded(list(unique), tokenizer.pad_token_id, device)
     choice = Choice(temperature, top_p, top_k, greedy, with_log_probs)
     ending = _Ending(tokenizer, end_tokens(model, tokenizer), tuple(stop), max_new_tokens)
     with evaluating(model):
@@ -96,7 +96,7 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
 
 
-def _padded(
+def padded(
     prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return prompts and their attention mask, padded on the left."""
@@ -148,7 +148,7 @@ class _Ending:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class Drawn:
     """Completions without their prompts, padded on the right.
 
     Attributes:
@@ -240,7 +240,7 @@ class _Decoder:
 
 def _decode(
     decoder: _Decoder, logits_NV: Tensor, source_B: Tensor, choice: Choice, ending: _Ending
-) -> _Drawn:
+) -> Drawn:
     """Draw completions of prompts that were read; `source_B` says which prompt is each one's."""
     if source_B.tolist() != list(range(len(logits_NV))):
         decoder.select(source_B)
@@ -275,7 +275,7 @@ def _decode(
             row_N, token_N = row_N[place_N], token_N[place_N]
         logits_NV = decoder.step(token_N)
     width = int(length_B.max())
-    return _Drawn(
+    return Drawn(
         token_BT[:, :width],
         length_B,
         ended_B,
@@ -285,7 +285,7 @@ def _decode(
 
 def _generate(
     model: Any, prompt_BT: Tensor, attention_BT: Tensor, choice: Choice, ending: _Ending
-) -> _Drawn:
+) -> Drawn:
     """Draw completions with transformers' generate, every row to the last one's end."""
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -321,7 +321,7 @@ def _generate(
         torch.tensor(each, device=out_BT.device) for each in zip(*found, strict=True)
     )
     log_prob_BT = torch.stack(drawn_T, dim=1) if choice.with_log_probs else None
-    return _Drawn(out_BT[:, width:], length_B, ended_B, log_prob_BT)
+    return Drawn(out_BT[:, width:], length_B, ended_B, log_prob_BT)
 
 
 @contextmanager

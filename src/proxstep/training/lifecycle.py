@@ -34,6 +34,7 @@ from proxstep.training.saving import is_stale
 from proxstep.training.source import model_source
 from proxstep.training.task import load_task
 from proxstep.training.trainer import Trainer
+from proxstep.training.vllm_sampler import check_vllm
 
 
 def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str:
@@ -50,6 +51,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
     Raises:
         ProxstepError: If anything in the recipe, the data or the model is wrong.
     """
+    check_vllm(recipe)
     folder = RunFolder(recipe.output_dir)
     with folder.claimed(overwrite=overwrite):
         with progress.wait("reading the data"):
@@ -76,6 +78,7 @@ def resume(path: str | Path, progress: Progress) -> str:
     """
     folder = RunFolder(path)
     recipe = load_run_recipe(path)
+    check_vllm(recipe)
     with folder.locked():
         checkpoint = latest_checkpoint(folder.path, progress.note)
         state = load_state(checkpoint)

@@ -42,6 +42,8 @@ class MemoryEstimate:
         gradients: Of what is trained.
         optimizer: The optimizer's state.
         initial: A copy of the initial policy.
+        casts: The weights' copies in bfloat16 that autocast makes: of every linear layer, once in a
+            forward, and kept until its backward.
         activations: What the widest microbatch's forward keeps for its backward.
         logits: Its logits, and what is made of them.
         geometry: The positions that ISOPO carries from step to step.
@@ -57,6 +59,7 @@ class MemoryEstimate:
     gradients: float
     optimizer: float
     initial: float
+    casts: float
     activations: float
     logits: float
     geometry: float
@@ -70,9 +73,9 @@ class MemoryEstimate:
         """The most at a time: the phases follow one another, gradients live in the update."""
         gradients = self.gradients if self.accumulates else 0
         head = max(self.logits, self.logits / 2 + self.workspace)  # then half of them are gone
-        update = max(gradients + self.activations + head, self.gradients)
+        forward = max(gradients + self.activations + head, self.rollout, self.scoring) + self.casts
         kept = self.weights + self.optimizer + self.initial + self.geometry
-        return kept + max(update, self.rollout, self.scoring)
+        return kept + max(forward, self.gradients)
 
     def lines(self) -> list[str]:
         """Return a line for each part and for the peak, in GB (10^9 bytes)."""
@@ -127,6 +130,7 @@ def estimate_memory(recipe: Recipe, config: Any) -> MemoryEstimate:
         gradients=trained * own,
         optimizer=trained * own * _states(recipe),
         initial=numbers * width if recipe.keeps_initial else 0,
+        casts=2.0 * _linear_numbers(model) if recipe.model.autocast else 0.0,
         activations=rows * longest * activation_numbers(text) * computed,
         logits=_head_bytes(recipe, rows, longest if whole else None, logit_bytes, _LOGIT_COPIES),
         geometry=carried,
@@ -238,6 +242,11 @@ def _head_bytes(
     if recipe.model.head == "chunked":
         return 3 * 2**26
     return rows * (width or recipe.rollout.max_completion_length) * logit_bytes * copies
+
+
+def _linear_numbers(model: nn.Module) -> int:
+    """Return the weights of the linear layers; a tied output layer counts."""
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
 def _trained_shapes(recipe: Recipe, model: nn.Module) -> list[tuple[int, int]]:

@@ -31,6 +31,7 @@ from proxstep.training.optimizers import make_optimizer, make_schedule
 from proxstep.training.prompts import Prompts
 from proxstep.training.regularizers import loss_penalty
 from proxstep.training.rollout import Completions, Scores, autocast, score
+from proxstep.training.sampler import make_sampler
 from proxstep.training.saving import Resumable
 from proxstep.typing import Tensor
 
@@ -80,6 +81,7 @@ class Trainer(Resumable):
         self.schedule = make_schedule(
             self.optimizer, recipe.optimizer, recipe.steps * recipe.update.num_updates
         )
+        self.sampler = make_sampler(recipe, model, tokenizer)
         self.clock = Clock(self.device, progress)
         self.probe: Probe | None = None
         self._idle_steps = 0
@@ -162,6 +164,7 @@ class Trainer(Resumable):
             recipe,
             self.objective,
             self.model,
+            self.sampler,
             self.tokenizer,
             self.train_prompts,
             self.num_sequences // batch_size,

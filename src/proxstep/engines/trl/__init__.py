@@ -1,6 +1,6 @@
 """Our algorithms in TRL: GRPOTrainer with another loss, and everything else as it is there."""
 
-from proxstep.engines.versions import check_trl
+from proxstep.config.releases import check_trl
 
 check_trl()
 

@@ -31,7 +31,7 @@ TRANSLATED = (
     *("regularizer.kl_estimator", "regularizer.kl_in"),
     *("rollout.num_prompts", "rollout.overlong_buffer", "rollout.overlong_penalty"),
     *("rollout.dynamic_sampling_max_batches", "rollout.importance_cap"),
-    *("rollout.stop", "rollout.prefill"),
+    *("rollout.stop", "rollout.prefill", "rollout.engine", "rollout.gpu_memory_utilization"),
     *("update.num_minibatches", "update.microbatch_size", "update.microbatch_tokens"),
     *("update.kl_budget", "update.kl_budget_per", "update.kl_control", "update.kl_num_sequences"),
     *("optimizer.name", "optimizer.betas", "optimizer.momentum", "optimizer.max_grad_norm"),
@@ -182,6 +182,11 @@ REFUSALS: tuple[Refusal, ...] = (
         *("rollout.stop", [None]),
         "TRL hands generate no tokenizer, without which it cannot look for texts; leave it out, or "
         "use --engine local",
+    ),
+    _only(
+        *("rollout.engine", ["transformers"]),
+        "its vLLM is GRPOConfig's own; leave it out, and set use_vllm and vllm_mode in a printed "
+        "script",
     ),
     _only(
         *("rollout.prefill", [None]),

@@ -14,8 +14,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from proxstep.algorithms import ALGORITHMS
+from proxstep.config.releases import check_verl
 from proxstep.engines.verl.seams import config_name
-from proxstep.engines.versions import check_verl
 
 if TYPE_CHECKING:
     from proxstep.engines.verl.actor_config import IsopoActorConfig, IsopoEngineConfig

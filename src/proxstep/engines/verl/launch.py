@@ -22,11 +22,11 @@ import torch
 
 from proxstep.config.loading import dump_recipe
 from proxstep.config.recipe import Recipe
+from proxstep.config.releases import check_verl
 from proxstep.engines.verl.hydra import override
 from proxstep.engines.verl.overrides import Machine, Prepared, gpus, overrides
 from proxstep.engines.verl.prompt_files import plan, prepare, write
 from proxstep.engines.verl.run_metrics import record, samples
-from proxstep.engines.versions import check_verl
 from proxstep.errors import ProxstepError
 from proxstep.runs.children import die_with_parent
 from proxstep.runs.folder import RunFolder

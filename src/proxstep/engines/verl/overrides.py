@@ -195,6 +195,8 @@ def _rollout(recipe: Recipe) -> dict[str, Any]:
         f"{ROLLOUT}.top_k": section.top_k or -1,
         f"{ROLLOUT}.seed": recipe.seed,
     }
+    if section.engine == "vllm":  # which verl samples with anyway
+        found[f"{ROLLOUT}.gpu_memory_utilization"] = section.gpu_memory_utilization
     if section.importance_cap is not None:
         correction = "algorithm.rollout_correction"
         found[f"{correction}.rollout_is"] = "sequence"

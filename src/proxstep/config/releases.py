@@ -25,7 +25,7 @@ def check_release(name: str, package: str, supported: str, reasons: Mapping[str,
         found = version(package)
     except PackageNotFoundError:
         raise ProxstepError(f"{name} is not installed: {remedy}") from None
-    from packaging.specifiers import SpecifierSet  # the host libraries need it themselves
+    from packaging.specifiers import SpecifierSet  # transformers needs it itself
 
     if not SpecifierSet(supported).contains(found, prereleases=True):
         why = next(why for of, why in reasons.items() if SpecifierSet(of).contains(found, True))
