@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from proxstep.training.cache import cache_folder
 from proxstep.training.demo_model import (
     build_embedded_model,
-    cache_folder,
     ensure_embedded_model,
     is_cached,
 )

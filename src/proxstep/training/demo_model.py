@@ -8,23 +8,19 @@ model imitates the mistakes of its data, and the rewards have to change that.
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from proxstep.errors import ProxstepError
 from proxstep.tasks import Example, arithmetic_task
 from proxstep.tasks.arithmetic import ALPHABET, answer_without_carries
+from proxstep.training.cache import cache_folder, is_kept, keep, making
 from proxstep.training.generation import sample
 from proxstep.training.prompts import encode_prompt
 from proxstep.typing import Float, Tensor
@@ -43,17 +39,9 @@ _NOISE = 0.6
 """Share of the labels that are computed without carries."""
 
 
-def cache_folder() -> Path:
-    """Return where warmed-up models are kept: $PROXSTEP_CACHE, else the user's cache folder."""
-    if "PROXSTEP_CACHE" in os.environ:
-        return Path(os.environ["PROXSTEP_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "proxstep"
-
-
 def is_cached(difficulty: int, score: float) -> bool:
     """Whether the embedded model for a difficulty was warmed up on this machine before."""
-    return (_folder(difficulty, score) / "config.json").is_file()
+    return is_kept(_folder(difficulty, score))
 
 
 def _folder(difficulty: int, score: float) -> Path:
@@ -77,40 +65,15 @@ def ensure_embedded_model(
         ProxstepError: If the share is not reached.
     """
     folder = _folder(difficulty, score)
-    if is_cached(difficulty, score):
-        return folder
-    tokenizer, model = build_embedded_model()
-    if score > 0:
-        note(f"warming the embedded model up for difficulty {difficulty}, once, to {score:.0%}")
-        warm_up(model, tokenizer, difficulty, score, note)
-    keep(folder, model, tokenizer)
+    with making(folder, note) as is_missing:
+        if is_missing:
+            tokenizer, model = build_embedded_model()
+            if score > 0:
+                what = f"for difficulty {difficulty}, once, to {score:.0%}"
+                note(f"warming the embedded model up {what}")
+                warm_up(model, tokenizer, difficulty, score, note)
+            keep(folder, model, tokenizer)
     return folder
-
-
-def keep(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Save a model in the cache, whole or not at all, whatever other processes do there.
-
-    Raises:
-        ProxstepError: If it cannot be written.
-    """
-    scratch = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        with suppress(OSError):  # another process was faster; its model is the same
-            scratch.rename(folder)
-        if not folder.is_dir():
-            raise OSError(f"{scratch} could not be renamed")
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own
-        raise ProxstepError(
-            f"the model cannot be written to {folder} ({error}): make room, or set PROXSTEP_CACHE "
-            "to another folder"
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def build_embedded_model(seed: int = 0) -> tuple[Any, nn.Module]:

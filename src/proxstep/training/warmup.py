@@ -23,7 +23,8 @@ from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.runs.durable import write_file
 from proxstep.tasks import Example
-from proxstep.training.demo_model import cache_folder, keep, solution_loss
+from proxstep.training.cache import cache_folder, keep, making
+from proxstep.training.demo_model import solution_loss
 from proxstep.training.models import load_model, load_tokenizer, pick_device
 from proxstep.training.prompts import batch_rows
 from proxstep.training.task import load_task
@@ -57,8 +58,13 @@ def ensure_warmed_up(
         ProxstepError: If the task has no solutions.
     """
     folder = cache_folder() / f"warmed-up-v{_VERSION}-{_key(source, recipe):08x}"
-    if (folder / "config.json").is_file():
-        return folder
+    with making(folder, note) as is_missing:
+        if is_missing:
+            _warm_up(source, recipe, folder, note)
+    return folder
+
+
+def _warm_up(source: str, recipe: Recipe, folder: Path, note: Callable[[str], None]) -> None:
     start = time.perf_counter()
     tokenizer = load_tokenizer(source)
     task = load_task(recipe, chat=tokenizer.chat_template is not None)
@@ -80,7 +86,6 @@ def ensure_warmed_up(
     del model
     _give_memory_back()
     write_file(folder / RECORD, json.dumps(record).encode())
-    return folder
 
 
 def _key(source: str, recipe: Recipe) -> int:
