@@ -115,7 +115,7 @@ class ModelSection(Section):
     warmup_solutions: Positive | None = Field(
         default=None,
         description="Supervised warm-up of any other model: fine-tune on so many of the task's own "
-        "training solutions first (stories, gsm8k, math), once and cached; null for none.",
+        "training solutions first (svamp and table have none), once and cached; null for none.",
     )
     warmup_learning_rate: float = Field(
         default=5e-5, gt=0, description="Of that warm-up: AdamW, 16 solutions a step, one pass."

@@ -1,8 +1,8 @@
-"""Sums, products and maxima worked out step by step: solutions of 15 to 120 characters.
+"""Sums, products and maxima worked out step by step: solutions of 15 to 90 characters.
 
 | task | problem | solution |
 |---|---|---|
-| `sums` | two numbers of 3 to 9 digits | `487+65=` `7+5=12;8+6+1=15;4+0+1=5;552` |
+| `sums` | two numbers of 2 to 9 digits | `487+65=` `7+5=12;8+6+1=15;4+0+1=5;552` |
 | `products` | 2 to 9 digits times one digit | `487*6=` `7*6=42;8*6+4=52;4*6+5=29;2922` |
 | `maxima` | 4 to 14 numbers of two digits | `37,52,18?` `37<52;52>18;52` |
 

@@ -118,9 +118,8 @@ def ensure_embedded_model(
         if is_missing:
             tokenizer, model = build_embedded_model(task=task, name=name)
             if score > 0:
-                goal = (
-                    f"{score:.0%}" if (num := LESSONS[task].num_steps) is None else f"{num} steps"
-                )
+                num_steps = LESSONS[task].num_steps
+                goal = f"{score:.0%}" if num_steps is None else f"{num_steps} steps"
                 what = f"difficulty {difficulty}" if task == "arithmetic" else task
                 note(f"warming the {name} model up for {what}, once, to {goal}")
                 warm_up(model, tokenizer, difficulty, score, note, task=task, name=name)

@@ -113,7 +113,8 @@ def _examples(train: Sequence[Example], number: int) -> list[Example]:
     examples = [train[row] for row in batch_rows(len(train), number, 0, _SEED)]
     if any(example.solution is None for example in examples):
         raise ProxstepError(
-            "model.warmup_solutions needs a task with solutions: stories, gsm8k or math"
+            "model.warmup_solutions needs a task with solutions: stories, sums, products, maxima, "
+            "countdown, gsm8k or math"
         )
     return examples
 
