@@ -4,8 +4,9 @@
     python experiments/worked_tasks.py --minutes 9          # a piece of it
     python experiments/worked_tasks.py --table              # the tables, from the rows
 
-recipes/worked.yaml with 20 steps. First each method with three learning rates on two seeds; then, for the best
-of these, five other seeds. The row of each run is kept in worked_tasks/rows.json as it ends.
+recipes/worked.yaml with 20 steps. First each method with three learning rates on two seeds; then,
+with the best of these, five other seeds. The row of each run is kept in worked_tasks/rows.json as
+it ends. The tables need scipy.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Lesson:
     alphabet: str
     habit: Callable[[Example, random.Random], str]
     batch_size: int = 64
-    num_steps: int | None = 400
+    num_steps: int | None = 300
     positions: int = 256
 
 
