@@ -64,13 +64,13 @@ def test_the_large_one() -> None:
 
 
 def test_a_lesson_of_fixed_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    habits = []
+    habits, sums = [], LESSONS["sums"]
 
     def habit(example, rng) -> str:
         habits.append(example.prompt)
-        return LESSONS["sums"].habit(example, rng)
+        return sums.habit(example, rng)
 
-    lesson = Lesson(LESSONS["sums"].alphabet, habit, batch_size=2, num_steps=51)
+    lesson = Lesson(sums.alphabet, habit, batch_size=2, num_steps=51)
     monkeypatch.setitem(demo_model.LESSONS, "sums", lesson)
     folder = ensure_embedded_model(3, 0.6, task="sums")
     assert folder.name.endswith("sums-steps51")
