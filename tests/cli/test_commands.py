@@ -180,7 +180,9 @@ def test_the_first_warm_up_is_the_only_one(
 ) -> None:
     scores = []
 
-    def warm_up(model: Any, tokenizer: Any, difficulty: int, score: float, note: Any) -> None:
+    def warm_up(*arguments: Any, task: str, name: str) -> None:
+        difficulty, score, note = arguments[2:]
+        assert (task, name) == ("arithmetic", "embedded")
         scores.append((difficulty, score))
         note("warm-up step 25: 30% of the answers are right or noisy")
 
@@ -191,6 +193,14 @@ def test_the_first_warm_up_is_the_only_one(
         printed = run(capsys, "train", "tiny.yaml", *more, *keys).splitlines()
         assert "reinforce on arithmetic, 1 steps" in printed
         assert scores == [(1, 0.3)]
+
+
+@pytest.mark.parametrize("task", ["sums", "countdown"])
+def test_a_task_with_worked_steps(capsys: pytest.CaptureFixture[str], task: str) -> None:
+    keys = (f"--task.name={task}", "--task.difficulty=3", "--steps=1")
+    run(capsys, "train", "tiny.yaml", *keys)
+    printed = run(capsys, "eval", "run")
+    assert f"on 4 prompts of {task}" in printed
 
 
 def test_a_checkpoint_brings_its_own_tokenizer(

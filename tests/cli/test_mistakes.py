@@ -48,7 +48,8 @@ class TestMistakesOnTheCommandLine:
             ),
             (
                 ["train", "tiny.yaml", "--task.name", "gsm8k"],
-                "model.name embedded knows only arithmetic's characters, not gsm8k's",
+                "model.name embedded knows only the characters of the tasks arithmetic, countdown, "
+                "maxima, products, sums, not gsm8k's",
             ),
             (["train", "tiny.yaml", "--task.name=table"], "task.train is needed"),
             (["compare", "tiny.yaml", "--algorithms", "opo", "--seeds", "0"], "at least 1"),

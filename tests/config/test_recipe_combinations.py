@@ -96,16 +96,19 @@ def test_a_group_of_one_is_fine_with_the_batch_as_its_group() -> None:
         ),
         (
             {"algorithm": "grpo", "task": {"name": "gsm8k"}},
-            "model.name embedded knows only arithmetic's characters, not gsm8k's: name a model of "
+            "model.name embedded knows only the characters of the tasks arithmetic, countdown, "
+            "maxima, products, sums, not gsm8k's: name a model of "
             "the hub or a local folder",
         ),
         (
             {"algorithm": "grpo", "task": {"name": "svamp"}},
-            "model.name embedded knows only arithmetic's characters, not svamp's",
+            "model.name embedded knows only the characters of the tasks arithmetic, countdown, "
+            "maxima, products, sums, not svamp's",
         ),
         (
             {"algorithm": "grpo", "task": {"name": "table", "train": "x.jsonl"}},
-            "model.name embedded knows only arithmetic's characters, not table's",
+            "model.name embedded knows only the characters of the tasks arithmetic, countdown, "
+            "maxima, products, sums, not table's",
         ),
         (
             {"algorithm": "grpo", "task": {"reward_weights": [1.0]}},

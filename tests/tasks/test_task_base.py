@@ -5,6 +5,7 @@ from tests.tasks.overlap import num_overlapping
 from proxstep import tasks
 from proxstep.rewards import reward_columns
 from proxstep.tasks import TASKS, Example, Task
+from proxstep.tasks.worked import KINDS
 
 
 def chat(content):
@@ -31,5 +32,8 @@ def test_examples_do_not_share_columns():
 
 
 def test_every_task_has_its_function():
-    assert TASKS == ("arithmetic", "gsm8k", "math", "stories", "svamp", "table")
-    assert all(callable(getattr(tasks, f"{name}_task")) for name in TASKS)
+    worked = ("maxima", "products", "sums")
+    others = ("arithmetic", "countdown", "gsm8k", "math", "stories", "svamp", "table")
+    assert tuple(sorted((*worked, *others))) == TASKS
+    assert set(KINDS) == set(worked)
+    assert all(callable(getattr(tasks, f"{name}_task")) for name in (*others, "worked"))

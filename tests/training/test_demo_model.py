@@ -3,11 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from proxstep.config.sections import EMBEDDED_MODELS, EMBEDDED_TASKS
+from proxstep.training import demo_model
+from proxstep.training.cache import cache_folder
 from proxstep.training.demo_model import (
+    LESSONS,
+    SIZES,
+    Lesson,
     build_embedded_model,
-    cache_folder,
     ensure_embedded_model,
-    is_cached,
 )
 
 
@@ -27,7 +31,6 @@ def test_it_is_built_once_and_cached() -> None:
     reports = []
     folder = ensure_embedded_model(1, 0.05, reports.append)
     assert folder.parent == cache_folder()
-    assert is_cached(1, 0.05)
     assert reports[0] == "warming the embedded model up for difficulty 1, once, to 5%"
     assert len(reports) > 1
     written = folder.stat().st_mtime
@@ -40,3 +43,37 @@ def test_building_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
     build_embedded_model()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_size_and_task_of_the_recipe_has_its_own() -> None:
+    assert tuple(SIZES) == EMBEDDED_MODELS
+    assert tuple(sorted(LESSONS)) == EMBEDDED_TASKS
+
+
+@pytest.mark.parametrize("task", EMBEDDED_TASKS)
+def test_a_task_has_its_own_characters(task: str) -> None:
+    tokenizer, _ = build_embedded_model(task=task)
+    ids = tokenizer(LESSONS[task].alphabet)["input_ids"]
+    assert len(set(ids)) == len(LESSONS[task].alphabet)
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_the_large_one() -> None:
+    _, model = build_embedded_model(task="sums", name="embedded-large")
+    assert 5e6 < sum(p.numel() for p in model.parameters()) < 10e6
+
+
+def test_a_lesson_of_fixed_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    habits, sums = [], LESSONS["sums"]
+
+    def habit(example, rng) -> str:
+        habits.append(example.prompt)
+        return sums.habit(example, rng)
+
+    lesson = Lesson(sums.alphabet, habit, batch_size=2, num_steps=51)
+    monkeypatch.setitem(demo_model.LESSONS, "sums", lesson)
+    folder = ensure_embedded_model(3, 0.6, task="sums")
+    assert folder.name.endswith("sums-steps51")
+    assert len(set(habits)) == len(habits) == 2 * 51
+    assert ensure_embedded_model(1, 0.5, task="sums") == folder  # it has no difficulty
+    assert ensure_embedded_model(1, 0.0, task="sums") != folder

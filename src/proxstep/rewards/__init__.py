@@ -8,11 +8,13 @@ from proxstep.rewards.code_tests import (
     run_code_tests,
     run_code_tests_without_sandbox,
 )
+from proxstep.rewards.countdown import countdown
 from proxstep.rewards.functions import (
     NOT_A_NUMBER,
     MeasuredRewards,
     completion_text,
     exact_match,
+    last_item,
     math_verify,
     numeric_answer,
     stated_answer,
@@ -44,8 +46,10 @@ __all__ = [
     "boxed_answer",
     "check_rewards",
     "completion_text",
+    "countdown",
     "exact_match",
     "final_number",
+    "last_item",
     "load_reward",
     "math_verify",
     "narrowness",

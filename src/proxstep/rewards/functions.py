@@ -168,6 +168,44 @@ def stated_number(text: str) -> str | None:
     return found[0][1]
 
 
+def last_item(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    truncated: Sequence[bool] | None = None,
+    **columns: Any,
+) -> list[float]:
+    """Return 1 for each completion whose text after the last semicolon is the answer, else 0.
+
+    The steps before it are not graded. What was cut off at the length limit is wrong, and so is an
+    answer with anything around it.
+
+    Args:
+        prompts: B prompts; not read.
+        completions: B strings, or B lists of chat messages.
+        answer: B reference answers; a number is compared as Python writes it.
+        truncated: B times whether the completion was cut off; None for never.
+        **columns: The data's other columns; not read.
+
+    Returns:
+        B rewards, 0.0 or 1.0.
+
+    Raises:
+        ProxstepError: There are not B reference answers.
+
+    >>> last_item(["7+5=", "7+5="], ["7+5=12;12", "12;13"], answer=["12", "12"])
+    [1.0, 0.0]
+    """
+    del prompts, columns
+    check_length("last_item", completions, answer)
+    cut = [False] * len(completions) if truncated is None else truncated
+    references = _texts("last_item", answer)
+    return [
+        float(not was_cut and text_of(completion).rpartition(";")[2] == reference)
+        for completion, reference, was_cut in zip(completions, references, cut, strict=True)
+    ]
+
+
 def math_verify(
     prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **columns: Any
 ) -> MeasuredRewards:

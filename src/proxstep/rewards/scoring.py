@@ -22,10 +22,12 @@ from proxstep.rewards.code_tests import (
     run_code_tests,
     run_code_tests_without_sandbox,
 )
+from proxstep.rewards.countdown import countdown
 from proxstep.rewards.functions import (
     MeasuredRewards,
     check_math_verify,
     exact_match,
+    last_item,
     math_verify,
     numeric_answer,
     stated_answer,
@@ -58,6 +60,8 @@ BUILTIN_REWARDS: dict[str, RewardFunction] = {
     "numeric_answer": numeric_answer,
     "exact_match": exact_match,
     "stated_answer": stated_answer,
+    "last_item": last_item,
+    "countdown": countdown,
     "math_verify": math_verify,
     "run_code_tests": run_code_tests,
     "run_code_tests_without_sandbox": run_code_tests_without_sandbox,

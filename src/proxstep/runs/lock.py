@@ -19,7 +19,7 @@ _HELD: set[int] = set()
 
 
 @contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
+def locked(folder: Path, name: str, lock: str = LOCK, *, patience: float = 0.2) -> Iterator[None]:
     """Keep other processes from writing into a folder, which is made if need be.
 
     On a file system that has no locks (Lustre without `flock`, say) there is none.
@@ -27,15 +27,17 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     Args:
         folder: The folder; gone again afterwards if it was made here and stayed empty.
         name: What to call it in messages.
+        lock: The name of the file in it that is locked.
+        patience: Seconds to wait for another process; `is_locked` holds a lock for a moment.
 
     Raises:
         ProxstepError: If another process holds it, or nothing can be written there.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    path = folder / LOCK
+    path = folder / lock
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path, f"{name} {folder}")
+        descriptor = _acquire(path, f"{name} {folder}", patience)
     except OSError as error:
         _remove(made)
         raise ProxstepError(
@@ -55,23 +57,23 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         _remove(made)
 
 
-def is_locked(folder: Path) -> bool:
+def is_locked(folder: Path, lock: str = LOCK) -> bool:
     """Whether a process holds the lock of a folder."""
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR)
+        descriptor = os.open(folder / lock, os.O_RDWR)
     except OSError:
         return False
     try:
-        return not _lock(descriptor)
+        return not _try_lock(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _acquire(path: Path, name: str) -> int:
+def _acquire(path: Path, name: str, patience: float) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if not _lock(descriptor, patience=0.2):  # `is_locked` holds it for a moment
+            if not _lock(descriptor, patience):
                 holder = os.pread(descriptor, 20, 0).decode() if os.name != "nt" else ""
                 raise ProxstepError(
                     f"{name} is being written by another process{holder and f' ({holder})'}: wait "
@@ -88,12 +90,14 @@ def _acquire(path: Path, name: str) -> int:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, patience: float = 0.0) -> bool:
+def _lock(descriptor: int, patience: float) -> bool:
     """Lock a file that is open, and return whether that could be done."""
-    if _try_lock(descriptor):
-        return True
-    time.sleep(patience)
-    return _try_lock(descriptor)
+    end = time.monotonic() + patience
+    while not _try_lock(descriptor):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _try_lock(descriptor: int) -> bool:

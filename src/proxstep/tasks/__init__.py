@@ -1,7 +1,8 @@
-"""Tasks: procedural arithmetic and stories, GSM8K, MATH, SVAMP, and any table of prompts."""
+"""Tasks: procedural ones, GSM8K, MATH, SVAMP, and any table of prompts."""
 
 from proxstep.tasks.arithmetic import ALPHABET, arithmetic_task
 from proxstep.tasks.base import REWARDS, Example, Prompt, Task
+from proxstep.tasks.countdown import countdown_task
 from proxstep.tasks.data import Row, load_hub_rows, load_rows, read_rows
 from proxstep.tasks.stories import stories_task
 from proxstep.tasks.tabular import (
@@ -12,8 +13,20 @@ from proxstep.tasks.tabular import (
     svamp_task,
     table_task,
 )
+from proxstep.tasks.worked import worked_task
 
-TASKS = ("arithmetic", "gsm8k", "math", "stories", "svamp", "table")
+TASKS = (
+    "arithmetic",
+    "countdown",
+    "gsm8k",
+    "math",
+    "maxima",
+    "products",
+    "stories",
+    "sums",
+    "svamp",
+    "table",
+)
 
 __all__ = [
     "ALPHABET",
@@ -26,6 +39,7 @@ __all__ = [
     "Row",
     "Task",
     "arithmetic_task",
+    "countdown_task",
     "gsm8k_task",
     "load_hub_rows",
     "load_rows",
@@ -34,4 +48,5 @@ __all__ = [
     "stories_task",
     "svamp_task",
     "table_task",
+    "worked_task",
 ]

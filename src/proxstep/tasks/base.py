@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import re
+import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, overload
+
+from proxstep.errors import ProxstepError
 
 # A plain string, or chat messages with "role" and "content".
 Prompt: TypeAlias = str | list[dict[str, str]]
@@ -18,6 +23,10 @@ REWARDS: dict[str, tuple[str, ...]] = {
     "svamp": ("numeric_answer",),
     "table": ("numeric_answer",),
     "stories": ("stated_answer",),
+    "sums": ("last_item",),
+    "products": ("last_item",),
+    "maxima": ("last_item",),
+    "countdown": ("countdown",),
 }
 """The reward functions that each task is graded by, unless a recipe names others."""
 
@@ -88,3 +97,64 @@ class Task:
     train: Sequence[Example]
     validation: Sequence[Example]
     rewards: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DrawnTrain(DrawnExamples):
+    """Training examples computed when read: the i-th depends on name, seed and i alone.
+
+    Attributes:
+        name: The task's name.
+        draw: Draws an example whose prompt is a text with numbers.
+        seed: Seed of the draws.
+        length: Number of examples.
+    """
+
+    name: str
+    draw: Callable[[random.Random], Example]
+    seed: int
+    length: int = NUM_TRAIN
+
+    def _example(self, index: int) -> Example:
+        """Return the example of an index that is in range."""
+        rng = random.Random(f"{self.name}/{self.seed}/{index}")
+        while True:
+            example = self.draw(rng)
+            if not is_held_out(example):
+                return example
+
+
+def is_held_out(example: Example) -> bool:
+    """Whether a problem is kept for validation: a fifth is, in whatever order its numbers stand."""
+    numbers = sorted(re.findall("[0-9]+", str(example.prompt)))
+    return zlib.crc32(" ".join(numbers).encode()) % 5 == 0
+
+
+def drawn_task(
+    name: str, draw: Callable[[random.Random], Example], num_validation: int, seed: int
+) -> Task:
+    """Return the task of examples that are drawn, with no problem in training and validation.
+
+    A fixed hash of the problem decides, so that no seed trains on what another validates on.
+
+    Args:
+        name: The task's name.
+        draw: Draws an example whose prompt is a text with numbers, of far more than a few.
+        num_validation: Number of distinct validation problems, at least 1; fewer where there are
+            hardly so many.
+        seed: Seed of the training sequence and of the validation problems.
+
+    Raises:
+        ProxstepError: num_validation is below 1.
+    """
+    if num_validation < 1:
+        raise ProxstepError(f"num_validation is {num_validation}; give at least 1")
+    rng = random.Random(f"{name}/{seed}/validation")
+    validation: dict[str, Example] = {}
+    for _ in range(100 * num_validation):
+        example = draw(rng)
+        if is_held_out(example):
+            validation[str(example.prompt)] = example
+        if len(validation) == num_validation:
+            break
+    return Task(name, DrawnTrain(name, draw, seed), list(validation.values()), REWARDS[name])

@@ -1,38 +1,36 @@
-"""The embedded model: Qwen3's architecture over characters, warmed up on arithmetic.
+"""The embedded models: Qwen3's architecture over characters, warmed up on a procedural task.
 
-It exists so that reinforcement learning visibly learns on a laptop in a minute, with nothing
-downloaded. The warm-up is supervised fine-tuning on noisy labels: three in five are computed
-without carries. So the model can calculate but mostly prefers the wrong answer, as a pretrained
-model imitates the mistakes of its data, and the rewards have to change that.
+They exist so that reinforcement learning visibly learns on a laptop in a minute, with nothing
+downloaded. The warm-up is supervised fine-tuning on what is habitual, not on what is right: three
+in five labels of `arithmetic` are computed without carries, three in five places of `sums`,
+`products` and `maxima` slip, and `countdown` tries at random. So the model can calculate but mostly
+prefers the wrong answer, as a pretrained model imitates the mistakes of its data, and the rewards
+have to change that.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from proxstep.errors import ProxstepError
-from proxstep.tasks import Example, arithmetic_task
+from proxstep.tasks import Example, Task, arithmetic_task, countdown_task, worked_task
 from proxstep.tasks.arithmetic import ALPHABET, answer_without_carries
+from proxstep.tasks.worked import KINDS, habitual
+from proxstep.training.cache import cache_folder, keep, making
 from proxstep.training.generation import sample
 from proxstep.training.prompts import encode_prompt
 from proxstep.typing import Float, Tensor
 
 _VERSION = 2
 """Part of the cache's name: raise it when anything below changes what comes out."""
-_BATCH_SIZE = 128
-_LEARNING_RATE = 2e-3
 _MAX_STEPS = 3000
 _NUM_COOLDOWN_STEPS = 50
 """Steps in which the learning rate falls to 0 at the end: a policy that stops at a high one
@@ -40,35 +38,74 @@ improves by any training at all, whatever its rewards."""
 _STEPS_BETWEEN_TESTS = 25
 _NUM_TESTED = 256
 _NOISE = 0.6
-"""Share of the labels that are computed without carries."""
+"""Share of the labels of `arithmetic` that are computed without carries."""
 
 
-def cache_folder() -> Path:
-    """Return where warmed-up models are kept: $PROXSTEP_CACHE, else the user's cache folder."""
-    if "PROXSTEP_CACHE" in os.environ:
-        return Path(os.environ["PROXSTEP_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "proxstep"
+@dataclass(frozen=True)
+class Size:
+    """The sizes of an embedded model, and the learning rate of its warm-up."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    learning_rate: float
 
 
-def is_cached(difficulty: int, score: float) -> bool:
-    """Whether the embedded model for a difficulty was warmed up on this machine before."""
-    return (_folder(difficulty, score) / "config.json").is_file()
+@dataclass(frozen=True)
+class Lesson:
+    """What a warm-up on a task is.
+
+    Attributes:
+        alphabet: The characters that the task needs.
+        habit: From an example to the solution that is imitated.
+        batch_size: Solutions in a step.
+        num_steps: Steps; None for as many as it takes to reach `model.warmup_score`.
+        positions: Characters of a prompt and an answer, at most.
+    """
+
+    alphabet: str
+    habit: Callable[[Example, random.Random], str]
+    batch_size: int = 64
+    num_steps: int | None = 300
+    positions: int = 256
 
 
-def _folder(difficulty: int, score: float) -> Path:
-    return cache_folder() / f"embedded-v{_VERSION}-difficulty{difficulty}-score{score:g}"
+def _without_carries(example: Example, rng: random.Random) -> str:
+    """Return the answer, or the one without carries in `_NOISE` of the cases."""
+    is_noisy = rng.random() < _NOISE
+    return answer_without_carries(str(example.prompt)) if is_noisy else example.answer
+
+
+SIZES = {
+    "embedded": Size(hidden=128, intermediate=384, layers=4, learning_rate=2e-3),
+    "embedded-large": Size(hidden=256, intermediate=1024, layers=6, learning_rate=1e-3),
+}
+"""By `model.name`: 0.8 and 5.9 million parameters."""
+LESSONS = {
+    "arithmetic": Lesson(ALPHABET, _without_carries, 128, None, 128),
+    "countdown": Lesson("0123456789+-*=,;:?", lambda example, rng: str(example.solution)),
+    **{name: Lesson("0123456789+*=<>,;?", partial(habitual, name)) for name in KINDS},
+}
+"""By `task.name`."""
 
 
 def ensure_embedded_model(
-    difficulty: int, score: float, note: Callable[[str], None] = lambda text: None
+    difficulty: int,
+    score: float,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    task: str = "arithmetic",
+    name: str = "embedded",
 ) -> Path:
-    """Return the folder of the embedded model for a difficulty; warm it up if it is not cached.
+    """Return the folder of an embedded model for a task; warm it up if it is not cached.
 
     Args:
-        difficulty: Of the arithmetic task, 1 to 5.
-        score: Share of answers, right or without carries, at which the warm-up stops; 0 for none.
+        difficulty: Of the arithmetic task, 1 to 5; the other tasks have none.
+        score: Share of answers, right or without carries, at which the warm-up on arithmetic stops;
+            on another task it takes a fixed number of steps. 0 for none.
         note: Called with what goes on, in words.
+        task: A key of `LESSONS`.
+        name: A key of `SIZES`.
 
     Returns:
         A folder that `from_pretrained` loads, model and tokenizer.
@@ -76,49 +113,38 @@ def ensure_embedded_model(
     Raises:
         ProxstepError: If the share is not reached.
     """
-    folder = _folder(difficulty, score)
-    if is_cached(difficulty, score):
-        return folder
-    tokenizer, model = build_embedded_model()
-    if score > 0:
-        note(f"warming the embedded model up for difficulty {difficulty}, once, to {score:.0%}")
-        warm_up(model, tokenizer, difficulty, score, note)
-    keep(folder, model, tokenizer)
+    folder = _folder(difficulty, score, task, name)
+    with making(folder, note) as is_missing:
+        if is_missing:
+            tokenizer, model = build_embedded_model(task=task, name=name)
+            if score > 0:
+                num_steps = LESSONS[task].num_steps
+                goal = f"{score:.0%}" if num_steps is None else f"{num_steps} steps"
+                what = f"difficulty {difficulty}" if task == "arithmetic" else task
+                note(f"warming the {name} model up for {what}, once, to {goal}")
+                warm_up(model, tokenizer, difficulty, score, note, task=task, name=name)
+            keep(folder, model, tokenizer)
     return folder
 
 
-def keep(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Save a model in the cache, whole or not at all, whatever other processes do there.
-
-    Raises:
-        ProxstepError: If it cannot be written.
-    """
-    scratch = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        with suppress(OSError):  # another process was faster; its model is the same
-            scratch.rename(folder)
-        if not folder.is_dir():
-            raise OSError(f"{scratch} could not be renamed")
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own
-        raise ProxstepError(
-            f"the model cannot be written to {folder} ({error}): make room, or set PROXSTEP_CACHE "
-            "to another folder"
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+def _folder(
+    difficulty: int, score: float, task: str = "arithmetic", name: str = "embedded"
+) -> Path:
+    how, num_steps = f"difficulty{difficulty}-score{score:g}", LESSONS[task].num_steps
+    if num_steps is not None:
+        how = f"{task}-steps{num_steps if score > 0 else 0}"
+    return cache_folder() / f"{name}-v{_VERSION}-{how}"
 
 
-def build_embedded_model(seed: int = 0) -> tuple[Any, nn.Module]:
-    """Return the character tokenizer and the untrained model."""
+def build_embedded_model(
+    seed: int = 0, *, task: str = "arithmetic", name: str = "embedded"
+) -> tuple[Any, nn.Module]:
+    """Return the character tokenizer of a task and the untrained model of a size."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABET])}
+    lesson, size = LESSONS[task], SIZES[name]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *lesson.alphabet])}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # type: ignore[assignment]
     characters.decoder = decoders.Fuse()  # type: ignore[assignment]
@@ -127,13 +153,13 @@ def build_embedded_model(seed: int = 0) -> tuple[Any, nn.Module]:
     )
     config = Qwen3Config(
         vocab_size=len(vocabulary),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 32,
+        num_key_value_heads=size.hidden // 64,
         head_dim=32,
-        max_position_embeddings=128,
+        max_position_embeddings=lesson.positions,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=vocabulary["<eos>"],
@@ -151,44 +177,62 @@ def warm_up(
     difficulty: int,
     score: float,
     note: Callable[[str], None],
+    *,
+    task: str = "arithmetic",
+    name: str = "embedded",
 ) -> None:
-    """Fine-tune on noisy labels until the model often gives the right answer or the noisy one.
+    """Fine-tune on habitual solutions, for as long as the task's lesson says.
 
-    The cool-down begins when `score` of the sampled answers are one of the two.
+    On arithmetic the cool-down begins when `score` of the sampled answers are right or habitual.
 
     Raises:
-        ProxstepError: If the share is not reached in 3,000 steps.
+        ProxstepError: If that share is not reached in 3,000 steps.
     """
-    problems = arithmetic_task(difficulty).train
+    lesson, rate = LESSONS[task], SIZES[name].learning_rate
+    problems = _task(task, difficulty).train
     num_trained = len(problems) - _NUM_TESTED
     tested = [problems[len(problems) - 1 - i] for i in range(_NUM_TESTED)]
-    noise = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
-    reached, reached_at = 0.0, _MAX_STEPS
+    rng = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    reached, cools_at = 0.0, _MAX_STEPS
+    if lesson.num_steps is not None:
+        reached, cools_at = 1.0, lesson.num_steps - _NUM_COOLDOWN_STEPS
     torch.manual_seed(0)
     for step in range(_MAX_STEPS):
-        left = 1 - (step - reached_at) / _NUM_COOLDOWN_STEPS
+        left = 1 - (step - cools_at) / _NUM_COOLDOWN_STEPS
         if left <= 0:
             return
         for group in optimizer.param_groups:
-            group["lr"] = _LEARNING_RATE * min(1.0, (step + 1) / 50, left)
+            group["lr"] = rate * min(1.0, (step + 1) / 50, left)
         examples = [
-            _labeled(problems[i % num_trained], noisy=noise.random() < _NOISE)
-            for i in range(step * _BATCH_SIZE, (step + 1) * _BATCH_SIZE)
+            replace(
+                problems[i % num_trained], solution=lesson.habit(problems[i % num_trained], rng)
+            )
+            for i in range(step * lesson.batch_size, (step + 1) * lesson.batch_size)
         ]
         loss = solution_loss(model, tokenizer, examples)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if reached < score and (step + 1) % _STEPS_BETWEEN_TESTS == 0:
+        if (step + 1) % _STEPS_BETWEEN_TESTS:
+            continue
+        if reached < score:
             reached = _sampled_score(model, tokenizer, tested)
-            reached_at = step + 1 if reached >= score else _MAX_STEPS
+            cools_at = step + 1 if reached >= score else _MAX_STEPS
             note(f"warm-up step {step + 1}: {reached:.0%} of the answers are right or noisy")
+        elif lesson.num_steps is not None:
+            note(f"warm-up step {step + 1} of {lesson.num_steps}: loss {loss.item():.3f}")
     raise ProxstepError(
         f"the embedded model reached {reached:.2f} after {_MAX_STEPS} warm-up steps on difficulty "
         f"{difficulty}: lower model.warmup_score, or task.difficulty"
     )
+
+
+def _task(name: str, difficulty: int) -> Task:
+    if name == "arithmetic":
+        return arithmetic_task(difficulty)
+    return countdown_task() if name == "countdown" else worked_task(name)
 
 
 def solution_loss(
@@ -220,12 +264,6 @@ def solution_loss(
         label[row, len(prompt) : end] = torch.tensor(solution)
     logits = model(input_ids=token, attention_mask=attention).logits
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), label[:, 1:].flatten())
-
-
-def _labeled(example: Example, *, noisy: bool) -> Example:
-    """Return the example with the label that it is trained on as its solution."""
-    prompt = str(example.prompt)
-    return replace(example, solution=answer_without_carries(prompt) if noisy else example.answer)
 
 
 def _sampled_score(model: nn.Module, tokenizer: Any, examples: list[Example]) -> float:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from proxstep.errors import ProxstepError
-from proxstep.training.demo_model import cache_folder, keep
+from proxstep.training.cache import cache_folder, is_kept, keep, making
 
 SMOLLM2 = "smollm2"
 """The name under which a recipe asks for the package's model."""
@@ -56,18 +56,19 @@ def ensure_converted(name: str, note: Callable[[str], None] = lambda text: None)
         ProxstepError: If there is no such file, a package is missing, or the model cannot be
             converted or does not give a known answer.
     """
-    if name == SMOLLM2 and _is_whole(folder := _folder(_SMOLLM2_SHA256)):
+    if name == SMOLLM2 and is_kept(folder := _folder(_SMOLLM2_SHA256)):
         return folder
     file = _file(name)
     digest = _digest(name, file)
     folder = _folder(digest)
-    if not _is_whole(folder):
-        start = time.monotonic()
-        note(f"converting {file.name}, once: about half a minute of one core for 100 MB")
-        tokenizer, model = _convert(name, file)
-        _check_answer(name, tokenizer, model, digest)
-        keep(folder, model, tokenizer)
-        note(f"{file.name} is converted, in {time.monotonic() - start:.0f} s")
+    with making(folder, note) as is_missing:
+        if is_missing:
+            start = time.monotonic()
+            note(f"converting {file.name}, once: about half a minute of one core for 100 MB")
+            tokenizer, model = _convert(name, file)
+            _check_answer(name, tokenizer, model, digest)
+            keep(folder, model, tokenizer)
+            note(f"{file.name} is converted, in {time.monotonic() - start:.0f} s")
     return folder
 
 
@@ -79,10 +80,10 @@ def found_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    if name == SMOLLM2 and _is_whole(folder := _folder(_SMOLLM2_SHA256)):
+    if name == SMOLLM2 and is_kept(folder := _folder(_SMOLLM2_SHA256)):
         return AutoConfig.from_pretrained(folder)
     file = _file(name)
-    if _is_whole(folder := _folder(_digest(name, file))):
+    if is_kept(folder := _folder(_digest(name, file))):
         return AutoConfig.from_pretrained(folder)
     _check_package(name)
     try:
@@ -94,10 +95,6 @@ def found_config(name: str) -> Any:
 
 def _folder(digest: str) -> Path:
     return cache_folder() / f"gguf-v{_VERSION}-{digest[:16]}"
-
-
-def _is_whole(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
 
 
 def _check_package(name: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from proxstep.config.recipe import Recipe
+from proxstep.config.sections import EMBEDDED_MODELS
 from proxstep.errors import ProxstepError
 from proxstep.isopo.plan import Shape, choose, held
 from proxstep.isopo.settings import Settings
@@ -151,10 +152,10 @@ def config_of(recipe: Recipe) -> Any:
     from transformers import AutoConfig
 
     name = recipe.model.name
-    if name == "embedded":
+    if name in EMBEDDED_MODELS:
         from proxstep.training.demo_model import build_embedded_model
 
-        return build_embedded_model()[1].config
+        return build_embedded_model(task=recipe.task.name, name=name)[1].config
     if is_gguf(name):
         return found_config(name)
     try:
@@ -219,7 +220,7 @@ def cache_numbers(text: Any) -> int:
 
 def _longest_prompt(recipe: Recipe) -> int:
     task = recipe.task
-    if recipe.model.name == "embedded" and task.name == "arithmetic":  # a token a character
+    if recipe.model.name in EMBEDDED_MODELS and task.name == "arithmetic":  # a token a character
         return min(task.max_prompt_length, 2 * task.difficulty + 2)
     return task.max_prompt_length
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from proxstep.errors import ProxstepError
 from proxstep.runs.durable import write_file
-from proxstep.training.demo_model import cache_folder
+from proxstep.training.cache import cache_folder
 from proxstep.training.prompts import Prompts
 
 

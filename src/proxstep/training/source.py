@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from proxstep.config.recipe import Recipe
-from proxstep.training.demo_model import ensure_embedded_model
+from proxstep.training.demo_model import SIZES, ensure_embedded_model
 from proxstep.training.gguf import ensure_converted, is_gguf
 from proxstep.training.warmup import ensure_warmed_up
 
@@ -14,15 +14,18 @@ from proxstep.training.warmup import ensure_warmed_up
 def model_source(recipe: Recipe, note: Callable[[str], None]) -> str:
     """Return the hub name or path to load from; convert the model or warm it up if need be.
 
-    `note` is called with how far that is: a minute or two for the embedded model's warm-up, half a
+    `note` is called with how far that is: minutes for an embedded model's warm-up, half a
     minute for a GGUF file of 100 MB, minutes for a warm-up on solutions.
     """
-    if recipe.model.name != "embedded":
+    if recipe.model.name not in SIZES:
         source = os.path.expanduser(recipe.model.name)  # keeps a leading ./
         if is_gguf(recipe.model.name):
             source = str(ensure_converted(recipe.model.name, note))
         if recipe.model.warmup_solutions is None:
             return source
         return str(ensure_warmed_up(source, recipe, note))
-    difficulty, score = recipe.task.difficulty, recipe.model.warmup_score
-    return str(ensure_embedded_model(difficulty, score, note))
+    task, model = recipe.task, recipe.model
+    folder = ensure_embedded_model(
+        task.difficulty, model.warmup_score, note, task=task.name, name=model.name
+    )
+    return str(folder)

@@ -12,12 +12,15 @@ from proxstep.tasks import (
     REWARDS,
     Task,
     arithmetic_task,
+    countdown_task,
     gsm8k_task,
     math_task,
     stories_task,
     svamp_task,
     table_task,
+    worked_task,
 )
+from proxstep.tasks.worked import KINDS
 
 CHAT_TASKS = {"gsm8k": gsm8k_task, "math": math_task, "svamp": svamp_task}
 """Tasks whose prompts are chats where the tokenizer has a template."""
@@ -35,6 +38,10 @@ def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[
         return arithmetic_task, {key: getattr(section, key) for key in keys}
     if section.name == "stories":
         return stories_task, {"num_validation": section.num_validation}
+    if section.name == "countdown":
+        return countdown_task, {"num_validation": section.num_validation}
+    if section.name in KINDS:
+        return worked_task, {"name": section.name, "num_validation": section.num_validation}
     keys = ("train", "validation", "num_train", "num_validation")
     if section.name == "math":
         keys += ("level",)

@@ -23,7 +23,8 @@ from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.runs.durable import write_file
 from proxstep.tasks import Example
-from proxstep.training.demo_model import cache_folder, keep, solution_loss
+from proxstep.training.cache import cache_folder, keep, making
+from proxstep.training.demo_model import solution_loss
 from proxstep.training.models import load_model, load_tokenizer, pick_device
 from proxstep.training.prompts import batch_rows
 from proxstep.training.task import load_task
@@ -61,25 +62,26 @@ def ensure_warmed_up(
     task = load_task(recipe, chat=tokenizer.chat_template is not None)
     examples = _examples(task.train, recipe.model.warmup_solutions or 0)
     folder = cache_folder() / f"warmed-up-v{_VERSION}-{_key(source, recipe, examples):08x}"
-    if (folder / "config.json").is_file():
-        return folder
-    model = load_model(source, "float32", pick_device(recipe.device))
-    note(f"supervised warm-up of {recipe.model.name} on {len(examples)} solutions, once")
-    rate, template = recipe.model.warmup_learning_rate, recipe.task.chat_template_kwargs
-    losses = fine_tune(model, tokenizer, examples, rate, note, template)
-    record = {
-        "model": recipe.model.name,
-        "task": recipe.task.name,
-        "num_solutions": len(examples),
-        "learning_rate": recipe.model.warmup_learning_rate,
-        "batch_size": _BATCH_SIZE,
-        "losses": losses,
-        "seconds": time.perf_counter() - start,
-    }
-    keep(folder, model, tokenizer)
-    del model
-    _give_memory_back()
-    write_file(folder / RECORD, json.dumps(record).encode())
+    with making(folder, note) as is_missing:
+        if not is_missing:
+            return folder
+        model = load_model(source, "float32", pick_device(recipe.device))
+        note(f"supervised warm-up of {recipe.model.name} on {len(examples)} solutions, once")
+        rate, template = recipe.model.warmup_learning_rate, recipe.task.chat_template_kwargs
+        losses = fine_tune(model, tokenizer, examples, rate, note, template)
+        record = {
+            "model": recipe.model.name,
+            "task": recipe.task.name,
+            "num_solutions": len(examples),
+            "learning_rate": recipe.model.warmup_learning_rate,
+            "batch_size": _BATCH_SIZE,
+            "losses": losses,
+            "seconds": time.perf_counter() - start,
+        }
+        keep(folder, model, tokenizer)
+        del model
+        _give_memory_back()
+        write_file(folder / RECORD, json.dumps(record).encode())
     return folder
 
 
@@ -107,7 +109,8 @@ def _examples(train: Sequence[Example], number: int) -> list[Example]:
     examples = [train[row] for row in batch_rows(len(train), number, 0, _SEED)]
     if any(example.solution is None for example in examples):
         raise ProxstepError(
-            "model.warmup_solutions needs a task with solutions: stories, gsm8k or math"
+            "model.warmup_solutions needs a task with solutions: stories, sums, products, maxima, "
+            "countdown, gsm8k or math"
         )
     return examples
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from proxstep.config.recipe import Recipe
+from proxstep.config.sections import EMBEDDED_MODELS
 from proxstep.engines.fields import option_name
 from proxstep.engines.keys import leaves, refuse
 from proxstep.engines.trl.configs import TRL_OPTIONS, PolicyConfig
@@ -193,12 +194,16 @@ def _precision(recipe: Recipe) -> dict[str, Any]:
 def _model(recipe: Recipe) -> str | Call:
     if is_gguf(recipe.model.name):
         return Call(Name("proxstep.training.gguf", "ensure_converted"), {"name": recipe.model.name})
-    if recipe.model.name != "embedded":
+    if recipe.model.name not in EMBEDDED_MODELS:
         return recipe.model.name
     warmed_up = Name("proxstep.training.demo_model", "ensure_embedded_model")
-    return Call(
-        warmed_up, {"difficulty": recipe.task.difficulty, "score": recipe.model.warmup_score}
-    )
+    keys: dict[str, Any] = {
+        "difficulty": recipe.task.difficulty,
+        "score": recipe.model.warmup_score,
+        "task": recipe.task.name,
+        "name": recipe.model.name,
+    }
+    return Call(warmed_up, keys)
 
 
 def _rewards(recipe: Recipe) -> list[Name | Call]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from proxstep.config.recipe import Recipe
+from proxstep.config.sections import EMBEDDED_MODELS
 from proxstep.engines.verl.overrides import Prepared
 from proxstep.errors import ProxstepError
 from proxstep.tasks import Example, Task
@@ -30,7 +31,8 @@ def plan(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> tup
     Raises:
         ProxstepError: If the task's data is missing or malformed.
     """
-    folder, embedded = Path(recipe.output_dir).absolute() / "verl", recipe.model.name == "embedded"
+    folder = Path(recipe.output_dir).absolute() / "verl"
+    embedded = recipe.model.name in EMBEDDED_MODELS
     source = recipe.model.name
     chat = False
     if not embedded:
@@ -84,7 +86,7 @@ def write(recipe: Recipe, prepared: Prepared, task: Task, note: Callable[[str], 
     prepared.train.parent.mkdir(parents=True, exist_ok=True)
     _write(prepared.train, task.name, [train.examples[row] for row in rows])
     _write(prepared.validation, task.name, validation.examples)
-    if recipe.model.name == "embedded":
+    if recipe.model.name in EMBEDDED_MODELS:
         shutil.copytree(source, prepared.model, dirs_exist_ok=True)
     return validation
 
