@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The stories of the word problems: a text with numbers to fill in, and how it is solved.
 
 Each line is TEXT | STEPS. Numbers are {x}, {y}, {z} and {w}, names {A} and {B}; in a step, r is
