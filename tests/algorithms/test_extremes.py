@@ -22,7 +22,7 @@ from tests.selection import slow
 
 from proxstep.algorithms import ALGORITHMS
 from proxstep.errors import ProxstepError
-from proxstep.training import batch
+from proxstep.training import sampler
 from proxstep.training.generation import sample
 from proxstep.training.rollout import Completions
 from proxstep.training.trainer import Trainer
@@ -87,7 +87,7 @@ def check_skipped(made: Trainer) -> dict[str, Any]:
 
 def cut(monkeypatch: pytest.MonkeyPatch, change: Callable[[Completions], Completions]) -> None:
     """Change what is sampled from now on."""
-    monkeypatch.setattr(batch, "sample", lambda *a, **options: change(sample(*a, **options)))
+    monkeypatch.setattr(sampler, "sample", lambda *a, **options: change(sample(*a, **options)))
 
 
 # Rewards

@@ -52,6 +52,8 @@ SOMETIMES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         *("reward", {"regularizer": {"kl_coef": 0.1, "kl_estimator": "k1"}}, {}),
     ),
     "rollout.overlong_penalty": (2.0, {"rollout": {"overlong_buffer": 8}}, {}),
+    "rollout.gpu_memory_utilization": (0.5, {"rollout": {"engine": "vllm"}}, {}),
+    "rollout.batch_size": (4, {}, {"rollout": {"engine": "vllm"}}),
     "optimizer.min_lr_rate": (0.1, {"optimizer": {"lr_scheduler_type": "linear"}}, {}),
     **{
         f"update.{key}": (value, {"update": {"kl_budget": 0.1}}, {})
@@ -115,7 +117,7 @@ ALWAYS = {
     *(
         "update.microbatch_size",
         "update.microbatch_tokens",
-        "rollout.batch_size",
+        "rollout.engine",
         "optimizer.name",
         "optimizer.learning_rate",
     ),

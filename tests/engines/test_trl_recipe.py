@@ -317,7 +317,7 @@ def test_the_rewards_are_the_task_s_own(tmp_path: Path, task: str) -> None:
 
 
 def test_a_warm_up_is_not_left_out_in_silence() -> None:
-    with pytest.raises(ProxstepError, match=r"model\.warmup_solutions 320 is not for --engine trl"):
+    with pytest.raises(ProxstepError, match=r"model\.warmup_solutions 256 is not for --engine trl"):
         script(load_recipe(OURS, [("rollout.dynamic_sampling_max_batches", "null")]))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from proxstep.logprobs.tokens import KlEstimator, token_log_probs
 from proxstep.training.rollout import initial_policy, response_logits
+from proxstep.training.sampler import make_sampler
 from proxstep.training.trainer import Trainer
 
 COEF, TEMPERATURE = 0.5, 0.8
@@ -113,6 +114,7 @@ def test_equal_rewards_descend_the_divergence(tmp_path: Path) -> None:
     made.recipe = made.recipe.model_copy(
         update={"rollout": made.recipe.rollout.model_copy(update={"num_generations": 64})}
     )
+    made.sampler = make_sampler(made.recipe, made.model, made.tokenizer)
     with_reward(made, lambda prompts, completions, **columns: [1.0] * len(prompts))
 
     def divergence() -> float:

@@ -118,7 +118,7 @@ def habitual(name: str, example: Example, rng: random.Random) -> str:
     """Return a solution with habitual slips at `SLIPS` of the places for one.
 
     >>> habitual("sums", Example("487+65=", "552"), random.Random(1))
-    '7+5=12;8+6=14;4+0=4;442'
+    '7+5=12;8+6=14;4+0+1=5;542'
     """
     numbers = [int(number) for number in re.findall("[0-9]+", str(example.prompt))]
     return ";".join(KINDS[name].work(numbers, lambda: rng.random() < SLIPS))
