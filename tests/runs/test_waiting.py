@@ -27,9 +27,11 @@ def pipe() -> tuple[Any, io.StringIO]:
 
 
 def test_what_a_wait_says() -> None:
-    times = iter([10.0, 13.0, 70.0, 10.0])
+    times = iter([10.0, 13.0, 20.0, 70.0])
     wait = Wait("greedy evaluation", 256, "completions", lambda: next(times))
     assert str(wait) == "greedy evaluation: 0 of 256 completions, 0:03"
+    wait.advance(2)
+    assert str(wait) == "greedy evaluation: 2 of 256 completions, 0:10"
     wait.advance(64)
     assert str(wait) == "greedy evaluation: 64 of 256 completions, 1:00, about 3:00 left"
     assert str(Wait("loading m", now=iter([0.0, 5.0]).__next__)) == "loading m, 0:05"

@@ -12,6 +12,8 @@ from typing import Protocol
 DELAYS = (2.0, 8.0, 20.0, 30.0)
 """Seconds between the lines of one wait where lines stay; then a minute each."""
 _LATER = 60.0
+_TOLD = 0.1
+"""Share of the work from which on the time that is left is told: the first to end are no measure."""
 
 
 class Wait:
@@ -56,7 +58,7 @@ class Wait:
             return f"{self._what}, {clock_time(elapsed)}"
         text = f"{self._what}: {self._done:.0f} of {self._total:.0f} {self._unit}".rstrip()
         text += f", {clock_time(elapsed)}"
-        if self._done > 0:
+        if self._done >= _TOLD * self._total > 0:
             left = elapsed * max(self._total - self._done, 0) / self._done
             text += f", about {clock_time(left)} left"
         return text
