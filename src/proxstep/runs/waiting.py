@@ -13,7 +13,7 @@ DELAYS = (2.0, 8.0, 20.0, 30.0)
 """Seconds between the lines of one wait where lines stay; then a minute each."""
 _LATER = 60.0
 _TOLD = 0.1
-"""Share of the work from which on the time that is left is told: the first to end measure little."""
+"""Share of the work from which on the time left is told: the first to end measure little."""
 
 
 class Wait:
