@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from proxstep.algorithms.aggregate import check_literal, check_number
 from proxstep.budget.control import Control, State, adapt, backtrack, predict, scale_for
 from proxstep.budget.prediction import LogProbs, sampled_kl
 from proxstep.errors import ProxstepError
+from proxstep.logprobs.evaluating import evaluating
 from proxstep.typing import Tensor
 
 _SMALL, _MANY = 0.05, 20
@@ -107,11 +107,11 @@ class KlBudget(torch.optim.Optimizer):
         """
         self._forwards = 0
         parameters = self._parameters()
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             log_prob_BT, response_BT = self._score(closure)
             budget, unit = self._budget(response_BT)
-            realized = self._realized(closure, parameters, log_prob_BT, response_BT)
             before = [parameter.clone() for parameter in parameters]
+            realized = self._realized(closure, parameters, before, log_prob_BT, response_BT)
             with torch.enable_grad():
                 self.inner.step()
             proposed = [parameter.clone() for parameter in parameters]
@@ -183,13 +183,13 @@ class KlBudget(torch.optim.Optimizer):
         self,
         log_probs: LogProbs,
         parameters: list[Tensor],
+        current: list[Tensor],
         log_prob_BT: Tensor,
         response_BT: Tensor,
     ) -> float | None:
         """Return the last step's KL divergence on this step's samples, and learn from it."""
         if self._before is None:
             return None
-        current = [parameter.clone() for parameter in parameters]
         _place(parameters, current, self._before, 1.0)
         earlier_BT, _ = self._score(log_probs)
         _place(parameters, current, self._before, 0.0)
@@ -251,15 +251,3 @@ def _mean(value_B: Tensor) -> float:
         dist.all_reduce(sums)
     total, count = sums.tolist()
     return total / count
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, then each back into its own."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from proxstep.errors import ProxstepError
+from proxstep.logprobs.evaluating import evaluating
 from proxstep.training.output_layer import REMEDY, forward_with_head, output_head, unwrapped
-from proxstep.training.rollout import evaluating
 from proxstep.typing import Tensor
 
 LOGIT_FIELDS = (

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from proxstep.config.recipe import Recipe
+from proxstep.logprobs.evaluating import evaluating
 from proxstep.logprobs.tokens import kl_divergence, kl_estimate
 from proxstep.rewards import Narrowness, narrowness
 from proxstep.rewards.pass_at_k import sampled_scores
@@ -31,7 +32,6 @@ from proxstep.training.rollout import (
     Head,
     by_chunks,
     completion_log_probs,
-    evaluating,
     initial_policy,
     response_logits,
 )

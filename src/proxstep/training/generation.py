@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from proxstep.logprobs.evaluating import evaluating
 from proxstep.training.next_token import Choice
-from proxstep.training.rollout import Completions, evaluating
+from proxstep.training.rollout import Completions
 from proxstep.typing import Bool, Float, Int, Tensor
 
 _log = logging.getLogger(__name__)

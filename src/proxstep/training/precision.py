@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from proxstep.config.recipe import Recipe
-from proxstep.training.rollout import evaluating
+from proxstep.logprobs.evaluating import evaluating
 
 _LEAST_GAIN = 1.1
 """Times as fast as float32 that bfloat16 must be."""

@@ -19,6 +19,7 @@ from proxstep.config.recipe import Recipe
 from proxstep.config.sections import UpdateSection
 from proxstep.isopo.hooks import owner_of
 from proxstep.logprobs.chunked import CHUNK_BYTES
+from proxstep.logprobs.evaluating import evaluating
 from proxstep.logprobs.tokens import entropy, token_log_probs
 from proxstep.training.output_layer import completion_log_probs_chunked, unwrapped
 from proxstep.typing import Bool, Float, Int, Tensor
@@ -164,18 +165,6 @@ def autocast(recipe: Recipe, model: nn.Module) -> AbstractContextManager[Any]:
     if dtype is None:
         return nullcontext()
     return torch.autocast(next(model.parameters()).device.type, getattr(torch, dtype))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, then each back into its own."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def vocabulary_size(model: nn.Module) -> int:
