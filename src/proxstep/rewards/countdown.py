@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from proxstep.rewards.functions import check_length, text_of
+from proxstep.rewards.functions import check_length, cut_off, last_of, text_of
 
 _NUMBER = "(0|[1-9][0-9]{0,5})"
 _STEP = re.compile(rf"{_NUMBER}([-+*]){_NUMBER}={_NUMBER}")
@@ -50,11 +50,10 @@ def countdown(
     del prompts, columns
     check_length("countdown", completions, answer)
     check_length("countdown", completions, numbers)
-    cut = [False] * len(completions) if truncated is None else truncated
     return [
-        float(not was_cut and solves(text_of(completion).rpartition(";")[2], given, int(target)))
+        float(not was_cut and solves(last_of(text_of(completion)), given, int(target)))
         for completion, given, target, was_cut in zip(
-            completions, numbers, answer, cut, strict=True
+            completions, numbers, answer, cut_off(completions, truncated), strict=True
         )
     ]
 

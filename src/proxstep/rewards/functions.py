@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any
@@ -67,11 +67,12 @@ def numeric_answer(
     """
     del prompts, columns
     check_length("numeric_answer", completions, answer)
-    cut = [False] * len(completions) if truncated is None else truncated
     references = [_reference(index, reference) for index, reference in enumerate(answer)]
     return [
         float(final_number(text_of(completion), truncated=bool(was_cut)) == reference)
-        for completion, reference, was_cut in zip(completions, references, cut, strict=True)
+        for completion, reference, was_cut in zip(
+            completions, references, cut_off(completions, truncated), strict=True
+        )
     ]
 
 
@@ -148,12 +149,8 @@ def stated_answer(
     """
     del prompts, columns
     check_length("stated_answer", completions, answer)
-    cut = [False] * len(completions) if truncated is None else truncated
     references = _texts("stated_answer", answer)
-    return [
-        float(not was_cut and stated_number(text_of(completion)) == reference)
-        for completion, reference, was_cut in zip(completions, references, cut, strict=True)
-    ]
+    return graded(stated_number, completions, references, truncated)
 
 
 def stated_number(text: str) -> str | None:
@@ -198,12 +195,37 @@ def last_item(
     """
     del prompts, columns
     check_length("last_item", completions, answer)
-    cut = [False] * len(completions) if truncated is None else truncated
     references = _texts("last_item", answer)
+    return graded(last_of, completions, references, truncated)
+
+
+def last_of(text: str) -> str:
+    """Return what follows the last semicolon.
+
+    >>> last_of("7+5=12;12")
+    '12'
+    """
+    return text.rpartition(";")[2]
+
+
+def graded(
+    answer_of: Callable[[str], str | None],
+    completions: Sequence[Any],
+    references: Sequence[str],
+    truncated: Sequence[bool] | None,
+) -> list[float]:
+    """Return 1 for each whole completion whose answer is the reference, else 0."""
     return [
-        float(not was_cut and text_of(completion).rpartition(";")[2] == reference)
-        for completion, reference, was_cut in zip(completions, references, cut, strict=True)
+        float(not was_cut and answer_of(text_of(completion)) == reference)
+        for completion, reference, was_cut in zip(
+            completions, references, cut_off(completions, truncated), strict=True
+        )
     ]
+
+
+def cut_off(completions: Sequence[Any], truncated: Sequence[bool] | None) -> Sequence[bool]:
+    """Return which completions were cut off at the length limit; none where nobody says."""
+    return [False] * len(completions) if truncated is None else truncated
 
 
 def math_verify(
