@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from proxstep.budget import KlBudget
 from proxstep.budget.control import Control
 from proxstep.rewards import overlong_punishment
+from proxstep.tasks import TaskName
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -127,18 +128,7 @@ class ModelSection(Section):
 class TaskSection(Section):
     """Prompts, answers and rewards."""
 
-    name: Literal[
-        "arithmetic",
-        "countdown",
-        "gsm8k",
-        "math",
-        "maxima",
-        "products",
-        "stories",
-        "sums",
-        "svamp",
-        "table",
-    ] = Field(
+    name: TaskName = Field(
         default="arithmetic", description='The data set; "table" is your own JSONL or Parquet file.'
     )
     difficulty: int = Field(

@@ -1,7 +1,7 @@
 """Tasks: procedural ones, GSM8K, MATH, SVAMP, and any table of prompts."""
 
 from proxstep.tasks.arithmetic import ALPHABET, arithmetic_task
-from proxstep.tasks.base import REWARDS, Example, Prompt, Task
+from proxstep.tasks.base import REWARDS, TASKS, Example, Prompt, Task, TaskName
 from proxstep.tasks.countdown import countdown_task
 from proxstep.tasks.data import Row, load_hub_rows, load_rows, read_rows
 from proxstep.tasks.stories import stories_task
@@ -15,19 +15,6 @@ from proxstep.tasks.tabular import (
 )
 from proxstep.tasks.worked import worked_task
 
-TASKS = (
-    "arithmetic",
-    "countdown",
-    "gsm8k",
-    "math",
-    "maxima",
-    "products",
-    "stories",
-    "sums",
-    "svamp",
-    "table",
-)
-
 __all__ = [
     "ALPHABET",
     "IN_A_BOX",
@@ -38,6 +25,7 @@ __all__ = [
     "Prompt",
     "Row",
     "Task",
+    "TaskName",
     "arithmetic_task",
     "countdown_task",
     "gsm8k_task",

@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from proxstep.errors import ProxstepError
-from proxstep.tasks.base import NUM_TRAIN, REWARDS, DrawnExamples, Example, Task
+from proxstep.tasks.base import (
+    NUM_TRAIN,
+    REWARDS,
+    DrawnExamples,
+    Example,
+    Task,
+    check_num_validation,
+)
 
 ALPHABET = "0123456789+-*="
 
@@ -160,8 +167,7 @@ def arithmetic_task(difficulty: int, num_validation: int = 256, seed: int = 0) -
         raise ProxstepError(
             f"difficulty is {difficulty!r}; choose one of {', '.join(map(str, LEVELS))}"
         )
-    if num_validation < 1:
-        raise ProxstepError(f"num_validation is {num_validation}; give at least 1")
+    check_num_validation(num_validation)
     rng = random.Random(f"{difficulty}/{seed}/validation")
     per_kind = [kind.held_out(num_validation, rng) for kind in LEVELS[difficulty]]
     in_turn = [problem for turn in zip_longest(*per_kind) for problem in turn if problem]

@@ -8,13 +8,27 @@ import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 from proxstep.errors import ProxstepError
 
 # A plain string, or chat messages with "role" and "content".
 Prompt: TypeAlias = str | list[dict[str, str]]
 
+
+TaskName = Literal[
+    "arithmetic",
+    "countdown",
+    "gsm8k",
+    "math",
+    "maxima",
+    "products",
+    "stories",
+    "sums",
+    "svamp",
+    "table",
+]
+TASKS: tuple[str, ...] = get_args(TaskName)
 
 REWARDS: dict[str, tuple[str, ...]] = {
     "arithmetic": ("exact_match",),
@@ -130,6 +144,12 @@ def is_held_out(example: Example) -> bool:
     return zlib.crc32(" ".join(numbers).encode()) % 5 == 0
 
 
+def check_num_validation(num_validation: int) -> None:
+    """Refuse a task without validation problems."""
+    if num_validation < 1:
+        raise ProxstepError(f"num_validation is {num_validation}; give at least 1")
+
+
 def drawn_task(
     name: str, draw: Callable[[random.Random], Example], num_validation: int, seed: int
 ) -> Task:
@@ -147,8 +167,7 @@ def drawn_task(
     Raises:
         ProxstepError: num_validation is below 1.
     """
-    if num_validation < 1:
-        raise ProxstepError(f"num_validation is {num_validation}; give at least 1")
+    check_num_validation(num_validation)
     rng = random.Random(f"{name}/{seed}/validation")
     validation: dict[str, Example] = {}
     for _ in range(100 * num_validation):

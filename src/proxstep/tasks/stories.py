@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from proxstep.errors import ProxstepError
-from proxstep.tasks.base import NUM_TRAIN, REWARDS, DrawnExamples, Example, Task
+from proxstep.tasks.base import (
+    NUM_TRAIN,
+    REWARDS,
+    DrawnExamples,
+    Example,
+    Task,
+    check_num_validation,
+)
 from proxstep.tasks.story_texts import HELD_OUT_STORIES, TRAIN_STORIES
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack")
@@ -133,8 +140,7 @@ def stories_task(num_validation: int = 256, seed: int = 0) -> Task:
     >>> task.train[0].solution
     ' The answer is 17.'
     """
-    if num_validation < 1:
-        raise ProxstepError(f"num_validation is {num_validation}; give at least 1")
+    check_num_validation(num_validation)
     rng = random.Random(f"{seed}/validation")
     validation: dict[str, Example] = {}
     while len(validation) < num_validation:

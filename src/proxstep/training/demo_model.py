@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from proxstep.errors import ProxstepError
-from proxstep.tasks import Example, Task, arithmetic_task, countdown_task, worked_task
+from proxstep.tasks import Example
 from proxstep.tasks.arithmetic import ALPHABET, answer_without_carries
 from proxstep.tasks.worked import KINDS, habitual
 from proxstep.training.cache import cache_folder, keep, making
 from proxstep.training.generation import sample
 from proxstep.training.prompts import encode_prompt
+from proxstep.training.task import drawn_task_call
 from proxstep.typing import Float, Tensor
 
 _VERSION = 2
@@ -189,7 +190,8 @@ def warm_up(
         ProxstepError: If that share is not reached in 3,000 steps.
     """
     lesson, rate = LESSONS[task], SIZES[name].learning_rate
-    problems = _task(task, difficulty).train
+    function, options = drawn_task_call(task, difficulty)
+    problems = function(**options).train
     num_trained = len(problems) - _NUM_TESTED
     tested = [problems[len(problems) - 1 - i] for i in range(_NUM_TESTED)]
     rng = random.Random(0)
@@ -227,12 +229,6 @@ def warm_up(
         f"the embedded model reached {reached:.2f} after {_MAX_STEPS} warm-up steps on difficulty "
         f"{difficulty}: lower model.warmup_score, or task.difficulty"
     )
-
-
-def _task(name: str, difficulty: int) -> Task:
-    if name == "arithmetic":
-        return arithmetic_task(difficulty)
-    return countdown_task() if name == "countdown" else worked_task(name)
 
 
 def solution_loss(

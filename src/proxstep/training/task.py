@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from proxstep.config.recipe import Recipe
+from proxstep.config.sections import DRAWN_TASKS
 from proxstep.errors import ProxstepError
 from proxstep.rewards import CODE_REWARDS
 from proxstep.tasks import (
@@ -33,15 +34,9 @@ def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[
     `chat` says whether the tokenizer has a chat template, for the tasks that can do either.
     """
     section = recipe.task
-    if section.name == "arithmetic":
-        keys = ("difficulty", "num_validation")
-        return arithmetic_task, {key: getattr(section, key) for key in keys}
-    if section.name == "stories":
-        return stories_task, {"num_validation": section.num_validation}
-    if section.name == "countdown":
-        return countdown_task, {"num_validation": section.num_validation}
-    if section.name in KINDS:
-        return worked_task, {"name": section.name, "num_validation": section.num_validation}
+    if section.name in DRAWN_TASKS:
+        function, options = drawn_task_call(section.name, section.difficulty)
+        return function, options | {"num_validation": section.num_validation}
     keys = ("train", "validation", "num_train", "num_validation")
     if section.name == "math":
         keys += ("level",)
@@ -55,6 +50,15 @@ def task_call(recipe: Recipe, *, chat: bool) -> tuple[Callable[..., Task], dict[
     if section.name == "table":
         return table_task, options | {"rewards": tuple(section.rewards or REWARDS["table"])}
     return CHAT_TASKS[section.name], options
+
+
+def drawn_task_call(name: str, difficulty: int) -> tuple[Callable[..., Task], dict[str, Any]]:
+    """Return the function that makes a task of problems that it draws, and what it needs."""
+    if name == "arithmetic":
+        return arithmetic_task, {"difficulty": difficulty}
+    if name in KINDS:
+        return worked_task, {"name": name}
+    return {"countdown": countdown_task, "stories": stories_task}[name], {}
 
 
 def asks_tokenizer(recipe: Recipe) -> bool:
