@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -44,6 +45,31 @@ class Silent:
 
     def record(self, record: Any) -> None:
         self.records.append(dict(record))
+
+
+def assert_same_records(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
+    """Two runs' records are equal to the bit, times left out."""
+    for r, s in zip(first, second, strict=True):
+        for name in r:
+            if not name.startswith(("seconds", "elapsed")):
+                assert r[name] == s[name], (r["step"], name)
+
+
+class Killed(Exception):
+    """What ends a run that `kill_at` kills."""
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every run end by `Killed` once it has trained a step, before that is written down."""
+    train_step = Trainer._train_step
+
+    def killed(self: Trainer) -> dict[str, Any]:
+        record = train_step(self)
+        if self.step == step:
+            raise Killed
+        return record
+
+    monkeypatch.setattr(Trainer, "_train_step", killed)
 
 
 def tiny_recipe(folder: Path, algorithm: str = "reinforce", **changes: Any) -> Recipe:

@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine import Silent, made_trainer, records, spread_reward, tiny_recipe, weights
+from tests.engine import (
+    Silent,
+    assert_same_records,
+    made_trainer,
+    records,
+    spread_reward,
+    tiny_recipe,
+    weights,
+)
 from tests.selection import slow
 
 from proxstep.errors import ProxstepError
@@ -70,10 +78,7 @@ def check_same_run(first: Path, second: Path) -> None:
     """Two runs are the same, but for the time that they took."""
     a, b = weights(first), weights(second)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    for one, other in zip(records(first), records(second), strict=True):
-        for name in one:
-            if not name.startswith(("seconds", "elapsed")):
-                assert one[name] == other[name], (one["step"], name)
+    assert_same_records(records(first), records(second))
     assert (first / "samples.jsonl").read_bytes() == (second / "samples.jsonl").read_bytes()
 
 

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine import Silent, records, spread_reward, tiny_recipe, weights
+from tests.engine import (
+    Killed,
+    Silent,
+    assert_same_records,
+    kill_at,
+    records,
+    spread_reward,
+    tiny_recipe,
+    weights,
+)
 
 from proxstep.budget import CONTROLS
 from proxstep.config.recipe import algorithm_names
@@ -68,27 +77,13 @@ def test_resuming_repeats_the_run_to_the_bit(
     }
     whole = trained(tmp_path / "whole", **changes)
 
-    class Killed(Exception):
-        pass
-
-    train_step = Trainer._train_step
-
-    def killed_at_step_4(self: Trainer) -> dict[str, Any]:
-        record = train_step(self)
-        if self.step == 4:
-            raise Killed
-        return record
-
-    monkeypatch.setattr(Trainer, "_train_step", killed_at_step_4)
+    kill_at(4, monkeypatch)
     monkeypatch.setattr(Trainer, "rescue", lambda self: False)
     with pytest.raises(Killed):
         lifecycle.train(tiny_recipe(tmp_path / "cut", **changes), Silent())
     monkeypatch.undo()
     assert lifecycle.resume(tmp_path / "cut", Silent()) == "finished"
-    for r, s in zip(whole, records(tmp_path / "cut"), strict=True):
-        for name in r:
-            if not name.startswith(("seconds", "elapsed")):
-                assert r[name] == s[name], (r["step"], name)
+    assert_same_records(whole, records(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize(

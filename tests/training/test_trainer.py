@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.engine import Silent, records, spread_reward, tiny_recipe, weights
+from tests.engine import (
+    Killed,
+    Silent,
+    assert_same_records,
+    kill_at,
+    records,
+    spread_reward,
+    tiny_recipe,
+    weights,
+)
 from tests.selection import slow
 
 from proxstep.config.recipe import algorithm_names
@@ -20,7 +29,6 @@ from proxstep.runs.checkpoint import latest_checkpoint, load_state
 from proxstep.runs.schema import FIELDS, unknown_fields
 from proxstep.training import lifecycle
 from proxstep.training.objective import Objective
-from proxstep.training.trainer import Trainer
 
 EVERY = [*algorithm_names(), "isopo+opo", "isopo-natural+gspo"]
 
@@ -108,18 +116,7 @@ def test_resuming_repeats_the_run_to_the_bit(
     whole = tiny_recipe(tmp_path / "whole", algorithm, **changes)
     lifecycle.train(whole, Silent())
 
-    class Killed(Exception):
-        pass
-
-    train_step = Trainer._train_step
-
-    def killed_at_step_4(self: Trainer) -> dict[str, Any]:
-        record = train_step(self)
-        if self.step == 4:
-            raise Killed
-        return record
-
-    monkeypatch.setattr(Trainer, "_train_step", killed_at_step_4)
+    kill_at(4, monkeypatch)
     with pytest.raises(Killed):
         lifecycle.train(tiny_recipe(tmp_path / "cut", algorithm, **changes), Silent())
     monkeypatch.undo()
@@ -130,10 +127,7 @@ def test_resuming_repeats_the_run_to_the_bit(
     assert all(torch.equal(a[name], b[name]) for name in a)
     first, second = records(tmp_path / "whole"), records(tmp_path / "cut")
     assert [r["step"] for r in first] == [r["step"] for r in second] == [0, 1, 2, 3, 4]
-    for r, s in zip(first, second, strict=True):
-        for name in r:
-            if not name.startswith(("seconds", "elapsed")):
-                assert r[name] == s[name], (r["step"], name)
+    assert_same_records(first, second)
 
 
 def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
