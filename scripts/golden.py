@@ -1,8 +1,9 @@
-"""Record short training runs to the bit, or check that the code still reproduces them.
+"""Record short training runs to the bit, or check that changed code still reproduces them.
 
-    python scripts/golden.py --write                      # tests/golden/ENGINE-CASE.json
-    python scripts/golden.py --check                      # exit status 1 if anything differs
-    python scripts/golden.py --check --engines local --algorithms gspo,isopo
+    git worktree add /tmp/old main                        # the code before the change
+    python /tmp/old/scripts/golden.py --write runs        # runs/ENGINE-CASE.json
+    python scripts/golden.py --check runs                 # exit status 1 if anything differs
+    python scripts/golden.py --check runs --engines local --algorithms gspo,isopo
 
 For a change that is meant to change no number. Each case is ten steps of recipes/arithmetic.yaml,
 made small: 64 completions a step, two minibatches, two passes, so that ratios leave 1 and clipping
@@ -10,10 +11,10 @@ happens. A file holds every metric of every step that is not a time or an amount
 all digits, and a checksum of the final weights.
 
 Only the command line and the files of the run folder are used, so the script does not care where
-the code lies. Equality is promised on the machine of tests/golden/machine.json: another processor
-or release of torch rounds differently, and the embedded model's warm-up ends elsewhere. There,
-`--write` on the old code first. verl is left out: responses reach its trainer in any order, and two
-runs of one recipe differ from the first gradient on.
+the code lies. No recording is kept in the repository: another processor or release of torch rounds
+differently, and the embedded model's warm-up ends elsewhere, so that runs are equal on the machine
+that recorded them alone (its machine.json says which). verl is left out: responses reach its
+trainer in any order, and two runs of one recipe differ from the first gradient on.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,6 @@ from proxstep import PRESETS
 from proxstep.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT / "tests" / "golden"
 RECIPE = ROOT / "recipes" / "arithmetic.yaml"
 
 OBJECTIVES, RULES = tuple(ALGORITHMS), tuple(rule for rule in PRESETS if rule != "reinforce")
@@ -207,9 +208,9 @@ def chosen_cases(engines: list[str], algorithms: list[str] | None) -> Iterator[t
                 yield engine, name
 
 
-def _report(engine: str, name: str, *, writing: bool) -> tuple[bool, str]:
+def _report(folder: Path, engine: str, name: str, *, writing: bool) -> tuple[bool, str]:
     """Run a case; return whether all is well, and what to say."""
-    path, began = GOLDEN / f"{engine}-{name}.json", time.monotonic()
+    path, began = folder / f"{engine}-{name}.json", time.monotonic()
     if not writing and not path.exists():
         return False, "not recorded: --write first"
     try:
@@ -228,8 +229,8 @@ def main() -> int:
     """Write or check; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--write", action="store_true", help="record the runs")
-    mode.add_argument("--check", action="store_true", help="run again and compare to the bit")
+    mode.add_argument("--write", type=Path, metavar="FOLDER", help="record the runs there")
+    mode.add_argument("--check", type=Path, metavar="FOLDER", help="repeat those recorded there")
     parser.add_argument("--engines", default="local,trl", help="of local, trl")
     parser.add_argument("--algorithms", help="names of algorithms or cases; default: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
@@ -242,16 +243,19 @@ def main() -> int:
     cases = list(chosen_cases(engines, wanted))
     if not cases:
         parser.error(f"--algorithms {arguments.algorithms}: no such case")
-    GOLDEN.mkdir(exist_ok=True)
-    path = GOLDEN / "machine.json"
+    folder: Path = arguments.write or arguments.check
+    kept, here = folder / "machine.json", json.dumps(machine(), indent=2, sort_keys=True) + "\n"
     if arguments.write:
-        recorded = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        recorded |= dict.fromkeys(engines, machine())
-        text = json.dumps(recorded, indent=2, sort_keys=True)
-        path.write_text(text + "\n", "utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(here, "utf-8")
+    elif not kept.exists():
+        parser.error(f"--check {folder}: nothing is recorded there; --write first")
+    elif kept.read_text("utf-8") != here:
+        parser.error(f"--check {folder}: recorded on another machine or release, see {kept}")
     failed = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = [pool.submit(_report, *case, writing=arguments.write) for case in cases]
+        record = partial(_report, folder, writing=arguments.write is not None)
+        results = [pool.submit(record, *case) for case in cases]
         for case, result in zip(cases, results, strict=True):
             well, text = result.result()
             failed += not well

@@ -22,7 +22,7 @@ from proxstep.config.yamlfile import read_yaml
 from proxstep.errors import ProxstepError
 from proxstep.lab import compare
 from proxstep.lab.compare import Job, Pace, clear, find_done, make_jobs, run_jobs
-from proxstep.lab.plan import Cell, Variant
+from proxstep.lab.plan import Cell, Plan, Variant
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.lock import is_locked
 from proxstep.runs.reading import find_runs, load_samples
@@ -323,6 +323,21 @@ def test_two_algorithms_from_the_command_line(
     assert "isopo" in (here / "out" / "report.html").read_text()
 
 
+def test_an_engine_is_the_plans_and_refuses_before_anything_is_written(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "tiny.yaml", "--algorithms", "grpo,opo", "--engine", "trl"]
+    assert cli.main([*words, "--output", "out", "--update.kl_budget", "0.1"]) == 2
+    assert "update.kl_budget" in capsys.readouterr().err
+    assert not (here / "out" / "plan.yaml").exists()
+    recipe = load_recipe(here / "tiny.yaml")
+    plan = Plan((Variant("grpo", {}, recipe),), {}, 1, engine="trl")
+    assert [job.engine for job in make_jobs(plan.cells(), here, plan.engine)] == ["trl"]
+    plan.write(here)
+    with pytest.raises(ProxstepError, match=r"holds another plan, .*engine"):
+        Plan(plan.variants, {}, 1).continuing(here)
+
+
 PARENT = """
 import subprocess, sys
 from proxstep.runs.children import die_with_parent
@@ -355,14 +370,25 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(here: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "engine"),
+    [
+        (signal.SIGTERM, "local"),
+        (signal.SIGINT, "local"),
+        (signal.SIGKILL, "local"),
+        (signal.SIGTERM, "trl"),
+    ],
+)
+def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(
+    here: Path, number: int, engine: str
+) -> None:
     """Three runs, two at a time: one is done, the others are in the middle."""
     (here / "tiny.yaml").write_text(f"{TINY}logging: {{checkpoint_every: 1}}\n")
-    words = ["compare", "tiny.yaml", "--algorithms", "grpo,opo,dro", "--output", "out"]
+    words = ["compare", "tiny.yaml", "--algorithms", "grpo,opo,gspo", "--output", "out"]
+    words += ["--engine", engine]
     command = [sys.executable, "-m", "proxstep", *words, "--jobs", "2", "--steps", "100"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    rows = [here / "out" / f"{name}-seed0" / "metrics.jsonl" for name in ("grpo", "dro")]
+    rows = [here / "out" / f"{name}-seed0" / "metrics.jsonl" for name in ("grpo", "gspo")]
     while not rows[1].exists() or not rows[1].read_text().count("\n") > 2:
         time.sleep(0.1)
         assert process.poll() is None

@@ -160,6 +160,12 @@ def _add_compare(compare: Parser) -> None:
         help="such as 2h or 90m: choose among the varied values by successive halving in that time",
     )
     compare.add_argument(
+        "--engine",
+        choices=["local", "trl"],
+        default="local",
+        help="what runs the training (default: local)",
+    )
+    compare.add_argument(
         "--jobs", type=int, help="runs at a time (default: the number of cores, on a CPU)"
     )
     compare.add_argument(

@@ -195,6 +195,8 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         try:
             for variant in plan.variants:
                 lifecycle.check(variant.recipe)
+                if plan.engine != "local":
+                    _engine(plan.engine).command(variant.recipe)  # or says what it cannot do
             if arguments.overwrite:
                 clear(output)
             plan = plan.continuing(output)
@@ -227,6 +229,7 @@ def _plan(arguments: Namespace, overrides: Overrides) -> Any:
         parse_vary(arguments.vary),
         arguments.seeds + arguments.add_seeds,
         halving=arguments.budget is not None,
+        engine=arguments.engine,
     )
 
 

@@ -51,11 +51,13 @@ class Job:
 
     Attributes:
         recipe: Its resolved recipe; the output folder is its own.
+        engine: What runs the training.
         process: Its process, once started.
         code: Its exit code, once ended.
     """
 
     recipe: Recipe
+    engine: str = "local"
     process: subprocess.Popen[bytes] | None = None
     code: int | None = field(default=None)
 
@@ -90,13 +92,14 @@ class Job:
         return {**records[-1], "score": scores[-1]} if scores else {}
 
 
-def make_jobs(cells: Iterable[Cell], output: Path) -> list[Job]:
+def make_jobs(cells: Iterable[Cell], output: Path, engine: str = "local") -> list[Job]:
     """Return the jobs of a plan's cells, in their order."""
     return [
         Job(
             cell.variant.recipe.model_copy(
                 update={"seed": cell.seed, "output_dir": str(output / cell.name)}
-            )
+            ),
+            engine,
         )
         for cell in cells
     ]
@@ -161,14 +164,15 @@ def run_plan(
         KeyboardInterrupt: After Ctrl-C or SIGTERM, once the runs have stopped.
     """
     if budget is None:
-        jobs = make_jobs(plan.cells(), output)
+        jobs = make_jobs(plan.cells(), output, plan.engine)
         find_done(jobs, output)
         run_jobs(jobs, num_parallel, console)
         return [job.folder for job in jobs]
     clock = Clock(output, budget)
     number = num_rounds(plan)
     seeds = [*choosing_seeds(number), *range(plan.seeds)]
-    known = make_jobs([Cell(variant, seed) for seed in seeds for variant in plan.variants], output)
+    known_cells = [Cell(variant, seed) for seed in seeds for variant in plan.variants]
+    known = make_jobs(known_cells, output, plan.engine)
     find_done(known, output)
     by_name = {job.folder.name: job for job in known}
     try:
@@ -257,7 +261,8 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
     recipe = job.log.with_suffix(".yaml")
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(dump_recipe(job.recipe), encoding="utf-8")
-    arguments = [str(recipe), "--overwrite"]  # begun, perhaps, but with nothing to go on from
+    # begun, perhaps, but with nothing to go on from
+    arguments = [str(recipe), "--engine", job.engine, "--overwrite"]
     if checkpoints(job.folder):
         arguments = ["--resume", str(job.folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

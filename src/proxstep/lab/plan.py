@@ -94,12 +94,14 @@ class Plan:
         vary: The varied keys with all their values.
         seeds: Number of seeds.
         halving: Whether values are chosen by successive halving, with a budget.
+        engine: What runs the training, local or trl.
     """
 
     variants: tuple[Variant, ...]
     vary: dict[str, list[Any]]
     seeds: int
     halving: bool = False
+    engine: str = "local"
 
     @classmethod
     def of(
@@ -111,6 +113,7 @@ class Plan:
         seeds: int,
         *,
         halving: bool = False,
+        engine: str = "local",
     ) -> Plan:
         """Return the plan that a command line describes.
 
@@ -142,7 +145,7 @@ class Plan:
             raise ProxstepError("--vary gives two runs one name: let its values differ clearly")
         _check_alike(variants)
         held = {key: list(values) for key, values in vary.items()}
-        return cls(tuple(variants), held, seeds, halving)
+        return cls(tuple(variants), held, seeds, halving, engine)
 
     @property
     def algorithms(self) -> list[str]:
@@ -177,6 +180,7 @@ class Plan:
             "vary": self.vary,
             "seeds": self.seeds,
             "halving": self.halving,
+            "engine": self.engine,
             "recipes": {
                 algorithm: _without(with_absolute_paths(first[algorithm]).model_dump(), left_out)
                 for algorithm in self.algorithms
