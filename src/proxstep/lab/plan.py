@@ -322,6 +322,8 @@ def _differences(held: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[st
         return
     if held.get("halving") != new["halving"]:
         yield f"it has {'a' if held.get('halving') else 'no'} --budget"
+    if (engine := held.get("engine", "local")) != new["engine"]:
+        yield f"its engine is {engine}"
     for algorithm in held["algorithms"]:
         if algorithm not in new["algorithms"]:
             yield f"it has the algorithm {algorithm}"
