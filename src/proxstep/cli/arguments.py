@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from proxstep.config.names import task_names
+from proxstep.config.names import described_keys, task_names
 from proxstep.errors import ProxstepError, did_you_mean
 
 ENGINES = {
@@ -78,7 +78,8 @@ def split_keys(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
             continue
         if not equals:
             if not waiting:
-                guess = did_you_mean(word, takes_value)
+                keys = {key.partition(" ")[0] for key, _, _, _ in described_keys()}
+                guess = "" if word[2:] in keys else did_you_mean(word, takes_value)
                 raise ProxstepError(
                     f"{word} has no value{guess}; recipe keys are written --key value"
                 )
@@ -138,7 +139,7 @@ class _Version(argparse.Action):
     """Prints the versions; they take time to find, so nothing else looks for them."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from proxstep.cli.first_steps import versions
+        from proxstep.cli.installed import versions
 
         sys.stdout.write(f"{versions()}\n")
         parser.exit()

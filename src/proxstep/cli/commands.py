@@ -156,12 +156,14 @@ def _to_evaluate(target: str, overrides: Overrides, note: Any) -> tuple[Any, Pat
     folder = Path(target)
     if not folder.is_dir():
         return _recipe(target, overrides), None
-    run = next((f for f in (folder, folder.parent.parent) if (f / "recipe.yaml").is_file()), None)
+    above = folder.absolute().parent
+    places = (folder, above.parent) if above.name == "checkpoints" else (folder,)
+    run = next((place for place in places if (place / "recipe.yaml").is_file()), None)
     if run is None and (folder / "config.json").is_file():
         from proxstep.config.loading import resolve
 
         changes = read_overrides(overrides)
-        data = {"algorithm": "reinforce", "model": {"name": target}}
+        data = {"algorithm": "reinforce", "model": {"name": str(folder.absolute())}}
         check_names(data, changes, target)
         return resolve(data, changes, target), None
     if run is None:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from proxstep.algorithms import ALGORITHMS
+from proxstep.config.names import did_you_mean_choice, unknown_key
 from proxstep.config.objectives import section_of
 from proxstep.config.recipe import Recipe
-from proxstep.config.names import did_you_mean_choice, unknown_key
 from proxstep.errors import shown
 
 

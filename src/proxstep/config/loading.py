@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from proxstep.algorithms import ALGORITHMS
 from proxstep.config.explain import explain
+from proxstep.config.names import unknown_algorithm
+from proxstep.config.reading import read_recipe
 from proxstep.config.recipe import (
     Recipe,
     algorithm_names,
@@ -19,8 +21,6 @@ from proxstep.config.recipe import (
     undefined_composition,
 )
 from proxstep.config.sections import BUILTIN_MODELS
-from proxstep.config.names import unknown_algorithm
-from proxstep.config.reading import read_recipe
 from proxstep.config.yamlfile import dump_yaml
 from proxstep.errors import ProxstepError
 

@@ -110,12 +110,12 @@ def unknown_key(
     """
     here = list(here)
     found = [other for other in everywhere if other.rpartition(".")[2] == name]
+    if name in owners and f"objective.{name}" not in found:
+        found.append(f"objective.{name} (of {', '.join(owners[name])})")
     if key.startswith("objective.") and name in owners:
         guess = f"; it belongs to {', '.join(owners[name])}"
     elif found:
         guess = f"; did you mean {' or '.join(found)}?"
-    elif name in owners:
-        guess = f"; did you mean objective.{name}, of {', '.join(owners[name])}?"
     else:
         guess = did_you_mean(name, here)
     return f"unknown key {key}{guess} (known here: {', '.join(here)})"

@@ -1,4 +1,4 @@
-"""Recipes by name and as files, with what the command line puts on top; nothing here needs torch."""
+"""Recipes by name and as files, with what the command line puts on top; without torch."""
 
 from __future__ import annotations
 
