@@ -18,7 +18,7 @@ from proxstep.tasks import TASKS
 
 
 def lines_of(check: Any, data: dict[str, Any], changes: dict[str, Any]) -> list[str]:
-    with pytest.raises(ProxstepError, match="^test: ") as caught:
+    with pytest.raises(ProxstepError, match=r"^test: ") as caught:
         check(data, changes, "test")
     return sorted(str(caught.value).removeprefix("test: ").split("\n  "))
 

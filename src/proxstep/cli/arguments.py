@@ -273,8 +273,8 @@ examples:
   proxstep train arithmetic
   proxstep train arithmetic --algorithm isopo-natural --output_dir runs/natural
   proxstep train gsm8k-isopo --model.name ./my-model --dry-run
-  proxstep train --resume runs/natural
-  proxstep train --resume runs/natural --steps 80    extend a finished run
+  proxstep train --resume runs/natural               go on after Ctrl-C
+  proxstep train --resume runs/natural --steps 80    and after its end
   proxstep train arithmetic --engine trl
   proxstep train arithmetic --engine trl --print-command > train.py
 
@@ -284,11 +284,11 @@ Ctrl-C stops after the current step and writes a checkpoint.
 """,
     "eval": """\
 examples:
-  proxstep eval runs/arithmetic                      the newest checkpoint of a run
-  proxstep eval gsm8k-isopo                   a recipe's model, before any training
-  proxstep eval runs/arithmetic --task.difficulty 4  the same checkpoint on something harder
-  proxstep eval runs/arithmetic/checkpoints/step-000020    another checkpoint of the run
-  proxstep eval ./my-model --task.name gsm8k               a model's folder
+  proxstep eval runs/arithmetic                          the newest checkpoint of a run
+  proxstep eval runs/arithmetic/checkpoints/step-000040  one that is named
+  proxstep eval runs/arithmetic --task.difficulty 4      the same on something harder
+  proxstep eval gsm8k-isopo                              a recipe's model, before any training
+  proxstep eval ./my-model --task.name gsm8k             a model's folder
 """,
     "compare": """\
 examples:
@@ -304,7 +304,7 @@ learning rate tuned for it, go under the recipe's key per_algorithm; the report 
 """,
     "diagnose": """\
 examples:
-  proxstep train arithmetic --algorithm isopo --geometry.diagnose_every 10
+  proxstep train arithmetic-isopo --geometry.diagnose_every 10
   proxstep diagnose runs/arithmetic-isopo
 
 docs/diagnostics.md says what the figures mean; diagnostics.jsonl holds them all.

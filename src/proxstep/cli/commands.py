@@ -154,12 +154,12 @@ def _engine_of(folder: str) -> str:
 def _to_evaluate(target: str, overrides: Overrides, note: Any) -> tuple[Any, Path | None]:
     """Return the recipe and the checkpoint that `eval` is given, None for the recipe's model."""
     folder = Path(target)
-    if not folder.is_dir():
+    if not folder.is_dir() and folder.suffix != ".gguf":
         return _recipe(target, overrides), None
     above = folder.absolute().parent
     places = (folder, above.parent) if above.name == "checkpoints" else (folder,)
     run = next((place for place in places if (place / "recipe.yaml").is_file()), None)
-    if run is None and (folder / "config.json").is_file():
+    if run is None and (folder.suffix == ".gguf" or (folder / "config.json").is_file()):
         from proxstep.config.loading import resolve
 
         changes = read_overrides(overrides)
