@@ -273,8 +273,8 @@ examples:
   proxstep train arithmetic
   proxstep train arithmetic --algorithm isopo-natural --output_dir runs/natural
   proxstep train gsm8k-isopo --model.name ./my-model --dry-run
-  proxstep train --resume runs/natural               go on after Ctrl-C
-  proxstep train --resume runs/natural --steps 80    and after its end
+  proxstep train --resume runs/natural               # go on after Ctrl-C
+  proxstep train --resume runs/natural --steps 80    # and after its end
   proxstep train arithmetic --engine trl
   proxstep train arithmetic --engine trl --print-command > train.py
 
@@ -284,11 +284,11 @@ Ctrl-C stops after the current step and writes a checkpoint.
 """,
     "eval": """\
 examples:
-  proxstep eval runs/arithmetic                          the newest checkpoint of a run
-  proxstep eval runs/arithmetic/checkpoints/step-000040  one that is named
-  proxstep eval runs/arithmetic --task.difficulty 4      the same on something harder
-  proxstep eval gsm8k-isopo                              a recipe's model, before any training
-  proxstep eval ./my-model --task.name gsm8k             a model's folder
+  proxstep eval runs/arithmetic                          # the newest checkpoint of a run
+  proxstep eval runs/arithmetic/checkpoints/step-000040  # one that is named
+  proxstep eval runs/arithmetic --task.difficulty 4      # the same on something harder
+  proxstep eval gsm8k-isopo                              # a recipe's model, before any training
+  proxstep eval ./my-model --task.name gsm8k             # a model's folder
 """,
     "compare": """\
 examples:
@@ -311,7 +311,7 @@ docs/diagnostics.md says what the figures mean; diagnostics.jsonl holds them all
 """,
     "report": """\
 examples:
-  proxstep report outputs/demo                                a folder of runs
+  proxstep report outputs/demo                              # a folder of runs
   proxstep report runs/a runs/b --output ab.html --figure ab.png
 """,
     "toy": """\
