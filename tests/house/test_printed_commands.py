@@ -30,7 +30,8 @@ SMALL = [
 
 def lines_of(text: str) -> list[list[str]]:
     """The words of each line, up to a remark or a redirection."""
-    lines = (shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines())
+    calls = re.findall(r"^ *((?:proxstep|\S*python) .*)", text.replace("\\\n", " "), re.MULTILINE)
+    lines = (shlex.split(call, comments=True) for call in calls)
     return [list(takewhile(lambda word: not word.startswith(">"), words)) for words in lines]
 
 

@@ -94,7 +94,9 @@ def _find_files(part: Any, folder: Path) -> None:
         return
     for section, names in (("task", ("train", "validation", "rewards")), ("model", ("name",))):
         values = part.get(section)
-        for name in names if isinstance(values, dict) else ():
+        if not isinstance(values, dict):
+            continue
+        for name in names:
             value = values.get(name)
             if isinstance(value, list):
                 values[name] = [_found(item, folder) for item in value]
