@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, Qwen3Config
 from proxstep.algorithms import ALGORITHMS, Algorithm
 from proxstep.config.explain import describe_keys
 from proxstep.config.loading import load_recipe
+from proxstep.config.names import KEYS_FILE
 from proxstep.runs.schema import FIELDS, PREFIXES
 from proxstep.training.memory import MemoryEstimate, config_of, estimate_memory
 
@@ -60,6 +62,11 @@ def recipe_page() -> str:
         cells = [f"`{key}`", kind, f"`{default}`", text]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def keys_file() -> str:
+    """Return the keys, a line each, as the command line reads them before it imports torch."""
+    return "[\n" + ",\n".join(json.dumps(row) for row in describe_keys()) + "\n]\n"
 
 
 def metrics_page() -> str:
@@ -165,7 +172,8 @@ PAGES = {
 
 
 def main() -> None:
-    """Write every page."""
+    """Write every page, and the keys."""
+    KEYS_FILE.write_text(keys_file(), encoding="utf-8")
     for name, page in PAGES.items():
         (DOCS / name).write_text(page(), encoding="utf-8")
 

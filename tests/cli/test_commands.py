@@ -80,8 +80,8 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for argument, expected in (
-        ("--help", "{train,eval,compare,diagnose,report,toy}"),
-        ("--version", "proxst"),
+        ("--help", "{train,eval,compare,diagnose,report,toy,recipes,init,doctor,completion}"),
+        ("--version", "proxstep 0"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main([argument])
@@ -115,7 +115,7 @@ def test_train_eval_report_and_again(capsys: pytest.CaptureFixture[str]) -> None
     assert load_recipe("run/recipe.yaml") == recipe
 
     assert mistake(capsys, "train", "--resume", "run") == (
-        "run: the run is finished, at step 2 of 2"
+        "run: the run is finished, at step 2 of 2; a larger --steps extends it"
     )
 
     printed = run(capsys, "eval", "run", "--output", "scored.jsonl")

@@ -39,7 +39,7 @@ def test_every_command_in_the_head_loads(path: Path) -> None:
     outputs = []
     for command in commands(path):
         assert command[1] in ("train", "compare")
-        assert command[2] == f"recipes/{path.name}"
+        assert command[2] == path.stem
         names, values = command[3::2], command[4::2]
         assert all(name.startswith("--") for name in names), command
         options = dict(zip(names, values, strict=True))

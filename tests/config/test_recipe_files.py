@@ -109,7 +109,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
     with pytest.raises(ProxstepError) as caught:
         load_recipe(path)
     what = "no such recipe file" if name else "a folder, not a recipe file"
-    assert str(caught.value) == f"{path}: {what}; recipes/ has examples"
+    assert str(caught.value) == f"{path}: {what}; proxstep recipes lists examples"
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> None:

@@ -62,7 +62,10 @@ def test_unknown_keys_of_every_objective(objective: str) -> None:
 
 def test_a_key_of_another_objective_is_unknown() -> None:
     message = mistake({"algorithm": "reinforce"}, objective={"mu": 1.0})
-    assert message == "unknown key objective.mu (known here: name, advantage, loss_agg_mode)"
+    here = "(known here: name, advantage, loss_agg_mode)"
+    assert message == f"unknown key objective.mu; it belongs to opo, gopo {here}"
+    message = mistake({"algorithm": "grpo"}, alpha=0.2)
+    assert message.startswith("unknown key alpha; did you mean model.lora.alpha or objective.alpha")
 
 
 def test_several_mistakes_come_in_one_message() -> None:
@@ -154,7 +157,7 @@ def test_no_key_takes_just_anything(objective: str, key: str, value: Any) -> Non
         ("model.name", None, "input should be a valid string, got None"),
         ("model.lora", 16, "expected keys and values, got 16"),
         ("task.difficulty", 9, "input should be less than or equal to 5, got 9"),
-        ("task.rewards", "exact_match", "input should be a valid list, got 'exact_match'"),
+        ("task.rewards", 3, "input should be a valid list, got 3"),
         ("rollout.top_p", 1.5, "input should be less than or equal to 1, got 1.5"),
         ("geometry.decay", 1, "input should be less than 1, got 1"),
         ("model", "gpt2", "expected keys and values, got 'gpt2'"),

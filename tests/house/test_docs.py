@@ -15,6 +15,7 @@ from tests.isopo.test_install import IDS, TOKENS, log_probs
 from tests.models import tiny_qwen3
 
 from proxstep.cli import arguments as cli
+from proxstep.config.names import KEYS_FILE
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,6 +73,7 @@ def test_reference_pages_are_current() -> None:
     spec.loader.exec_module(module)
     for name, page in module.PAGES.items():
         assert (ROOT / "docs" / name).read_text() == page(), f"run make reference: {name}"
+    assert KEYS_FILE.read_text() == module.keys_file(), "run make reference: keys.json"
 
 
 def test_recipes_that_are_named_exist() -> None:

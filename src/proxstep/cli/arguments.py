@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from proxstep import __version__
-from proxstep.errors import ProxstepError
+from proxstep.config.names import described_keys, task_names
+from proxstep.errors import ProxstepError, did_you_mean
 
 ENGINES = {
     "local": "proxstep.training.lifecycle",
@@ -17,6 +18,8 @@ ENGINES = {
 """Modules with `train` and `resume`, by the engine's name; but for local also with `command`. The
 others need the package of their name.
 """
+SHELLS = ("bash", "zsh")
+"""What `completion` knows."""
 TAKES_KEYS = {"train", "eval", "compare"}
 """The commands after which any key of a recipe can follow."""
 
@@ -75,7 +78,11 @@ def split_keys(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
             continue
         if not equals:
             if not waiting:
-                raise ProxstepError(f"{word} has no value; recipe keys are written --key value")
+                keys = {key.partition(" ")[0] for key, _, _, _ in described_keys()}
+                guess = "" if word[2:] in keys else did_you_mean(word, takes_value)
+                raise ProxstepError(
+                    f"{word} has no value{guess}; recipe keys are written --key value"
+                )
             value = waiting.pop(0)
         pairs.append((option[2:], value))
     return own, pairs
@@ -87,7 +94,9 @@ def make_parser() -> Parser:
         prog="proxstep",
         description="Proximal policy steps for language models: ISOPO, OPO and their baselines.",
     )
-    parser.add_argument("--version", action="version", version=f"proxstep {__version__}")
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="the versions of proxstep, torch and engines"
+    )
     parser.add_commands(
         "command",
         {
@@ -97,12 +106,16 @@ def make_parser() -> Parser:
             "diagnose": "say what the geometry did to the gradient of a run",
             "report": "write a page with the curves of runs",
             "toy": "compute a small experiment exactly",
+            "recipes": "list the recipes that come with proxstep",
+            "init": "write a commented recipe for a task",
+            "doctor": "say what is installed, and what each engine would miss",
+            "completion": "print what makes a shell complete these commands",
         },
     )
     commands = parser.commands
     _add_train(commands["train"])
     evaluate = commands["eval"]
-    evaluate.add_argument("target", help="a run folder, or a recipe")
+    evaluate.add_argument("target", help="a run, a checkpoint, a model's folder, or a recipe")
     evaluate.add_argument("--output", type=Path, help="write the completions to this JSONL file")
     _add_compare(commands["compare"])
     diagnose = commands["diagnose"]
@@ -115,11 +128,25 @@ def make_parser() -> Parser:
     )
     _add_files(report)
     _add_toys(commands["toy"])
+    init = commands["init"]
+    init.add_argument("task", choices=task_names(), help="task.name; table for data of your own")
+    init.add_argument("--output", type=Path, metavar="FILE", help="default: TASK.yaml, here")
+    commands["completion"].add_argument("shell", choices=SHELLS)
     return parser
 
 
+class _Version(argparse.Action):
+    """Prints the versions; they take time to find, so nothing else looks for them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from proxstep.cli.installed import versions
+
+        sys.stdout.write(f"{versions()}\n")
+        parser.exit()
+
+
 def _add_train(train: Parser) -> None:
-    train.add_argument("recipe", nargs="?", help="a YAML file; recipes/ has examples")
+    train.add_argument("recipe", nargs="?", help="a YAML file, or a name of proxstep recipes")
     train.add_argument(
         "--engine",
         choices=list(ENGINES),
@@ -131,7 +158,11 @@ def _add_train(train: Parser) -> None:
         help="print what runs the recipe without us: a script (trl), a command line (verl)",
     )
     train.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe")
-    train.add_argument("--resume", metavar="RUN", help="continue a run from its newest checkpoint")
+    train.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="continue a run from its newest checkpoint; with --steps N to more steps than it had",
+    )
     train.add_argument(
         "--overwrite", action="store_true", help="delete the run in the output folder"
     )
@@ -139,7 +170,7 @@ def _add_train(train: Parser) -> None:
 
 
 def _add_compare(compare: Parser) -> None:
-    compare.add_argument("recipe", help="a YAML file")
+    compare.add_argument("recipe", help="a YAML file, or a name of proxstep recipes")
     compare.add_argument("--algorithms", required=True, help="names, separated by commas")
     compare.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)"
@@ -225,14 +256,33 @@ Any key of the recipe can follow as --key value, with dots for sections and YAML
 `proxstep train --keys` lists all of them with their defaults.
 """
 EXAMPLES = {
+    "recipes": """\
+examples:
+  proxstep recipes
+""",
+    "init": """\
+examples:
+  proxstep init arithmetic
+  proxstep init table --output mine.yaml
+""",
+    "doctor": """\
+examples:
+  proxstep doctor
+""",
+    "completion": """\
+examples:
+  proxstep completion bash >> ~/.bashrc
+  proxstep completion zsh >> ~/.zshrc
+""",
     "train": """\
 examples:
-  proxstep train recipes/arithmetic.yaml
-  proxstep train recipes/arithmetic.yaml --algorithm isopo-natural --output_dir runs/natural
-  proxstep train recipes/gsm8k-isopo.yaml --model.name ./my-model --dry-run
-  proxstep train --resume runs/natural
-  proxstep train recipes/arithmetic.yaml --engine trl
-  proxstep train recipes/arithmetic.yaml --engine trl --print-command > train.py
+  proxstep train arithmetic
+  proxstep train arithmetic --algorithm isopo-natural --output_dir runs/natural
+  proxstep train gsm8k-isopo --model.name ./my-model --dry-run
+  proxstep train --resume runs/natural               # go on after Ctrl-C
+  proxstep train --resume runs/natural --steps 80    # and after its end
+  proxstep train arithmetic --engine trl
+  proxstep train arithmetic --engine trl --print-command > train.py
 
 The run folder holds recipe.yaml (every value resolved), metrics.jsonl, samples.jsonl and
 checkpoints/, whose newest `transformers.AutoModelForCausalLM.from_pretrained` loads.
@@ -240,15 +290,17 @@ Ctrl-C stops after the current step and writes a checkpoint.
 """,
     "eval": """\
 examples:
-  proxstep eval runs/arithmetic                      the newest checkpoint of a run
-  proxstep eval recipes/gsm8k-isopo.yaml                   a recipe's model, before any training
-  proxstep eval runs/arithmetic --task.difficulty 4  the same checkpoint on something harder
+  proxstep eval runs/arithmetic                          # the newest checkpoint of a run
+  proxstep eval runs/arithmetic/checkpoints/step-000040  # one that is named
+  proxstep eval runs/arithmetic --task.difficulty 4      # the same on something harder
+  proxstep eval gsm8k-isopo                              # a recipe's model, before any training
+  proxstep eval ./my-model --task.name gsm8k             # a model's folder
 """,
     "compare": """\
 examples:
-  proxstep compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --seeds 3
-  proxstep compare recipes/arithmetic.yaml --algorithms isopo,isopo+opo --seeds 5 --steps 80
-  proxstep compare recipes/arithmetic.yaml --algorithms grpo,opo --seeds 5 \\
+  proxstep compare arithmetic --algorithms reinforce,grpo,isopo,opo --seeds 3
+  proxstep compare arithmetic --algorithms isopo,isopo+opo --seeds 5 --steps 80
+  proxstep compare arithmetic --algorithms grpo,opo --seeds 5 \\
     --vary optimizer.learning_rate=3e-5,1e-4,3e-4
 
 The output folder holds the plan, plan.yaml. The same command again goes on where a comparison was
@@ -258,14 +310,14 @@ learning rate tuned for it, go under the recipe's key per_algorithm; the report 
 """,
     "diagnose": """\
 examples:
-  proxstep train recipes/arithmetic.yaml --algorithm isopo --geometry.diagnose_every 10
+  proxstep train arithmetic-isopo --geometry.diagnose_every 10
   proxstep diagnose runs/arithmetic-isopo
 
 docs/diagnostics.md says what the figures mean; diagnostics.jsonl holds them all.
 """,
     "report": """\
 examples:
-  proxstep report outputs/demo                                a folder of runs
+  proxstep report outputs/demo                              # a folder of runs
   proxstep report runs/a runs/b --output ab.html --figure ab.png
 """,
     "toy": """\

@@ -1,4 +1,7 @@
-"""The `proxstep` command: train, eval, compare, diagnose, report, toy."""
+"""The `proxstep` command: train, eval, compare, diagnose, report, toy.
+
+What needs torch is imported once nothing is wrong with what was typed.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from proxstep.cli.arguments import ENGINES, make_parser, split_keys
+from proxstep.cli.first_steps import LIGHT
+from proxstep.config.names import check_names, described_keys
+from proxstep.config.reading import read_overrides, read_recipe
 from proxstep.errors import ProxstepError
 
 Overrides = list[tuple[str, str]]
@@ -38,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ProxstepError(
                 f"{unexpected[0]!r} is not expected here; see proxstep {arguments.command} --help"
             )
+        if arguments.command in LIGHT:
+            return LIGHT[arguments.command](arguments)
         for package in ("pydantic", "ruamel", "rich", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise ProxstepError(f'{package} is missing: pip install "proxstep[train]"')
@@ -60,31 +68,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _train(arguments: Namespace, overrides: Overrides, console: Any) -> int:
-    from proxstep.config.loading import dump_recipe, load_recipe
-    from proxstep.runs.console import make_progress
+def _recipe(name: str, overrides: Overrides) -> Any:
+    """Return a recipe; a name in it that does not exist is found before torch is imported."""
+    check_names(*read_recipe(name, overrides))
+    from proxstep.config.loading import load_recipe
 
+    return load_recipe(name, overrides)
+
+
+def _train(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     if arguments.keys:
         _print_keys(console)
         return 0
-    progress = make_progress(console)
     if arguments.resume:
-        given = (arguments.recipe, overrides, arguments.engine)
+        given = (arguments.recipe, arguments.engine, {key for key, _ in overrides} - {"steps"})
         if any((*given, arguments.dry_run, arguments.print_command, arguments.overwrite)):
-            raise ProxstepError("--resume continues a run by its own recipe: give nothing else")
+            raise ProxstepError(
+                "--resume continues a run by its own recipe: give nothing else but --steps"
+            )
+        from proxstep.runs.console import make_progress
+        from proxstep.runs.folder import RunFolder
+
+        progress = make_progress(console)
         folder = arguments.resume
+        if overrides:
+            RunFolder(folder).extend(overrides)
         engine = _engine(_engine_of(folder))
         begin = lambda: engine.resume(folder, progress)  # noqa: E731
     else:
         if not arguments.recipe:
-            raise ProxstepError("which recipe? Try proxstep train recipes/arithmetic.yaml")
+            raise ProxstepError("which recipe? Try proxstep train arithmetic")
         name = arguments.engine or "local"
         if arguments.print_command and name == "local":
             raise ProxstepError(
                 "--print-command is for the engines that can run without us: add --engine trl or "
                 "--engine verl"
             )
-        recipe = load_recipe(arguments.recipe, overrides)
+        recipe = _recipe(arguments.recipe, overrides)
+        from proxstep.config.loading import dump_recipe
+        from proxstep.runs.console import make_progress
+
+        progress = make_progress(console)
         engine = _engine(name)
         if arguments.dry_run or arguments.print_command:
             command = "" if name == "local" else engine.command(recipe)  # or says what it cannot do
@@ -127,21 +151,43 @@ def _engine_of(folder: str) -> str:
     return name
 
 
+def _to_evaluate(target: str, overrides: Overrides, note: Any) -> tuple[Any, Path | None]:
+    """Return the recipe and the checkpoint that `eval` is given, None for the recipe's model."""
+    folder = Path(target)
+    if not folder.is_dir() and folder.suffix != ".gguf":
+        return _recipe(target, overrides), None
+    above = folder.absolute().parent
+    places = (folder, above.parent) if above.name == "checkpoints" else (folder,)
+    run = next((place for place in places if (place / "recipe.yaml").is_file()), None)
+    if run is None and (folder.suffix == ".gguf" or (folder / "config.json").is_file()):
+        from proxstep.config.loading import resolve
+
+        changes = read_overrides(overrides)
+        data = {"algorithm": "reinforce", "model": {"name": str(folder.absolute())}}
+        check_names(data, changes, target)
+        return resolve(data, changes, target), None
+    if run is None:
+        raise ProxstepError(
+            f"{target}: not a run folder, it has no recipe.yaml, nor a model's, it has no "
+            "config.json"
+        )
+    recipe = _recipe(str(run / "recipe.yaml"), overrides)
+    from proxstep.runs.checkpoint import damage, latest_checkpoint
+
+    if run == folder:
+        return recipe, latest_checkpoint(folder, note)
+    if complaint := damage(folder):
+        raise ProxstepError(f"{folder} is damaged: {complaint}; name another checkpoint of its run")
+    return recipe, folder
+
+
 def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
-    from proxstep.config.loading import load_recipe
-    from proxstep.runs.checkpoint import latest_checkpoint
+    recipe, checkpoint = _to_evaluate(arguments.target, overrides, console.out)
     from proxstep.runs.console import make_progress
     from proxstep.runs.folder import check_file
     from proxstep.training import lifecycle
     from proxstep.training.evaluation import truncation_note
 
-    checkpoint = None
-    if Path(arguments.target).is_dir():
-        lifecycle.load_run_recipe(arguments.target)
-        recipe = load_recipe(Path(arguments.target) / "recipe.yaml", overrides)
-        checkpoint = latest_checkpoint(Path(arguments.target), console.out)
-    else:
-        recipe = load_recipe(arguments.target, overrides)
     if arguments.output:
         check_file(arguments.output, "--output")
     progress = make_progress(console)
@@ -177,6 +223,10 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
 
 
 def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
+    names = _algorithms(arguments.algorithms)
+    data, changes, source = read_recipe(arguments.recipe, overrides)
+    for name in names:
+        check_names(data, {**changes, "algorithm": name}, source)
     from proxstep.lab.compare import clear, run_plan
     from proxstep.lab.plan import parse_budget
     from proxstep.runs.console import make_progress
@@ -185,7 +235,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.training import lifecycle
     from proxstep.training.models import pick_device
 
-    plan = _plan(arguments, overrides)
+    plan = _plan(arguments, overrides, names)
     budget = parse_budget(arguments.budget) if arguments.budget else None
     output: Path = arguments.output
     check_folder(output, "--output")
@@ -211,12 +261,16 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     return _summarize(paths, output / "report.html", arguments, console)
 
 
-def _plan(arguments: Namespace, overrides: Overrides) -> Any:
-    from proxstep.lab.plan import Plan, parse_vary
-
-    names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
+def _algorithms(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ProxstepError("--algorithms needs distinct names, separated by commas")
+    return names
+
+
+def _plan(arguments: Namespace, overrides: Overrides, names: list[str]) -> Any:
+    from proxstep.lab.plan import Plan, parse_vary
+
     for name, least in (("seeds", 1), ("jobs", 1), ("add_seeds", 0)):
         number = getattr(arguments, name)
         if number is not None and number < least:
@@ -326,9 +380,7 @@ FIGURE_TYPES = (".png", ".svg", ".pdf")
 
 
 def _print_keys(console: Any) -> None:
-    from proxstep.config.explain import describe_keys
-
-    for key, kind, default, text in describe_keys():
+    for key, kind, default, text in described_keys():
         console.out(f"--{key}  ({kind}; default {default})", highlight=False)
         console.out(textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    "))
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from proxstep.algorithms import ALGORITHMS
+from proxstep.config.names import did_you_mean_choice, unknown_key
 from proxstep.config.objectives import section_of
 from proxstep.config.recipe import Recipe
-from proxstep.errors import did_you_mean, shown
+from proxstep.errors import shown
 
 
 def describe_keys() -> Iterator[tuple[str, str, str, str]]:
@@ -83,16 +84,15 @@ def explain(error: ValidationError, source: str, recipe: type[BaseModel] = Recip
         key = ".".join(place)
         problem = str(detail["msg"]).removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
-            names = list(_names_at([str(part) for part in detail["loc"][:-1]], recipe))
-            guess = _elsewhere(place[-1], recipe) or did_you_mean(place[-1], names)
-            lines[key] = f"unknown key {key}{guess} (known here: {', '.join(names)})"
+            here = _names_at([str(part) for part in detail["loc"][:-1]], recipe)
+            lines[key] = unknown_key(key, place[-1], here, _dotted(recipe), _owners())
         elif not key:
             lines[key] = problem
         elif detail["type"] in ("model_type", "model_attributes_type", "union_tag_not_found"):
             lines[key] = f"{key}: expected keys and values, got {shown(detail['input'])}"
         else:
             problem = f"{problem[0].lower()}{problem[1:]}"
-            got = f", got {shown(detail['input'])}{_hint(detail['type'], detail['input'])}"
+            got = f", got {shown(detail['input'])}{_hint(detail)}"
             if detail["type"] == "literal_error" and lines.get(key, "").endswith(got):
                 lines[key] = lines[key].removesuffix(got) + f", or {problem}{got}"
             else:
@@ -100,10 +100,13 @@ def explain(error: ValidationError, source: str, recipe: type[BaseModel] = Recip
     return f"{source}: " + "\n  ".join(lines.values())
 
 
-def _elsewhere(name: str, recipe: type[BaseModel]) -> str:
-    """Return "; did you mean SECTION.NAME?" where other sections have a key of that name."""
-    found = [key for key in _dotted(recipe) if key.rpartition(".")[2] == name]
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+def _owners() -> dict[str, list[str]]:
+    """Return which objectives have each key of their section."""
+    owners: dict[str, list[str]] = {}
+    for name, algorithm in ALGORITHMS.items():
+        for key in algorithm.keys:
+            owners.setdefault(key, []).append(name)
+    return owners
 
 
 def _dotted(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -113,8 +116,11 @@ def _dotted(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _dotted(below, f"{prefix}{name}.")
 
 
-def _hint(kind: str, value: Any) -> str:
-    """Return what YAML 1.2 calls a word of YAML 1.1 or Python."""
+def _hint(detail: Any) -> str:
+    """Return the choice that may be meant, or what YAML 1.2 calls a word of YAML 1.1 or Python."""
+    kind, value = detail["type"], detail["input"]
+    if kind == "literal_error":
+        return did_you_mean_choice(value, re.findall("'([^']*)'", detail["ctx"]["expected"]))
     word = value.lower() if isinstance(value, str) else ""
     if kind == "bool_type" and word in ("on", "yes", "y"):
         return "; YAML 1.2 writes true"

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from proxstep.algorithms import ALGORITHMS
 from proxstep.config.explain import explain
+from proxstep.config.names import unknown_algorithm
+from proxstep.config.reading import read_recipe
 from proxstep.config.recipe import (
     Recipe,
     algorithm_names,
@@ -19,15 +21,15 @@ from proxstep.config.recipe import (
     undefined_composition,
 )
 from proxstep.config.sections import BUILTIN_MODELS
-from proxstep.config.yamlfile import dump_yaml, parse_yaml, read_yaml
-from proxstep.errors import ProxstepError, did_you_mean
+from proxstep.config.yamlfile import dump_yaml
+from proxstep.errors import ProxstepError
 
 
 def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read a recipe, apply command-line overrides and check everything.
 
     Args:
-        path: A YAML file.
+        path: A YAML file, or the name of one of our recipes.
         overrides: Pairs of a dotted key and a YAML value, such as ("optimizer.learning_rate",
             "1e-5").
 
@@ -37,11 +39,7 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     Raises:
         ProxstepError: One message for whatever is wrong, naming file, key and remedy.
     """
-    path = Path(path)
-    changes: dict[str, Any] = {}
-    for key, text in overrides:
-        _set(changes, key, parse_yaml(text, f"--{key}"))
-    return resolve(read_yaml(path), changes, source=str(path))
+    return resolve(*read_recipe(path, overrides))
 
 
 def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> Recipe:
@@ -71,11 +69,7 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
     for name in (algorithm, *per_algorithm):
         if meaning_of(str(name)) is None:
             where = "algorithm" if name == algorithm else "per_algorithm"
-            guess = did_you_mean(str(name), algorithm_names())
-            raise ProxstepError(
-                f"{source}: {where} {name!r} is not known{guess}; choose one of "
-                f"{', '.join(algorithm_names())}, or RULE+OBJECTIVE such as isopo+opo"
-            )
+            raise ProxstepError(f"{source}: {unknown_algorithm(name, algorithm_names(), where)}")
     merged = meaning = meaning_of(str(algorithm)) or {}
     for name, part in per_algorithm.items():
         _check_part(str(name), part or {}, source)
@@ -176,16 +170,6 @@ def _without_empty_sections(part: Any) -> Any:
         or key not in Recipe.model_fields
         or Recipe.model_fields[key].annotation in (int, str)  # a value, not a heading
     }
-
-
-def _set(target: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        below = target.setdefault(section, {})
-        if not isinstance(below, dict):
-            raise ProxstepError(f"--{key}: {section} was given a value already")
-        target = below
-    target[last] = value
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any], source: str) -> dict[str, Any]:

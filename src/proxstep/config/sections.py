@@ -203,7 +203,7 @@ class TaskSection(Section):
         min_length=1,
         description="Reward functions: numeric_answer, exact_match, math_verify, run_code_tests "
         "(which runs what the model wrote, in a sandbox) or FILE.py:FUNCTION with TRL's signature; "
-        "null for the task's own. The first is the validation score.",
+        "one may be written as a text; null for the task's own. The first is the validation score.",
     )
     reward_weights: list[float] | None = Field(
         default=None, description="One per reward; null for 1."
@@ -214,6 +214,13 @@ class TaskSection(Section):
         description="Longest time that one call of a reward function may take; then the run ends "
         "with an error that names it.",
     )
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _one_reward(cls, value: Any) -> Any:
+        """Take a text for a list of one; null's other names stay mistakes."""
+        text = isinstance(value, str) and value.lower() not in ("none", "nil")
+        return [value] if text else value
 
 
 class RolloutSection(Section):

@@ -75,9 +75,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ProxstepError: Naming the file and, where it is known, the line.
     """
     if path.is_dir():
-        raise ProxstepError(f"{path}: a folder, not a recipe file; recipes/ has examples")
+        raise ProxstepError(f"{path}: a folder, not a recipe file; proxstep recipes lists examples")
     if not path.is_file():
-        raise ProxstepError(f"{path}: no such recipe file; recipes/ has examples")
+        raise ProxstepError(f"{path}: no such recipe file; proxstep recipes lists examples")
     try:
         data = _load(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:

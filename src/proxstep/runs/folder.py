@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import proxstep
-from proxstep.config.loading import dump_recipe, with_absolute_paths
+from proxstep.config.loading import dump_recipe, load_recipe, with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.runs.durable import sha256, sync, write_file
@@ -119,6 +119,26 @@ class RunFolder:
             }
         )
         write_file(self.path / "recipe.yaml", dump_recipe(with_absolute_paths(recipe)).encode())
+
+    def extend(self, overrides: Sequence[tuple[str, str]]) -> None:
+        """Give the run more steps, for a later resume.
+
+        Args:
+            overrides: One pair, ("steps", how many from the run's beginning).
+
+        Raises:
+            ProxstepError: The folder holds no run, or its run has as many steps already.
+        """
+        file = self.path / "recipe.yaml"
+        if not file.is_file():
+            raise ProxstepError(f"{self.path}: not a run folder, it has no recipe.yaml")
+        with self.locked():
+            steps, recipe = load_recipe(file).steps, load_recipe(file, overrides)
+            if recipe.steps < steps:
+                raise ProxstepError(
+                    f"--steps {recipe.steps}: the run in {self.path} has {steps} steps; give more"
+                )
+            write_file(file, dump_recipe(recipe).encode())
 
     def check_room(self, model: nn.Module) -> None:
         """Refuse a disk on which what a model trains does not fit once.

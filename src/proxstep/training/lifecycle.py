@@ -89,7 +89,8 @@ def resume(path: str | Path, progress: Progress) -> str:
                 folder.conclude("finished")
                 return "finished"
             raise ProxstepError(
-                f"{path}: the run is finished, at step {state['step']} of {recipe.steps}"
+                f"{path}: the run is finished, at step {state['step']} of {recipe.steps}; a larger "
+                "--steps extends it"
             )
         if changed := _changed_keys(state["recipe"], recipe.model_dump()):
             progress.note(f"recipe.yaml is not what the run wrote: {'; '.join(changed)}")

@@ -1,0 +1,72 @@
+"""What is installed: versions, and what an extra of ours would miss."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
+
+import proxstep
+
+ENGINE_EXTRAS = {"local": "train", "trl": "trl", "verl": "verl", "vllm": "vllm"}
+"""By what is to run, vllm being `rollout.engine vllm`: the extra that it needs."""
+_BUILT_ON = ("torch", "transformers", "trl", "verl")
+
+
+def versions() -> str:
+    """Return the versions of proxstep and of what it builds on."""
+    found = ", ".join(f"{name} {installed(name) or 'not installed'}" for name in _BUILT_ON)
+    return f"proxstep {proxstep.__version__} ({found})"
+
+
+def missing_for(extra: str) -> list[str]:
+    """Return what an extra of ours asks for and is not there, each in words.
+
+    >>> missing_for("no-such-extra")
+    []
+    """
+    found = []
+    for name, wanted, of in map(_parsed, requires("proxstep") or ()):
+        if of != extra:
+            continue
+        if name == "proxstep":
+            below = re.findall(r"\[(.*)\]", wanted)
+            found += [text for part in below[0].split(",") for text in missing_for(part)]
+        elif (has := installed(name)) is None:
+            found.append(f"{name} is missing")
+        elif not _fits(has, wanted):
+            found.append(f"{name} {has} is not {wanted}")
+    return list(dict.fromkeys(found))
+
+
+def _parsed(requirement: str) -> tuple[str, str, str]:
+    """Return the package, what is wanted of it, and the extra that wants it."""
+    wanted, _, marker = requirement.partition(";")
+    name, rest = re.match(r"([\w.-]+)(.*)", wanted.strip()).groups()  # type: ignore[union-attr]
+    of = re.search(r"extra == ['\"]([\w-]+)", marker)
+    return name, rest.strip(), of.group(1) if of else ""
+
+
+def _fits(found: str, wanted: str) -> bool:
+    from packaging.specifiers import SpecifierSet  # transformers needs it itself
+
+    return SpecifierSet(wanted).contains(found, prereleases=True)
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package, None where it is missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def device() -> str:
+    """Return what `device auto` is here; imports torch."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return f"device auto: cuda ({', '.join(names)})"
+    if torch.backends.mps.is_available():
+        return "device auto: mps"
+    return "device auto: cpu; torch sees no accelerator"
