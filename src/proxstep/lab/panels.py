@@ -109,7 +109,7 @@ _ESCORT = (
     ),
     Chart(
         "objective/frac_negative_target",
-        "Targets below zero probability",
+        "Impossible targets",
         "share",
         "Share of the completions whose target is less than probability 0; raise mu where it is "
         "not small.",
@@ -120,7 +120,7 @@ _ESCORT = (
 _GEOMETRY = (
     Chart(
         "geometry/weight_spread",
-        "Spread of the weights",
+        "Weight spread",
         "std / mean",
         "How unevenly the rule weighs the sequences, mean over layers; 0 is REINFORCE up to a "
         "factor.",
@@ -135,9 +135,9 @@ _GEOMETRY = (
     ),
     Chart(
         "geometry/ntk_off_diagonal",
-        "Interaction of the sequences",
+        "Interaction",
         "share",
-        "Share of the kernel off its diagonal, mean over layers; near 0 the sequences do not "
+        "Share of the sequences' kernel off its diagonal, mean over layers; near 0 they do not "
         "interact.",
         from_zero=True,
     ),
@@ -146,7 +146,7 @@ _GEOMETRY = (
 _LAYERS = (
     Chart(
         "grad_share",
-        "Share of the gradient by layer",
+        "Gradient share by layer",
         "share",
         "Share of the transformed gradient's squared norm in each parameter: where the update "
         "happens.",
@@ -154,25 +154,26 @@ _LAYERS = (
     ),
     Chart(
         "weight_spread",
-        "Spread of the weights by layer",
+        "Weight spread by layer",
         "std / mean",
         "How unevenly the rule weighs the sequences in each parameter.",
         from_zero=True,
     ),
     Chart(
         "cosine_to_reinforce",
-        "Cosine to REINFORCE by layer",
+        "Cosine by layer",
         "cosine",
-        "How far the rule turns the gradient within each parameter; 1 is not at all.",
+        "How far the rule turns the gradient within each parameter away from REINFORCE's; 1 is not "
+        "at all.",
     ),
 )
 
 _SCALE = Chart(
     "kl_budget/scale",
-    "Share of the step that was taken",
+    "Scale of a step",
     "share",
-    "1 is the optimizer's own step, below it the KL budget held; near 0 all along, the learning "
-    "rate is far too large.",
+    "The share of the optimizer's step that was taken; below 1 the KL budget held it back, and "
+    "near 0 all along the learning rate is far too large.",
     from_zero=True,
 )
 
@@ -248,7 +249,7 @@ def panel_groups(comparison: Comparison) -> list[PanelGroup]:
 
 
 def drawn_runs(comparison: Comparison) -> list[Run]:
-    """Return the runs that are drawn: of all, or of the algorithms with the highest final scores."""
+    """Return the runs of all algorithms, or of those with the highest final scores if many."""
     names = list(comparison.chosen)
     if len(names) > MOST_CURVES:
         finals = {row.algorithm: row.final.value for row in comparison.settings[0].standings}
@@ -284,9 +285,7 @@ def _with_band(algorithm: str, spreads: dict[int, Spread], band: bool) -> Curve:
     )
 
 
-def _panel(
-    chart: Chart, x_label: str, curves: list[Curve], x_names: Iterable[str] = ()
-) -> Panel:
+def _panel(chart: Chart, x_label: str, curves: list[Curve], x_names: Iterable[str] = ()) -> Panel:
     values = [v for c in curves for v in (*c.y, *c.low, *c.high) if isfinite(v)]
     log = chart.may_be_log and bool(values)
     log = log and 0 < _LOG_SCALE_ABOVE_RATIO * min(values) < max(values)
@@ -325,7 +324,9 @@ def _frontier(comparison: Comparison) -> list[Panel]:
 def _layer_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return the last diagnosed step by parameter, the mean over the seeds that have one."""
     last = {id(run): rows[-1] for run in runs if (rows := load_diagnostics(run))}
-    layers = {key: {layer["name"]: layer for layer in row.get("layers", [])} for key, row in last.items()}
+    layers = {
+        key: {layer["name"]: layer for layer in row.get("layers", [])} for key, row in last.items()
+    }
     names = list(dict.fromkeys(name for found in layers.values() for name in found))
     panels = []
     for chart in _LAYERS:
@@ -363,7 +364,7 @@ def _budget_panels(runs: Sequence[Run]) -> list[Panel]:
             f"KL of a step of {algorithm}",
             f"nats per {members[0].recipe.get('update', {}).get('kl_budget_per', 'sequence')}",
             "Thin: what was predicted of the step as it was taken, predicted times scale squared. "
-            "Thick, where update.kl_control measures it: what the step did, or with `corrected` "
+            "Thick, where update.kl_control measures it: what the step did, or, if it is corrected, "
             "the step before. Look for the two at one height.",
             from_zero=True,
             may_be_log=True,

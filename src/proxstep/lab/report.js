@@ -3,7 +3,7 @@
 // The numbers are those of the paths; the rules of the axes are svg.py's.
 (() => {
   const WIDTH = 400, LEFT = 48, TOP = 24, PLOT_WIDTH = 346, PLOT_HEIGHT = 206;
-  const NUM_TICKS = 5, LEAST_DRAG = 8;
+  const NUM_TICKS = 6, LEAST_DRAG = 8;
   const hidden = new Set();
 
   function make(tag, attributes = {}, text = "") {
@@ -91,11 +91,11 @@
 
     addTools(figure) {
       const tools = make("div", { class: "tools" });
-      this.all = button("All", `${this.title}: show the whole curve`, () => this.zoomTo(this.whole));
+      this.all = button("All", `All of ${this.title}`, () => this.zoomTo(this.whole));
       this.all.disabled = true;
       tools.append(
-        button("+", `${this.title}: zoom in`, () => this.zoom(0.5)),
-        button("\u2212", `${this.title}: zoom out`, () => this.zoom(2)),
+        button("+", `+ Zoom into ${this.title}`, () => this.zoom(0.5)),
+        button("\u2212", `\u2212 Zoom out of ${this.title}`, () => this.zoom(2)),
         this.all,
       );
       figure.firstElementChild.append(tools);

@@ -1,4 +1,4 @@
-"""How an algorithm is drawn: one color and one dash by its name, on every page and in every figure."""
+"""How an algorithm is drawn: color and dash by its name, on every page and in every figure."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ MOST_POINTS = 250
 """Of a curve; of more, every n-th."""
 _MOST_POINTS_WITH_DOTS = 15
 _LARGEST = 1e30  # browsers keep coordinates in single precision
-_NUM_TICKS = 5
+_NUM_TICKS = 6
 
 Point = tuple[float, ...]
 
@@ -86,7 +86,7 @@ def limits(values: Iterable[float], *, pad: float = 0.05, from_zero: bool = Fals
 
 
 def ticks(axis: Limits, *, whole: bool = False) -> list[float]:
-    """Return about five round numbers on an axis.
+    """Return about six round numbers on an axis.
 
     >>> ticks(Limits(-0.05, 1.05)), ticks(Limits(0, 3), whole=True)
     ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.0, 1.0, 2.0, 3.0])
@@ -125,7 +125,8 @@ def _tick_marks(panel: Panel, x: Limits, y: Limits) -> Iterator[str]:
         yield f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>'
     for tick in ticks(x, whole=not panel.by_run):
         at = LEFT + PLOT_WIDTH * (tick - x.low) / (x.high - x.low)
-        yield f'<text x="{at:.1f}" y="{TOP + PLOT_HEIGHT + 18}" text-anchor="middle">{tick:.6g}</text>'
+        place = f'x="{at:.1f}" y="{TOP + PLOT_HEIGHT + 18}"'
+        yield f'<text {place} text-anchor="middle">{tick:.6g}</text>'
 
 
 class _Paths(NamedTuple):
