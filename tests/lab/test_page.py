@@ -1,10 +1,10 @@
 """The report page in headless Chromium, by scripts/check_page.py, which also runs axe-core."""
 
 import pytest
+from scripts.check_page import BROWSERS, browsing, check, find_browser
 
 from proxstep.lab.report import write_report
 from proxstep.runs.reading import find_runs
-from scripts.check_page import BROWSERS, browsing, check, find_browser
 from tests.lab.conftest import two_evaluations
 
 pytestmark = [

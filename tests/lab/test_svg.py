@@ -126,7 +126,7 @@ def test_what_was_measured_has_its_figures(make_run):
     layers = [{"name": n, "grad_share": 0.5, "weight_spread": None} for n in ("first", "second")]
     write_lines(folder / "diagnostics.jsonl", [{"step": 1, "layers": layers}])
     groups = {g.title: g.panels for g in panel_groups(compare_runs([load_run(folder)]))}
-    assert [panel.title for panel in groups["Curves"]][0] == "Score against KL"
+    assert groups["Curves"][0].title == "Score against KL"
     assert [panel.title for panel in groups["Escort weights"]] == ["Largest escort weight"]
     (shares,) = groups["Per-layer geometry"]
     assert (shares.x_names, shares.curves[0].y) == (("first", "second"), [0.5, 0.5])

@@ -364,7 +364,7 @@ def _budget_panels(runs: Sequence[Run]) -> list[Panel]:
             f"KL of a step of {algorithm}",
             f"nats per {members[0].recipe.get('update', {}).get('kl_budget_per', 'sequence')}",
             "Thin: what was predicted of the step as it was taken, predicted times scale squared. "
-            "Thick, where update.kl_control measures it: what the step did, or, if it is corrected, "
+            "Thick, where update.kl_control measures it: what the step did, or, with corrected, "
             "the step before. Look for the two at one height.",
             from_zero=True,
             may_be_log=True,

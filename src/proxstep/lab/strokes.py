@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 from proxstep.config.recipe import algorithm_names
@@ -21,6 +21,7 @@ _DASHES: tuple[tuple[float, ...], ...] = (
     (1.0, 1.6),
     (6.0, 1.6, 1.0, 1.6),
     (6.0, 1.6, 1.0, 1.6, 1.0, 1.6),
+    (10.0, 2.0),
 )
 # What is compared most often has colors of its own and solid lines.
 _FIRST = ("reinforce", "grpo", "isopo", "opo", "isopo+opo", "dapo", "gspo")
@@ -44,7 +45,7 @@ class Stroke(NamedTuple):
         return COLORS[self.place]
 
     @property
-    def matplotlib(self) -> dict[str, object]:
+    def matplotlib(self) -> dict[str, Any]:
         """The keywords of matplotlib's `plot`."""
         return {"color": self.color, "linestyle": (0, self.dash) if self.dash else "-"}
 
@@ -60,22 +61,16 @@ def strokes(algorithms: Iterable[str]) -> dict[str, Stroke]:
     """
     everything = [Stroke(place, dash) for dash in _DASHES for place in range(len(COLORS))]
     number = len(everything)
+    known = dict.fromkeys((*_FIRST, *_OF_THE_TOYS, *algorithm_names()))
+    places = {name: place for place, name in enumerate(known)}
+    names = list(dict.fromkeys(algorithms))
     found: dict[str, Stroke] = {}
-    for name in algorithms:
-        if name in found:
-            continue
-        start, stride = _start(name)
+    for name in sorted(names, key=lambda name: name not in places):
+        family = name if name in places else name.partition(",")[0].partition(" ")[0]
+        of_family = family in places
+        start = places[family] if of_family else crc32(name.encode("utf-8", "replace"))
+        stride = len(COLORS) if of_family else 1
         order = [everything[(start + i * stride) % number] for i in range(number)] + everything
         free = (stroke for stroke in order if stroke not in found.values())
         found[name] = next(free, order[0])
-    return found
-
-
-def _start(name: str) -> tuple[int, int]:
-    """Return the stroke that a name begins its search at, and how far it goes on if it is taken."""
-    known = dict.fromkeys((*_FIRST, *_OF_THE_TOYS, *algorithm_names()))
-    places = {known_name: place for place, known_name in enumerate(known)}
-    family = name if name in places else name.partition(",")[0].partition(" ")[0]
-    if family in places:
-        return places[family], len(COLORS)
-    return crc32(name.encode("utf-8", "replace")), 1
+    return {name: found[name] for name in names}
