@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import io
 import re
 from dataclasses import astuple
@@ -7,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from proxstep.errors import ProxstepError
-from proxstep.lab.plots import CHARTS
-from proxstep.lab.report import AlgorithmSummary, comparison_table, summarize, write_report
+from proxstep.lab.panels import CHARTS
+from proxstep.lab.report import write_report
+from proxstep.lab.summary import AlgorithmSummary, comparison_table, summarize
 from proxstep.runs.reading import load_run
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.com/x onerror=alert(1)>"
@@ -114,19 +117,32 @@ def test_page_is_self_contained(make_run, page):
         for name, value in attributes.items()
         if name in {"src", "href", "xlink:href", "srcset", "action", "data"}
     ]
-    assert targets
-    assert all(target.startswith("#") for target in targets)
-    assert not elements.tags("script") + elements.tags("link") + elements.tags("img")
+    assert targets == []
+    assert not elements.tags("link") + elements.tags("img")
     assert not re.search(r"@import|url\((?!#)", text)
 
 
-def test_page_has_six_charts_that_name_all_algorithms(make_run, page):
+def test_only_the_page_s_own_script_may_run(make_run, page):
+    text = page(make_run())
+    (script,) = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = (tag for tag in Elements(text).tags("meta") if "http-equiv" in tag)
+    assert policy["content"] == (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    )
+
+
+def charts(text):
+    return re.findall(r'<svg class="chart".*?</svg></svg>', text, flags=re.DOTALL)
+
+
+def test_page_has_six_charts_and_the_score_against_kl(make_run, page):
     text = page(make_run("grpo"), make_run("isopo"), make_run("opo"))
-    frontier, *charts = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    frontier, *found = charts(text)
     assert "grpo ends at 0.5 for 0.06 nats, isopo ends at 0.5" in frontier
-    assert len(charts) == len(CHARTS) == 6
-    for chart, svg in zip(CHARTS, charts, strict=True):
-        assert all(f">{name}</text>" in svg for name in ("grpo", "isopo", "opo"))
+    assert len(found) == len(CHARTS) == 6
+    for chart, svg in zip(CHARTS, found, strict=True):
+        assert re.findall(r'data-algorithm="([^"]+)"', svg) == ["grpo", "isopo", "opo"]
         assert f"<figcaption>{chart.teaching.replace(chr(39), '&#39;')}</figcaption>" in text
 
 
@@ -138,15 +154,15 @@ def test_at_most_eight_curves_are_drawn_the_highest(make_run, page):
     ]
     text = page(*paths)
     assert "Drawn are the 8 algorithms with the highest final scores" in text
-    svg = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)[1]
-    assert ">a0</text>" not in svg
-    assert all(f">a{i}</text>" in svg for i in range(1, 9))
+    (svg,) = [svg for svg in charts(text) if 'aria-label="Greedy score' in svg]
+    assert re.findall(r'data-algorithm="([^"]+)"', svg) == [f"a{i}" for i in range(1, 9)]
 
 
 def test_page_is_accessible(make_run, page):
     elements = Elements(page(make_run("grpo"), make_run("isopo")))
     assert all(attributes["scope"] in {"col", "row"} for attributes in elements.tags("th"))
-    assert all(svg["role"] == "img" and svg["aria-label"] for svg in elements.tags("svg"))
+    svgs = [svg for svg in elements.tags("svg") if "class" in svg and svg["class"] != "plot"]
+    assert all("aria-hidden" in svg or (svg["role"] == "img" and svg["aria-label"]) for svg in svgs)
     assert len(elements.tags("figure")) == len(elements.tags("figcaption")) == 7
     assert elements.tags("html") == [{"lang": "en"}]
     ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
@@ -159,16 +175,18 @@ def test_hostile_text_is_escaped_everywhere(make_run, page):
         HOSTILE, recipe={"note": HOSTILE}, info={"machine": HOSTILE}, samples=[sample], name="evil"
     )
     text = page(folder, make_run("grpo", recipe={"note": "kind"}))
-    assert not Elements(text).tags("script") + Elements(text).tags("img")
+    assert len(Elements(text).tags("script")) == 1  # the page's own
+    assert not Elements(text).tags("img")
     assert text.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") >= 6
 
 
-def test_last_samples_of_each_algorithm_are_shown(make_run, page):
+def test_first_and_last_samples_are_shown(make_run, page):
     rows = [{"step": i, "prompt": "2+2=", "completion": f"it is {i}"} for i in range(5)]
     text = page(make_run(seed=0), make_run(seed=1, samples=rows), make_run("grpo", seed=0))
-    assert re.findall(r"it is \d", text) == ["it is 2", "it is 3", "it is 4"]
-    assert "seed 1, step 4, reward \N{EN DASH}" in text
-    assert "Last samples" not in page(make_run("opo"))
+    assert re.findall(r"it is \d", text) == ["it is 0", "it is 4"]
+    assert "isopo, seed 1" in text
+    assert "After step 4: <strong>reward \N{EN DASH}</strong>" in text
+    assert "Samples</h2>" not in page(make_run("opo"))
 
 
 def test_half_a_character_does_not_stop_the_page(make_run, page):
@@ -183,6 +201,7 @@ def test_page_lists_recipes_versions_and_differences(make_run, page):
     assert "Recipe of isopo" in text
     assert "learning_rate: 0.25" in text
     assert "optimizer.learning_rate (0.25 for grpo; 0.001 for isopo)" in text
+    assert '<th scope="row">optimizer.learning_rate</th><td>0.25</td><td>0.001</td>' in text
     assert "812,345 parameters" in text
     assert "2026-11-21T01:32:11" in text
     assert "Yes, as far as the records tell" not in text

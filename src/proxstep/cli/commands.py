@@ -335,8 +335,10 @@ def _toy(arguments: Namespace, overrides: Overrides, console: Any) -> int:
 
 def _summarize(paths: Sequence[str], page: Path, arguments: Namespace, console: Any) -> int:
     from proxstep.lab.comparison import compare_runs
+    from proxstep.lab.panels import drawn_runs
     from proxstep.lab.plots import overview_figure
-    from proxstep.lab.report import comparison_table, summarize, write_report
+    from proxstep.lab.report import write_report
+    from proxstep.lab.summary import comparison_table, summarize
     from proxstep.lab.tables import comma_separated, markdown, terminal_tables
     from proxstep.lab.verdict import verdict
     from proxstep.runs.folder import check_file
@@ -360,7 +362,7 @@ def _summarize(paths: Sequence[str], page: Path, arguments: Namespace, console: 
             path.write_text(text(comparison), encoding="utf-8")
             console.out(f"table: {path}")
     if arguments.figure:
-        overview_figure(comparison.runs).savefig(arguments.figure, dpi=160)
+        overview_figure(drawn_runs(comparison)).savefig(arguments.figure, dpi=160)
         console.out(f"figure: {arguments.figure}")
     return 0
 

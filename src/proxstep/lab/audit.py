@@ -18,7 +18,6 @@ from proxstep.rewards import narrowness
 from proxstep.runs.reading import Run, by_algorithm, load_samples
 
 _FEWEST_ROWS = 50
-_NUM_SHOWN = 10
 _EQUATION = re.compile(r"(-?[0-9]{1,9}) ([-+*/]) (-?[0-9]{1,9}) = (-?[0-9]{1,9})(?!\.?[0-9])")
 
 Row = dict[str, Any]
@@ -63,7 +62,6 @@ class AlgorithmAudit:
         gain: Of each run.
         before: The answers before training, over all runs.
         after: The answers after it.
-        shown: Prompts with the answer, and the completion before and after: of the first run.
     """
 
     algorithm: str
@@ -73,7 +71,6 @@ class AlgorithmAudit:
     gain: Estimate
     before: Answers
     after: Answers
-    shown: list[Row]
 
 
 @dataclass(frozen=True)
@@ -114,10 +111,6 @@ def audit(runs: Sequence[Run]) -> Audit | None:
 def _of_algorithm(algorithm: str, runs: Sequence[tuple[list[Row], list[Row]]]) -> AlgorithmAudit:
     starts = [_score(before) for before, _ in runs]
     finals = [_score(after) for _, after in runs]
-    shown = [
-        {**row, "before": row["completion"], "after": after["completion"]}
-        for row, after in zip(*runs[0], strict=True)
-    ]
     return AlgorithmAudit(
         algorithm,
         len(runs),
@@ -126,7 +119,6 @@ def _of_algorithm(algorithm: str, runs: Sequence[tuple[list[Row], list[Row]]]) -
         mean_interval([final - start for start, final in zip(starts, finals, strict=True)]),
         Answers.of([row for before, _ in runs for row in before]),
         Answers.of([row for _, after in runs for row in after]),
-        shown[:_NUM_SHOWN],
     )
 
 

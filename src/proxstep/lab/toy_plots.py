@@ -19,41 +19,68 @@ from proxstep.lab.bandit import (
     quartiles,
     reward_at_kl,
 )
-from proxstep.lab.plots import STYLE, Stroke, strokes
+from proxstep.lab.plots import STYLE
 from proxstep.lab.saturation import Curve
+from proxstep.lab.strokes import Stroke, strokes
 
 _TICKS = (0.5, 0.9, 0.99, 0.999, 0.9999)
 _MAGNITUDES = ("0.00001", "0.0001", "0.001", "0.01", "0.1", "1", "10", "100")
 _BELOW_THE_AXIS = 1e-30
 _TOP = 2.4
 _NUM_LEVELS = 100
+_IN_BOTH_ROWS = ("reinforce", "natural gradient")  # what the others are seen against
 
 
 def saturation_figure(curves: Sequence[Curve], columns: Mapping[str, Sequence[float]]) -> Figure:
-    """Return the gradient's magnitude against confidence: whole, confident, and for OPO by v.
+    """Return the gradient's magnitude against confidence, whole and near 1, and for OPO by v.
 
-    The columns are what `proxstep.lab.saturation.trace` returned for the curves.
+    The columns are what `proxstep.lab.saturation.trace` returned for the curves. ISOPO and OPO have
+    the lower row, all others the upper one, so that no panel has more than eight curves.
     """
     looks = strokes(curve.name for curve in curves)
-    in_z = [curve for curve in curves if curve.coordinate == "z"]
-    opo = [curve for curve in curves if curve.name.startswith("opo")]
+    ours = [curve for curve in curves if curve.name.startswith(("isopo", "opo"))]
+    rows = [[curve for curve in curves if curve not in ours], ours]
+    in_v = [curve for curve in curves if curve.coordinate == "v"]
     with mpl.rc_context(STYLE):
-        figure, (whole, confident, ratio_space) = _three_panels(5.2)
-        for axes, shown in ((whole, in_z), (ratio_space, opo)):
-            for curve in shown:
-                _line(axes, *_drawn(columns["p"], columns[curve.name]), looks[curve.name])
-            axes.set_xlim(0, 1)
-            axes.set_ylim(0, _TOP)
-            axes.set_xlabel("confidence p")
-        whole.set_title("(a) |dL/dz|")
-        ratio_space.set_title("(c) OPO: |dL/dz| and |dL/dv|")
-        _draw_confident(confident, in_z, columns, looks)
+        figure = Figure(figsize=(10.5, 7.4), layout=ConstrainedLayoutEngine(wspace=0.05))
+        axes_RC = figure.subplots(2, 3)
+        panels = zip("ab", ("others", "ISOPO and OPO"), rows, axes_RC, strict=True)
+        for letter, whose, members, (whole, confident, _) in panels:
+            in_z = [curve for curve in members if curve.coordinate == "z"]
+            _draw_whole(whole, in_z, columns, looks)
+            whole.set_title(f"({letter}) |dL/dz|, {whose}")
+            _draw_confident(confident, in_z, columns, looks)
+            confident.set_title(f"({letter}) |dL/dz|, log scale")
+        axes_RC[0, 1].text(0.2, 30, "vertical drop: exactly 0 from there on", fontsize=8)
+        in_ratio_space = axes_RC[1, 2]
+        _draw_whole(in_ratio_space, in_v, columns, looks)
+        in_ratio_space.set_title("(c) |dL/dv|, OPO")
         labels = {
             curve.name: f"{curve.name}: {curve.settings}" if curve.settings else curve.name
             for curve in curves
         }
-        _add_legend(figure, looks, labels, "advantage 1, old and reference policy at p = 0.5", 3)
+        axes_RC[0, 2].axis("off")
+        axes_RC[0, 2].legend(
+            handles=_handles(looks, labels),
+            loc="center left",
+            title="advantage 1, old and reference policy at p = 0.5",
+            fontsize=8.5,
+            handlelength=3.2,
+        )
     return figure
+
+
+def _draw_whole(
+    axes: Axes,
+    curves: Sequence[Curve],
+    columns: Mapping[str, Sequence[float]],
+    looks: Mapping[str, Stroke],
+) -> None:
+    for curve in curves:
+        _line(axes, *_drawn(columns["p"], columns[curve.name]), looks[curve.name])
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, _TOP)
+    axes.set_xlabel("confidence p")
 
 
 def _draw_confident(
@@ -73,41 +100,55 @@ def _draw_confident(
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks([_logit(p) for p in _TICKS], [f"{p:g}" for p in _TICKS])
     axes.set_xlabel("confidence p, spaced by z")
-    axes.set_title("(b) |dL/dz|, log scale")
-    axes.text(0.2, 30, "dashed vertical drop: exactly 0 from there on", fontsize=8)
 
 
 def bandit_figure(traces: Mapping[str, Sequence[Trace]]) -> Figure:
     """Return reward against KL, KL per reward gained, and the distance to the natural gradient.
 
-    Each method has one trace per seed, all equally long.
+    Each method has one trace per seed, all equally long. ISOPO and OPO have the upper row, the
+    other objectives the lower one, so that no panel has more than eight curves.
     """
     looks = strokes(traces)
     furthest = max(max(t.kl_policy_initial) for of_seeds in traces.values() for t in of_seeds)
     levels = [furthest * i / _NUM_LEVELS for i in range(_NUM_LEVELS + 1)]
+    ours = [name for name in traces if name.startswith(("isopo", "opo"))]
+    both = [name for name in traces if name in _IN_BOTH_ROWS]
+    others = [name for name in traces if name not in (*ours, *both)]
     with mpl.rc_context(STYLE):
-        figure, (path, price, distance) = _three_panels(4.4)
-        for name, of_seeds in traces.items():
-            rewards = [[reward_at_kl(t, kl) for kl in levels] for t in of_seeds]
-            reached = _bands(rewards, min_share=0.75)
-            _band(path, {levels[place]: band for place, band in reached.items()}, looks[name])
-            of_step = _bands([kl_per_gain(t) for t in of_seeds])
-            _band(price, {step + 1: band for step, band in of_step.items()}, looks[name])
-            blocks = _bands([_distances(t) for t in of_seeds])
-            centers = {(i + 0.5) * UPDATES_PER_ROLLOUT: band for i, band in blocks.items()}
-            _band(distance, centers, looks[name])
-        path.set(title="(a) Reward by KL spent", ylabel="expected reward")
+        figure = Figure(figsize=(10.5, 7.4), layout=ConstrainedLayoutEngine(wspace=0.05))
+        axes_RC = figure.subplots(2, 3, sharex="col", sharey="col")
+        for names, (path, price, distance) in zip((ours, others), axes_RC, strict=True):
+            for name in (*names, *both):
+                of_seeds = traces[name]
+                rewards = [[reward_at_kl(t, kl) for kl in levels] for t in of_seeds]
+                reached = _bands(rewards, min_share=0.75)
+                _band(path, {levels[place]: band for place, band in reached.items()}, looks[name])
+                of_step = _bands([kl_per_gain(t) for t in of_seeds])
+                _band(price, {step + 1: band for step, band in of_step.items()}, looks[name])
+                blocks = _bands([_distances(t) for t in of_seeds])
+                centers = {(i + 0.5) * UPDATES_PER_ROLLOUT: band for i, band in blocks.items()}
+                _band(distance, centers, looks[name])
+            path.set(title="(a) Reward by KL spent", ylabel="expected reward")
+            price.set(title="(b) KL per reward gained", ylabel="nats per reward unit (log scale)")
+            price.set_yscale("log")
+            price.yaxis.set_major_formatter("{x:g}")
+            price.yaxis.set_minor_formatter(NullFormatter())
+            distance.set(
+                title="(c) Distance to natural gradient", ylabel="1 - cosine, Fisher metric"
+            )
+            distance.set_ylim(bottom=-0.02)
         path.set_xlabel("KL(π ‖ π₀) when first reached, nats")
-        price.set(title="(b) KL per reward gained", ylabel="nats per reward unit (log scale)")
-        price.set_yscale("log")
-        price.yaxis.set_major_formatter("{x:g}")
-        price.yaxis.set_minor_formatter(NullFormatter())
-        distance.set(title="(c) Distance to natural gradient", ylabel="1 - cosine, Fisher metric")
-        distance.set_ylim(bottom=-0.02)
         for axes in (price, distance):
             axes.set_xlabel("update")
-        note = "median and interquartile range over seeds; every update spends the same KL"
-        _add_legend(figure, looks, {name: name for name in looks}, note, 6)
+        figure.legend(
+            handles=_handles(looks, {name: name for name in looks}),
+            loc="outside lower center",
+            ncols=6,
+            title="median and interquartile range over seeds; every update spends the same KL",
+            fontsize=8.5,
+            handlelength=2.2,
+            columnspacing=1.4,
+        )
     return figure
 
 
@@ -147,34 +188,11 @@ def _drawn(x_N: Sequence[float], y_N: Sequence[float]) -> tuple[list[float], lis
 
 
 def _line(axes: Axes, x_N: Sequence[float], y_N: Sequence[float], stroke: Stroke) -> None:
-    axes.plot(x_N, y_N, color=stroke.color, linestyle=stroke.dash)
+    axes.plot(x_N, y_N, **stroke.matplotlib)
 
 
-def _three_panels(height: float) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(10.5, height), layout=ConstrainedLayoutEngine(wspace=0.05))
-    return figure, list(figure.subplots(1, 3))
-
-
-def _add_legend(
-    figure: Figure,
-    looks: Mapping[str, Stroke],
-    labels: Mapping[str, str],
-    title: str,
-    num_columns: int,
-) -> None:
-    handles = [
-        Line2D([], [], color=stroke.color, linestyle=stroke.dash, label=labels[name])
-        for name, stroke in looks.items()
-    ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=num_columns,
-        title=title,
-        fontsize=8.5,
-        handlelength=2.2,
-        columnspacing=1.4,
-    )
+def _handles(looks: Mapping[str, Stroke], labels: Mapping[str, str]) -> list[Line2D]:
+    return [Line2D([], [], label=labels[name], **look.matplotlib) for name, look in looks.items()]
 
 
 def _logit(p: float) -> float:

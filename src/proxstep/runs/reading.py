@@ -2,7 +2,7 @@
 
 A run folder holds `recipe.yaml` (the resolved recipe), `run.json` (status, versions, machine),
 `metrics.jsonl` (one JSON object a line, the fields of `proxstep.runs.schema`) and, as an option,
-`samples.jsonl`.
+`samples.jsonl` and `diagnostics.jsonl`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from proxstep.config.yamlfile import read_yaml
 from proxstep.errors import ProxstepError
-from proxstep.runs.schema import FIELDS
+from proxstep.runs.schema import FIELDS, PREFIXES
 from proxstep.tasks.data import json_object
 
 MISSING = "\N{EN DASH}"  # what is shown for what was not measured or not set
@@ -92,6 +92,12 @@ def load_run(path: str | Path) -> Run:
 def load_samples(run: Run) -> list[dict[str, Any]]:
     """Return the lines of the run's `samples.jsonl`, none if it has no such file."""
     path = run.path / "samples.jsonl"
+    return [row for _, row in read_jsonl(path)] if path.is_file() else []
+
+
+def load_diagnostics(run: Run) -> list[dict[str, Any]]:
+    """Return the lines of the run's `diagnostics.jsonl`, none if it has no such file."""
+    path = run.path / "diagnostics.jsonl"
     return [row for _, row in read_jsonl(path)] if path.is_file() else []
 
 
@@ -190,7 +196,7 @@ def _setting_notes(groups: dict[str, list[Run]], varied: Sequence[str]) -> Itera
             distinct = sorted({one.get(key, MISSING) for one in members})
             values[algorithm] = " | ".join(distinct)
             if len(distinct) > 1:
-                within[algorithm].append(f"{key} ({' | '.join(map(_shorten, distinct))})")
+                within[algorithm].append(f"{key} ({' | '.join(map(shorten, distinct))})")
         if key.split(".")[0] not in _VARIED_BY_ALGORITHM and len(set(values.values())) > 1:
             between.append(f"{key} ({_who_has_what(values)})")
     for algorithm, differences in within.items():
@@ -209,7 +215,7 @@ def _who_has_what(values: dict[str, str]) -> str:
     holders: dict[str, list[str]] = {}
     for algorithm, value in values.items():
         holders.setdefault(value, []).append(algorithm)
-    return "; ".join(f"{_shorten(value)} for {', '.join(who)}" for value, who in holders.items())
+    return "; ".join(f"{shorten(value)} for {', '.join(who)}" for value, who in holders.items())
 
 
 def _settings(run: Run) -> dict[str, str]:
@@ -237,7 +243,8 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str) -> str:
+    """Return a value's text, cut where it is long."""
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
@@ -293,8 +300,9 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for number, record in read_jsonl(path):
         where = f"{path}, line {number}"
-        for name in FIELDS:
-            if not isinstance(record.get(name), int | float | None):
+        for name, value in record.items():
+            known = name in FIELDS or name.startswith(tuple(PREFIXES))
+            if known and not isinstance(value, int | float | None):
                 raise ProxstepError(f"{where}: `{name}` is not a number; mend or delete the line.")
         if not isinstance(record.get("step"), int):
             raise ProxstepError(f"{where}: no integer `step`; mend or delete the line.")
