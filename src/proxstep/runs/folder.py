@@ -21,8 +21,9 @@ from proxstep.config.loading import dump_recipe, with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.runs.durable import sha256, sync, write_file
+from proxstep.runs.guard import Verdict, after_returns, verdict
 from proxstep.runs.lock import LOCK, is_locked, locked
-from proxstep.runs.reading import read_jsonl
+from proxstep.runs.reading import read_jsonl, read_metrics
 from proxstep.runs.tracking import drop_later_steps, lines_until
 
 
@@ -231,6 +232,17 @@ class RunFolder:
             measured = ", ".join(str(record["step"]) for record in records[:10])
             raise ProxstepError(f"--step {step} was not measured; these were first: {measured}")
         return chosen[-1]
+
+    def verdict(self) -> Verdict:
+        """Return what the run's metrics say of it.
+
+        Raises:
+            ProxstepError: If the folder holds no run, or no step is recorded.
+        """
+        if not self._info.exists():
+            raise ProxstepError(f"{self.path}: not a run folder, it has no run.json")
+        returns = self.info().get("guard", {}).get("returns", [])
+        return verdict(after_returns(read_metrics(self.metrics), returns))
 
     def add_diagnostics(self, record: dict[str, Any]) -> None:
         """Append one step's diagnostics to diagnostics.jsonl."""
