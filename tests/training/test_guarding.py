@@ -114,7 +114,7 @@ def test_halve_goes_back_with_half_the_rate(tmp_path: Path, changes: dict[str, A
     go_back = Trainer._go_back
 
     def watched(self: Trainer, good: int, found: Any) -> None:
-        seen["before"] = self.schedule.get_lr()
+        seen["before"] = self.schedule.get_last_lr()
         go_back(self, good, found)
         seen["rates"] = [group["lr"] for group in self.optimizer.param_groups]
         seen["nats"] = getattr(self.optimizer, "nats", None)

@@ -247,6 +247,9 @@ def _diagnose(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     if arguments.step is not None or folder.diagnostics.exists():
         record = folder.find_diagnostics(arguments.step)
         console.out(f"step {record['step']}\n{record['summary']}\n", highlight=False)
+    if found := folder.noise_split():
+        text = f"Over {found[0]} steps: {found[1].sentence()}\n"
+        console.out(textwrap.fill(text, 100) + "\n", highlight=False)
     console.out(textwrap.fill(str(folder.verdict()), 100), highlight=False)
     return 0
 

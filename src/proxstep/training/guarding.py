@@ -98,7 +98,7 @@ class Guarding(Resumable):
         self.returns.append({"from": self.step, "to": good})
         schedule: Any = self.schedule
         schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]
-        rates = schedule.get_lr()
+        rates = [rate / 2 for rate in schedule.get_last_lr()]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self._scale_budget()
