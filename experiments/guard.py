@@ -1,7 +1,7 @@
 """How early does the guard see a collapse, and how often is it wrong, beside single thresholds?
 
-    python experiments/guard.py --seconds 1500       # runs that guard/runs.jsonl lacks, then figures
-    python experiments/guard.py --figures            # the figures alone
+    python experiments/guard.py --seconds 1500    # runs that guard/runs.jsonl lacks, then figures
+    python experiments/guard.py --figures         # the figures alone
 
 Arithmetic with the embedded model, 20 steps of 16 x 8 completions; the validation score is taken
 after every step. A run has collapsed at the first step after which every score is at most half of

@@ -31,7 +31,7 @@ def history(steps: int = STEPS, *, noise: float = 0.02, seed: int = 0, **fields:
     draw = random.Random(seed)
     rows: list[Any] = [{"step": 0, "score": 0.3, "kl_initial_policy": 0.0}]
     for step in range(1, steps + 1):
-        row = {"step": step, "score": None}
+        row = {"step": step, "score": None, "num_sequences": 128 * step}
         for name, (first, last) in {**learning, **fields}.items():
             value = first + (last - first) * (step - 1) / (steps - 1)
             row[name] = value * (1 + draw.gauss(0, noise))
@@ -83,11 +83,14 @@ def test_too_large_steps() -> None:
         ({"score": 0.02, "frac_reward_zero_std": 0.99}, "learned by heart"),
         ({"completions_clipped_ratio": 0.9, "reward": 0.0}, "rollout.overlong_buffer"),
         ({"geometry/ntk_effective_rank": 1.1, "reward": 0.0}, "optimizer.learning_rate"),
+        ({"geometry/max_grad_share": 0.95, "reward": 0.0}, "optimizer.learning_rate"),
+        ({"geometry/noise_scale": 9e5, "reward": 0.0}, "optimizer.learning_rate"),
         ({"kl_budget/realized": 0.9, "reward": 0.0}, "halve update.kl_budget"),
     ],
 )
 def test_every_pair_of_signs_has_its_remedy(values: dict[str, float], remedy: str) -> None:
     whole = {"geometry/ntk_effective_rank": 12.0, "objective/kl_old_policy": 0.001}
+    whole |= {"geometry/max_grad_share": 0.2, "geometry/noise_scale": 300.0}
     if "kl_budget/realized" in values:
         whole |= {"kl_budget/predicted": 0.1, "kl_budget/scale": 0.5, "kl_budget/realized": 0.03}
     rows = jump(history(), 1, **whole)
@@ -151,6 +154,11 @@ def test_rewards_of_any_origin(shift: float) -> None:
             "1e-05 nats a token from the initial one",
             "float32",
         ),
+        (
+            history(reward=(0.3, 0.3), **{"geometry/noise_scale": (9e5, 9e5)}),
+            "completions, and a step has 128",
+            "rollout.num_prompts",
+        ),
         (history(reward=(0.3, 0.3)), "a step's noise is 0.0", "more rollout.num_prompts"),
         (
             jump(history(), 20, score=0.1),
@@ -158,7 +166,7 @@ def test_rewards_of_any_origin(shift: float) -> None:
             "not what the score grades",
         ),
     ],
-    ids=["nothing", "short", "equal", "still", "noise", "other score"],
+    ids=["nothing", "short", "equal", "still", "noisy", "noise", "other score"],
 )
 def test_not_learning_and_why(rows: Sequence[Any], reason: str, remedy: str) -> None:
     found = verdict(rows)

@@ -1,4 +1,4 @@
-"""What the local engine does where a run collapses: it is told by a reward that the test decides."""
+"""What the local engine does where a run collapses, by figures that the tests decide."""
 
 from __future__ import annotations
 

@@ -33,6 +33,10 @@ STEEP = 4.0
 """A gradient beside the median of those before."""
 DRIFT = 1.0
 """Nats a token from the initial policy: its own completions are e times less likely, a token."""
+ONE_LAYER = 0.9
+"""Share of the squared gradient that one parameter use carries, and not in the first steps."""
+NOISY = 10.0
+"""A gradient noise scale beside the median of those before, or beside a step's completions."""
 STALE = 0.1
 """Nats a token between the old policy and the one that is updated; clipping allows about 0.02."""
 OVERSHOOT = 3.0
@@ -52,7 +56,8 @@ class Sign:
     """One thing that is not as it should be.
 
     Attributes:
-        kind: What it is about: reward, score, entropy, gradient, drift, stale, length, equal, rank.
+        kind: What it is about: reward, score, entropy, gradient, drift, stale, length, equal, rank,
+            layer, noise.
         text: What was seen, with its figures.
         harm: Whether it is harm by itself, and not only what often comes before.
     """
@@ -256,7 +261,26 @@ def _rank(rows: Rows, window: int) -> Sign | None:
     return Sign("rank", text)
 
 
-_SIGNS = (_reward, _score, _entropy, _gradient, _drift, _stale, _length, _equal, _rank)
+def _layer(rows: Rows, window: int) -> Sign | None:
+    share = Series.of(rows, "geometry/max_grad_share", window)
+    if not share.last or min(share.last) < ONE_LAYER or share.before[0] >= ONE_LAYER:
+        return None
+    now, first = statistics.mean(share.last), share.before[0]
+    return Sign("layer", f"one layer's share of the step went from {first:.0%} to {now:.0%}")
+
+
+def _noise(rows: Rows, window: int) -> Sign | None:
+    scale = Series.of(rows, "geometry/noise_scale", window)
+    usual = statistics.median(scale.before) if scale.last else 0.0
+    if not usual or min(scale.last) <= NOISY * usual:
+        return None
+    now = statistics.mean(scale.last)
+    return Sign("noise", f"the noise scale rose from {usual:.3g} to {now:.3g} completions")
+
+
+_SIGNS = (
+    *(_reward, _score, _entropy, _gradient, _drift, _stale, _length, _equal, _rank, _layer, _noise),
+)
 
 
 def _told(found: Mapping[str, Sign]) -> str:
@@ -329,6 +353,15 @@ def _obstacle(rows: Rows, found: Mapping[str, Sign], learned: str | None) -> tup
         return (
             f"the policy is {kl[-1]:.1g} nats a token from the initial one",
             "raise optimizer.learning_rate, and keep the weights in float32 (model.dtype)",
+        )
+    scale = Series.of(rows, "geometry/noise_scale").values
+    step = Series.of(rows, "num_sequences").values
+    per_step = step[-1] / max(1, int(rows[-1]["step"])) if step else math.inf
+    if scale and statistics.median(scale) > NOISY * per_step:
+        return (
+            f"the noise scale is {statistics.median(scale):.3g} completions, and a step has "
+            f"{per_step:.3g}",
+            "sample more (rollout.num_prompts), and see proxstep diagnose for how",
         )
     values, count = reward.values, max(2, len(reward.values) // 4)
     first, last = statistics.mean(values[:count]), statistics.mean(values[-count:])

@@ -173,12 +173,14 @@ class StepDiagnostics:
         "noise_variance" and "noise_squared_gradient" and divide.
         """
         noise, split = self.noise, self.noise_split
+        shares = [use.grad_share for use in self.layers if use.grad_share is not None]
         figures = {
             "weight_spread": self.weight_spread,
             "frac_filled_fisher": self.frac_filled_fisher,
             "fisher_norm_correlation": self.fisher_norm_correlation,
             "cosine_to_reinforce": self.cosine_to_reinforce,
             "mean_cosine_to_reinforce": self.mean_cosine_to_reinforce,
+            "max_grad_share": max(shares, default=None),
             "ntk_condition": self.ntk_condition,
             "ntk_effective_rank": self.ntk_effective_rank,
             "ntk_off_diagonal": self.ntk_off_diagonal,
