@@ -66,7 +66,7 @@ def sampled(policy: Policy, num_prompts: int, n: int, seed: int) -> NoiseSplit:
 def test_it_predicts_the_noise_of_other_groups(seed: int) -> None:
     """From batches of 6 x 5: the truth of 2, 3 and 6 generations, each within its error."""
     policy = Policy(seed)
-    splits = [sampled(policy, 6, 5, seed) for seed in range(1_500)]
+    splits = [sampled(policy, 6, 5, seed) for seed in range(1_000)]
     mean = pooled(splits)
     assert mean is not None
     gamma = policy.gamma_PD.mean(dim=0)

@@ -183,6 +183,13 @@ def test_what_is_not_finite_or_missing_is_left_out() -> None:
     assert len(Series.of(rows, "reward").values) == STEPS - 2
 
 
+def test_a_long_run_is_held_against_its_beginning_and_its_last_hundreds_of_steps() -> None:
+    rows = history(2_000, reward=(0.6, 0.6), entropy=(0.3, 0.3))
+    rows = [row | {"entropy": 0.5} if row["step"] == 1 else row for row in rows]
+    assert verdict(jump(rows, 1_990, reward=0.0, entropy=0.1)).state == "collapsing"
+    assert signs(jump(rows, 1_990, entropy=0.9)) == []
+
+
 def test_the_noise_is_that_of_one_value() -> None:
     draw = random.Random(0)
     values = tuple(0.01 * i + draw.gauss(0, 0.3) for i in range(4_000))

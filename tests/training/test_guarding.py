@@ -193,7 +193,7 @@ def test_what_collapses_again_and_again_is_stopped(
 
 
 def test_engines_that_cannot_go_back_say_so(tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path / "run", "stop")
+    recipe = tiny_recipe(tmp_path / "run", guard="stop", evaluation={"num_probe_prompts": 64})
     with pytest.raises(ProxstepError, match=r"^guard stop is not for --engine verl: "):
         refuse("verl", recipe, REFUSED)
     tables = pytest.importorskip("proxstep.engines.trl.tables")

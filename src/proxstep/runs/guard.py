@@ -47,6 +47,8 @@ EQUAL = 0.9
 """Share of groups without a difference, at which there is hardly anything to learn from."""
 STILL = 1e-3
 """Nats a token: a policy that is no further from the initial one has not moved."""
+HORIZON = 500
+"""Rows that signs are looked for in, the first two among them: a look takes milliseconds."""
 FEWEST = 6
 """Steps before which nobody can tell whether a run learns."""
 
@@ -152,6 +154,8 @@ def signs(rows: Rows, window: int = WINDOW) -> list[Sign]:
         rows: The lines of its metrics.jsonl.
         window: Steps for which a sign must last.
     """
+    if len(rows) > HORIZON:
+        rows = [*rows[:2], *rows[2 - HORIZON :]]
     return [sign for find in _SIGNS if (sign := find(rows, window)) is not None]
 
 

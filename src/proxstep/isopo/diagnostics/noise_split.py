@@ -31,7 +31,7 @@ from proxstep.typing import Float, Int, Tensor
 
 _FEWEST = 4
 _CENTERED = 1e-4
-"""The sum of a group's coefficients over the sum of their sizes, where a baseline centers them."""
+"""The mean of a group's coefficients beside the largest of all, where a baseline centers them."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ def noise_split(
         for the variance of a U-statistic.
     """
     moments, sizes, cross, num_pairs = torch.zeros(3, dtype=torch.float64), [], 0.0, 0
+    known_X = coefficient_MB[group_MB >= 0]
+    allowed = _CENTERED * known_X.abs().max().item() if len(known_X) else 0.0
     for coefficient_B, ntk_BB, group_B in zip(coefficient_MB, ntk_MBB, group_MB, strict=True):
         weights: list[Tensor] = []
         for group in group_B.unique():
@@ -141,7 +143,7 @@ def noise_split(
             a_n = coefficient_B[rows].double()
             if group < 0 or len(rows) < _FEWEST:
                 continue
-            if a_n.sum().abs() > _CENTERED * a_n.abs().sum():
+            if a_n.sum().abs() > allowed * len(rows):
                 return None
             moments += _pair_moments(a_n, ntk_BB[rows][:, rows].double())
             sizes.append(len(rows))
