@@ -82,7 +82,7 @@ def test_stop_keeps_the_last_good_checkpoint(
     assert info["status"] == "stopped"
     assert info["guard"]["step"] == SEEN_AT
     assert info["guard"]["verdict"].startswith("collapsing: ")
-    with pytest.raises(ProxstepError, match="the guard stopped the run .*step-000002"):
+    with pytest.raises(ProxstepError, match=r"the guard stopped the run .*step-000002"):
         lifecycle.resume(folder, Silent())
     assert commands.main(["diagnose", str(folder)]) == 0
     said = " ".join(capsys.readouterr().out.split())

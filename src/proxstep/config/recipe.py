@@ -76,9 +76,9 @@ class Recipe(Section):
     output_dir: str = Field(default="runs/latest", description="The run folder.")
     guard: Literal["off", "warn", "halve", "stop"] = Field(
         default="warn",
-        description="Where the metrics show a collapse: warn in a line, stop and keep the last good "
-        "checkpoint, or halve: go back to it with half the learning rate, three times at most. See "
-        "docs/diagnostics.md.",
+        description="Where the metrics show a collapse: warn in a line, stop and keep the last "
+        "good checkpoint, or halve: go back to it with half the learning rate, three times at "
+        "most. See docs/diagnostics.md.",
     )
     model: ModelSection = Field(default_factory=ModelSection)
     task: TaskSection = Field(default_factory=TaskSection)

@@ -91,7 +91,7 @@ class Trainer(Guarding):
         """Train to the recipe's last step, or until interrupted.
 
         Returns:
-            "finished", "interrupted", or "stopped" by the guard; there is a checkpoint in each case.
+            "finished", "interrupted", or "stopped" by the guard; each leaves a checkpoint.
 
         Raises:
             ProxstepError: If the gradient is not finite, or a reward function misbehaves.
