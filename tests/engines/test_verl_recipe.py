@@ -108,6 +108,7 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
     assert refused - set().union(*placed) == {
         "evaluation.patience",
         "geometry.diagnose_every",
+        "guard",
         "logging.checkpoint_last",
         "logging.checkpoint_minutes",
         "model.head",

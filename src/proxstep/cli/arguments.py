@@ -103,7 +103,7 @@ def make_parser() -> Parser:
             "train": "train a policy by a recipe",
             "eval": "score a checkpoint or a model greedily",
             "compare": "train several algorithms on one recipe and report",
-            "diagnose": "say what the geometry did to the gradient of a run",
+            "diagnose": "say whether a run learns, and what the geometry did to its gradient",
             "report": "write a page with the curves of runs",
             "toy": "compute a small experiment exactly",
             "recipes": "list the recipes that come with proxstep",

@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        0 for success, 2 for a mistake in the input, 130 after Ctrl-C.
+        0 for success, 2 for a mistake in the input, 3 for a run that its guard stopped, 130 after
+        Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -130,6 +131,9 @@ def _train(arguments: Namespace, overrides: Overrides, console: Any) -> int:
             f"interrupted; the run is complete up to here: proxstep train --resume {folder}"
         )
         return 130
+    if status == "stopped":
+        console.out(f"stopped by the guard; the last good checkpoint is the newest in {folder}")
+        return 3
     console.out(f"done: {folder}")
     return 0
 
@@ -296,8 +300,14 @@ def _diagnose(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.runs.folder import RunFolder
 
     del overrides
-    record = RunFolder(arguments.run_folder).find_diagnostics(arguments.step)
-    console.out(f"step {record['step']}\n{record['summary']}", highlight=False)
+    folder = RunFolder(arguments.run_folder)
+    if arguments.step is not None or folder.diagnostics.exists():
+        record = folder.find_diagnostics(arguments.step)
+        console.out(f"step {record['step']}\n{record['summary']}\n", highlight=False)
+    if found := folder.noise_split():
+        text = f"Over {found[0]} steps: {found[1].sentence()}\n"
+        console.out(textwrap.fill(text, 100) + "\n", highlight=False)
+    console.out(textwrap.fill(str(folder.verdict()), 100), highlight=False)
     return 0
 
 

@@ -6,7 +6,7 @@ Every key has a type, a default and a sentence; `proxstep train --help` prints t
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
@@ -74,6 +74,12 @@ class Recipe(Section):
     steps: Positive = Field(default=100, description="Rollout steps.")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")
     output_dir: str = Field(default="runs/latest", description="The run folder.")
+    guard: Literal["off", "warn", "halve", "stop"] = Field(
+        default="warn",
+        description="Where the metrics show a collapse: warn in a line, stop and keep the last "
+        "good checkpoint, or halve: go back to it with half the learning rate, three times at "
+        "most. See docs/diagnostics.md.",
+    )
     model: ModelSection = Field(default_factory=ModelSection)
     task: TaskSection = Field(default_factory=TaskSection)
     objective: ObjectiveSection

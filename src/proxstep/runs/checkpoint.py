@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ STATE_KEYS = {
     "trained",
     "unrecorded",
     "best",
+    "guard",
     "logs",
 }
 
@@ -46,7 +47,7 @@ def save_checkpoint(
     tokenizer: Any,
     state: dict[str, Any],
     kept: int = 2,
-    best: int | None = None,
+    besides: Collection[int] = (),
 ) -> Path:
     """Write checkpoints/step-N, and delete the oldest ones.
 
@@ -57,7 +58,7 @@ def save_checkpoint(
         tokenizer: Saved beside it.
         state: Tensors, numbers, strings, and containers of them.
         kept: How many checkpoints stay, this one included.
-        best: The step of one that stays besides.
+        besides: The steps of others that stay.
 
     Returns:
         The checkpoint's folder.
@@ -70,13 +71,15 @@ def save_checkpoint(
         model.save_pretrained(scratch)  # type: ignore[operator]
         tokenizer.save_pretrained(scratch)
         torch.save(state, scratch / STATE_FILE)
-        return publish(scratch, folder, step, kept, best)
+        return publish(scratch, folder, step, kept, besides)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)  # a full disk needs the room
         raise
 
 
-def publish(scratch: Path, folder: Path, step: int, kept: int, best: int | None = None) -> Path:
+def publish(
+    scratch: Path, folder: Path, step: int, kept: int, besides: Collection[int] = ()
+) -> Path:
     """Give a complete checkpoint its manifest and its name, and delete the oldest ones.
 
     It is on disk before it has its name, and the others go only then. Those of later steps go too:
@@ -87,7 +90,7 @@ def publish(scratch: Path, folder: Path, step: int, kept: int, best: int | None 
     manifest = json.dumps({"step": step, "sha256": sums}, indent=2)
     (scratch / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
     sync_tree(scratch)
-    final = parent / f"step-{step:06d}"
+    final = checkpoint_path(folder, step)
     replaced = final.with_suffix(".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -96,11 +99,23 @@ def publish(scratch: Path, folder: Path, step: int, kept: int, best: int | None 
     sync(parent)
     whole = checkpoints(folder)
     newest = [path for path in whole if path.name <= final.name][-kept:]
-    newest += [path for path in whole if best is not None and path.name == f"step-{best:06d}"]
+    newest += [checkpoint_path(folder, other) for other in besides]
     leftovers = [*parent.glob("*.incomplete"), *parent.glob("*.replaced")]
     for other in {*whole, *leftovers} - {*newest}:
         shutil.rmtree(other)
     return final
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where a run's checkpoint of a step is."""
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
+def drop_later_checkpoints(folder: Path, step: int) -> None:
+    """Delete a run's checkpoints of later steps."""
+    for path in checkpoints(folder):
+        if path.name > checkpoint_path(folder, step).name:
+            shutil.rmtree(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:

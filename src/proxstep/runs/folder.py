@@ -20,9 +20,11 @@ import proxstep
 from proxstep.config.loading import dump_recipe, load_recipe, with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.isopo.diagnostics.noise_split import NoiseSplit, pooled
 from proxstep.runs.durable import sha256, sync, write_file
+from proxstep.runs.guard import Verdict, after_returns, verdict
 from proxstep.runs.lock import LOCK, is_locked, locked
-from proxstep.runs.reading import read_jsonl
+from proxstep.runs.reading import read_jsonl, read_metrics
 from proxstep.runs.tracking import drop_later_steps, lines_until
 
 
@@ -239,8 +241,7 @@ class RunFolder:
         """
         if not self._info.exists():
             raise ProxstepError(f"{self.path}: not a run folder, it has no run.json")
-        found = read_jsonl(self.diagnostics) if self.diagnostics.exists() else ()
-        records = [record for _, record in found]
+        records = self._diagnosed()
         if not records:
             raise ProxstepError(
                 f"{self.path}: nothing was measured; train with a geometry.rule and "
@@ -251,6 +252,27 @@ class RunFolder:
             measured = ", ".join(str(record["step"]) for record in records[:10])
             raise ProxstepError(f"--step {step} was not measured; these were first: {measured}")
         return chosen[-1]
+
+    def noise_split(self) -> tuple[int, NoiseSplit] | None:
+        """Return over how many steps the gradient's noise was split, and the mean; None of none."""
+        splits = [found for record in self._diagnosed() if (found := record.get("noise_split"))]
+        mean = pooled([NoiseSplit(**split) for split in splits])
+        return None if mean is None else (len(splits), mean)
+
+    def _diagnosed(self) -> list[dict[str, Any]]:
+        found = read_jsonl(self.diagnostics) if self.diagnostics.exists() else ()
+        return [record for _, record in found]
+
+    def verdict(self) -> Verdict:
+        """Return what the run's metrics say of it.
+
+        Raises:
+            ProxstepError: If the folder holds no run, or no step is recorded.
+        """
+        if not self._info.exists():
+            raise ProxstepError(f"{self.path}: not a run folder, it has no run.json")
+        returns = self.info().get("guard", {}).get("returns", [])
+        return verdict(after_returns(read_metrics(self.metrics), returns))
 
     def add_diagnostics(self, record: dict[str, Any]) -> None:
         """Append one step's diagnostics to diagnostics.jsonl."""

@@ -85,7 +85,7 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     recipe = _read_recipe(folder / "recipe.yaml")
     info = _read_json(folder / "run.json")
-    records = _read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder / "metrics.jsonl")
     return Run(folder, recipe["algorithm"], recipe["seed"], recipe, info, records)
 
 
@@ -296,7 +296,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl in the order of their steps.
+
+    Raises:
+        ProxstepError: If it is missing, empty or malformed.
+    """
     records: list[dict[str, Any]] = []
     for number, record in read_jsonl(path):
         where = f"{path}, line {number}"

@@ -46,7 +46,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         overwrite: Delete the run that the output folder holds, once the new one can begin.
 
     Returns:
-        "finished" or "interrupted".
+        "finished", "interrupted" or "stopped" by the guard.
 
     Raises:
         ProxstepError: If anything in the recipe, the data or the model is wrong.
@@ -82,6 +82,12 @@ def resume(path: str | Path, progress: Progress) -> str:
     with folder.locked():
         checkpoint = latest_checkpoint(folder.path, progress.note)
         state = load_state(checkpoint)
+        if folder.status() == "stopped" and recipe.guard in ("halve", "stop"):
+            raise ProxstepError(
+                f"{path}: the guard stopped the run ({folder.info()['guard']['verdict']}): begin a "
+                f"new one with --model.name {checkpoint}, or set guard to warn in its recipe.yaml "
+                "to go on as it was"
+            )
         waiting = state["unrecorded"] is not None
         ended = state["step"] >= recipe.steps or is_stale(recipe, state["best"])
         if ended and not waiting:

@@ -139,6 +139,22 @@ def load_adapters(base: nn.Module, folder: Path) -> nn.Module:
         raise ProxstepError(_not_loaded("adapter", str(folder), error)) from None
 
 
+def reload_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Give a model the weights, or the adapters, of a checkpoint of its own, in place.
+
+    Raises:
+        ProxstepError: If they cannot be loaded.
+    """
+    if (checkpoint / "adapter_config.json").is_file():
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        return
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    model.load_state_dict(load_model(str(checkpoint), dtype, torch.device("cpu")).state_dict())
+
+
 def _with_lora(model: Any, lora: Lora) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 

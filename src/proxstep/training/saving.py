@@ -43,6 +43,8 @@ class Resumable:
             evaluation before any training.
         best: The validation's best score, its step, and how many evaluations ago that was; None
             before the first.
+        good: The step of the checkpoint that the guard would go back to, if any.
+        returns: Where the guard went back: after step "from" to the policy of step "to".
         torn: Whether parameters or optimizer are in the middle of a step, which nothing can
             continue.
     """
@@ -62,6 +64,8 @@ class Resumable:
         self.step, self.num_updates, self.num_sequences = 0, 0, 0
         self.unrecorded: dict[str, Any] | None = {"step": 0}
         self.best: dict[str, Any] | None = None
+        self.good: int | None = None
+        self.returns: list[dict[str, int]] = []
         self.torn = False
         self._saved_step, self._saved_time = -1, time.monotonic()
         self._started = time.perf_counter()
@@ -118,11 +122,14 @@ class Resumable:
             return
         kept = self.recipe.logging.checkpoints_kept
         path = self.folder.path
-        best = self.best["step"] if self.recipe.evaluation.patience and self.best else None
+        besides = [self.best["step"]] if self.recipe.evaluation.patience and self.best else []
+        if self.good is not None:
+            besides.append(self.good)
         try:
             if self.unrecorded is not None:
                 self.folder.drop_later_steps(self.step - 1)
-            save_checkpoint(path, self.step, self.model, self.tokenizer, self._state(), kept, best)
+            saved = (path, self.step, self.model, self.tokenizer, self._state())
+            save_checkpoint(*saved, kept, besides)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own
             raise ProxstepError(
                 f"step {self.step}: the checkpoint cannot be written below {path} ({error}); those "
@@ -167,6 +174,7 @@ class Resumable:
             "trained": self._trained(),
             "unrecorded": self.unrecorded,
             "best": self.best,
+            "guard": {"good": self.good, "returns": self.returns},
             "logs": self.folder.log_sums(),
         }
 
@@ -200,5 +208,6 @@ class Resumable:
         self.step, self.num_updates = state["step"], state["num_updates"]
         self.num_sequences, self.unrecorded = state["num_sequences"], state["unrecorded"]
         self.best = state["best"]
+        self.good, self.returns = state["guard"]["good"], list(state["guard"]["returns"])
         self._started = time.perf_counter() - state["elapsed_seconds"]
         self._saved_step = self.step

@@ -25,6 +25,7 @@ from proxstep.training.batch import Batch, collect, shortage
 from proxstep.training.chunkable import check_chunkable
 from proxstep.training.clock import Clock
 from proxstep.training.evaluation import Probe, evaluate, truncation_note
+from proxstep.training.guarding import Guarding
 from proxstep.training.judging import judged, with_budget
 from proxstep.training.objective import Objective, make_isopo
 from proxstep.training.optimizers import make_optimizer, make_schedule
@@ -32,13 +33,12 @@ from proxstep.training.prompts import Prompts
 from proxstep.training.regularizers import loss_penalty
 from proxstep.training.rollout import Completions, Scores, autocast, score
 from proxstep.training.sampler import make_sampler
-from proxstep.training.saving import Resumable
 from proxstep.typing import Tensor
 
 _MOST_IDLE_STEPS = 5
 
 
-class Trainer(Resumable):
+class Trainer(Guarding):
     """A run of one recipe.
 
     Args:
@@ -91,7 +91,7 @@ class Trainer(Resumable):
         """Train to the recipe's last step, or until interrupted.
 
         Returns:
-            "finished" or "interrupted"; a checkpoint is written in either case.
+            "finished", "interrupted", or "stopped" by the guard; each leaves a checkpoint.
 
         Raises:
             ProxstepError: If the gradient is not finite, or a reward function misbehaves.
@@ -101,11 +101,12 @@ class Trainer(Resumable):
             self.folder.update_info(status="running")
             # A resumed run does what came after its checkpoint again.
             self.folder.drop_later_steps(self.step - (self.unrecorded is not None))
+            self.begin_watch()
             log = MetricsLog(self.folder.metrics)
             self.progress.begin(self.recipe)
             with self._tracker() as tracker, stop_on_signal() as stop:
                 self._train(log, tracker, stop)
-            status = "finished" if self._done else "interrupted"
+            status = "stopped" if self.stopped else "finished" if self._done else "interrupted"
         except BaseException as error:
             saved = self.rescue()
             if saved:
@@ -138,7 +139,7 @@ class Trainer(Resumable):
         """Take the steps that are left, until asked to stop; evaluate, record and save them."""
         recipe = self.recipe
         while self.unrecorded is not None or self.step < recipe.steps:
-            if stop.made or (self.unrecorded is None and self.stopped_early):
+            if stop.made or self.stopped or (self.unrecorded is None and self.stopped_early):
                 break
             if self.unrecorded is None:
                 self.unrecorded = self._train_step()
@@ -148,8 +149,12 @@ class Trainer(Resumable):
             self._write(log, tracker, record)
             if "score" in record:
                 self.judge(record["score"])
-            self.save_if_due()
-        if recipe.logging.checkpoint_last or not self._done:
+            self.watch(record)
+            if not self.stopped:
+                self.save_if_due()
+        if self.stopped:
+            self.keep_last_good()
+        elif recipe.logging.checkpoint_last or not self._done:
             self.save()
         self.tell_best()
 

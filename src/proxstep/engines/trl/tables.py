@@ -45,7 +45,7 @@ RUN_FOLDER = (
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
     *("evaluation.kl_policy_initial", "evaluation.baselines"),
     *("evaluation.num_samples", "evaluation.temperature", "evaluation.remember_first"),
-    *("logging.num_samples", "task.max_prompt_length"),
+    *("logging.num_samples", "task.max_prompt_length", "guard"),
     *("logging.checkpoint_minutes", "logging.checkpoints_kept", "task.reward_seconds"),
 )
 """What `proxstep train` adds to a run, and a printed script has not: TRL has no such thing."""
@@ -237,6 +237,10 @@ REFUSALS: tuple[Refusal, ...] = (
             recipe.optimizer.lr_scheduler_type == "linear" and recipe.optimizer.min_lr_rate > 0
         ),
         "TRL's linear schedule ends at 0; leave it out, or use lr_scheduler_type cosine",
+    ),
+    _only(
+        *("guard", ["off", "warn"]),
+        "only the local engine goes back; leave it out, and see proxstep diagnose",
     ),
     _only("evaluation.patience", [None], "only the local engine stops early; leave it out"),
     _only(

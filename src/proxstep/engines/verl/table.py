@@ -132,6 +132,11 @@ REFUSED: tuple[Refusal, ...] = (
         "only the local engine stops early: leave it null",
     ),
     (
+        "guard",
+        lambda recipe: recipe.guard in ("halve", "stop"),
+        "only the local engine goes back: leave it out, and see proxstep diagnose",
+    ),
+    (
         "logging.checkpoint_last",
         lambda recipe: not recipe.logging.checkpoint_last,
         "verl saves the last step: leave it out",

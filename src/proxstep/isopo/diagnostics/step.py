@@ -23,6 +23,7 @@ from proxstep.isopo.diagnostics.noise import (
     noise_moments,
     noise_scale,
 )
+from proxstep.isopo.diagnostics.noise_split import NoiseSplit, noise_split
 from proxstep.isopo.diagnostics.records import LayerRecord
 from proxstep.isopo.diagnostics.stacked import StackedRecords, stack_records
 from proxstep.isopo.diagnostics.statistics import (
@@ -131,6 +132,7 @@ class StepDiagnostics:
         noise: Signal and noise of all uses together.
         noise_between_groups: Whether prompts' groups were the independent units of the noise, or
             single sequences.
+        noise_split: The noise between prompts and between their completions.
         group_conflict: Of all uses together, their inner products added up.
         opposed_coefficients: Share of the same pairs with coefficients of opposite sign, which
             would be the conflict if all gradients of a prompt's group pointed the same way.
@@ -150,6 +152,7 @@ class StepDiagnostics:
     ntk_off_diagonal: float | None
     noise: GradientNoise | None
     noise_between_groups: bool
+    noise_split: NoiseSplit | None
     group_conflict: float | None
     opposed_coefficients: float | None
     layers: tuple[LayerDiagnostics, ...]
@@ -169,19 +172,23 @@ class StepDiagnostics:
         One step's noise scale is a ratio of two noisy estimates: to average over steps, average
         "noise_variance" and "noise_squared_gradient" and divide.
         """
-        noise = self.noise
+        noise, split = self.noise, self.noise_split
+        shares = [use.grad_share for use in self.layers if use.grad_share is not None]
         figures = {
             "weight_spread": self.weight_spread,
             "frac_filled_fisher": self.frac_filled_fisher,
             "fisher_norm_correlation": self.fisher_norm_correlation,
             "cosine_to_reinforce": self.cosine_to_reinforce,
             "mean_cosine_to_reinforce": self.mean_cosine_to_reinforce,
+            "max_grad_share": max(shares, default=None),
             "ntk_condition": self.ntk_condition,
             "ntk_effective_rank": self.ntk_effective_rank,
             "ntk_off_diagonal": self.ntk_off_diagonal,
             "noise_scale": noise and noise.scale,
             "noise_squared_gradient": noise and noise.squared_gradient,
             "noise_variance": noise and noise.variance,
+            "noise_between_prompts": split and split.between,
+            "noise_within_prompt": split and split.within(split.num_generations),
             "group_conflict": self.group_conflict,
         }
         return {k: v for k, v in figures.items() if v is not None and math.isfinite(v)}
@@ -235,6 +242,7 @@ def diagnose(
         ntk_off_diagonal=_known(figures["ntk_off_diagonal"].nanmean()),
         noise=_noise_record(together["squared_gradient"], together["variance"]),
         noise_between_groups=contributions.between_groups,
+        noise_split=noise_split(whole.coefficient_MB, whole.ntk_MBB, whole.group_MB),
         group_conflict=_known(together["group_conflict"]),
         opposed_coefficients=_known(_interplay(aligned)["group_conflict"]),
         layers=_layers(stacked, figures),
@@ -364,6 +372,7 @@ _NOTHING = StepDiagnostics(
     ntk_off_diagonal=None,
     noise=None,
     noise_between_groups=False,
+    noise_split=None,
     group_conflict=None,
     opposed_coefficients=None,
     layers=(),

@@ -152,6 +152,8 @@ def _noise(step: StepDiagnostics) -> Iterator[str]:
         )
         pays = "would pay" if noise.scale > step.num_sequences else "would gain little"
         yield f"This step measured {step.num_sequences}: a larger batch {pays}."
+    if step.noise_split is not None:
+        yield step.noise_split.sentence()
     if not step.noise_between_groups:
         yield "Sequences were taken as independent: where they share a prompt, there is more noise."
 

@@ -1,0 +1,203 @@
+"""The guard's verdict on histories that are made by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from proxstep.runs.guard import Series, after_returns, signs, verdict
+
+STEPS = 20
+
+
+def history(steps: int = STEPS, *, noise: float = 0.02, seed: int = 0, **fields: Any) -> list[Any]:
+    """A run's rows: each field goes in a straight line from its first value to its last.
+
+    Fields that are not given are those of a run that learns.
+    """
+    learning: dict[str, Any] = {
+        "reward": (0.3, 0.6),
+        "reward_std": (0.3, 0.3),
+        "entropy": (0.5, 0.25),
+        "grad_norm": (1.0, 0.8),
+        "frac_reward_zero_std": (0.3, 0.4),
+        "completions_clipped_ratio": (0.0, 0.0),
+        "learning_rate": (1e-3, 1e-3),
+    }
+    draw = random.Random(seed)
+    rows: list[Any] = [{"step": 0, "score": 0.3, "kl_initial_policy": 0.0}]
+    for step in range(1, steps + 1):
+        row = {"step": step, "score": None, "num_sequences": 128 * step}
+        for name, (first, last) in {**learning, **fields}.items():
+            value = first + (last - first) * (step - 1) / (steps - 1)
+            row[name] = value * (1 + draw.gauss(0, noise))
+        if step % 4 == 0 and "score" not in fields:
+            row["score"] = 0.3 + 0.3 * step / steps
+        rows.append(row)
+    return rows
+
+
+def jump(rows: list[Any], at: int, **values: float) -> list[Any]:
+    """The same rows, with other values from a step on."""
+    return [{**row, **values} if row["step"] >= at else row for row in rows]
+
+
+def test_a_run_that_learns() -> None:
+    found = verdict(history())
+    assert (found.state, found.remedy, found.step) == ("learning", "", STEPS)
+    assert "the reward went from 0.3" in found.reason
+    assert "the validation score from 0.3 to 0.6" in found.reason
+
+
+def test_a_run_that_has_learned_all_is_no_collapse() -> None:
+    """Low entropy, equal rewards and small gradients together are what success looks like."""
+    rows = history(reward=(0.3, 1.0), entropy=(0.5, 0.01), grad_norm=(1.0, 0.01))
+    rows = jump(rows, 12, frac_reward_zero_std=1.0, reward=1.0, entropy=0.01)
+    assert {sign.kind for sign in signs(rows)} == {"entropy", "equal"}
+    assert verdict(rows).state == "learning"
+
+
+def test_too_large_steps() -> None:
+    rows = jump(history(), 10, reward=0.02, entropy=2.1, grad_norm=9.0)
+    found = verdict(rows)
+    assert found.state == "collapsing"
+    assert "the reward fell from 0.4" in found.reason
+    assert " to 2.1 nats a token in 19 steps" in found.reason
+    assert "lower optimizer.learning_rate from 0.001 to 0.0003" in found.remedy
+    budget = {"kl_budget/predicted": 0.1, "kl_budget/scale": 0.5}
+    assert "halve update.kl_budget" in verdict(jump(rows, 1, **budget)).remedy
+
+
+@pytest.mark.parametrize(
+    ("values", "remedy"),
+    [
+        ({"entropy": 0.05, "reward": 0.0}, "optimizer.learning_rate"),
+        ({"grad_norm": 9.0, "reward": 0.0}, "optimizer.learning_rate"),
+        ({"kl_initial_policy": 3.0, "reward": 0.0}, "optimizer.learning_rate"),
+        ({"objective/kl_old_policy": 0.5, "reward": 0.0}, "the old policy is too old"),
+        ({"score": 0.02, "entropy": 0.05}, "not what the score grades"),
+        ({"score": 0.02, "frac_reward_zero_std": 0.99}, "learned by heart"),
+        ({"completions_clipped_ratio": 0.9, "reward": 0.0}, "rollout.overlong_buffer"),
+        ({"geometry/ntk_effective_rank": 1.1, "reward": 0.0}, "optimizer.learning_rate"),
+        ({"geometry/max_grad_share": 0.95, "reward": 0.0}, "optimizer.learning_rate"),
+        ({"geometry/noise_scale": 9e5, "reward": 0.0}, "optimizer.learning_rate"),
+        ({"kl_budget/realized": 0.9, "reward": 0.0}, "halve update.kl_budget"),
+    ],
+)
+def test_every_pair_of_signs_has_its_remedy(values: dict[str, float], remedy: str) -> None:
+    whole = {"geometry/ntk_effective_rank": 12.0, "objective/kl_old_policy": 0.001}
+    whole |= {"geometry/max_grad_share": 0.2, "geometry/noise_scale": 300.0}
+    if "kl_budget/realized" in values:
+        whole |= {"kl_budget/predicted": 0.1, "kl_budget/scale": 0.5, "kl_budget/realized": 0.03}
+    rows = jump(history(), 1, **whole)
+    assert verdict(rows).state == "learning"
+    found = verdict(jump(rows, 14, **values))
+    assert found.state == "collapsing"
+    assert remedy in found.remedy
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"reward": 0.0}, {"entropy": 0.01}, {"grad_norm": 50.0}, {"kl_initial_policy": 3.0}],
+)
+def test_one_sign_alone_is_no_collapse(values: dict[str, float]) -> None:
+    rows = jump(history(), 14, **values)
+    assert len(signs(rows)) == 1
+    assert verdict(rows).state != "collapsing"
+
+
+def test_two_bad_steps_are_no_collapse_and_three_are() -> None:
+    bad = {"reward": 0.0, "grad_norm": 9.0}
+    rows = jump(history(), STEPS - 1, **bad)
+    assert signs(rows) == []
+    assert verdict(jump(history(), STEPS - 2, **bad)).state == "collapsing"
+    assert {sign.kind for sign in signs(rows, window=1)} == {"reward", "gradient"}
+
+
+def test_a_collapse_in_the_first_step_is_seen() -> None:
+    rows = jump(history(), 2, reward=0.0, entropy=3.0)[:5]
+    assert verdict(rows).state == "collapsing"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_is_no_sign(seed: int) -> None:
+    """Rewards that scatter by 15 % a step around one level."""
+    rows = history(60, noise=0.15, seed=seed, reward=(0.3, 0.3))
+    for end in range(2, len(rows)):
+        assert verdict(rows[:end]).state != "collapsing"
+
+
+@pytest.mark.parametrize("shift", [-5.0, 3.0])
+def test_rewards_of_any_origin(shift: float) -> None:
+    rows = jump(history(), 14, reward=0.0, grad_norm=9.0)
+    for row in rows[1:]:
+        row["reward"] += shift
+    assert verdict(rows).state == "collapsing"
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason", "remedy"),
+    [
+        ([], "0 steps are too few", ""),
+        (history()[:4], "3 steps are too few", ""),
+        (
+            history(reward=(0.0, 0.0), frac_reward_zero_std=(0.97, 0.97)),
+            "in 97% of the groups all rewards are equal",
+            "neither too easy nor too hard",
+        ),
+        (
+            jump(history(reward=(0.3, 0.3)), 1, kl_initial_policy=1e-5),
+            "1e-05 nats a token from the initial one",
+            "float32",
+        ),
+        (
+            history(reward=(0.3, 0.3), **{"geometry/noise_scale": (9e5, 9e5)}),
+            "completions, and a step has 128",
+            "rollout.num_prompts",
+        ),
+        (history(reward=(0.3, 0.3)), "a step's noise is 0.0", "more rollout.num_prompts"),
+        (
+            jump(history(), 20, score=0.1),
+            "the validation score fell from 0.54 to 0.1, and the reward went from",
+            "not what the score grades",
+        ),
+    ],
+    ids=["nothing", "short", "equal", "still", "noisy", "noise", "other score"],
+)
+def test_not_learning_and_why(rows: Sequence[Any], reason: str, remedy: str) -> None:
+    found = verdict(rows)
+    assert found.state == "not learning"
+    assert reason in found.reason
+    assert remedy in found.remedy
+    assert str(found).startswith(f"not learning: {found.reason}")
+
+
+def test_what_is_not_finite_or_missing_is_left_out() -> None:
+    rows = history()
+    rows[5]["reward"], rows[6]["reward"], rows[7]["grad_norm"] = math.nan, None, math.inf
+    assert verdict(rows).state == "learning"
+    assert len(Series.of(rows, "reward").values) == STEPS - 2
+
+
+def test_a_long_run_is_held_against_its_beginning_and_its_last_hundreds_of_steps() -> None:
+    rows = history(2_000, reward=(0.6, 0.6), entropy=(0.3, 0.3))
+    rows = [row | {"entropy": 0.5} if row["step"] == 1 else row for row in rows]
+    assert verdict(jump(rows, 1_990, reward=0.0, entropy=0.1)).state == "collapsing"
+    assert signs(jump(rows, 1_990, entropy=0.9)) == []
+
+
+def test_the_noise_is_that_of_one_value() -> None:
+    draw = random.Random(0)
+    values = tuple(0.01 * i + draw.gauss(0, 0.3) for i in range(4_000))
+    assert Series(values).noise == pytest.approx(0.3, rel=0.1)
+    assert Series(()).noise == 0.0
+
+
+def test_what_was_undone_is_not_judged() -> None:
+    rows = jump(history(), 10, reward=0.0, entropy=3.0)
+    kept = after_returns(rows, [{"from": 15, "to": 9}])
+    assert [row["step"] for row in kept] == [*range(10), *range(16, STEPS + 1)]

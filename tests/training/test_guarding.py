@@ -1,0 +1,201 @@
+"""What the local engine does where a run collapses, by figures that the tests decide."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.engine import (
+    Killed,
+    Silent,
+    assert_same_records,
+    kill_at,
+    records,
+    spread_reward,
+    tiny_recipe,
+    weights,
+)
+
+from proxstep.cli import commands
+from proxstep.engines.keys import refuse
+from proxstep.engines.verl.table import REFUSED
+from proxstep.errors import ProxstepError
+from proxstep.runs.checkpoint import checkpoints
+from proxstep.runs.folder import RunFolder
+from proxstep.training import lifecycle
+from proxstep.training.trainer import Trainer
+
+COLLAPSES_AT, SEEN_AT = 4, 6
+WRITE = Trainer._write
+
+
+@pytest.fixture(autouse=True)
+def _collapse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written down is a run that learns, and collapses from a step on at its first rate."""
+
+    def told(self: Trainer, log: Any, tracker: Any, record: dict[str, Any]) -> None:
+        bad = self.step >= COLLAPSES_AT and not self.returns
+        if "score" in record:
+            record["score"] = 0.1 if bad else 0.5
+        if self.step:
+            record |= {"reward": 0.0, "entropy": 9.0} if bad else {"reward": 0.5, "entropy": 1.0}
+            record["reward_std"] = 0.5
+        WRITE(self, log, tracker, record)
+
+    monkeypatch.setattr(Trainer, "_write", told)
+
+
+def recipe_in(folder: Path, guard: str, **changes: Any) -> Any:
+    evaluation = {"every": 2, "num_probe_prompts": 1, "kl_policy_initial": False}
+    given = {"steps": 9, "guard": guard, "evaluation": evaluation, **changes}
+    return tiny_recipe(folder, task=spread_reward(folder.parent), **given)
+
+
+def trained(folder: Path, guard: str, **changes: Any) -> tuple[str, Silent]:
+    progress = Silent()
+    return lifecycle.train(recipe_in(folder, guard, **changes), progress), progress
+
+
+def test_warn_says_so_once_and_changes_nothing(tmp_path: Path) -> None:
+    status, progress = trained(tmp_path / "warned", "warn")
+    assert status == "finished"
+    (note,) = [note for note in progress.notes if "collapsing" in note]
+    assert note.startswith(f"step {SEEN_AT}: collapsing: the ")
+    assert "the entropy rose from 1 to 9" in note
+    status, progress = trained(tmp_path / "off", "off")
+    assert (status, [note for note in progress.notes if "collapsing" in note]) == ("finished", [])
+    assert_same_records(records(tmp_path / "warned"), records(tmp_path / "off"))
+
+
+def test_stop_keeps_the_last_good_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    recipe = recipe_in(folder, "stop", logging={"checkpoint_every": 1})
+    assert lifecycle.train(recipe, Silent()) == "stopped"
+    assert [row["step"] for row in records(folder)] == list(range(SEEN_AT + 1))
+    assert checkpoints(folder)[-1].name == "step-000002"
+    info = json.loads((folder / "run.json").read_text())
+    assert info["status"] == "stopped"
+    assert info["guard"]["step"] == SEEN_AT
+    assert info["guard"]["verdict"].startswith("collapsing: ")
+    with pytest.raises(ProxstepError, match=r"the guard stopped the run .*step-000002"):
+        lifecycle.resume(folder, Silent())
+    assert commands.main(["diagnose", str(folder)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith(info["guard"]["verdict"])
+
+
+def test_a_stopped_run_has_a_status_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "train", lambda *args, **keywords: "stopped")
+    words = ["train", "recipes/arithmetic.yaml", "--output_dir", str(tmp_path / "run")]
+    assert commands.main(words) == 3
+    assert "stopped by the guard" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "isopo"},
+        {"model": {"lora": {"rank": 2}}},
+        {"optimizer": {"name": "muon", "lr_scheduler_type": "linear"}},
+        {"update": {"kl_budget": 0.5}},
+    ],
+    ids=["isopo", "lora", "muon", "kl budget"],
+)
+def test_halve_goes_back_with_half_the_rate(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = tmp_path / "run"
+    seen: dict[str, Any] = {}
+    go_back = Trainer._go_back
+
+    def watched(self: Trainer, good: int, found: Any) -> None:
+        seen["before"] = self.schedule.get_last_lr()
+        go_back(self, good, found)
+        seen["rates"] = [group["lr"] for group in self.optimizer.param_groups]
+        seen["nats"] = getattr(self.optimizer, "nats", None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_go_back", watched)
+        status, progress = trained(folder, "halve", **changes)
+    assert status == "finished"
+    assert seen["rates"] == [rate / 2 for rate in seen["before"]]
+    if "update" in changes:
+        assert seen["nats"] == 0.25
+    assert [row["step"] for row in records(folder)] == list(range(10))
+    rates = [row["learning_rate"] for row in records(folder)[1:]]
+    assert rates[SEEN_AT] < 0.6 * rates[SEEN_AT - 1]
+    assert [n for n in progress.notes if "went back to the policy of step 2" in n]
+    info = json.loads((folder / "run.json").read_text())
+    assert info["guard"]["returns"] == [{"from": SEEN_AT, "to": 2}]
+    assert RunFolder(folder).verdict().state != "collapsing"
+
+
+def test_halving_restores_the_weights_to_the_bit(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    found: dict[str, Any] = {}
+    go_back = Trainer._go_back
+
+    def watched(self: Trainer, good: int, verdict: Any) -> None:
+        worse = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        go_back(self, good, verdict)
+        now = dict(self.model.named_parameters())
+        found["moved"] = any(not torch.equal(now[n], p) for n, p in worse.items())
+        held = weights(self.folder.path) if checkpoints(folder)[-1].name.endswith("2") else {}
+        found["same"] = [torch.equal(now[n], p) for n, p in held.items()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_go_back", watched)
+        trained(folder, "halve")
+    assert found["moved"]
+    assert found["same"]
+    assert all(found["same"])
+
+
+@pytest.mark.parametrize("at", [SEEN_AT, SEEN_AT + 2])
+def test_resuming_a_halved_run_repeats_it_to_the_bit(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the step that the guard is about to undo, and after that."""
+    changes: dict[str, Any] = {"logging": {"checkpoint_every": 3}, "algorithm": "isopo"}
+    assert trained(tmp_path / "whole", "halve", **changes)[0] == "finished"
+    with monkeypatch.context() as patch:
+        kill_at(at, patch)
+        patch.setattr(Trainer, "rescue", lambda self: False)
+        with pytest.raises(Killed):
+            trained(tmp_path / "cut", "halve", **changes)
+    assert lifecycle.resume(tmp_path / "cut", Silent()) == "finished"
+    assert_same_records(records(tmp_path / "whole"), records(tmp_path / "cut"))
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_collapses_again_and_again_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three returns at most."""
+
+    def hopeless(self: Trainer, log: Any, tracker: Any, record: dict[str, Any]) -> None:
+        bad = self.step % 4 != 1 and self.step > 1
+        record |= {"reward": 0.0 if bad else 0.5, "entropy": 9.0 if bad else 1.0}
+        record["reward_std"] = 0.5
+        WRITE(self, log, tracker, record)
+
+    monkeypatch.setattr(Trainer, "_write", hopeless)
+    status, _ = trained(tmp_path / "run", "halve", steps=30)
+    assert status == "stopped"
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [each["to"] for each in info["guard"]["returns"]] == [0, 0, 0]
+
+
+def test_engines_that_cannot_go_back_say_so(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", guard="stop", evaluation={"num_probe_prompts": 64})
+    with pytest.raises(ProxstepError, match=r"^guard stop is not for --engine verl: "):
+        refuse("verl", recipe, REFUSED)
+    tables = pytest.importorskip("proxstep.engines.trl.tables")
+    with pytest.raises(ProxstepError, match=r"^guard stop is not for --engine trl: "):
+        refuse("trl", recipe, tables.REFUSALS, tables.KNOWN)
