@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from proxstep import algorithms
     from proxstep.budget import KlBudget
     from proxstep.isopo import PRESETS, IsometricRule, Isopo, NaturalRule
+    from proxstep.logprobs.completions import (
+        completion_log_probs,
+        packed_sequence_ids,
+        sequence_ids,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,12 +29,18 @@ __all__ = [
     "NaturalRule",
     "ProxstepError",
     "algorithms",
+    "completion_log_probs",
+    "packed_sequence_ids",
+    "sequence_ids",
 ]
 
 _ROOMS = ("algorithms", "isopo", "logprobs")
 _HOME = {
     "KlBudget": "budget",
     **dict.fromkeys(("PRESETS", "IsometricRule", "Isopo", "NaturalRule"), "isopo"),
+    **dict.fromkeys(
+        ("completion_log_probs", "packed_sequence_ids", "sequence_ids"), "logprobs.completions"
+    ),
 }
 """Where a name is from."""
 

@@ -19,6 +19,7 @@ from proxstep.config.recipe import Recipe
 from proxstep.config.sections import UpdateSection
 from proxstep.isopo.hooks import owner_of
 from proxstep.logprobs.chunked import CHUNK_BYTES
+from proxstep.logprobs.completions import sequence_ids
 from proxstep.logprobs.evaluating import evaluating
 from proxstep.logprobs.tokens import entropy, token_log_probs
 from proxstep.training.output_layer import completion_log_probs_chunked, unwrapped
@@ -77,8 +78,7 @@ class Completions:
 
     def sequence_ids(self) -> Int[Tensor, "batch tokens"]:
         """Return each position's row, -1 for padding."""
-        row = torch.arange(len(self), device=self.token_BT.device)[:, None]
-        return torch.where(self.attention_BT, row, -1)
+        return sequence_ids(self.attention_BT)
 
     def lengths(self) -> Int[Tensor, " batch"]:
         """Return the completions' lengths in tokens, end token included."""
