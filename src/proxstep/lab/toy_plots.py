@@ -136,7 +136,7 @@ def bandit_figure(traces: Mapping[str, Sequence[Trace]]) -> Figure:
             distance.set(
                 title="(c) Distance to natural gradient", ylabel="1 - cosine, Fisher metric"
             )
-            distance.set_ylim(bottom=-0.02)
+        distance.set_ylim(bottom=-0.02)
         path.set_xlabel("KL(π ‖ π₀) when first reached, nats")
         for axes in (price, distance):
             axes.set_xlabel("update")
