@@ -38,7 +38,7 @@ from proxstep.training.trainer import Trainer
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
 RESULTS = Path(__file__).with_suffix(".json")
 NUM_BATCHES = 200
-NUM_SPLIT = 64
+NUM_SPLIT = 32
 """Batches that are split."""
 MEASURED = (8, 16)
 SPLITS = ((64, 2), (32, 4), (16, 8), (8, 16), (4, 32))
