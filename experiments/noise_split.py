@@ -116,7 +116,7 @@ def measured(trainer: Trainer) -> dict[str, Any]:
             rows.append(gradient(trainer))
         score_BD = torch.stack(rows)
         ntk_BB = (score_BD @ score_BD.mT).double()
-        # Leave-one-out advantages are n / (n - 1) times the centered ones, a batch's mean is over P.
+        # Leave-one-out advantages are n / (n - 1) times the centered ones.
         centered_B = batch.signal_B.double() * (1 - 1 / MEASURED[1])
         split = noise_split(centered_B[None], ntk_BB[None], batch.group_B[None])
         assert split is not None
