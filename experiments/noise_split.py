@@ -38,7 +38,7 @@ from proxstep.training.trainer import Trainer
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
 RESULTS = Path(__file__).with_suffix(".json")
 NUM_BATCHES = 200
-NUM_SPLIT = 64
+NUM_SPLIT = 32
 """Batches that are split."""
 MEASURED = (8, 16)
 SPLITS = ((64, 2), (32, 4), (16, 8), (8, 16), (4, 32))
@@ -116,7 +116,7 @@ def measured(trainer: Trainer) -> dict[str, Any]:
             rows.append(gradient(trainer))
         score_BD = torch.stack(rows)
         ntk_BB = (score_BD @ score_BD.mT).double()
-        # Leave-one-out advantages are n / (n - 1) times the centered ones, a batch's mean is over P.
+        # Leave-one-out advantages are n / (n - 1) times the centered ones.
         centered_B = batch.signal_B.double() * (1 - 1 / MEASURED[1])
         split = noise_split(centered_B[None], ntk_BB[None], batch.group_B[None])
         assert split is not None
