@@ -211,7 +211,7 @@ def check(page: Browser) -> list[str]:
         page.press(" ")
         off = page.run("figures.flatMap((f) => state(f).off)")
         drawn = page.run(
-            f"figures.some((f) => f.querySelector(`[data-algorithm=${{CSS.escape('{name}')}}]`))"
+            f"figures.some((f) => f.querySelector(`[data-algorithm=${{CSS.escape({json.dumps(name)})}}]`))"
         )
         expect(set(off) == ({name} if drawn else set()), f"the switch of {name} hides {set(off)}")
         expect(page.run(f"{switch}.ariaPressed") == "false", f"the switch of {name} looks pressed")
