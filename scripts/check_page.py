@@ -201,6 +201,8 @@ def check(page: Browser) -> list[str]:
     expect(number > 0, "no figure has curves")
     if not number:
         return wrong
+    if page.run("figures[0].querySelector('.readout') === null"):
+        return [*wrong, f"the page's script does not run: {page.errors}"]
     first = "state(figures[0])"
     begun = page.run(f"figures[0].scrollIntoView({{block: 'center'}}), {first}")
 
@@ -210,9 +212,8 @@ def check(page: Browser) -> list[str]:
         name = page.run(f"{switch}.focus(), {switch}.textContent.trim()")
         page.press(" ")
         off = page.run("figures.flatMap((f) => state(f).off)")
-        drawn = page.run(
-            f"figures.some((f) => f.querySelector(`[data-algorithm=${{CSS.escape({json.dumps(name)})}}]`))"
-        )
+        own = f"`[data-algorithm=${{CSS.escape({json.dumps(name)})}}]`"
+        drawn = page.run(f"figures.some((f) => f.querySelector({own}))")
         expect(set(off) == ({name} if drawn else set()), f"the switch of {name} hides {set(off)}")
         expect(page.run(f"{switch}.ariaPressed") == "false", f"the switch of {name} looks pressed")
         page.press(" ")
