@@ -89,9 +89,11 @@ class Page:
         assert self.is_there(arguments.target) or self._recipe_file(arguments.target)
 
     def _compare(self, arguments: Namespace, overrides: Overrides) -> None:
+        self.made.add(str(arguments.output))
+        if not self._recipe_file(arguments.recipe):
+            return
         for name in arguments.algorithms.split(","):
             load_recipe(arguments.recipe, [*overrides, ("algorithm", name)])
-        self.made.add(str(arguments.output))
 
     def _report(self, arguments: Namespace, overrides: Overrides) -> None:
         del overrides
