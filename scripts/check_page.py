@@ -177,8 +177,8 @@ def browsing(browser: str) -> Iterator[Browser]:
 
 # In the page: what a figure shows now.
 _HELPERS = """
-const figures = [...document.querySelectorAll('figure')].filter((f) => f.querySelector('.plot'));
-const state = (figure) => ({
+var figures = [...document.querySelectorAll('figure')].filter((f) => f.querySelector('.plot'));
+var state = (figure) => ({
   ticks: figure.querySelector('.ticks').innerHTML,
   matrix: figure.querySelector('.line').getAttribute('transform'),
   off: [...figure.querySelectorAll('.curve.off')].map((c) => c.dataset.algorithm),
@@ -196,7 +196,7 @@ def check(page: Browser) -> list[str]:
             wrong.append(message)
 
     page.look("light", 1280)
-    page.run(_HELPERS.replace("const ", "var "))
+    page.run(_HELPERS)
     number = page.run("figures.length")
     expect(number > 0, "no figure has curves")
     if not number:

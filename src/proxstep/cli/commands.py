@@ -71,10 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _recipe(name: str, overrides: Overrides) -> Any:
     """Return a recipe; a name in it that does not exist is found before torch is imported."""
-    check_names(*read_recipe(name, overrides))
-    from proxstep.config.loading import load_recipe
+    found = read_recipe(name, overrides)
+    check_names(*found)
+    from proxstep.config.loading import resolve
 
-    return load_recipe(name, overrides)
+    return resolve(*found)
 
 
 def _train(arguments: Namespace, overrides: Overrides, console: Any) -> int:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,24 @@ def objective_of(algorithm: str) -> str | None:
     >>> objective_of("isopo-natural+opo"), objective_of("isopo"), objective_of("grop")
     ('opo', 'reinforce', None)
     """
-    objectives = _owners()["advantage"]
+    rules = [rule for rule in _rules() if rule != "none"]
+    found = rule_and_objective(algorithm, rules, _owners()["advantage"])
+    return found[1] if found else None
+
+
+def rule_and_objective(
+    algorithm: str, rules: Container[str], objectives: Container[str]
+) -> tuple[str, str] | None:
+    """Return what an algorithm's name stands for, "none" for no rule; None if it is unknown.
+
+    >>> rule_and_objective("isopo+opo", ["isopo"], ["opo"])
+    ('isopo', 'opo')
+    """
     rule, plus, objective = algorithm.partition("+")
     if not plus:
         rule, objective = ("none", rule) if rule in objectives else (rule, "reinforce")
-    known = rule in _rules() and objective in objectives and not (rule == "none" and plus)
-    return objective if known else None
+    known = objective in objectives and (rule in rules or (rule == "none" and not plus))
+    return (rule, objective) if known else None
 
 
 def unknown_algorithm(name: Any, known: Sequence[str], where: str = "algorithm") -> str:

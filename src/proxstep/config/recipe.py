@@ -13,6 +13,7 @@ from pydantic import Field, create_model, model_validator
 from proxstep.algorithms import ADVANTAGES, ALGORITHMS, Algorithm
 from proxstep.algorithms.advantages import NONNEGATIVE
 from proxstep.config.geometry import GeometrySection
+from proxstep.config.names import rule_and_objective
 from proxstep.config.objectives import ObjectiveSection, section_of
 from proxstep.config.optimizer import OptimizerSection
 from proxstep.config.regularizer import RegularizerSection
@@ -43,11 +44,11 @@ def meaning_of(algorithm: str) -> dict[str, dict[str, Any]] | None:
     >>> meaning_of("isopo-natural+opo")
     {'objective': {'name': 'opo'}, 'geometry': {'rule': 'isopo-natural'}}
     """
-    rule, plus, objective = algorithm.partition("+")
-    if not plus:
-        rule, objective = ("none", rule) if rule in ALGORITHMS else (rule, "reinforce")
-    known = objective in ALGORITHMS and (rule in PRESETS or (rule == "none" and not plus))
-    return {"objective": {"name": objective}, "geometry": {"rule": rule}} if known else None
+    found = rule_and_objective(algorithm, PRESETS, ALGORITHMS)
+    if found is None:
+        return None
+    rule, objective = found
+    return {"objective": {"name": objective}, "geometry": {"rule": rule}}
 
 
 def undefined_composition(rule: str, objective: str) -> str | None:

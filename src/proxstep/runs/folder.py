@@ -24,7 +24,7 @@ from proxstep.isopo.diagnostics.noise_split import NoiseSplit, pooled
 from proxstep.runs.durable import sha256, sync, write_file
 from proxstep.runs.guard import Verdict, after_returns, verdict
 from proxstep.runs.lock import LOCK, is_locked, locked
-from proxstep.runs.reading import read_jsonl, read_metrics
+from proxstep.runs.reading import read_metrics, read_rows
 from proxstep.runs.tracking import drop_later_steps, lines_until
 
 
@@ -241,7 +241,7 @@ class RunFolder:
         """
         if not self._info.exists():
             raise ProxstepError(f"{self.path}: not a run folder, it has no run.json")
-        records = self._diagnosed()
+        records = read_rows(self.diagnostics)
         if not records:
             raise ProxstepError(
                 f"{self.path}: nothing was measured; train with a geometry.rule and "
@@ -255,13 +255,11 @@ class RunFolder:
 
     def noise_split(self) -> tuple[int, NoiseSplit] | None:
         """Return over how many steps the gradient's noise was split, and the mean; None of none."""
-        splits = [found for record in self._diagnosed() if (found := record.get("noise_split"))]
+        splits = [
+            found for record in read_rows(self.diagnostics) if (found := record.get("noise_split"))
+        ]
         mean = pooled([NoiseSplit(**split) for split in splits])
         return None if mean is None else (len(splits), mean)
-
-    def _diagnosed(self) -> list[dict[str, Any]]:
-        found = read_jsonl(self.diagnostics) if self.diagnostics.exists() else ()
-        return [record for _, record in found]
 
     def verdict(self) -> Verdict:
         """Return what the run's metrics say of it.

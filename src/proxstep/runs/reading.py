@@ -91,13 +91,16 @@ def load_run(path: str | Path) -> Run:
 
 def load_samples(run: Run) -> list[dict[str, Any]]:
     """Return the lines of the run's `samples.jsonl`, none if it has no such file."""
-    path = run.path / "samples.jsonl"
-    return [row for _, row in read_jsonl(path)] if path.is_file() else []
+    return read_rows(run.path / "samples.jsonl")
 
 
 def load_diagnostics(run: Run) -> list[dict[str, Any]]:
     """Return the lines of the run's `diagnostics.jsonl`, none if it has no such file."""
-    path = run.path / "diagnostics.jsonl"
+    return read_rows(run.path / "diagnostics.jsonl")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one a line, none if there is no such file."""
     return [row for _, row in read_jsonl(path)] if path.is_file() else []
 
 

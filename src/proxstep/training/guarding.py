@@ -9,7 +9,7 @@ from proxstep.budget import KlBudget
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import checkpoint_path, damage, drop_later_checkpoints, load_state
 from proxstep.runs.guard import Verdict, after_returns, signs, verdict
-from proxstep.runs.reading import read_jsonl
+from proxstep.runs.reading import read_rows
 from proxstep.training.models import reload_weights
 from proxstep.training.saving import Resumable
 
@@ -36,7 +36,7 @@ class Guarding(Resumable):
     def begin_watch(self) -> None:
         """Read what the run has measured so far: nothing, unless it is resumed."""
         if self.recipe.guard != "off" and self.folder.metrics.exists():
-            self._rows = [row for _, row in read_jsonl(self.folder.metrics)]
+            self._rows = [*read_rows(self.folder.metrics)]
             self._collapsing = self._judge().state == "collapsing"
         self._scale_budget()
 
