@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from proxstep.errors import ProxstepError
@@ -15,11 +16,19 @@ LOCK = "run.lock"
 """The file that is locked, gone when the lock is released. One that a killed process left behind is
 not locked and means nothing."""
 
+_MOMENT = 0.2
 _HELD: set[int] = set()
 
 
 @contextmanager
-def locked(folder: Path, name: str, lock: str = LOCK, *, patience: float = 0.2) -> Iterator[None]:
+def locked(
+    folder: Path,
+    name: str,
+    lock: str = LOCK,
+    *,
+    patience: float = _MOMENT,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
     """Keep other processes from writing into a folder, which is made if need be.
 
     On a file system that has no locks (Lustre without `flock`, say) there is none.
@@ -29,6 +38,7 @@ def locked(folder: Path, name: str, lock: str = LOCK, *, patience: float = 0.2) 
         name: What to call it in messages.
         lock: The name of the file in it that is locked.
         patience: Seconds to wait for another process; `is_locked` holds a lock for a moment.
+        on_wait: Called once if another process holds it for longer than such a moment.
 
     Raises:
         ProxstepError: If another process holds it, or nothing can be written there.
@@ -37,7 +47,7 @@ def locked(folder: Path, name: str, lock: str = LOCK, *, patience: float = 0.2) 
     path = folder / lock
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path, f"{name} {folder}", patience)
+        descriptor = _acquire(path, f"{name} {folder}", patience, on_wait)
     except OSError as error:
         _remove(made)
         raise ProxstepError(
@@ -69,11 +79,12 @@ def is_locked(folder: Path, lock: str = LOCK) -> bool:
         os.close(descriptor)
 
 
-def _acquire(path: Path, name: str, patience: float) -> int:
+def _acquire(path: Path, name: str, patience: float, on_wait: Callable[[], None]) -> int:
+    on_wait = cache(on_wait)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if not _lock(descriptor, patience):
+            if not _lock(descriptor, patience, on_wait):
                 holder = os.pread(descriptor, 20, 0).decode() if os.name != "nt" else ""
                 raise ProxstepError(
                     f"{name} is being written by another process{holder and f' ({holder})'}: wait "
@@ -90,12 +101,15 @@ def _acquire(path: Path, name: str, patience: float) -> int:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, patience: float) -> bool:
+def _lock(descriptor: int, patience: float, on_wait: Callable[[], None]) -> bool:
     """Lock a file that is open, and return whether that could be done."""
-    end = time.monotonic() + patience
+    begun = time.monotonic()
     while not _try_lock(descriptor):
-        if time.monotonic() >= end:
+        waited = time.monotonic() - begun
+        if waited >= patience:
             return False
+        if waited >= _MOMENT:
+            on_wait()
         time.sleep(0.1)
     return True
 

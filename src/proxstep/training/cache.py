@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from proxstep.errors import ProxstepError
-from proxstep.runs.lock import is_locked, locked
+from proxstep.runs.lock import locked
 
 
 def cache_folder() -> Path:
@@ -44,10 +44,13 @@ def making(folder: Path, note: Callable[[str], None] = lambda text: None) -> Ite
     if is_kept(folder):
         yield False
         return
-    lock = f"{folder.name}.lock"
-    if is_locked(folder.parent, lock):
-        note(f"another process is making {folder}: waiting for it")
-    with locked(folder.parent, "the models' cache (PROXSTEP_CACHE)", lock, patience=math.inf):
+    with locked(
+        folder.parent,
+        "the models' cache (PROXSTEP_CACHE)",
+        f"{folder.name}.lock",
+        patience=math.inf,
+        on_wait=lambda: note(f"another process is making {folder}: waiting for it"),
+    ):
         yield not is_kept(folder)
 
 
