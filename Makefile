@@ -64,8 +64,8 @@ demo: setup  ## Train REINFORCE, GRPO, ISOPO and OPO on arithmetic; print a tabl
 	$(BIN)/proxstep $(DEMO)
 
 demo-real: smollm2  ## The same with a pretrained model of 135 M parameters on word problems (40 minutes, 9 GB)
-	$(BIN)/proxstep compare recipes/smollm2.yaml --algorithms reinforce,grpo,isopo,opo --seeds 3 \
-	  --logging.checkpoint_last false --jobs 2 --output outputs/demo-real --overwrite
+	OMP_NUM_THREADS=2 $(BIN)/proxstep compare recipes/smollm2.yaml --algorithms reinforce,grpo,isopo,opo \
+	  --seeds 3 --logging.checkpoint_last false --jobs 1 --output outputs/demo-real --overwrite
 
 figure: setup  ## The same, and draw the README's figure
 	$(BIN)/proxstep $(DEMO) --figure docs/figures/demo.png

@@ -33,7 +33,7 @@ from proxstep.training import lifecycle
 RECIPE = Path(__file__).parents[1] / "recipes" / "worked.yaml"
 ROWS = Path(__file__).with_suffix("") / "rows.json"
 METHODS = ("reinforce", "grpo", "isopo", "opo")
-RATES = ("1e-4", "3e-4", "1e-3")
+RATES = ("3e-5", "1e-4", "3e-4")
 SHARED = {"steps": "20", "evaluation.every": "20"}
 TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 POWER, LEVEL = 0.8, 0.05

@@ -203,6 +203,8 @@ def main() -> None:
     parser.add_argument("part", choices=["whole", "broken", "rest", "equal"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fork", action="store_true")
+    # A shell ignores SIGINT for what it starts in the background, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.argv[1:2] == ["--compare"]:
         sys.exit(compare_with_forks(sys.argv[2:]))
     arguments = parser.parse_args()

@@ -12,7 +12,10 @@ from tests.engine import Silent, records, tiny_recipe
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
+from proxstep.tasks import Example
 from proxstep.training import evaluation, lifecycle, warmup
+from proxstep.training.demo_model import solution_loss
+from proxstep.training.models import load_model, load_tokenizer
 from proxstep.training.source import model_source
 
 
@@ -24,7 +27,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return folder
 
 
-def warm_recipe(folder: Path, source: str, **model: float | None) -> Recipe:
+def warm_recipe(folder: Path, source: str, **model: float | str | None) -> Recipe:
     keys = {"name": source, "warmup_solutions": 80, "warmup_learning_rate": 1e-3, **model}
     return tiny_recipe(folder, model=keys)
 
@@ -45,9 +48,38 @@ def test_the_warm_up_lowers_the_loss_once(source: str, tmp_path: Path) -> None:
 
 
 def test_another_warm_up_is_another_model(source: str, tmp_path: Path) -> None:
-    changes = ({}, {"warmup_solutions": 16}, {"warmup_learning_rate": 1e-4})
+    changes = (
+        *({}, {"warmup_solutions": 16}, {"warmup_learning_rate": 1e-4}),
+        {"autocast": "bfloat16"},
+    )
     folders = {model_source(warm_recipe(tmp_path / "run", source, **c), print) for c in changes}
-    assert len(folders) == 3
+    assert len(folders) == 4
+
+
+def test_the_warm_up_computes_under_autocast(source: str, tmp_path: Path) -> None:
+    recipe = warm_recipe(tmp_path / "run", source, autocast="bfloat16", warmup_solutions=16)
+    losses = []
+    for kind in (None, "bfloat16"):
+        section = recipe.model.model_copy(update={"autocast": kind})
+        warm = model_source(recipe.model_copy(update={"model": section}), print)
+        losses += json.loads((Path(warm) / warmup.RECORD).read_text())["losses"]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_the_gradient_in_parts_is_that_of_the_mean(source: str, tmp_path: Path) -> None:
+    """With solutions of different lengths, so that a mean of means would be another one."""
+    recipe = warm_recipe(tmp_path / "run", source)
+    tokenizer, model = load_tokenizer(source), load_model(source, "float64", torch.device("cpu"))
+    examples = [Example("1+1=", str(10**n), solution=str(10**n)) for n in range(6)]
+    loss = warmup._backward(recipe, model, tokenizer, examples)
+    parts = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    whole = solution_loss(model, tokenizer, examples)
+    whole.backward()
+    assert loss == pytest.approx(whole.item(), rel=1e-6)  # the sum of each part is in float32
+    for part, parameter in zip(parts, model.parameters(), strict=True):
+        torch.testing.assert_close(part, parameter.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_more_solutions_than_there_are(source: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from proxstep.training.cache import cache_folder, keep, making
 from proxstep.training.generation import sample
 from proxstep.training.prompts import encode_prompt
 from proxstep.training.task import drawn_task_call
-from proxstep.typing import Float, Tensor
+from proxstep.typing import Float, Int, Tensor
 
 _VERSION = 2
 """Part of the cache's name: raise it when anything below changes what comes out."""
@@ -232,14 +232,23 @@ def warm_up(
 
 
 def solution_loss(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example]
+) -> Float[Tensor, ""]:
+    """Return the mean next-token loss of the reference solutions, end token included, in nats."""
+    logits, label = solution_logits(model, tokenizer, examples)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), label.flatten())
+
+
+def solution_logits(
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
     template: Mapping[str, Any] | None = None,
-) -> Float[Tensor, ""]:
-    """Return the mean next-token loss of the reference solutions, end token included, in nats.
+) -> tuple[Float[Tensor, "batch tokens vocabulary"], Int[Tensor, "batch tokens"]]:
+    """Return the logits of the tokens from the second on, and each one's label.
 
-    `template` is as for `encode_prompt`.
+    The label is the token where it belongs to the solution or ends it, else -100; `template` is as
+    for `encode_prompt`.
     """
     prompts = [encode_prompt(tokenizer, example.prompt, template) for example in examples]
     solutions = [
@@ -259,7 +268,7 @@ def solution_loss(
         attention[row, :end] = 1
         label[row, len(prompt) : end] = torch.tensor(solution)
     logits = model(input_ids=token, attention_mask=attention).logits
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), label[:, 1:].flatten())
+    return logits[:, :-1], label[:, 1:]
 
 
 def _sampled_score(model: nn.Module, tokenizer: Any, examples: list[Example]) -> float:

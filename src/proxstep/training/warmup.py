@@ -11,27 +11,30 @@ import gc
 import json
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.runs.durable import write_file
 from proxstep.tasks import Example
 from proxstep.training.cache import cache_folder, keep, making
-from proxstep.training.demo_model import solution_loss
+from proxstep.training.demo_model import solution_logits
 from proxstep.training.models import load_model, load_tokenizer, pick_device
+from proxstep.training.precision import with_autocast
 from proxstep.training.prompts import batch_rows
+from proxstep.training.rollout import autocast
 from proxstep.training.task import load_task
 
-_VERSION = 3
+_VERSION = 4
 """Part of the cache's name: raise it when anything below changes what comes out."""
-_BATCH_SIZE = 16
+_BATCH_SIZE, _PART = 16, 4
 _NUM_RISING_STEPS = 5
 _COOLDOWN = 0.3
 """Share of the steps, at the end, over which the learning rate falls to 0: a policy that stops at
@@ -67,8 +70,7 @@ def ensure_warmed_up(
             return folder
         model = load_model(source, "float32", pick_device(recipe.device))
         note(f"supervised warm-up of {recipe.model.name} on {len(examples)} solutions, once")
-        rate, template = recipe.model.warmup_learning_rate, recipe.task.chat_template_kwargs
-        losses = fine_tune(model, tokenizer, examples, rate, note, template)
+        losses = fine_tune(with_autocast(recipe, model, note), model, tokenizer, examples, note)
         record = {
             "model": recipe.model.name,
             "task": recipe.task.name,
@@ -90,7 +92,8 @@ def _key(source: str, recipe: Recipe, examples: Sequence[Example]) -> int:
     files = [path.stat() for path in sorted(Path(source).glob("*.safetensors"))]
     what = [
         *(source, [(file.st_size, file.st_mtime_ns) for file in files]),
-        *(recipe.model.warmup_learning_rate, recipe.task.chat_template_kwargs),
+        *(recipe.model.warmup_learning_rate, recipe.model.autocast),
+        recipe.task.chat_template_kwargs,
         [(example.prompt, example.solution) for example in examples],
     ]
     return zlib.crc32(json.dumps(what).encode())
@@ -116,17 +119,14 @@ def _examples(train: Sequence[Example], number: int) -> list[Example]:
 
 
 def fine_tune(
+    recipe: Recipe,
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
-    learning_rate: float,
     note: Callable[[str], None],
-    template: Mapping[str, Any] | None = None,
 ) -> list[float]:
-    """Train on each example's solution once, in their order; return the loss of each step.
-
-    `template` holds arguments of the chat template.
-    """
+    """Train on each example's solution once, in their order; return the loss of each step."""
+    learning_rate = recipe.model.warmup_learning_rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     batches = [examples[i : i + _BATCH_SIZE] for i in range(0, len(examples), _BATCH_SIZE)]
     losses: list[float] = []
@@ -136,17 +136,40 @@ def fine_tune(
         left = (1 - step / len(batches)) / _COOLDOWN
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / _NUM_RISING_STEPS, left)
-        loss = solution_loss(model, tokenizer, batch, template)
-        optimizer.zero_grad()
-        loss.backward()
+        loss = _backward(recipe, model, tokenizer, batch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
+        optimizer.zero_grad()
+        losses.append(loss)
         spent = time.perf_counter() - start
         rest = spent / (step + 1) * (len(batches) - step - 1)
         note(f"warm-up {step + 1}/{len(batches)}: loss {losses[-1]:.2f}, about {rest:.0f} s left")
     model.eval()
     return losses
+
+
+def _backward(recipe: Recipe, model: nn.Module, tokenizer: Any, batch: Sequence[Example]) -> float:
+    """Leave the gradient of the batch's mean loss per token, a few sequences at a time; return it.
+
+    The logits of one part alone exist at a time: at a vocabulary of 49,152 those of sixteen
+    solutions of 150 tokens are 470 MB, and their gradients as many again.
+    """
+    total, count = 0.0, 0
+    for first in range(0, len(batch), _PART):
+        part = batch[first : first + _PART]
+        with autocast(recipe, model):
+            logits, label = solution_logits(
+                model, tokenizer, part, recipe.task.chat_template_kwargs
+            )
+        is_solution = label >= 0
+        loss = cross_entropy(logits[is_solution].float(), label[is_solution], reduction="sum")
+        loss.backward()
+        total += loss.item()
+        count += int(is_solution.sum())
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.div_(count)
+    return total / count
 
 
 def _give_memory_back() -> None:
