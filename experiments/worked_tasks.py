@@ -62,7 +62,9 @@ def run(cell: Mapping[str, Any]) -> dict[str, Any]:
             "seed": str(cell["seed"]),
             "output_dir": f"{folder}/run",
         }
-        lifecycle.train(load_recipe(RECIPE, list(keys.items())), Quiet())
+        status = lifecycle.train(load_recipe(RECIPE, list(keys.items())), Quiet())
+        if status != "finished":
+            raise SystemExit(f"{cell}: {status}, and no row is kept of it")
         found = load_run(Path(folder) / "run")
     steps, scores = found.series("score")
     rewards = found.series("reward")[1]

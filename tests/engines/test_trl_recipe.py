@@ -136,7 +136,7 @@ def test_every_key_changes_the_script_or_is_refused(tmp_path: Path, key: str) ->
     except ProxstepError as error:
         refused = str(error)
         assert name not in (*RUN_FOLDER, *SAME_ANYHOW)
-        others = ("algorithm", "optimizer.name", "model.warmup_solutions", "update.kl_budget")
+        others = ("algorithm", "optimizer.name", "model.warmup_solutions")
         assert refused.split()[0] in (name, "rollout.engine", *others)
         assert "--engine trl: " in refused
         return

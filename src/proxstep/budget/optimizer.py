@@ -51,6 +51,7 @@ class KlBudget(torch.optim.Optimizer):
         per: Whether the budget is of a "sequence", on average, or of a "token".
         control: One of `CONTROLS`.
         note: Told once if the scale stays below 0.05 for 20 steps.
+        log_probs: What a step without a function is judged by, for a host that steps by itself.
 
     Attributes:
         measured: What the last step was: "predicted" (of the step as it was proposed, in the
@@ -71,12 +72,14 @@ class KlBudget(torch.optim.Optimizer):
         per: Literal["sequence", "token"] = "sequence",
         control: Control = "predicted",
         note: Callable[[str], None] = warnings.warn,
+        log_probs: LogProbs | None = None,
     ) -> None:
         check_number("nats", nats, above=True)
         check_literal("per", per, Literal["sequence", "token"])
         check_literal("control", control, Control)
         self.inner, self.model, self.nats = optimizer, model, nats
         self.per, self.control, self.note = per, control, note
+        self._log_probs = log_probs
         self.measured: dict[str, float] = {}
         self._kl = State()
         self._share, self._left, self._steps = 1.0, 0.0, 1
@@ -96,15 +99,22 @@ class KlBudget(torch.optim.Optimizer):
         self._share, self._left, self._steps = 1.0 / num_steps, 0.0, num_steps
 
     # The base class's annotation has overloads for closures that return a loss.
-    def step(self, closure: LogProbs) -> None:  # type: ignore[override]
+    def step(self, closure: LogProbs | None = None) -> None:  # type: ignore[override]
         """Take the optimizer's step, or as much of it as the budget allows.
 
         Args:
-            closure: `log_probs`: scores a few of the minibatch's sequences; see the class.
+            closure: `log_probs`: scores a few of the minibatch's sequences; see the class. It may
+                be left out where the constructor was given one.
 
         Raises:
-            ProxstepError: If the step's KL divergence is not finite at any size.
+            ProxstepError: If there is none, or the step's KL divergence is not finite at any size.
         """
+        closure = closure or self._log_probs
+        if closure is None:
+            raise ProxstepError(
+                "optimizer.step() of a KlBudget needs a function that scores a few of the "
+                "minibatch's sequences: optimizer.step(log_probs)"
+            )
         self._forwards = 0
         parameters = self._parameters()
         with torch.no_grad(), evaluating(self.model):

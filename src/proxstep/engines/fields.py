@@ -141,15 +141,15 @@ def rule_of(section: GeometrySection, place: str = "") -> Rule:
     return rule
 
 
-def refuse_with_isopo(config: Any, refusals: Iterable[Refusal], place: str = "") -> None:
-    """Refuse the first option under which ISOPO's gradient would not be ISOPO's.
+def refuse_together(what: str, config: Any, refusals: Iterable[Refusal], place: str = "") -> None:
+    """Refuse the first option that does not go together with something of ours, such as ISOPO.
 
     Raises:
         ProxstepError: Naming the option, after `place`, and the remedy.
     """
     for name, applies, reason in refusals:
         if applies(config):
-            raise ProxstepError(f"{place}{name} and ISOPO do not go together: {reason}")
+            raise ProxstepError(f"{place}{name} and {what} do not go together: {reason}")
 
 
 def _users() -> dict[str, list[Algorithm]]:

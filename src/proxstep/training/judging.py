@@ -8,14 +8,12 @@ import torch
 from torch import nn
 
 from proxstep.budget import KlBudget
-from proxstep.budget.prediction import LogProbs
+from proxstep.budget.prediction import LogProbs, judges
 from proxstep.config.recipe import Recipe
 from proxstep.config.sections import UpdateSection
 from proxstep.training.batch import Batch
 from proxstep.training.rollout import Cut, completion_log_probs
 from proxstep.typing import Tensor
-
-_SHARE, _FEWEST = 16, 4
 
 
 def with_budget(
@@ -39,13 +37,11 @@ def with_budget(
 def judged(recipe: Recipe, model: nn.Module, minibatch: Batch) -> LogProbs:
     """Return the function that scores the completions which judge a minibatch's step.
 
-    They are spread evenly over the minibatch, and so over its prompts; completions that teach
-    nothing are among them. They are scored without autocast, whose rounding errors would be larger
-    than what is measured.
+    Completions that teach nothing are among them. They are scored without autocast, whose rounding
+    errors would be larger than what is measured.
     """
-    given = recipe.update.kl_num_sequences or max(_FEWEST, len(minibatch) // _SHARE)
-    rows = torch.linspace(0, len(minibatch) - 1, min(given, len(minibatch))).round().long()
-    completions = minibatch.rows(rows).trimmed().completions
+    row_B = judges(len(minibatch), recipe.update.kl_num_sequences)
+    completions = minibatch.rows(row_B).trimmed().completions
     response_BT = completions.response_BT[:, 1:]
     settings = (recipe.rollout.temperature, Cut.of(recipe.update), recipe.model.head)
 

@@ -12,17 +12,22 @@ from proxstep.algorithms import ADVANTAGES, ALGORITHMS, LOSS_AGG_MODES
 from proxstep.algorithms.aggregate import check_choice
 from proxstep.config.geometry import GeometrySection
 from proxstep.config.objectives import ObjectiveSection
-from proxstep.config.sections import default_of
+from proxstep.config.sections import UpdateSection, default_of
 from proxstep.engines.fields import (
     Option,
     algorithm_options,
     objective_of,
     read_section,
-    refuse_with_isopo,
+    refuse_together,
     rule_of,
     section_options,
 )
-from proxstep.engines.trl.refusals import ISOPO, refuse_sampler, refuse_without_effect
+from proxstep.engines.trl.refusals import (
+    BUDGET,
+    ISOPO,
+    refuse_sampler,
+    refuse_without_effect,
+)
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, Rule
 
@@ -56,13 +61,20 @@ _GeometryOptions: Any = dataclasses.make_dataclass(
 )
 
 
+_BUDGET = tuple(name for name in UpdateSection.model_fields if name.startswith("kl_"))
+_BudgetOptions: Any = dataclasses.make_dataclass(
+    "_BudgetOptions",
+    section_options(UpdateSection, *(set(UpdateSection.model_fields) - set(_BUDGET))),
+)
+
+
 def _field(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass
-class PolicyConfig(_AlgorithmOptions, GRPOConfig):
-    """GRPOConfig for `PolicyTrainer`: all of TRL's options, and every algorithm's keys.
+class PolicyConfig(_AlgorithmOptions, _BudgetOptions, GRPOConfig):
+    """GRPOConfig for `PolicyTrainer`: all of TRL's options, every algorithm's keys, a KL budget.
 
     A key that is None has the algorithm's default (docs/algorithms.md). What shapes TRL's own
     losses is refused, since it would do nothing.
@@ -91,6 +103,20 @@ class PolicyConfig(_AlgorithmOptions, GRPOConfig):
         """
         refuse_without_effect(self, self.own_advantage())
         refuse_sampler(self, ratio_to_sampler=self.objective().algorithm.ratio_to_sampler)
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        budget = {name: _read(getattr(self, name)) for name in _BUDGET}
+        section = read_section(UpdateSection, budget)
+        for name in budget:
+            setattr(self, name, getattr(section, name))
+        if section.kl_budget is not None:
+            return refuse_together("kl_budget", self, BUDGET)
+        for name in section.model_fields_set:
+            if getattr(section, name) != UpdateSection.model_fields[name].default:
+                raise ProxstepError(
+                    f"{name} is of kl_budget, which is None: give a number of nats, or leave it out"
+                )
 
     def objective(self) -> ObjectiveSection:
         """Return the algorithm with its keys, as a recipe has them.
@@ -140,7 +166,7 @@ class IsopoConfig(_GeometryOptions, PolicyConfig):
     def check(self) -> None:
         """Refuse what ISOPO does not go together with as well."""
         super().check()
-        refuse_with_isopo(self, ISOPO)
+        refuse_together("ISOPO", self, ISOPO)
         self.to_rule()
 
     def geometry(self) -> GeometrySection:

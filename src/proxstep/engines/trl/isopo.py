@@ -6,13 +6,13 @@ Shapes: B sequences, T token positions.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -58,7 +58,6 @@ class IsopoTrainer(PolicyTrainer):
         self._open: ExitStack | None = None
         self._passes_before = 0
         self._value: Tensor | None = None
-        self.add_callback(_EndOfStep(self))
 
     def _core(self) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
@@ -182,9 +181,14 @@ class IsopoTrainer(PolicyTrainer):
 
     def end_step(self) -> None:
         """End ISOPO's step after the optimizer's, and log what it measured."""
+        super().end_step()
         self._passes_before = self._passes()
-        for name, value in self.isopo.step().items():
-            self._metrics["train"][f"geometry/{name}"].append(value)
+        self._log_step({f"geometry/{k}": value for k, value in self.isopo.step().items()})
+
+    def _judge(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Score without ISOPO: no gradient is taken."""
+        with self.isopo.off():
+            return super()._judge(inputs)
 
     def _coefficients(self, scored: Scored, inputs: Any) -> tuple[Tensor, Tensor]:
         """Return each sequence's coefficient, and the loss's value."""
@@ -215,17 +219,6 @@ class IsopoTrainer(PolicyTrainer):
             return
         state = torch.load(path, map_location=self.args.device, weights_only=True)
         self.isopo.load_state_dict(state)
-
-
-class _EndOfStep(TrainerCallback):
-    """Ends ISOPO's step after the optimizer's."""
-
-    def __init__(self, trainer: IsopoTrainer) -> None:
-        self._trainer = trainer
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Fold the trailing means."""
-        self._trainer.end_step()
 
 
 def _sequence_ids(inputs: Any, counted_B: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ NAMES = {
     "cispo_clip_ratio": "objective/clip_ratio",
 }
 """TRL's name of a metric, and ours."""
-OURS = ("objective/", "geometry/")
+OURS = ("objective/", "geometry/", "kl_budget/")
 """Beginnings of names that our trainers log under ours already."""
 
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from proxstep.algorithms import ADVANTAGES, Aggregation, OldPolicy, SignalInputs
+from proxstep.engines.trl.budget import StepBudget, full_precision
 from proxstep.engines.trl.configs import IsopoConfig, OpoConfig, PolicyConfig
 from proxstep.engines.trl.release import SCORING_INPUTS
 from proxstep.engines.trl.scoring import rebind_forwards
@@ -117,6 +118,10 @@ class PolicyTrainer(GRPOTrainer):
         self._advantage, self._mode = args.own_advantage(), section.loss_agg_mode
         self._rewards_WF: Tensor | None = None
         self._last_scores: tuple[Tensor, ...] | None = None
+        self._budget: StepBudget | None = None
+        if args.kl_budget is not None:
+            self._budget = StepBudget(args, self._judge, response_mask, self._log_step)
+        self.add_callback(_EndOfStep(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copy the trainer with its model, whose samples are then the copy's own."""
@@ -139,6 +144,8 @@ class PolicyTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """Add what the algorithm makes of whole groups, before TRL shuffles them."""
         output = super()._generate_and_score_completions(inputs)
+        if self._budget is not None and self.model.training:
+            self._budget.begin_rollout()
         advantage_B = output["advantages"]
         if advantage_B.dim() != 1:
             raise ProxstepError("advantages per token leave a sequence without its one advantage")
@@ -203,6 +210,11 @@ class PolicyTrainer(GRPOTrainer):
         vocabulary = vocabulary_size(self.accelerator.unwrap_model(self.model))
         return OldPolicy(gathered[0], gathered[1].bool(), vocabulary)
 
+    def _judge(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the log-probabilities that a KL budget compares, in float32."""
+        with full_precision(self.model):
+            return self._score_again(inputs)
+
     def _score_again(self, output: Mapping[str, Any]) -> Tensor:
         """Return the policy's log-probabilities of the completions, without gradient."""
         images = {name: output[name] for name in SCORING_INPUTS if name in output}
@@ -216,7 +228,32 @@ class PolicyTrainer(GRPOTrainer):
             )
         return scores[0]
 
+    # -- for each optimizer step -------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Put the budget around the optimizer, once."""
+        super().create_optimizer(*args, **kwargs)
+        if self._budget is not None and self._budget.optimizer is None:
+            self.optimizer = self._budget.around(self.optimizer, self.model)
+        return self.optimizer
+
+    def end_step(self) -> None:
+        """Do what is to be done after the optimizer's step."""
+        if self._budget is not None:
+            self._budget.end_step()
+
+    def _log_step(self, measured: Mapping[str, float]) -> None:
+        for name, value in measured.items():
+            self._metrics["train"][name].append(value)
+
     # -- for each microbatch -----------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Remember what the step is made of."""
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._budget is not None and self.model.training:
+            self._budget.remember(inputs)
+        return inputs
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         """Return the algorithm's loss with TRL's other terms."""
@@ -297,6 +334,17 @@ class PolicyTrainer(GRPOTrainer):
         for name, value_B in {"policy_loss": loss * count, **measured}.items():
             mean = self.accelerator.gather(value_B.detach().float()).mean().item()
             self._metrics[mode][name].append(mean)
+
+
+class _EndOfStep(TrainerCallback):
+    """Tells the trainer that its optimizer has stepped."""
+
+    def __init__(self, trainer: PolicyTrainer) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """End the step."""
+        self._trainer.end_step()
 
 
 class OpoTrainer(PolicyTrainer):

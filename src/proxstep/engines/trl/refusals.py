@@ -219,3 +219,28 @@ ISOPO: tuple[Refusal, ...] = (
         "it updates weights during backward, before the gradient is whole; use another optimizer",
     ),
 )
+
+BUDGET: tuple[Refusal, ...] = (
+    (
+        "fp16",
+        lambda args: args.fp16 or (not args.bf16 and _launched_with("MIXED_PRECISION", "bf16")),
+        "its gradient scaler would step the optimizer in its own way; use bf16, or fp16=False with "
+        "bf16=False for float32",
+    ),
+    (
+        "deepspeed",
+        lambda args: args.deepspeed or _launched_with("USE_DEEPSPEED"),
+        "its engine owns the optimizer's step; use DDP",
+    ),
+    (
+        "fsdp",
+        lambda args: args.fsdp or _launched_with("USE_FSDP"),
+        "it was not tested with it in TRL; use DDP",
+    ),
+    (
+        "optim",
+        lambda args: any(name in str(args.optim).lower() for name in ("lomo", "layerwise")),
+        "it updates weights during backward, before there is a step to scale; use another "
+        "optimizer",
+    ),
+)

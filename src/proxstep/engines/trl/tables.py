@@ -206,11 +206,6 @@ REFUSALS: tuple[Refusal, ...] = (
         *("update.microbatch_tokens", [None]),
         "TRL's microbatches have one number of sequences; use update.microbatch_size",
     ),
-    _only(
-        *("update.kl_budget", [None]),
-        "TRL's loop steps its optimizer without a function that scores completions; leave it out, "
-        "or use --engine local",
-    ),
     (
         *("geometry.interact", _scatters_groups),
         "TRL shuffles a prompt's completions over microbatches and minibatches; use microbatch, or "

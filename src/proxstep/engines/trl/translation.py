@@ -88,7 +88,8 @@ def _loss(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     """
     section, geometry = recipe.objective, leaves(recipe.geometry)
     transformed = geometry.pop("rule") != "none"
-    theirs = None if transformed else trl_loss(recipe)
+    ours = transformed or recipe.update.kl_budget is not None
+    theirs = None if ours else trl_loss(recipe)
     if theirs is not None:
         return "GRPO", theirs
     found: dict[str, Any] = {"loss_type": section.name}
@@ -130,6 +131,7 @@ def _options(recipe: Recipe) -> dict[str, Any]:
         **renamed,
         **_sizes(recipe),
         **_optimizer(recipe),
+        **_budget(recipe),
         **_precision(recipe),
         "use_bias_correction_kl": recipe.regularizer.kl_coef == 0,
         "reward_weights": _reward_weights(recipe),
@@ -178,6 +180,14 @@ def _optimizer(recipe: Recipe) -> dict[str, Any]:
     if section.betas is not None:
         found["adam_beta1"], found["adam_beta2"] = section.betas
     return found
+
+
+def _budget(recipe: Recipe) -> dict[str, Any]:
+    """Return the KL budget's options, which are our configurations' alone."""
+    update = recipe.update
+    if update.kl_budget is None:
+        return {}
+    return {name: value for name, value in update if name.startswith("kl_")}
 
 
 def _precision(recipe: Recipe) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from verl.utils.torch_dtypes import PrecisionType
 
 from proxstep.algorithms import ALGORITHMS
 from proxstep.config.geometry import GeometrySection
-from proxstep.engines.fields import Refusal, refuse_with_isopo
+from proxstep.engines.fields import Refusal, refuse_together
 from proxstep.engines.verl.seams import loss_mode
 from proxstep.errors import ProxstepError
 from proxstep.isopo import IsometricRule, Rule
@@ -83,8 +83,8 @@ def refuse_actor(actor: Any, section: GeometrySection, rule: Rule) -> None:
     Raises:
         ProxstepError: If an option is set that cannot work.
     """
-    refuse_with_isopo(actor, ACTOR, _ACTOR)
-    refuse_with_isopo(actor.fsdp_config, ENGINE, _ENGINE)
+    refuse_together("ISOPO", actor, ACTOR, _ACTOR)
+    refuse_together("ISOPO", actor.fsdp_config, ENGINE, _ENGINE)
     if actor.use_dynamic_bsz and not isinstance(rule, IsometricRule):
         raise ProxstepError(
             f"{_ACTOR}use_dynamic_bsz and geometry.rule {section.rule} do not go together: the "
@@ -116,5 +116,5 @@ def refuse_model(model: Any, engine: Any) -> None:
     Raises:
         ProxstepError: If an option is set that cannot work.
     """
-    refuse_with_isopo(model, MODEL, _MODEL)
-    refuse_with_isopo(engine, ENGINE, _ENGINE)
+    refuse_together("ISOPO", model, MODEL, _MODEL)
+    refuse_together("ISOPO", engine, ENGINE, _ENGINE)

@@ -1,0 +1,131 @@
+"""A KL budget for the steps of TRL's trainers: who judges a step, and what is logged of it.
+
+TRL steps its optimizer itself, so the budget gets its function beforehand. A step is judged by some
+completions of the microbatches that it was made of, which are remembered until it is over.
+
+Shapes: B sequences, T completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from proxstep.budget import KlBudget
+from proxstep.budget.prediction import judges
+from proxstep.errors import ProxstepError
+from proxstep.typing import Tensor
+
+Score = Callable[[Mapping[str, Tensor]], Tensor]
+"""From some of a microbatch's sequences to their tokens' log-probabilities, (batch, tokens)."""
+
+
+class StepBudget:
+    """A trainer's KL budget.
+
+    Attributes:
+        optimizer: The trainer's optimizer with the budget, once there is one.
+
+    Args:
+        args: A `PolicyConfig`, with `kl_budget`.
+        score: Scores sequences with the model as it is, at the sampling temperature.
+        response_mask: From a microbatch to where its completions' tokens count.
+        log: Called with each step's metrics.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        score: Score,
+        response_mask: Callable[[Mapping[str, Tensor]], Tensor],
+        log: Callable[[dict[str, float]], None],
+    ) -> None:
+        self._args, self._score, self._log = args, score, log
+        self._response_mask = response_mask
+        self._microbatches: list[Mapping[str, Tensor]] = []
+        self.optimizer: KlBudget | None = None
+
+    def around(self, optimizer: torch.optim.Optimizer, model: Any) -> KlBudget:
+        """Return an optimizer with the budget."""
+        _check_precision(model)
+        self.optimizer = KlBudget(
+            optimizer,
+            model,
+            self._args.kl_budget,
+            per=self._args.kl_budget_per,
+            control=self._args.kl_control,
+            log_probs=self._log_probs,
+        )
+        return self.optimizer
+
+    def begin_rollout(self) -> None:
+        """Let the optimizer steps of a rollout share its budget."""
+        args = self._args
+        steps = args.steps_per_generation // args.gradient_accumulation_steps
+        if self.optimizer is not None:
+            self.optimizer.begin_rollout(max(1, steps) * args.num_iterations)
+
+    def remember(self, microbatch: Mapping[str, Tensor]) -> None:
+        """Keep a microbatch of the step that is being made."""
+        if "pixel_values" in microbatch:
+            raise ProxstepError(
+                "kl_budget judges a step by some of its completions, and images are not cut by "
+                "completions here: leave kl_budget out"
+            )
+        self._microbatches.append(microbatch)
+
+    def end_step(self) -> None:
+        """Forget the step's microbatches, and log what it was."""
+        self._microbatches.clear()
+        if self.optimizer is not None:
+            self._log({f"kl_budget/{k}": x for k, x in self.optimizer.measured.items()})
+
+    def _log_probs(self) -> tuple[Tensor, Tensor]:
+        """Score the step's judges: sequences spread evenly over its microbatches."""
+        sizes = [len(batch["completion_ids"]) for batch in self._microbatches]
+        row_B = judges(sum(sizes), self._args.kl_num_sequences)
+        found, first = [], 0
+        for batch, size in zip(self._microbatches, sizes, strict=True):
+            own_B = row_B[(row_B >= first) & (row_B < first + size)] - first
+            first += size
+            if len(own_B):
+                part = {k: v[own_B.to(v.device)] for k, v in batch.items() if _is_of_rows(v, size)}
+                found.append((self._score(part), self._response_mask(part)))
+        width = max(log_prob_BT.shape[1] for log_prob_BT, _ in found)  # rollouts differ in it
+        log_prob_BT, response_BT = (
+            torch.cat([pad(value, (0, width - value.shape[1])) for value in values])
+            for values in zip(*found, strict=True)
+        )
+        return log_prob_BT, response_BT
+
+
+@contextmanager
+def full_precision(model: Any) -> Iterator[None]:
+    """Run the model's forward without accelerate's autocast, which it puts around it."""
+    held = vars(model)
+    if "_original_forward" not in held:
+        yield
+        return
+    forward, model.forward = held["forward"], held["_original_forward"]
+    try:
+        yield
+    finally:
+        model.forward = forward
+
+
+def _is_of_rows(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
+
+
+def _check_precision(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ProxstepError(
+                f"kl_budget measures small differences of log-probabilities, and {name} is "
+                f"{str(parameter.dtype).removeprefix('torch.')}, whose rounding errors are larger: "
+                'load the model with model_init_kwargs={"dtype": "float32"}'
+            )
