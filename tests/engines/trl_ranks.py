@@ -18,7 +18,7 @@ def main(folder: Path, case: str) -> None:
     sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
     options = sizes | {"num_generations": 4, "ddp_find_unused_parameters": False}
     if case == "opo":
-        trainer_class = OpoTrainer
+        trainer_class, options = OpoTrainer, options | {"kl_budget": 1e-6}
     else:
         trainer_class, options = IsopoTrainer, options | {"num_overlap_positions": None}
     if "kl" in case:
@@ -29,6 +29,8 @@ def main(folder: Path, case: str) -> None:
         "gradients": watch.gradients[0],
         "trailing": {} if case == "opo" else trainer.isopo.state_dict()["trailing"],
         "microbatches": watch.microbatches,
+        "weights": watch.weights[-1],
+        "scale": trainer._budget.optimizer.measured["scale"] if case == "opo" else None,
     }
     torch.save(found, folder / f"rank{trainer.args.process_index}.pt")
 
