@@ -39,6 +39,7 @@ from proxstep.config.loading import resolve
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.runs.folder import RunFolder, check_file, describe_machine
+from proxstep.runs.waiting import UNSEEN
 from proxstep.tasks import Task
 from proxstep.training import evaluation
 from proxstep.training.generation import end_tokens, sample
@@ -168,6 +169,8 @@ class _Watch:
 
     def begin(self, recipe: Any) -> None:
         """Nothing to draw."""
+
+    wait = UNSEEN.wait
 
     def note(self, text: str) -> None:
         """Nobody reads."""

@@ -33,7 +33,7 @@ from proxstep.training import lifecycle
 RECIPE = Path(__file__).parents[1] / "recipes" / "worked.yaml"
 ROWS = Path(__file__).with_suffix("") / "rows.json"
 METHODS = ("reinforce", "grpo", "isopo", "opo")
-RATES = ("3e-5", "1e-4", "3e-4")
+RATES = ("1e-5", "3e-5", "1e-4")
 SHARED = {"steps": "20", "evaluation.every": "20"}
 TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 POWER, LEVEL = 0.8, 0.05
@@ -131,10 +131,11 @@ def visible(deviation: float, seeds: int) -> float:
 def tables(rows: list[dict[str, Any]], task: str, console: Console) -> None:
     """Print the tuning's means, and the methods at their best learning rates."""
     tuning = [r for r in rows if r["task"] == task and r["seed"] in TUNING_SEEDS]
-    console.out(f"| {task}: end, two seeds | {' | '.join(RATES)} |\n|{'---|' * (len(RATES) + 1)}")
+    rates = sorted({r["rate"] for r in tuning}, key=float)
+    console.out(f"| {task}: end, two seeds | {' | '.join(rates)} |\n|{'---|' * (len(rates) + 1)}")
     for method in METHODS:
         cells = []
-        for rate in RATES:
+        for rate in rates:
             ends = [end(r) for r in tuning if (r["method"], r["rate"]) == (method, rate)]
             cells.append(", ".join(f"{value:.3f}" for value in ends))
         console.out(f"| {method} | {' | '.join(cells)} |")
@@ -143,7 +144,8 @@ def tables(rows: list[dict[str, Any]], task: str, console: Console) -> None:
     deviations = []
     for method in METHODS:
         own = [r for r in rows if r["task"] == task and r["seed"] in SEEDS]
-        own = [r for r in own if r["method"] == method]
+        best = best_rate(rows, task, method)
+        own = [r for r in own if (r["method"], r["rate"]) == (method, best)]
         if len(own) < 2:
             continue
         ends, starts = [end(r) for r in own], [r["score"]["0"] for r in own]

@@ -44,12 +44,22 @@ _NOISE = 0.6
 
 @dataclass(frozen=True)
 class Size:
-    """The sizes of an embedded model, and the learning rate of its warm-up."""
+    """The sizes of an embedded model, and how it is warmed up.
+
+    Attributes:
+        hidden: Features of a layer.
+        intermediate: Features within its MLP.
+        layers: How many there are.
+        learning_rate: Of the warm-up.
+        batch_divisor: By which a lesson's batch is divided, so that a larger model takes minutes
+            as well.
+    """
 
     hidden: int
     intermediate: int
     layers: int
     learning_rate: float
+    batch_divisor: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,9 @@ def _without_carries(example: Example, rng: random.Random) -> str:
 
 SIZES = {
     "embedded": Size(hidden=128, intermediate=384, layers=4, learning_rate=2e-3),
-    "embedded-large": Size(hidden=256, intermediate=1024, layers=6, learning_rate=1e-3),
+    "embedded-large": Size(
+        hidden=256, intermediate=1024, layers=6, learning_rate=1e-3, batch_divisor=2
+    ),
 }
 """By `model.name`: 0.8 and 5.9 million parameters."""
 LESSONS = {
@@ -190,6 +202,7 @@ def warm_up(
         ProxstepError: If that share is not reached in 3,000 steps.
     """
     lesson, rate = LESSONS[task], SIZES[name].learning_rate
+    batch_size = lesson.batch_size // SIZES[name].batch_divisor
     function, options = drawn_task_call(task, difficulty)
     problems = function(**options).train
     num_trained = len(problems) - _NUM_TESTED
@@ -210,7 +223,7 @@ def warm_up(
             replace(
                 problems[i % num_trained], solution=lesson.habit(problems[i % num_trained], rng)
             )
-            for i in range(step * lesson.batch_size, (step + 1) * lesson.batch_size)
+            for i in range(step * batch_size, (step + 1) * batch_size)
         ]
         loss = solution_loss(model, tokenizer, examples)
         optimizer.zero_grad()
