@@ -2,7 +2,7 @@
 
     python experiments/kl_budget.py                        # what results.json lacks
     python experiments/kl_budget.py --seconds 500          # no new run after so many seconds
-    python experiments/kl_budget.py --plot                 # kl_budget/scores.png alone
+    python experiments/kl_budget.py --plot                 # the figures alone
 
 Arithmetic with the embedded model, recipes/arithmetic.yaml with REINFORCE and 15 steps, every
 learning rate with every control and seed. What an optimizer step really did is measured apart from
@@ -199,6 +199,40 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_rates(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the final score against AdamW's learning rate, with a budget and without."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    looks = {
+        "none": ("no budget", "#d55e00", "o", "--"),
+        "predicted": (f"at most {BUDGET} nats per completion", "#0072b2", "s", "-"),
+    }
+    of_adamw = [r for r in results if r["optimizer"] == "adamw"]
+    for control, (label, color, marker, line) in looks.items():
+        runs = [r for r in of_adamw if r["control"] == control]
+        rates = sorted({r["learning_rate"] for r in runs})
+        means = [
+            statistics.mean(r["score"] for r in runs if r["learning_rate"] == x) for x in rates
+        ]
+        axis.plot(rates, means, line, color=color, label=label)
+        points = [(r["learning_rate"], r["score"]) for r in runs]
+        axis.scatter(*zip(*points, strict=True), s=14, color=color, marker=marker, alpha=0.6)
+    start = statistics.mean(r["first_score"] for r in of_adamw)
+    axis.axhline(start, color="#666666", linewidth=0.8, linestyle=":")
+    axis.annotate("before training", (rates[0], start), xytext=(0, 3), textcoords="offset points")
+    axis.set(
+        xscale="log", xlabel="learning rate of AdamW", ylabel="greedy score", ylim=(-0.02, 0.85)
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.02, 0.05))
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     """Run what is missing, write after every run, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -226,6 +260,7 @@ def main() -> None:
             console.print(*_key(made), made["score"], made["processor_seconds"])
     console.print(table(written()), soft_wrap=True)
     plot(written(), FOLDER / "scores.png")
+    plot_rates(written(), ROOT / "docs" / "figures" / "kl-budget.png")
 
 
 if __name__ == "__main__":
