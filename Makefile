@@ -73,6 +73,7 @@ figure: setup  ## The same, and draw the README's figure
 reference: setup  ## Write the reference pages of docs/ from the code
 	$(BIN)/python scripts/make_reference.py
 	$(BIN)/python scripts/make_theory.py
+	$(BIN)/python scripts/make_papers.py
 	$(BIN)/python scripts/make_scaling.py
 
 test: setup  ## The test suite (under 10 minutes on two cores)

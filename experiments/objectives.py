@@ -7,7 +7,8 @@ One recipe for all (recipes/arithmetic.yaml with four updates per rollout, so th
 the same learning rate, prompts and seeds; each registered algorithm with its own defaults, DAPO
 with its four mechanisms, OPO with its other drives and corrections, and ISOPO's rules. The script
 keeps the row of each run as it ends, so that it goes on where it was stopped; at the end it writes
-rows.json and puts the mean over seeds with a bootstrapped 95 % interval into docs/algorithms.md.
+rows.json and puts the mean over seeds with a bootstrapped 95 % interval into docs/algorithms.md;
+make reference then renews the pages of docs/algorithms.
 """
 
 from __future__ import annotations

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import LlamaConfig, Qwen3Config
 
-from proxstep.algorithms import ALGORITHMS, Algorithm
-from proxstep.config.explain import describe_keys
-from proxstep.config.loading import load_recipe
-from proxstep.config.names import KEYS_FILE
-from proxstep.runs.schema import FIELDS, PREFIXES
-from proxstep.training.memory import MemoryEstimate, config_of, estimate_memory
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
-DOCS = Path(__file__).parents[1] / "docs"
+from scripts.algorithm_pages import filled, overview, pages  # noqa: E402
+
+from proxstep.config.explain import describe_keys  # noqa: E402
+from proxstep.config.loading import load_recipe  # noqa: E402
+from proxstep.config.names import KEYS_FILE  # noqa: E402
+from proxstep.runs.schema import FIELDS, PREFIXES  # noqa: E402
+from proxstep.training.memory import MemoryEstimate, config_of, estimate_memory  # noqa: E402
+
+DOCS = ROOT / "docs"
 RECIPES = sorted((DOCS.parent / "recipes").glob("*.yaml"))
 
 _QWEN3 = {
@@ -77,7 +81,8 @@ def metrics_page() -> str:
         "Made by `make reference` from `proxstep/runs/schema.py`. One JSON object a line, one line",
         "a step; every field is in every line, null where it was not measured. The file only",
         "grows, except that resuming a run drops the steps after its checkpoint and does them",
-        "again.",
+        "again. The page of each [algorithm](algorithms.md) lists its own `objective/` and",
+        "`geometry/` fields.",
         "",
         "| field | |",
         "|---|---|",
@@ -94,14 +99,8 @@ def metrics_page() -> str:
 
 def algorithms_page() -> str:
     """Return docs/algorithms.md with its table made anew from the declarations."""
-    rows = [_row(algorithm) for algorithm in ALGORITHMS.values()]
-    head = [
-        "| name | level | what it is | loss | keys | advantage, aggregation |",
-        "|" + "---|" * 6,
-    ]
     text = (DOCS / "algorithms.md").read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + "\n".join(["", *head, *rows, ""]) + END + rest.split(END)[1]
+    return filled(text, "overview", overview())
 
 
 def recipe_estimates() -> Iterator[tuple[str, str, float, str, MemoryEstimate]]:
@@ -140,42 +139,24 @@ def runs_page() -> str:
 
 
 MEMORY, END_MEMORY = "<!-- memory: make reference -->", "<!-- end of the memory -->"
-BEGIN, END = "<!-- from the declarations: make reference -->", "<!-- end of the declarations -->"
 
 
-def _row(algorithm: Algorithm) -> str:
-    keys = ", ".join(f"`{key}` {value}" for key, value in algorithm.defaults.items()) or "none"
-    cells = (
-        f"`{algorithm.name}`",
-        algorithm.level,
-        algorithm.about,
-        _formula(algorithm),
-        keys,
-        f"{algorithm.advantage}, {algorithm.default_loss_agg_mode}",
-    )
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _formula(algorithm: Algorithm) -> str:
-    """Return the first formula of the loss's docstring: its lines from "L = " on."""
-    doc = inspect.getdoc(getattr(algorithm.loss, "func", algorithm.loss)) or ""
-    lines = re.search(r"^L = .*(?:\n\S.*)*", doc, re.MULTILINE)
-    return "<br>".join(f"`{line}`" for line in lines.group().split("\n")) if lines else ""
-
-
-PAGES = {
-    "recipe.md": recipe_page,
-    "metrics.md": metrics_page,
-    "algorithms.md": algorithms_page,
-    "runs.md": runs_page,
-}
+def reference() -> Iterator[tuple[str, str]]:
+    """Yield (path under docs, text) of every page that is made here, or of which a part is."""
+    yield "recipe.md", recipe_page()
+    yield "metrics.md", metrics_page()
+    yield "algorithms.md", algorithms_page()
+    yield "runs.md", runs_page()
+    yield from pages()
 
 
 def main() -> None:
     """Write every page, and the keys."""
     KEYS_FILE.write_text(keys_file(), encoding="utf-8")
-    for name, page in PAGES.items():
-        (DOCS / name).write_text(page(), encoding="utf-8")
+    for name, text in reference():
+        path = DOCS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

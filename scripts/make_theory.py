@@ -22,7 +22,8 @@ INTRODUCTION = """\
 Made by `make reference` from `tests/theory`. The folder `tests/theory/maths` holds the mathematics
 of both papers as exact functions of small categorical policies: expectations are sums over the
 outcomes, Fisher matrices are enumerated. It is for checking and for teaching; the installed package
-does not have it. From the root of a checkout:
+does not have it. The [paper index](papers.md) has the same statements in the papers' order, each
+with its code. From the root of a checkout:
 
 ```pycon
 >>> import torch
@@ -74,7 +75,7 @@ the parameters, F the Fisher matrix and |v|_F the length in its metric.
 - *The surrogate.* Lemma A.1's bounds hold, for every delta; its conclusion does not. The losses
   differ at second order, by E[drive Delta^2] / 2, and constant curvature is eq. 10's alone.
   `surrogate: ratio` is eq. 10.
-- *mu.* It is twice the multiplier of the printed trust region, and does change the target, in
+- *mu.* It is twice the multiplier of the printed trust region, and it does change the target: its
   length.
 - *Saturation.* The linear gradient of section 8.3 is the one with respect to v. With respect to a
   logit the exact objective saturates like the others.
@@ -83,8 +84,8 @@ the parameters, F the Fisher matrix and |v|_F the length in its metric.
 
 - *Units.* Eq. 1's v.F v is the squared metric and the chi-square to leading order; the KL
   divergence is half of it.
-- *The estimate.* Eq. 3 estimates v.F v over the trace of F, not v.F v: scale-free, and bounded by
-  |v|^2. proxstep follows eq. 3; `scale: preserved` removes the unit that is left.
+- *The estimate.* Eq. 3 does not estimate v.F v but v.F v / trace F, which has no scale of its own
+  and is at most |v|^2. proxstep follows eq. 3; `scale: preserved` removes the unit that is left.
 - *Position-wise gradients* are uncorrelated only if each position moves its own token alone;
   `experiments/exact_fisher.py` and the [diagnostics](diagnostics.md) measure the difference.
 - *Figures 2 and 3* do not run as printed; their formulas are what proxstep computes.

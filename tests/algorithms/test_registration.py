@@ -142,14 +142,21 @@ def test_isopo_takes_the_sequence_level_one_alone(tmp_path: Path) -> None:
         resolve({"algorithm": f"isopo+{TOKEN.name}"}, {}, "test")
 
 
-def test_it_has_a_row_in_the_docs() -> None:
+def test_it_has_a_row_and_a_page_in_the_docs() -> None:
     path = ROOT / "scripts" / "make_reference.py"
     spec = importlib.util.spec_from_file_location("make_reference", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     page = module.algorithms_page()
-    assert "| `test-damped` | token | A loss of the tests. | `L = token-mean" in page
-    assert "`power` 3 | group-centered, seq-mean-token-mean |" in page
+    assert "| `test-damped` | token | A loss of the tests. | [test-damped](algori" in page
+    pages = dict(module.pages())
+    damped, cubed = (pages[f"algorithms/{found.name}.md"] for found in (TOKEN, SEQUENCE))
+    assert damped.startswith("# test-damped\n\nA loss of the tests.\n")
+    assert "    L = token-mean of -A tanh(damping log rho) / damping\n" in damped
+    assert "| `objective.damping` | float | `0.5` | above 0 | How soon it saturates. |" in damped
+    assert "| `objective.power` | int | `3` | at least 1 | Of the advantage. |" in cubed
+    assert "`isopo+test-cubed`" in cubed
+    assert "figures/algorithms/test-cubed.svg" in pages
 
 
 def test_a_declaration_that_does_not_fit_is_refused() -> None:

@@ -76,6 +76,7 @@ class Algorithm:
         compares: Where the keys compare a prompt's completions, which the advantage may do besides,
             the setting that does not; else "".
         checks: Each raises ValueError for keys that do not go together.
+        source: Where it stands, where its loss's docstring tells of another algorithm.
 
     Raises:
         ProxstepError: The level is unknown, or a key lacks its sentence or its type, names no
@@ -95,6 +96,7 @@ class Algorithm:
     reads_old_policy: Callable[[Options], bool] = lambda options: False
     compares: Callable[[Options], str] = lambda options: ""
     checks: tuple[Callable[[Options], None], ...] = ()
+    source: str = ""
 
     def __post_init__(self) -> None:
         check_choice("level", self.level, ("token", "sequence"))

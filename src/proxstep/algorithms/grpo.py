@@ -105,19 +105,17 @@ GRPO = Algorithm(
 )
 DAPO = Algorithm(
     "dapo",
-    # Source: arXiv 2503.14476, sections 3.1 (clip-higher) and 3.3 (token-level loss); widths from
-    # section 4.1. Differs: dynamic sampling and overlong reward shaping act on the batch, not on
-    # the loss, and are the trainer's.
     partial(grpo, clip_ratio_high=0.28, aggregation=TOKEN_MEAN),
     level="token",
     idle_at_zero=True,
     about="GRPO with a higher upper bound and a token mean (arXiv 2503.14476).",
     keys=CLIP_KEYS,
     on_policy="clips nothing",
+    source="arXiv 2503.14476, sections 3.1 (clip-higher) and 3.3 (token mean); widths from section "
+    "4.1. Dynamic sampling and overlong shaping act on the batch and are keys of the rollout.",
 )
 DR_GRPO = Algorithm(
     "dr-grpo",
-    # Section 3.2: a sum over tokens, over a constant, takes the length bias away.
     partial(grpo, aggregation=Aggregation("seq-mean-token-sum-norm")),
     level="token",
     idle_at_zero=True,
@@ -125,4 +123,6 @@ DR_GRPO = Algorithm(
     keys=CLIP_KEYS,
     advantage="group-centered",
     on_policy="clips nothing",
+    source="arXiv 2503.20783, section 3.2: a sum over tokens, over a constant, takes the length "
+    "bias away, and no division by the group's deviation the bias of difficulty.",
 )

@@ -166,7 +166,8 @@ OPO = Algorithm(
             choices=NORMALIZATIONS,
         ),
         "anchor_correction": Key(
-            "The old policy's factor in eq. 7; see docs/algorithms.md.", choices=ANCHOR_CORRECTIONS
+            "The old policy's factor in eq. 7; see docs/algorithms/opo.md.",
+            choices=ANCHOR_CORRECTIONS,
         ),
         "length_normalize": Key("Log-ratios per token."),
     },

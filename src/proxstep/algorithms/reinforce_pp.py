@@ -54,13 +54,6 @@ def group_centered_batch_scaled(
     return centered_B / (std + eps), spread_metrics(reward_B, groups)
 
 
-# Loss: the ratio and clip of PPO (`grpo`), as verl pairs it with both estimators.
-# Source: arXiv 2501.03262, abstract and verl 0.9.1's examples; which aggregation version 9 has is
-# not checked, and a secondary text has no clip at all. token-mean is verl's default.
-# Differs: the paper takes the KL penalty out of the reward token by token, so that a token's
-# advantage has the penalties from it on; `regularizer.kl_in: reward` gives all tokens the whole
-# sum. The variant with a baseline has it in the loss as k2 (`regularizer.kl_in: loss`,
-# `kl_estimator: k2`). Neither is on by default.
 REINFORCE_PLUS_PLUS = Algorithm(
     "reinforce-plus-plus",
     partial(grpo, aggregation=TOKEN_MEAN),
@@ -70,6 +63,9 @@ REINFORCE_PLUS_PLUS = Algorithm(
     keys=CLIP_KEYS,
     advantage="batch-normalized",
     on_policy="clips nothing",
+    source="arXiv 2501.03262, abstract, and verl 0.9.1's examples, which pair both estimators with "
+    "PPO's ratio and clip. Which aggregation version 9 has is not checked, and a secondary text "
+    "has no clip at all; token-mean is verl's default.",
 )
 REINFORCE_PLUS_PLUS_BASELINE = dataclasses.replace(
     REINFORCE_PLUS_PLUS,

@@ -70,11 +70,11 @@ PREFIXES: dict[str, str] = {
     "divergence from the initial policy.",
     "score_avg@": "Mean of the first reward function over evaluation.num_samples sampled "
     "completions of each validation prompt.",
-    "score_pass@": "Probability that one of k sampled completions has a first reward of at least "
-    "1, estimated without bias from all of them and averaged over the validation prompts.",
+    "score_pass@": "Probability that at least one of k sampled completions has a first reward of "
+    "1 or more, estimated without bias from all of them and averaged over the validation prompts.",
     "objective/": "What the objective reports. Of each update, averaged over sequences and "
     "updates: clip_ratio, ratio, kl_old_policy, abs_delta, chi_square, ... Of the rollout: "
-    "effective_sample_size, mu, tau, importance_mean, ... docs/algorithms.md has OPO's.",
+    "effective_sample_size, mu, tau, importance_mean, ... Each algorithm's page lists its own.",
     "sampler/": "The old policy beside the sampler at the tokens drawn, in nats, where both are "
     "known (rollout.engine vllm, rollout.importance_cap): log_ratio_max and log_ratio_p999, the "
     "largest absolute log-ratio and its 99.9 % quantile; kl, the old policy's divergence from the "
@@ -86,7 +86,8 @@ PREFIXES: dict[str, str] = {
     "share that was taken), realized (of the step before, on this step's samples, or where "
     "update.kl_control measures its own step, of this one), factor (what predictions are "
     "multiplied by), forwards (passes over the sequences that are judged).",
-    "geometry/": "What ISOPO reports, averaged over layers and updates: weight_spread, ...",
+    "geometry/": "What ISOPO reports, averaged over layers and updates: weight_spread, ... "
+    "docs/diagnostics.md has all.",
 }
 
 
