@@ -3,8 +3,8 @@
     pip install "proxstep[trl]"
     python examples/trl_script.py
 
-The model has 0.8 million random weights and a vocabulary of characters, so that nothing is
-downloaded; give TRL a name of the hub instead. The reward is the share of digits in a completion.
+The model has random weights, so that nothing is downloaded; give TRL a name of the hub instead,
+and no processing_class. The reward is the share of digits in a completion.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from make_tiny_model import tiny_model
 
 from proxstep.engines.trl import IsopoConfig, IsopoTrainer  # GRPOConfig, GRPOTrainer from trl
-from proxstep.training.demo_model import build_embedded_model
 
 
 def share_of_digits(completions: list[str], **columns: Any) -> list[float]:
@@ -27,13 +27,12 @@ def share_of_digits(completions: list[str], **columns: Any) -> list[float]:
 
 def main() -> None:
     """Train, and print the reward of the first steps and of the last."""
-    torch.manual_seed(0)
-    tokenizer, model = build_embedded_model()
+    tokenizer, model = tiny_model()
     with tempfile.TemporaryDirectory() as folder:
         arguments = IsopoConfig(  # GRPOConfig(
             output_dir=folder,
             rule="isopo",  # without this line
-            learning_rate=1e-3,
+            learning_rate=3e-3,
             per_device_train_batch_size=32,
             num_generations=8,
             max_completion_length=8,
@@ -49,7 +48,9 @@ def main() -> None:
             model=model,
             reward_funcs=share_of_digits,
             args=arguments,
-            train_dataset=Dataset.from_dict({"prompt": ["1+2=", "30+4=", "5+60=", "7+8="] * 20}),
+            train_dataset=Dataset.from_dict(
+                {"prompt": ["a number: ", "two numbers: ", "a digit, please: ", "how many? "] * 20}
+            ),
             processing_class=tokenizer,
         )
         trainer.train()
