@@ -78,6 +78,7 @@ BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
 """By the beginning of a key: the algorithm and the keys that it needs beside it."""
 VALUES: dict[str, Any] = {
     "device": "cpu",
+    "external_lib": "json",
     "model.name": "some/model",
     "model.lora": {"rank": 4},
     "task.name": "svamp",

@@ -106,6 +106,7 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
             assert not left & right
     assert refused - set().union(*placed) == {
         "evaluation.patience",
+        "external_lib",
         "geometry.diagnose_every",
         "guard",
         "logging.checkpoint_last",
@@ -164,6 +165,7 @@ def test_an_algorithm_that_reads_the_old_policy_is_refused(
     ("changes", "key"),
     [
         ({"device": "cuda:1"}, "device"),
+        ({"external_lib": "json"}, "external_lib"),
         ({"device": "cpu"}, "device"),
         ({"model": {"head": "chunked"}}, "model.head"),
         ({"model": {"autocast": "auto"}}, "model.autocast"),

@@ -21,11 +21,16 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def name_of(page: Path) -> str:
+    """A page by its place in the repository: two folders may have a trl.md."""
+    return page.relative_to(ROOT).as_posix()
+
+
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_examples_run(page: Path) -> None:
     """Those of docs/ with a model and a batch at hand, the README's with nothing."""
     if page.name == "README.md":
@@ -48,7 +53,7 @@ def test_python_examples_run(page: Path) -> None:
         assert moved or all(g is not None for g in grads)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_parse(page: Path) -> None:
     """Every proxstep command of a shell block is one that the parser takes."""
     for block in blocks(page, "bash"):
@@ -59,7 +64,7 @@ def test_commands_parse(page: Path) -> None:
                 cli.make_parser().parse_args(own)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
 import pytest
-from tests.house.test_docs import PAGES, ROOT, blocks
+from tests.house.test_docs import PAGES, ROOT, blocks, name_of
 
+from proxstep.algorithms import ALGORITHMS
 from proxstep.cli import arguments as cli
 from proxstep.cli import commands
 from proxstep.config.loading import load_recipe
@@ -104,7 +107,18 @@ class Page:
         assert arguments.run_folder in self.measured
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.fixture(autouse=True)
+def same_algorithms() -> Iterator[None]:
+    """Forget what a line's external_lib has registered."""
+    algorithms, modules = dict(ALGORITHMS), set(sys.modules)
+    yield
+    for registry, before in ((ALGORITHMS, algorithms), (sys.modules, modules)):
+        for name in [name for name in registry if name not in before]:
+            if registry is ALGORITHMS or name.startswith("proxstep_user_"):
+                del registry[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_line_needs_what_lines_before_it_make(page: Path) -> None:
     so_far = Page(page)
     for words in printed(page, "proxstep"):
@@ -119,7 +133,7 @@ def test_the_check_refuses_what_would_fail(tmp_path: Path) -> None:
             test_a_line_needs_what_lines_before_it_make(page)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_scripts_are_there_with_their_options(page: Path) -> None:
     for words in [*printed(page, "python"), *printed(page, ".venv/bin/python")]:
         if words[1] != "-m":

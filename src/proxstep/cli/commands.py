@@ -95,7 +95,12 @@ def _train(arguments: Namespace, overrides: Overrides, console: Any) -> int:
         folder = arguments.resume
         if overrides:
             RunFolder(folder).extend(overrides)
-        engine = _engine(_engine_of(folder))
+        name = _engine_of(folder)
+        if name == "trl":  # it makes options of what an external_lib has registered by then
+            from proxstep.training.lifecycle import load_run_recipe
+
+            load_run_recipe(folder)
+        engine = _engine(name)
         begin = lambda: engine.resume(folder, progress)  # noqa: E731
     else:
         if not arguments.recipe:

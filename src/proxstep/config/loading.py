@@ -23,6 +23,7 @@ from proxstep.config.recipe import (
 from proxstep.config.sections import BUILTIN_MODELS
 from proxstep.config.yamlfile import dump_yaml
 from proxstep.errors import ProxstepError
+from proxstep.rewards.modules import load_module
 
 
 def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
@@ -54,6 +55,9 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
         ProxstepError: One message for whatever is wrong.
     """
     data, changes = dict(data), dict(changes)
+    library = changes.get("external_lib", data.get("external_lib"))
+    if isinstance(library, str):
+        load_module(library, f"{source}: external_lib {library}")
     per_algorithm = data.pop("per_algorithm", None)
     for part in (per_algorithm, changes.pop("per_algorithm", None)):
         if part is not None and not isinstance(part, Mapping):
@@ -91,8 +95,9 @@ def _check_part(name: str, part: Any, source: str) -> None:
         ProxstepError: Naming the part and the key.
     """
     place = f"{source}: per_algorithm.{name}"
-    if isinstance(part, Mapping) and "algorithm" in part:
-        raise ProxstepError(f"{place} cannot change the algorithm")
+    for key in ("algorithm", "external_lib"):
+        if isinstance(part, Mapping) and key in part:
+            raise ProxstepError(f"{place} cannot change the {key}")
     meaning = meaning_of(name) or {}
     merged = _merge(meaning, _without_empty_sections(part), place)
     _check_algorithm(name, meaning, merged, place)
@@ -117,6 +122,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         update={
             "task": task.model_copy(update=sources),
             "model": model.model_copy(update={"name": name}),
+            "external_lib": _absolute_file(recipe.external_lib),
         }
     )
 
@@ -128,7 +134,12 @@ def _absolute(source: str | None) -> str | None:
 
 def _absolute_reward(spec: str) -> str:
     place, colon, name = spec.rpartition(":")
-    return f"{_absolute(place)}:{name}" if colon and place.endswith(".py") else spec
+    return f"{_absolute_file(place)}:{name}" if colon else spec
+
+
+def _absolute_file(place: str | None) -> str | None:
+    """Return the absolute path of a Python file; anything else is a module's name."""
+    return _absolute(place) if place and place.endswith(".py") else place
 
 
 def dump_recipe(recipe: Recipe) -> str:

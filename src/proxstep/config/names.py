@@ -150,8 +150,9 @@ def check_names(data: Mapping[str, Any], changes: Mapping[str, Any], source: str
         ProxstepError: With a line for each.
     """
     algorithm = changes.get("algorithm", data.get("algorithm"))
-    if algorithm is None:
-        return  # the recipe's own check says it
+    library = changes.get("external_lib", data.get("external_lib"))
+    if algorithm is None or library is not None:
+        return  # the recipe's own check says it, or knows what the library declares
     parts = [(str(algorithm), "algorithm", source, part) for part in (data, changes)]
     for part in (data, changes):
         if isinstance(per_algorithm := part.get("per_algorithm"), Mapping):

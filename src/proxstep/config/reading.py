@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ def read_recipe(
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Return what a recipe says, what goes on top of it, and where it is from.
 
-    A relative path of a model, of data or of a reward in the file is relative to the file's folder,
-    where it exists there; one in `overrides` is relative to the current folder.
+    A relative path of a model, of data, of a reward or of `external_lib` in the file is relative to
+    the file's folder, where it exists there; one in `overrides` is relative to the current folder.
 
     Args:
         name: A YAML file, or the name of one of our recipes.
@@ -90,8 +90,10 @@ def _set(target: dict[str, Any], key: str, value: Any) -> None:
 
 def _find_files(part: Any, folder: Path) -> None:
     """Put a folder before the relative paths in a part of a recipe, where they exist there."""
-    if not isinstance(part, Mapping) or folder == Path():
+    if not isinstance(part, dict) or folder == Path():
         return
+    if "external_lib" in part:
+        part["external_lib"] = _found(part["external_lib"], folder)
     for section, names in (("task", ("train", "validation", "rewards")), ("model", ("name",))):
         values = part.get(section)
         if not isinstance(values, dict):

@@ -71,6 +71,11 @@ class Recipe(Section):
     algorithm: str = Field(
         description="An objective, a preset of ISOPO on REINFORCE, or RULE+OBJECTIVE (isopo+opo)."
     )
+    external_lib: str | None = Field(
+        default=None,
+        description="A Python file, or a module's name, that registers algorithms of your own: it "
+        "is imported before the recipe is read. See docs/howto/objective.md.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Of everything random.")
     steps: Positive = Field(default=100, description="Rollout steps.")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 import inspect
 import math
-import sys
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, cast
 
 from proxstep.errors import ProxstepError, did_you_mean
@@ -32,6 +25,7 @@ from proxstep.rewards.functions import (
     numeric_answer,
     stated_answer,
 )
+from proxstep.rewards.modules import load_module
 from proxstep.rewards.returns import awaited, checked_rewards
 
 
@@ -97,7 +91,7 @@ def load_reward(spec: str) -> RewardFunction:
         raise ProxstepError(
             f"reward {spec!r} is incomplete; write FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION"
         )
-    module = _import_file(Path(place), spec) if place.endswith(".py") else _import(place, spec)
+    module = load_module(place, f"reward {spec!r}")
     function = getattr(module, name, None)
     if function is None:
         public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
@@ -120,50 +114,6 @@ def reward_name(function: RewardFunction) -> str:
     'numeric_answer'
     """
     return getattr(function, "__name__", type(function).__name__)
-
-
-def _import(module_name: str, spec: str) -> ModuleType:
-    if not all(part.isidentifier() for part in module_name.split(".")):
-        raise ProxstepError(
-            f"reward {spec!r}: {module_name!r} is not a module's name; a file's name ends in .py"
-        )
-    try:
-        return importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
-        raise ProxstepError(
-            f"reward {spec!r}: cannot import {module_name!r} ({_one_line(error)}); "
-            "check the spelling, install the package, or name a file as FILE.py:FUNCTION"
-        ) from error
-
-
-def _import_file(path: Path, spec: str) -> ModuleType:
-    """Return the module in a file, executed once per process as an import is."""
-    if not path.is_file():
-        raise ProxstepError(
-            f"reward {spec!r}: the file {path} does not exist; check the path, which is relative "
-            "to the working directory"
-        )
-    resolved = str(path.resolve())
-    module_name = f"proxstep_reward_{path.stem}_{zlib.crc32(resolved.encode()):08x}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    module = ModuleType(module_name)
-    module.__file__ = resolved
-    try:
-        with contextlib.ExitStack() as on_failure:
-            sys.modules[module_name] = module  # dataclasses and pickle look modules up here
-            on_failure.callback(sys.modules.pop, module_name)
-            SourceFileLoader(module_name, resolved).exec_module(module)
-            on_failure.pop_all()
-    except (ImportError, SyntaxError) as error:
-        raise ProxstepError(
-            f"reward {spec!r}: cannot import {path} ({_one_line(error)}); correct that file"
-        ) from error
-    return module
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def reward_columns(examples: Sequence[Answered]) -> dict[str, list[Any]]:

@@ -21,6 +21,12 @@ run folder and the greedy evaluation.
 
 _ONLY_RUN: tuple[Refusal, ...] = (
     (
+        "external_lib",
+        lambda recipe: recipe.external_lib is not None,
+        "a printed script imports nothing of yours; run it without --print-command, or import the "
+        "file in a script of your own before proxstep.engines.trl",
+    ),
+    (
         "task.drop_long_prompts",
         lambda recipe: recipe.task.drop_long_prompts,
         "a printed script has no limit on prompts; run it without --print-command, or drop the "

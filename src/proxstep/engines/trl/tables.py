@@ -26,7 +26,7 @@ RENAMED: dict[str, str] = {key: key.rpartition(".")[2] for key in _SAME_NAME} | 
 """Keys whose value is an option's, under TRL's name; null leaves the option at its default."""
 
 TRANSLATED = (
-    *("algorithm", "steps", "device", "objective", "geometry", "task"),
+    *("algorithm", "external_lib", "steps", "device", "objective", "geometry", "task"),
     *("model.name", "model.warmup_score", "model.dtype", "model.autocast", "model.lora"),
     *("regularizer.kl_estimator", "regularizer.kl_in"),
     *("rollout.num_prompts", "rollout.overlong_buffer", "rollout.overlong_penalty"),

@@ -36,6 +36,13 @@ RENAMED: dict[str, str] = {
 
 REFUSED: tuple[Refusal, ...] = (
     (
+        "external_lib",
+        lambda recipe: recipe.external_lib is not None,
+        "each of verl's processes loads one library, ours: in a command of verl's, name as its "
+        "external_lib a module that registers your algorithm and calls "
+        "proxstep.engines.verl.register()",
+    ),
+    (
         "device",
         lambda recipe: recipe.device not in ("auto", "cuda"),
         "verl takes all GPUs that it sees: use cuda, and CUDA_VISIBLE_DEVICES to choose",
