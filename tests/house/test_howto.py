@@ -17,13 +17,17 @@ EXAMPLES += [path.read_text() for path in sorted((ROOT / "examples").glob("*.*y"
 EXAMPLES += [path.read_text() for path in sorted((ROOT / "examples").glob("*.sh"))]
 
 
+def unindented(text: str) -> str:
+    return "\n".join(line.strip() for line in text.splitlines())
+
+
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)
 def test_what_is_shown_of_an_example_is_its_text(page: Path) -> None:
     """Python that is not whole, rows of a table, lines of a shell script."""
     shown = [*blocks(page, "py"), *blocks(page, "json")]
     shown += [text for text in blocks(page, "text") if text.startswith("  ")]
     for text in shown:
-        assert any(text in example for example in EXAMPLES), text
+        assert any(unindented(text) in unindented(example) for example in EXAMPLES), text
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)
