@@ -62,7 +62,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 def test_the_patch_only_adds() -> None:
     lines = block("diff").splitlines()[2:]
     assert not [line for line in lines if line.startswith("-")]
-    assert len([line for line in lines if line.startswith("+")]) == 11
+    assert len([line for line in lines if line.startswith("+")]) == 10
 
 
 KL = {"loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.01, "max_steps": 2}
