@@ -22,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
 .PHONY: help setup smollm2 demo demo-real figure reference test test-all trust test-trl-oldest test-verl test-verl-quick lint audit \
-  bench gpu clean
+  dist bench gpu clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -106,6 +106,13 @@ lint: setup  ## Formatting, style and types
 audit: setup  ## Known vulnerabilities of what is installed; a note where nobody can be asked
 	$(BIN)/python scripts/audit.py
 
+# TAG=v0.2.0 checks too that this tag may be published.
+dist: setup  ## The wheel and the source distribution, in dist/, looked into
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python scripts/check_dist.py dist $(if $(TAG),--tag "$(TAG)")
+
 bench: setup  ## Time and memory of ISOPO against plain REINFORCE's, on one thread
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/memory.py
@@ -119,4 +126,4 @@ gpu: setup smollm2  ## The accelerator's tests, overhead and 120 training steps 
 	$(BIN)/python benchmarks/training.py --device cuda --autocast bfloat16 --json benchmarks/baselines/training-cuda.json
 
 clean:  ## Delete the environment, the outputs and the caches in this folder
-	rm -rf $(VENV) $(VERL) $(TRL_OLDEST) outputs runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERL) $(TRL_OLDEST) dist outputs runs .pytest_cache .ruff_cache .hypothesis

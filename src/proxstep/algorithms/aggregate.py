@@ -80,7 +80,7 @@ def as_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
     """
     if not isinstance(value, Tensor):
         try:
-            value = torch.tensor(value if hasattr(value, "dtype") else _doubles(value))
+            value = torch.tensor(value) if hasattr(value, "dtype") else _from_lists(value)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ProxstepError(
                 f"{name} must be a tensor, a NumPy array or a list of numbers: {error}"
@@ -90,10 +90,10 @@ def as_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
     return value if like is None or value.device == like.device else value.to(like.device)
 
 
-def _doubles(value: Any) -> Any:
-    """Return lists of numbers with their floats in an array that keeps all digits."""
+def _from_lists(value: Any) -> Tensor:
+    """Return lists of numbers as a tensor, floats in float64, which keeps all digits."""
     found = torch.tensor(value)
-    return torch.tensor(value, dtype=torch.float64).numpy() if found.is_floating_point() else value
+    return torch.tensor(value, dtype=torch.float64) if found.is_floating_point() else found
 
 
 def as_integers(name: str, value: Any, like: Tensor | None = None) -> Tensor:

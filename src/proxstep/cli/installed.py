@@ -47,8 +47,10 @@ def _parsed(requirement: str) -> tuple[str, str, str]:
 
 
 def _fits(found: str, wanted: str) -> bool:
-    from packaging.specifiers import SpecifierSet  # transformers needs it itself
-
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # of the core alone: without it transformers is missing too, and is named
+        return True
     return SpecifierSet(wanted).contains(found, prereleases=True)
 
 

@@ -222,7 +222,14 @@ SKIPPED: set[int] = set()
 # -- the operator ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("proxstep::parameter_gradient", mutates_args=())
+# As torch would infer it from the annotations; torch 2.6 cannot read `list[...]` there.
+_SCHEMA = (
+    "(str kind, Tensor[] values, SymInt[] numbers, SymInt[] shape, Tensor microbatch_id, "
+    "SymInt owner, str key) -> Tensor"
+)
+
+
+@torch.library.custom_op("proxstep::parameter_gradient", mutates_args=(), schema=_SCHEMA)
 def parameter_gradient(
     kind: str,
     values: list[torch.Tensor],
