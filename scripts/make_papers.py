@@ -82,13 +82,11 @@ def resolved(name: str) -> object:
 
 
 def _function(name: str) -> str:
-    found = resolved(name)
-    place = "tests/theory" if name.startswith("maths.") else "src/proxstep"
-    if callable(found):
-        path = Path(sys.modules[found.__module__].__file__ or "").relative_to(ROOT)
-    else:
-        path = Path(place, *name.split(".")[:-1]).with_suffix(".py")
-    return f"[`{name}`](../{path})"
+    place = ROOT / ("tests/theory" if name.startswith("maths.") else "src/proxstep")
+    parts = name.split(".")
+    files = (place.joinpath(*parts[:n]).with_suffix(".py") for n in range(len(parts), 0, -1))
+    path = next(file for file in files if file.exists())
+    return f"[`{name}`](../{path.relative_to(ROOT)})"
 
 
 def _check(check: str) -> str:
