@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 demo demo-real figure reference test test-all trust test-trl-oldest test-verl test-verl-quick lint audit \
+.PHONY: help setup smollm2 demo demo-real docs figure reference test test-all trust test-trl-oldest test-verl test-verl-quick lint audit \
   bench gpu clean
 
 help:  ## List the targets
@@ -66,6 +66,9 @@ demo: setup  ## Train REINFORCE, GRPO, ISOPO and OPO on arithmetic; print a tabl
 demo-real: smollm2  ## The same with a pretrained model of 135 M parameters on word problems (40 minutes, 9 GB)
 	$(BIN)/proxstep compare recipes/smollm2.yaml --algorithms reinforce,grpo,isopo,opo --seeds 3 \
 	  --logging.checkpoint_last false --jobs 2 --output outputs/demo-real --overwrite
+
+docs: setup  ## Build the site into outputs/site, with warnings as errors
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/mkdocs build --strict --quiet
 
 figure: setup  ## The same, and draw the README's figure
 	$(BIN)/proxstep $(DEMO) --figure docs/figures/demo.png
