@@ -60,7 +60,7 @@ def test_what_the_text_says_of_the_numbers(ran: Any) -> None:
     assert moved[2] > 0 > names["advantages"][2]
     effects = names["effects"]
     assert effects["reinforce"].abs().argmax() == 2
-    assert effects["isopo"][2] == pytest.approx(-effects["isopo"][3], rel=0.02)
+    assert abs(effects["isopo"][2] + effects["isopo"][3]) < 0.02
     drives = torch.stack([names["drive"][names["sampled"] == y].mean() for y in range(4)])
     assert torch.allclose(names["ratios"]["opo"][-1], 1 + drives, atol=0.05)
     assert max(names["budgeted"]) < 0.03
