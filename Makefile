@@ -21,8 +21,8 @@ export TOKENIZERS_PARALLELISM ?= false
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 demo demo-real figure reference test test-all trust test-trl-oldest test-verl test-verl-quick lint audit \
-  dist bench gpu clean
+.PHONY: help setup smollm2 demo demo-real docs figure reference test test-all trust test-trl-oldest test-verl test-verl-quick lint \
+  audit dist bench gpu clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,9 +63,12 @@ DEMO := compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --
 demo: setup  ## Train REINFORCE, GRPO, ISOPO and OPO on arithmetic; print a table, write a report page
 	$(BIN)/proxstep $(DEMO)
 
-demo-real: smollm2  ## The same with a pretrained model of 135 M parameters on word problems (40 minutes, 9 GB)
+demo-real: smollm2  ## The same with a pretrained model of 135 M parameters on word problems (20 to 45 minutes, 6 GB)
 	OMP_NUM_THREADS=2 $(BIN)/proxstep compare recipes/smollm2.yaml --algorithms reinforce,grpo,isopo,opo \
 	  --seeds 3 --logging.checkpoint_last false --jobs 1 --output outputs/demo-real --overwrite
+
+docs: setup  ## Build the site into outputs/site, with warnings as errors
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/mkdocs build --strict --quiet
 
 figure: setup  ## The same, and draw the README's figure
 	$(BIN)/proxstep $(DEMO) --figure docs/figures/demo.png

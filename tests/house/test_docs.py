@@ -30,9 +30,12 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "tutorial.md"], ids=name_of)
 def test_python_examples_run(page: Path) -> None:
-    """Those of docs/ with a model and a batch at hand, the README's with nothing."""
+    """Those of docs/ with a model and a batch at hand, the README's with nothing.
+
+    The tutorial's are in test_tutorial.py.
+    """
     if page.name == "README.md":
         return exec("\n".join(blocks(page, "python")), {})
     for code in blocks(page, "python"):

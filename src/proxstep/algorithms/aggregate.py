@@ -149,6 +149,7 @@ LOSS_AGG_MODES = (
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
 )
+"""How token values become one number, with verl's names."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,11 @@ class Aggregation:
 
 # The defaults of the objectives: whole batch at hand.
 TOKEN_MEAN = Aggregation("token-mean")
+"""The mean over all response tokens."""
 SEQ_MEAN_TOKEN_SUM = Aggregation("seq-mean-token-sum")
+"""The mean over sequences of their tokens' sum."""
 SEQ_MEAN_TOKEN_MEAN = Aggregation("seq-mean-token-mean")
+"""The mean over sequences of their tokens' mean."""
 
 
 def aggregate(

@@ -147,11 +147,20 @@ class Algorithm:
         return partial(self.prepare, **{name: options[name] for name in names})
 
     def signal(self, inputs: SignalInputs, options: Options) -> Signal:
-        """Return what the loss takes of a rollout; see `preparation`."""
+        """Return what the loss takes of a rollout; see `preparation`.
+
+        Args:
+            inputs: The rollout.
+            options: Values of the keys.
+        """
         return self.preparation(options)(inputs)
 
     def loss_options(self, options: Options) -> dict[str, Any]:
-        """Return those of the keys that the loss takes."""
+        """Return those of the keys that the loss takes.
+
+        Args:
+            options: Values of the keys.
+        """
         return {name: options[name] for name in _keywords(self.loss) if name in options}
 
 
@@ -165,6 +174,12 @@ ALGORITHMS: dict[str, Algorithm] = {}
 def register(algorithm: Algorithm) -> Algorithm:
     """Add an algorithm to `ALGORITHMS`.
 
+    Args:
+        algorithm: The declaration.
+
+    Returns:
+        The same.
+
     Raises:
         ProxstepError: Its name is taken, or could be read as RULE+OBJECTIVE.
     """
@@ -176,6 +191,9 @@ def register(algorithm: Algorithm) -> Algorithm:
 
 def find_algorithm(name: str) -> Algorithm:
     """Return the algorithm of that name.
+
+    Args:
+        name: As in a recipe; without a rule of ISOPO.
 
     Raises:
         ProxstepError: There is none; the message names the nearest.

@@ -30,7 +30,11 @@ class OldPolicy:
     sampler_log_prob_BT: Float[Tensor, "batch tokens"] | None = None
 
     def importance(self, cap: float) -> tuple[Float[Tensor, " batch"], dict[str, float]]:
-        """Return the truncated importance weights against the sampler, and what they are like."""
+        """Return the truncated importance weights against the sampler, and what they are like.
+
+        Args:
+            cap: Where they are truncated.
+        """
         assert self.sampler_log_prob_BT is not None  # rollout.importance_cap keeps them
         weight_B, metrics = importance_weights(
             self.log_prob_BT, self.sampler_log_prob_BT, self.response_BT, cap=cap

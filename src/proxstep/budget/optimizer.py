@@ -230,7 +230,11 @@ class KlBudget(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a state that `state_dict` returned."""
+        """Continue from a checkpoint.
+
+        Args:
+            state_dict: What `state_dict` returned.
+        """
         self.inner.load_state_dict(dict(state_dict["optimizer"]))
         self.param_groups = self.inner.param_groups
         self._kl = State(**state_dict["kl"])

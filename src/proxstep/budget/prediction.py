@@ -68,6 +68,11 @@ def sampled_kl(
     sum_t exp(d_t) - 1 - d_t with d = log other - log policy: without bias where the policy sampled
     the tokens, and to second order 1/2 d^2.
 
+    Args:
+        log_prob_BT: The policy's log-probabilities of the sampled tokens, in nats.
+        other_log_prob_BT: The other policy's.
+        response_BT: True at the tokens that count.
+
     Source: Schulman, "Approximating KL divergence" (2020), k3.
     """
     difference_BT = other_log_prob_BT.double() - log_prob_BT.double()

@@ -75,13 +75,21 @@ class PositionGradients(ABC):
         return getattr(self, fields(self)[0].name)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PositionGradients:
-        """Return the same with a function applied to each tensor."""
+        """Return the same with a function applied to each tensor.
+
+        Args:
+            function: From a tensor to another with as many rows.
+        """
         values: list[Any] = [getattr(self, f.name) for f in fields(self)]
         return type(self)(*(function(v) if isinstance(v, Tensor) else v for v in values))
 
     @abstractmethod
     def at(self, index: Int[Tensor, " samples"]) -> PositionGradients:
-        """Return those of some positions."""
+        """Return those of some positions.
+
+        Args:
+            index: Their rows.
+        """
 
     @abstractmethod
     def squares(self) -> Float[Tensor, " positions"]:
@@ -93,10 +101,21 @@ class PositionGradients(ABC):
 
     @abstractmethod
     def contract(self, weight_T: Float[Tensor, " positions"]) -> Tensor:
-        """Return sum_t weight_t G_t, in the parameter's shape."""
+        """Return sum_t weight_t G_t, in the parameter's shape.
+
+        Args:
+            weight_T: One number per position.
+        """
 
     def along(self, direction: Tensor) -> Float[Tensor, " positions"]:
-        """Return <G_t, direction>, with a direction in the parameter's shape; for PROMA."""
+        """Return <G_t, direction>, for PROMA.
+
+        Args:
+            direction: In the parameter's shape.
+
+        Raises:
+            ProxstepError: If the class does not say how.
+        """
         raise ProxstepError(f"PROMA does not cover {type(self).__name__}: freeze its parameters")
 
     def factors(self, index_T: Int[Tensor, " kept"]) -> Iterator[tuple[Any, Tensor, Tensor]]:
@@ -112,7 +131,11 @@ class PositionGradients(ABC):
         yield from ()
 
     def sums(self, layout: Layout) -> SequenceGradients:
-        """Return each sequence's gradient; not for a class that measures its own `parts`."""
+        """Return each sequence's gradient; not for a class that measures its own `parts`.
+
+        Args:
+            layout: Which position belongs to which sequence.
+        """
         raise NotImplementedError(f"{type(self).__name__}.sums")
 
     def parts(
@@ -376,6 +399,9 @@ def covers(
         matrices: Names of parameters that are weights of linear layers.
         borrows: Whether it uses its submodules' parameters, not its own.
         last: Use it only where no other one fits.
+
+    Returns:
+        A decorator for the forward.
     """
 
     def register(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -88,6 +88,9 @@ class Microbatch:
     def set_coefficients(self, coefficients: Float[Tensor, " batch"]) -> None:
         """Replace the coefficients, where they follow from the forward itself; before backward.
 
+        Args:
+            coefficients: One number per sequence, as in `Isopo.microbatch`.
+
         Raises:
             ProxstepError: If they are not one finite number per sequence, or a parameter was
                 back-propagated with the earlier ones.
@@ -154,6 +157,13 @@ class Microbatch:
     def select(self, key: str, value: Tensor) -> Tensor:
         """Flatten (..., features) to (positions, features), in the layout's order.
 
+        Args:
+            key: The parameter's use, for messages.
+            value: What a layer saw or gave.
+
+        Returns:
+            A row for each position that is not padding.
+
         Raises:
             ProxstepError: If the layer saw another number of positions than sequence_ids has.
         """
@@ -170,6 +180,10 @@ class Microbatch:
 
     def reduce(self, key: str, gradients: PositionGradients) -> Tensor:
         """Return the parameter's gradient, -sum_b weight_b G_b.
+
+        Args:
+            key: The parameter's use.
+            gradients: Its position-wise gradients.
 
         Raises:
             ProxstepError: If the parameter's use was reduced before in this microbatch, or its

@@ -68,7 +68,13 @@ class ProjectingRule:
     def weigh(
         self, found: Statistics, past: Any, over_ranks: Any = None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Return the weights of all sequences, no moments, and how much of M was taken away."""
+        """Return the weights of all sequences, no moments, and how much of M was taken away.
+
+        Args:
+            found: Statistics of the layer's sequences.
+            past: Not used.
+            over_ranks: Not used.
+        """
         del past, over_ranks
         if found.along_B is None or found.ntk_BB is None:  # the first microbatch of the step
             return found.coefficient_B, {}, {}
@@ -143,7 +149,13 @@ class IntraProjectingRule:
     def weigh(
         self, found: Statistics, past: Any, over_ranks: Any = None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Return the coefficients: what is taken out comes from their sum, in `project`."""
+        """Return the coefficients: what is taken out comes from their sum, in `project`.
+
+        Args:
+            found: Statistics of the layer's sequences.
+            past: Not used.
+            over_ranks: Not used.
+        """
         del past, over_ranks
         return found.coefficient_B, {}, {}
 

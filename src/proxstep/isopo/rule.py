@@ -120,7 +120,13 @@ class IsometricRule:
         return tuple(self.powers) if self.damping > 0 or self.scale == "preserved" else ()
 
     def weigh(self, found: Statistics, past: Means, over_ranks: OverRanks = None) -> Weighed:
-        """Return the weights of some sequences; with all powers 0 they are the coefficients."""
+        """Return the weights of some sequences; with all powers 0 they are the coefficients.
+
+        Args:
+            found: Statistics of the layer's sequences.
+            past: Trailing means of their moments.
+            over_ranks: Sums over the ranks that share a sample.
+        """
         fisher_B = found.fisher_sq_B if self.needs.fisher else None
         norm_B = found.norm_sq_B if self.needs.norm else None
         squares = {"fisher_sq": fisher_B, "norm_sq": norm_B}
@@ -180,7 +186,13 @@ class NaturalRule:
             raise ProxstepError(f'{what}: use scale="paper"')
 
     def weigh(self, found: Statistics, past: Means, over_ranks: OverRanks = None) -> Weighed:
-        """Return the weights of all sequences; zeros where no gradient reaches the layer."""
+        """Return the weights of all sequences; zeros where no gradient reaches the layer.
+
+        Args:
+            found: Statistics of the layer's sequences.
+            past: Trailing means of their moments.
+            over_ranks: Sums over the ranks that share a sample.
+        """
         assert found.ntk_BB is not None
         # Small, and a matter of small eigenvalues: in double precision where there is one.
         wide = torch.float32 if found.ntk_BB.device.type == "mps" else torch.float64

@@ -276,6 +276,9 @@ class Isopo:
         itself each microbatch would make its own, and the gradient would depend on how the step was
         cut. One pass or two are needed, or none; torch's random numbers go on as if there had been
         none. Leave losses inside `off()` out: their gradients would be added.
+
+        Raises:
+            ProxstepError: If a microbatch of the step came before.
         """
         if self._router.active is not None or self._log:
             raise ProxstepError("measuring() comes before the first microbatch of a step")
@@ -295,7 +298,11 @@ class Isopo:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Make forwards and backwards inside ordinary: for entropy and KL losses."""
+        """Make forwards and backwards inside ordinary: for entropy and KL losses.
+
+        Raises:
+            ProxstepError: If it is inside `microbatch` or another `off`.
+        """
         if self._router.active is not None:
             raise ProxstepError("off() inside microbatch() or off(): they do not nest")
         self._router.switch(on=False)
@@ -364,7 +371,11 @@ class Isopo:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
+        """Continue from a checkpoint.
+
+        Args:
+            state: What `state_dict` returned.
+        """
         self._step, self._microbatch, self._log = state["step"], 0, []
         self._running.clear()
         self._router.forget()

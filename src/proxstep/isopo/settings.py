@@ -16,6 +16,7 @@ from proxstep.isopo.rule import IsometricRule, NaturalRule
 from proxstep.typing import Float, Int, Tensor
 
 Rule = IsometricRule | NaturalRule | ProjectingRule | IntraProjectingRule
+"""What `Isopo` takes beside a preset's name."""
 
 PRESETS: dict[str, Rule] = {
     "reinforce": IsometricRule(0.0, 0.0, 0.0),

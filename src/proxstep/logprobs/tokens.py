@@ -77,6 +77,9 @@ def bounded(log_ratio: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]
 
     Beyond the bound the gradient is 0: without it, an infinite ratio turns the zero gradient of a
     clipped token into NaN.
+
+    Args:
+        log_ratio: In nats.
     """
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
@@ -88,6 +91,10 @@ def ratio_metrics(
 
     `ratio` is the mean ratio of the tokens; `kl_old_policy` the mean of log pi_old - log pi, an
     unbiased estimate of KL(old || policy) in nats per token when the old policy sampled the tokens.
+
+    Args:
+        log_ratio_BT: log pi - log pi_old of each token, in nats.
+        response_mask: True at the response's tokens.
     """
     log_ratio_BT = log_ratio_BT.detach()
     return {
@@ -118,7 +125,11 @@ def token_log_probs(
 
 
 def entropy(logits_BTV: Float[Tensor, "batch tokens vocab"]) -> Float[Tensor, "batch tokens"]:
-    """Return the entropy of the distribution over the vocabulary at each position, in nats."""
+    """Return the entropy of the distribution over the vocabulary at each position, in nats.
+
+    Args:
+        logits_BTV: Divided by the sampling temperature.
+    """
     log_prob_BTV = wide(logits_BTV).log_softmax(-1)
     return -(log_prob_BTV.exp() * log_prob_BTV).sum(-1)
 
@@ -127,7 +138,12 @@ def kl_divergence(
     logits_BTV: Float[Tensor, "batch tokens vocab"],
     other_logits_BTV: Float[Tensor, "batch tokens vocab"],
 ) -> Float[Tensor, "batch tokens"]:
-    """Return KL(p || q) over the vocabulary at each position, in nats; p comes first."""
+    """Return KL(p || q) over the vocabulary at each position, in nats.
+
+    Args:
+        logits_BTV: Those of p.
+        other_logits_BTV: Those of q.
+    """
     log_p_BTV = wide(logits_BTV).log_softmax(-1)
     log_q_BTV = wide(other_logits_BTV).log_softmax(-1)
     return (log_p_BTV.exp() * (log_p_BTV - log_q_BTV)).sum(-1)

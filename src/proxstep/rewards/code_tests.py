@@ -48,6 +48,14 @@ def run_code_tests_without_sandbox(
     """Do what `run_code_tests` does where the code may read every file that you may read.
 
     On Linux the limits and the list of system calls stay; elsewhere only the limits.
+
+    Args:
+        prompts: As in `run_code_tests`.
+        completions: As in `run_code_tests`.
+        **columns: As in `run_code_tests`.
+
+    Returns:
+        As `run_code_tests`.
     """
     return _rewards("none", prompts, completions, columns)
 
@@ -190,4 +198,5 @@ def _rewards(
 
 
 CODE_REWARDS = ("run_code_tests", "run_code_tests_without_sandbox")
+"""The rewards that run a completion as code."""
 _COLUMNS = ("test", "test_list", "entry_point", "test_setup_code", "test_imports")

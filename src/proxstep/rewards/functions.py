@@ -19,6 +19,7 @@ NOT_A_NUMBER = (
     "holds no number, or more than one, or a sum that is not done; write one number (18, -2.5, "
     "1,080, 3/4, 2 1/2, 1.5e3), or choose another reward than numeric_answer"
 )
+"""What is said of a reference that `numeric_answer` cannot read."""
 
 
 class MeasuredRewards(list[float]):
@@ -155,6 +156,9 @@ def stated_answer(
 
 def stated_number(text: str) -> str | None:
     """Return the integer of a text's only "The answer is N.", where it is the end; else None.
+
+    Args:
+        text: A completion, or a reference solution.
 
     >>> stated_number("7 - 2 = 5. The answer is 5."), stated_number("The answer is 5 or 6.")
     ('5', None)

@@ -46,7 +46,13 @@ class RewardFunction(Protocol):
     """
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
-        """Return one reward, or None, per completion."""
+        """Return one reward, or None, per completion.
+
+        Args:
+            prompts: One per completion.
+            completions: Texts, or lists of chat messages.
+            **columns: The rows' other columns, a list each.
+        """
         ...
 
 
@@ -60,6 +66,7 @@ BUILTIN_REWARDS: dict[str, RewardFunction] = {
     "run_code_tests": run_code_tests,
     "run_code_tests_without_sandbox": run_code_tests_without_sandbox,
 }
+"""The rewards that a recipe may name, by name."""
 # What must hold here before a reward can be used.
 _NEEDS = {"math_verify": check_math_verify, "run_code_tests": check_run_code_tests}
 
@@ -109,6 +116,9 @@ def load_reward(spec: str) -> RewardFunction:
 
 def reward_name(function: RewardFunction) -> str:
     """Return the name under which a reward function is reported.
+
+    Args:
+        function: Any reward function.
 
     >>> reward_name(numeric_answer)
     'numeric_answer'

@@ -31,6 +31,7 @@ from proxstep.tasks.base import (
 )
 
 ALPHABET = "0123456789+-*="
+"""The characters of its prompts and answers."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from proxstep.errors import ProxstepError
 
 # A plain string, or chat messages with "role" and "content".
 Prompt: TypeAlias = str | list[dict[str, str]]
+"""A text, or a list of chat messages."""
 
 
 TaskName = Literal[
@@ -28,7 +29,9 @@ TaskName = Literal[
     "svamp",
     "table",
 ]
+"""What `task.name` of a recipe may be."""
 TASKS: tuple[str, ...] = get_args(TaskName)
+"""The same, as a tuple."""
 
 REWARDS: dict[str, tuple[str, ...]] = {
     "arithmetic": ("exact_match",),

@@ -33,10 +33,12 @@ Source: TypeAlias = str | Path
 DEFAULT_HELD_OUT = 256
 # Source: verl, examples/data_preprocess/gsm8k.py.
 STEP_BY_STEP = ' Let\'s think step by step and output the final answer after "####".'
+"""What `gsm8k_task` puts after a question."""
 LEVELS = range(1, 6)
 # The mirror and the words of verl's examples/data_preprocess/math_dataset.py.
 HUB_ID = "DigitalLearningGmbH/MATH-lighteval"
 IN_A_BOX = r" Let's think step by step and output the final answer within \boxed{}."
+"""What `math_task` puts after a question."""
 
 
 def table_task(
@@ -182,6 +184,17 @@ def svamp_task(
     """Return SVAMP: one-step word problems without worked solutions (arXiv 2103.07191).
 
     As `gsm8k_task`, from columns Body, Question and Answer.
+
+    Args:
+        train: A local file or folder with these columns; None for the hub's.
+        validation: As in `gsm8k_task`.
+        num_train: As in `gsm8k_task`.
+        num_validation: As in `gsm8k_task`.
+        chat: As in `gsm8k_task`.
+        instruction: As in `gsm8k_task`.
+        system_prompt: As in `gsm8k_task`.
+        num_few_shot: As in `gsm8k_task`.
+        few_shot_seed: As in `gsm8k_task`.
     """
     layout = Layout(chat, instruction, system_prompt, num_few_shot, few_shot_seed)
 
@@ -218,6 +231,18 @@ def math_task(
     the reward functions. The reference answer is the column answer where there is one, and
     otherwise the last `\boxed{...}` of the column solution. With `level`, 1 to 5, only that level's
     problems are kept, before rows are counted; the column holds numbers or texts such as "Level 3".
+
+    Args:
+        train: A local file or folder with these columns; None for the hub's.
+        validation: As in `gsm8k_task`.
+        level: 1 to 5; None for all.
+        num_train: As in `gsm8k_task`.
+        num_validation: As in `gsm8k_task`.
+        chat: As in `gsm8k_task`.
+        instruction: As in `gsm8k_task`.
+        system_prompt: As in `gsm8k_task`.
+        num_few_shot: As in `gsm8k_task`.
+        few_shot_seed: As in `gsm8k_task`.
 
     Raises:
         ProxstepError: A source cannot be read, a row has no answer, or no problem has the level.
