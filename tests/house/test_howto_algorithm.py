@@ -1,4 +1,4 @@
-"""docs/howto/new-algorithm.md, followed: its file and its formula agree, and it is an algorithm."""
+"""docs/new-algorithm.md, followed: its file and its formula agree, and it is an algorithm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.engine import Silent, tiny_recipe
 from proxstep.algorithms import ALGORITHMS, Algorithm, register
 from proxstep.training import lifecycle
 
-PAGE = Path(__file__).parents[2] / "docs" / "howto" / "new-algorithm.md"
+PAGE = Path(__file__).parents[2] / "docs" / "new-algorithm.md"
 FILE, FORMULA = re.findall(r"```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 HYPER = {"slope": 0.7, "max_weight": 1.2}
 

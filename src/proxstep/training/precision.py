@@ -64,8 +64,12 @@ def bfloat16_gain(model: nn.Module) -> float:
 
 
 def _clock(device: torch.device) -> float:
-    """Return seconds, of the processor alone where it computes: others may use it too."""
+    """Return seconds, of the processor alone where one thread computes: others may use it too.
+
+    Several threads wait for each other, and their waiting counts as processor time.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
