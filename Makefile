@@ -63,7 +63,7 @@ DEMO := compare recipes/arithmetic.yaml --algorithms reinforce,grpo,isopo,opo --
 demo: setup  ## Train REINFORCE, GRPO, ISOPO and OPO on arithmetic; print a table, write a report page
 	$(BIN)/proxstep $(DEMO)
 
-demo-real: smollm2  ## The same with a pretrained model of 135 M parameters on word problems (20 to 45 minutes, 6 GB)
+demo-real: smollm2  ## The same with a pretrained model of 135 M parameters on word problems (half an hour, 6 GB)
 	OMP_NUM_THREADS=2 $(BIN)/proxstep compare recipes/smollm2.yaml --algorithms reinforce,grpo,isopo,opo \
 	  --seeds 3 --logging.checkpoint_last false --jobs 1 --output outputs/demo-real --overwrite
 
