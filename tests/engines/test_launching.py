@@ -72,6 +72,7 @@ def test_a_run_is_resumed_by_the_engine_that_began_it(
     capsys: pytest.CaptureFixture[str], calls: Calls, engine: str | None
 ) -> None:
     Path("run").mkdir()
+    Path("run/recipe.yaml").write_text(Path("tiny.yaml").read_text())
     RunFolder("run").update_info(status="running", **({"engine": engine} if engine else {}))
     assert cli.main(["train", "--resume", "run"]) == 130
     assert "proxstep train --resume run" in capsys.readouterr().out

@@ -327,8 +327,8 @@ def test_an_engine_is_the_plans_and_refuses_before_anything_is_written(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["compare", "tiny.yaml", "--algorithms", "grpo,opo", "--engine", "trl"]
-    assert cli.main([*words, "--output", "out", "--update.kl_budget", "0.1"]) == 2
-    assert "update.kl_budget" in capsys.readouterr().err
+    assert cli.main([*words, "--output", "out", "--guard", "halve"]) == 2
+    assert "guard halve" in capsys.readouterr().err
     assert not (here / "out" / "plan.yaml").exists()
     recipe = load_recipe(here / "tiny.yaml")
     plan = Plan((Variant("grpo", {}, recipe),), {}, 1, engine="trl")

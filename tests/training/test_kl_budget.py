@@ -120,10 +120,7 @@ def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:
         tiny_recipe(tmp_path, update={"kl_control": "corrected"})
 
 
-def test_the_engines_that_cannot_refuse_it_by_name(tmp_path: Path) -> None:
+def test_the_engine_that_cannot_refuses_it_by_name(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, update=BUDGET)
     with pytest.raises(ProxstepError, match=r"update\.kl_budget 0\.01 is not for --engine verl"):
         refuse("verl", recipe, REFUSED)
-    tables = pytest.importorskip("proxstep.engines.trl.tables")
-    with pytest.raises(ProxstepError, match=r"update\.kl_budget 0\.01 is not for --engine trl"):
-        refuse("trl", recipe, tables.REFUSALS, tables.KNOWN)
