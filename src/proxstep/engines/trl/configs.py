@@ -61,10 +61,11 @@ _GeometryOptions: Any = dataclasses.make_dataclass(
 )
 
 
-_BUDGET = tuple(name for name in UpdateSection.model_fields if name.startswith("kl_"))
+BUDGET_OPTIONS = tuple(name for name in UpdateSection.model_fields if name.startswith("kl_"))
+"""The KL budget's options, by the names of a recipe's section update."""
 _BudgetOptions: Any = dataclasses.make_dataclass(
     "_BudgetOptions",
-    section_options(UpdateSection, *(set(UpdateSection.model_fields) - set(_BUDGET))),
+    section_options(UpdateSection, *(set(UpdateSection.model_fields) - set(BUDGET_OPTIONS))),
 )
 
 
@@ -106,7 +107,7 @@ class PolicyConfig(_AlgorithmOptions, _BudgetOptions, GRPOConfig):
         self._check_budget()
 
     def _check_budget(self) -> None:
-        budget = {name: _read(getattr(self, name)) for name in _BUDGET}
+        budget = {name: _read(getattr(self, name)) for name in BUDGET_OPTIONS}
         section = read_section(UpdateSection, budget)
         for name in budget:
             setattr(self, name, getattr(section, name))

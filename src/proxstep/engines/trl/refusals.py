@@ -153,6 +153,22 @@ def _launched_with(name: str, *without: str) -> bool:
     return os.environ.get(f"ACCELERATE_{name}", "").lower() not in ("", "false", "no", *without)
 
 
+def _uses_fp16(args: Any) -> bool:
+    return args.fp16 or (not args.bf16 and _launched_with("MIXED_PRECISION", "bf16"))
+
+
+def _uses_deepspeed(args: Any) -> bool:
+    return bool(args.deepspeed) or _launched_with("USE_DEEPSPEED")
+
+
+def _uses_fsdp(args: Any) -> bool:
+    return bool(args.fsdp) or _launched_with("USE_FSDP")
+
+
+def _steps_in_backward(args: Any) -> bool:
+    return any(name in str(args.optim).lower() for name in ("lomo", "layerwise"))
+
+
 def _uses_kernels(args: Any) -> bool:
     options = args.model_init_kwargs
     return isinstance(options, dict) and bool(options.get("use_kernels"))
@@ -161,7 +177,7 @@ def _uses_kernels(args: Any) -> bool:
 ISOPO: tuple[Refusal, ...] = (
     (
         "fp16",
-        lambda args: args.fp16 or (not args.bf16 and _launched_with("MIXED_PRECISION", "bf16")),
+        _uses_fp16,
         "its gradient scaler's factor would enter ISOPO's norms; use bf16, or fp16=False with "
         "bf16=False for float32",
     ),
@@ -188,12 +204,12 @@ ISOPO: tuple[Refusal, ...] = (
     ),
     (
         "deepspeed",
-        lambda args: args.deepspeed or _launched_with("USE_DEEPSPEED"),
+        _uses_deepspeed,
         "ISOPO was not tested with it; use DDP",
     ),
     (
         "fsdp",
-        lambda args: args.fsdp or _launched_with("USE_FSDP"),
+        _uses_fsdp,
         "ISOPO was not tested with it in TRL; use DDP",
     ),
     (
@@ -215,7 +231,7 @@ ISOPO: tuple[Refusal, ...] = (
     ),
     (
         "optim",
-        lambda args: any(name in str(args.optim).lower() for name in ("lomo", "layerwise")),
+        _steps_in_backward,
         "it updates weights during backward, before the gradient is whole; use another optimizer",
     ),
 )
@@ -223,23 +239,23 @@ ISOPO: tuple[Refusal, ...] = (
 BUDGET: tuple[Refusal, ...] = (
     (
         "fp16",
-        lambda args: args.fp16 or (not args.bf16 and _launched_with("MIXED_PRECISION", "bf16")),
+        _uses_fp16,
         "its gradient scaler would step the optimizer in its own way; use bf16, or fp16=False with "
         "bf16=False for float32",
     ),
     (
         "deepspeed",
-        lambda args: args.deepspeed or _launched_with("USE_DEEPSPEED"),
+        _uses_deepspeed,
         "its engine owns the optimizer's step; use DDP",
     ),
     (
         "fsdp",
-        lambda args: args.fsdp or _launched_with("USE_FSDP"),
+        _uses_fsdp,
         "it was not tested with it in TRL; use DDP",
     ),
     (
         "optim",
-        lambda args: any(name in str(args.optim).lower() for name in ("lomo", "layerwise")),
+        _steps_in_backward,
         "it updates weights during backward, before there is a step to scale; use another "
         "optimizer",
     ),

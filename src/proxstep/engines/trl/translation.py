@@ -13,7 +13,7 @@ from proxstep.config.recipe import Recipe
 from proxstep.config.sections import EMBEDDED_MODELS
 from proxstep.engines.fields import option_name
 from proxstep.engines.keys import leaves, refuse
-from proxstep.engines.trl.configs import TRL_OPTIONS, PolicyConfig
+from proxstep.engines.trl.configs import BUDGET_OPTIONS, TRL_OPTIONS, PolicyConfig
 from proxstep.engines.trl.expressions import Call, Code, Name, Shared, make
 from proxstep.engines.trl.tables import (
     AUTOCASTS,
@@ -187,7 +187,7 @@ def _budget(recipe: Recipe) -> dict[str, Any]:
     update = recipe.update
     if update.kl_budget is None:
         return {}
-    return {name: value for name, value in update if name.startswith("kl_")}
+    return {name: getattr(update, name) for name in BUDGET_OPTIONS}
 
 
 def _precision(recipe: Recipe) -> dict[str, Any]:
