@@ -78,25 +78,30 @@ def watched(found: list[float]) -> Any:
         Trainer._optimizer_step = step  # type: ignore[method-assign]
 
 
-def run(optimizer: str, rate: float, control: str, seed: int) -> dict[str, Any]:
-    """Train once; return the score and what every step was."""
-    keys: dict[str, Any] = {**SIZES, "optimizer.learning_rate": rate, "seed": seed}
+def trained(optimizer: str, rate: float, seed: int, budget: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train once; return the run's records."""
+    keys: dict[str, Any] = {**SIZES, "optimizer.learning_rate": rate, "seed": seed, **budget}
     keys["optimizer.name"] = optimizer
     if optimizer == "sgd":
         keys["optimizer.momentum"] = 0.9
-    if control != "none":
-        keys |= {"update.kl_budget": BUDGET, "update.kl_control": control}
-    realized: list[float] = []
-    start = time.process_time()
-    with tempfile.TemporaryDirectory() as folder, watched(realized):
-        words = [w for k, v in keys.items() for w in (f"--{k}", str(v).lower())]
+    words = [w for k, v in keys.items() for w in (f"--{k}", str(v).lower())]
+    with tempfile.TemporaryDirectory() as folder:
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             status = proxstep_main(["train", str(RECIPE), *words, "--output_dir", folder])
         if status:
-            raise SystemExit(f"{optimizer} {rate} {control} {seed}: {output.getvalue()[-500:]}")
+            raise SystemExit(f"{keys}: {output.getvalue()[-500:]}")
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines]
+
+
+def run(optimizer: str, rate: float, control: str, seed: int) -> dict[str, Any]:
+    """Train once; return the score and what every step was."""
+    given = {"update.kl_budget": BUDGET, "update.kl_control": control}
+    realized: list[float] = []
+    start = time.process_time()
+    with watched(realized):
+        records = trained(optimizer, rate, seed, given if control != "none" else {})
     steps = records[1:]
 
     def column(name: str) -> list[float | None]:

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import itertools
 import json
 import statistics
-import tempfile
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,27 +28,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from proxstep.__main__ import main as proxstep_main
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.kl_budget import BUDGET, trained
+
 from proxstep.budget.prediction import LogProbs, quadratic_kl, slopes
 from proxstep.training import judging
 from proxstep.training.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "arithmetic.yaml"
 RESULTS = Path(__file__).with_suffix("") / "results.json"
 LIMIT = 2.0
 RATES = {"adamw": (1e-3, 3e-3), "sgd": (0.1, 0.3), "muon": (1e-3, 3e-3)}
-SIZES = {
-    "algorithm": "reinforce",
-    "device": "cpu",
-    "steps": 15,
-    "update.kl_budget": 0.03,
-    "optimizer.warmup_updates": 0,
-    "evaluation.every": 15,
-    "evaluation.kl_policy_initial": False,
-    "evaluation.remember_first": True,
-    "logging.checkpoint_last": False,
-}
 
 
 class ByBlock(torch.optim.Optimizer):
@@ -130,21 +119,10 @@ def by_block(found: list[ByBlock], *, capped: bool) -> Iterator[None]:
 
 def run(optimizer: str, rate: float, capped: bool, seed: int) -> dict[str, Any]:
     """Train once; return the score and every step by block."""
-    keys: dict[str, Any] = {**SIZES, "optimizer.learning_rate": rate, "seed": seed}
-    keys["optimizer.name"] = optimizer
-    if optimizer == "sgd":
-        keys["optimizer.momentum"] = 0.9
     found: list[ByBlock] = []
     begun = time.process_time()
-    with tempfile.TemporaryDirectory() as folder, by_block(found, capped=capped):
-        words = [w for k, v in keys.items() for w in (f"--{k}", str(v).lower())]
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            status = proxstep_main(["train", str(RECIPE), *words, "--output_dir", folder])
-        if status:
-            raise SystemExit(f"{optimizer} {rate} {capped} {seed}: {output.getvalue()[-500:]}")
-        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    with by_block(found, capped=capped):
+        records = trained(optimizer, rate, seed, {"update.kl_budget": BUDGET})
     return {
         **{"optimizer": optimizer, "learning_rate": rate, "capped": capped, "seed": seed},
         **{"first_score": records[0]["score"], "score": records[-1]["score"]},

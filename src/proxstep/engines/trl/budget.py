@@ -20,8 +20,9 @@ from proxstep.budget.prediction import judges
 from proxstep.errors import ProxstepError
 from proxstep.typing import Tensor
 
-Score = Callable[[Mapping[str, Tensor]], Tensor]
-"""From some of a microbatch's sequences to their tokens' log-probabilities, (batch, tokens)."""
+Score = Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+"""From some of a microbatch's sequences to their tokens' log-probabilities, (batch, tokens), and
+which of these count."""
 
 
 class StepBudget:
@@ -33,7 +34,6 @@ class StepBudget:
     Args:
         args: A `PolicyConfig`, with `kl_budget`.
         score: Scores sequences with the model as it is, at the sampling temperature.
-        response_mask: From a microbatch to where its completions' tokens count.
         log: Called with each step's metrics.
     """
 
@@ -41,11 +41,9 @@ class StepBudget:
         self,
         args: Any,
         score: Score,
-        response_mask: Callable[[Mapping[str, Tensor]], Tensor],
         log: Callable[[dict[str, float]], None],
     ) -> None:
         self._args, self._score, self._log = args, score, log
-        self._response_mask = response_mask
         self._microbatches: list[Mapping[str, Tensor]] = []
         self.optimizer: KlBudget | None = None
 
@@ -94,7 +92,7 @@ class StepBudget:
             first += size
             if len(own_B):
                 part = {k: v[own_B.to(v.device)] for k, v in batch.items() if _is_of_rows(v, size)}
-                found.append((self._score(part), self._response_mask(part)))
+                found.append(self._score(part))
         width = max(log_prob_BT.shape[1] for log_prob_BT, _ in found)  # rollouts differ in it
         log_prob_BT, response_BT = (
             torch.cat([pad(value, (0, width - value.shape[1])) for value in values])

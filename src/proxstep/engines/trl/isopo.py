@@ -185,7 +185,7 @@ class IsopoTrainer(PolicyTrainer):
         self._passes_before = self._passes()
         self._log_step({f"geometry/{k}": value for k, value in self.isopo.step().items()})
 
-    def _judge(self, inputs: Mapping[str, Any]) -> Tensor:
+    def _judge(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Score without ISOPO: no gradient is taken."""
         with self.isopo.off():
             return super()._judge(inputs)

@@ -120,7 +120,7 @@ class PolicyTrainer(GRPOTrainer):
         self._last_scores: tuple[Tensor, ...] | None = None
         self._budget: StepBudget | None = None
         if args.kl_budget is not None:
-            self._budget = StepBudget(args, self._judge, response_mask, self._log_step)
+            self._budget = StepBudget(args, self._judge, self._log_step)
         self.add_callback(_EndOfStep(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -210,10 +210,10 @@ class PolicyTrainer(GRPOTrainer):
         vocabulary = vocabulary_size(self.accelerator.unwrap_model(self.model))
         return OldPolicy(gathered[0], gathered[1].bool(), vocabulary)
 
-    def _judge(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the log-probabilities that a KL budget compares, in float32."""
+    def _judge(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities that a KL budget compares, in float32, and which count."""
         with full_precision(self.model):
-            return self._score_again(inputs)
+            return self._score_again(inputs), response_mask(inputs)
 
     def _score_again(self, output: Mapping[str, Any]) -> Tensor:
         """Return the policy's log-probabilities of the completions, without gradient."""
