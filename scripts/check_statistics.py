@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from proxstep.lab import statistics as ours
-from proxstep.lab.outcomes import Outcome, choose
+from proxstep.lab.choosing import Chosen
+from proxstep.lab.outcomes import Outcome
 from proxstep.runs.reading import Run
 
 _DRAWS = 1000
@@ -26,6 +27,16 @@ SHAPES = {
     "skewed": lambda rng, size: rng.beta(8, 2, size),
     "heavy tails": lambda rng, size: 0.6 + 0.05 * rng.standard_t(3, size),
 }
+
+
+GRIDS = (
+    (0.6, 0.6),
+    (0.6, 0.6, 0.6),
+    (0.6, 0.62, 0.55),
+    (0.6, 0.6, 0.6, 0.6, 0.6),
+    (0.6, 0.75, 0.5),
+)
+"""True means of the values, with a standard deviation over seeds of 0.05."""
 
 
 def coverage(draws: int, numbers: list[int]) -> None:
@@ -82,40 +93,49 @@ def power(draws: int) -> None:
         )
 
 
-def grid(draws: int) -> None:
-    """Print coverage and width of two honest ways to report the best of three values, five seeds.
+def grid(draws: int, numbers: list[int]) -> None:
+    """Print coverage of intervals for the best of a grid, chosen for each seed by the others.
 
-    Values chosen for each seed by the others, and two seeds that choose for three that report. The
-    truth is what each way reports on average.
+    The truth is what is reported on average. "Fixed choice" is the interval that takes the reported
+    runs for independent of each other.
     """
-    print("| true means | way | mean reported | coverage | mean width |")
-    print("|---|---|---|---|---|")
-    for means in ((0.60, 0.60, 0.60), (0.60, 0.62, 0.55), (0.60, 0.75, 0.50)):
-        for way, pick in (("others choose", _leave_one_out), ("two choose for three", _split)):
+    print("| runs | true means | mean reported | coverage | mean width | fixed choice | width |")
+    print("|---|---|---|---|---|---|---|")
+    for runs in numbers:
+        for means in GRIDS:
             rng = np.random.default_rng(0)
-            tables = rng.normal(means, 0.05, (10_000, 5, 3))
-            reported = [pick(table) for table in tables]
-            truth = float(np.mean([np.mean(scores) for scores in reported]))
-            found = [
-                ours.estimate(ours.interquartile_mean, [scores]) for scores in reported[:draws]
-            ]
-            hits = np.mean([one.low <= truth <= one.high for one in found])
-            width = np.mean([one.high - one.low for one in found])
-            print(f"| {means} | {way} | {truth:.4f} | {hits:.3f} | {width:.3f} |", flush=True)
+            tables = rng.normal(means, 0.05, (5000, runs, len(means)))
+            chosen = [_chosen(table) for table in tables]
+            truth = float(np.mean([one.samples(_final)[0].mean() for one in chosen]))
+            cells = []
+            for again in (True, False):
+                found = [
+                    ours.estimate(
+                        ours.interquartile_mean,
+                        one.samples(_final),
+                        redraw=one.redraw(_final) if again else None,
+                    )
+                    for one in chosen[:draws]
+                ]
+                hits = np.mean([one.low <= truth <= one.high for one in found])
+                width = np.mean([one.high - one.low for one in found])
+                cells.append(f"{hits:.3f} | {width:.3f}")
+            print(f"| {runs} | {means} | {truth:.4f} | {' | '.join(cells)} |", flush=True)
 
 
-def _leave_one_out(table: np.ndarray) -> np.ndarray:
-    """Return each seed's score at the value that `choose` gives it, by a table of (seed, value)."""
-    outcomes = [
-        Outcome(Run(Path(), "a", seed, {}, {}, []), str(value), "", score, score, score, [], [], [])
-        for seed, row in enumerate(table)
-        for value, score in enumerate(row)
-    ]
-    return np.array([outcome.final for outcome in choose(outcomes).outcomes])
+def _final(outcome: Outcome) -> float:
+    return outcome.final
 
 
-def _split(table: np.ndarray) -> np.ndarray:
-    return table[2:, table[:2].mean(axis=0).argmax()]
+def _chosen(table: np.ndarray) -> Chosen:
+    """Return the runs of a table of (seed, value)."""
+    return Chosen(
+        [
+            Outcome(Run(Path(), "a", n, {}, {}, []), str(v), "", score, score, score, [], [], [])
+            for n, row in enumerate(table)
+            for v, score in enumerate(row)
+        ]
+    )
 
 
 def rliable() -> None:
@@ -156,10 +176,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.check == "rliable":
         rliable()
-    elif arguments.check in ("power", "grid"):
-        {"power": power, "grid": grid}[arguments.check](arguments.draws)
+    elif arguments.check == "power":
+        power(arguments.draws)
     else:
-        coverage(arguments.draws, arguments.runs)
+        {"coverage": coverage, "grid": grid}[arguments.check](arguments.draws, arguments.runs)
 
 
 if __name__ == "__main__":

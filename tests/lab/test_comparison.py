@@ -11,8 +11,9 @@ import pytest
 import yaml
 from rich.console import Console
 
+from proxstep.lab.choosing import Chosen
 from proxstep.lab.comparison import BEST, compare_runs
-from proxstep.lab.outcomes import Outcome, choose
+from proxstep.lab.outcomes import Outcome
 from proxstep.lab.report import write_report
 from proxstep.lab.tables import comma_separated, markdown, terminal_tables
 from proxstep.lab.verdict import verdict
@@ -96,7 +97,7 @@ def test_no_seed_has_a_say_in_its_own_value(make_run) -> None:
     """Seed 0 alone does well at b: the others send it to a, and it sends them to b."""
     finals = {"a": (0.5, 0.5, 0.6), "b": (0.9, 0.4, 0.5)}
     outcomes = [fake(v, s, f, make_run) for v, row in finals.items() for s, f in enumerate(row)]
-    chosen = choose(outcomes)
+    chosen = Chosen(outcomes)
     assert [(o.run.seed, o.tuned, o.final) for o in chosen.outcomes] == [
         (0, "a", 0.5),
         (1, "b", 0.4),
@@ -107,7 +108,7 @@ def test_no_seed_has_a_say_in_its_own_value(make_run) -> None:
 
 def test_one_seed_chooses_for_itself_and_nan_is_never_chosen(make_run) -> None:
     outcomes = [fake(v, 0, f, make_run) for v, f in (("a", nan), ("b", 0.1), ("c", 0.2))]
-    assert [o.tuned for o in choose(outcomes).outcomes] == ["c"]
+    assert [o.tuned for o in Chosen(outcomes).outcomes] == ["c"]
 
 
 def test_two_algorithms_that_differ_are_told_apart_at_equal_kl_too(make_runs) -> None:

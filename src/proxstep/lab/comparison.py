@@ -7,23 +7,17 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import isnan, nan
 
-import numpy as np
-
 from proxstep.lab import statistics
+from proxstep.lab.choosing import Chosen, Measure
 from proxstep.lab.halving import read_note
-from proxstep.lab.outcomes import (
-    Chosen,
-    Outcome,
-    choose,
-    outcomes_by_algorithm,
-    plans_of,
-    varied_keys,
-)
+from proxstep.lab.outcomes import Outcome, outcomes_by_algorithm, plans_of, varied_keys
 from proxstep.lab.plan import is_of_task
 from proxstep.lab.statistics import (
     CONFIDENCE,
     Array,
     Estimate,
+    Indices,
+    Redraw,
     estimate,
     improvement_estimate,
     interquartile_mean,
@@ -31,7 +25,6 @@ from proxstep.lab.statistics import (
 from proxstep.runs.reading import Run
 
 BEST = "best of the grid"
-Measure = Callable[[Outcome], float]
 
 
 @dataclass(frozen=True)
@@ -140,33 +133,32 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     """Return the figures of all runs, tuned values read from the plans beside them."""
     groups = outcomes_by_algorithm(runs)
     varied = varied_keys(runs)
-    chosen = {algorithm: choose(outcomes) for algorithm, outcomes in groups.items()}
+    chosen = {algorithm: Chosen(outcomes) for algorithm, outcomes in groups.items()}
     values = list(dict.fromkeys(o.tuned for outcomes in groups.values() for o in outcomes))
-    best = {algorithm: choice.outcomes for algorithm, choice in chosen.items()}
     tuned = [key.rpartition(".")[2] for key in varied if not is_of_task(key)]
-    settings = [_setting(BEST if tuned else "", best)]
+    settings = [_setting(BEST if tuned else "", chosen)]
     for value in values if len(values) > 1 else ():
         alike = {name: [o for o in group if o.tuned == value] for name, group in groups.items()}
-        settings.append(_setting(value, {name: group for name, group in alike.items() if group}))
+        settings.append(_setting(value, {name: Chosen(own) for name, own in alike.items() if own}))
     halving = [text for folder in plans_of(runs) for text in read_note(folder)]
     return Comparison(settings, chosen, " and ".join(tuned), varied, halving)
 
 
-def _setting(name: str, groups: dict[str, list[Outcome]]) -> Setting:
-    everyone = [outcome for outcomes in groups.values() for outcome in outcomes]
+def _setting(name: str, groups: dict[str, Chosen]) -> Setting:
+    everyone = [outcome for chosen in groups.values() for outcome in chosen.outcomes]
     kl = _shared(max(o.kl, default=nan) for o in everyone)
     seconds = _shared(max(o.seconds, default=nan) for o in everyone)
     standings = [
         Standing(
             algorithm,
-            min(map(len, _samples(outcomes, lambda o: o.final)), default=0),
-            _of(outcomes, lambda o: o.final),
-            _of(outcomes, lambda o: o.best),
-            _of(outcomes, lambda o: o.area),
-            _of(outcomes, lambda o: o.score_at_kl(kl)),
-            _of(outcomes, lambda o: o.score_after(seconds)),
+            _num_seeds(chosen),
+            _of(chosen, lambda o: o.final),
+            _of(chosen, lambda o: o.best),
+            _of(chosen, lambda o: o.area),
+            _of(chosen, lambda o: o.score_at_kl(kl)),
+            _of(chosen, lambda o: o.score_after(seconds)),
         )
-        for algorithm, outcomes in groups.items()
+        for algorithm, chosen in groups.items()
     ]
     measured = [standing for standing in standings if not isnan(standing.final.value)]
     ranked = sorted(measured, key=lambda standing: -standing.final.value)
@@ -177,25 +169,41 @@ def _setting(name: str, groups: dict[str, list[Outcome]]) -> Setting:
     return Setting(name, standings, pairs, kl, seconds)
 
 
-def _of(outcomes: Sequence[Outcome], measure: Measure) -> Estimate:
-    samples = _samples(outcomes, measure)
-    return estimate(interquartile_mean, samples) if samples else Estimate(nan)
+def _num_seeds(chosen: Chosen) -> int:
+    return min(map(len, chosen.samples(lambda o: o.final)), default=0)
 
 
-def _samples(outcomes: Sequence[Outcome], measure: Measure) -> list[Array]:
-    """Return a measure of the runs of each task, in order of their seeds, without NaN."""
-    tasks: dict[str, list[float]] = {}
-    for outcome in sorted(outcomes, key=lambda o: (o.task, o.run.seed)):
-        if not isnan(value := measure(outcome)):
-            tasks.setdefault(outcome.task, []).append(value)
-    return [np.array(values) for values in tasks.values()]
+def _of(chosen: Chosen, measure: Measure) -> Estimate:
+    samples = chosen.samples(measure)
+    if not samples:
+        return Estimate(nan)
+    return estimate(interquartile_mean, samples, redraw=chosen.redraw(measure))
+
+
+def _redraw_both(first: Chosen, second: Chosen, measure: Measure) -> Redraw | None:
+    """Return how two algorithms' samples come out where resampled runs choose again."""
+    one, other = first.redraw(measure), second.redraw(measure)
+    if one is None and other is None:
+        return None
+    ours, theirs = first.samples(measure), second.samples(measure)
+
+    def drawn(*places: Indices) -> list[Array]:
+        parts = []
+        for again, samples, own in (
+            (one, ours, places[: len(ours)]),
+            (other, theirs, places[len(ours) :]),
+        ):
+            parts += again(*own) if again else [s[i] for s, i in zip(samples, own, strict=True)]
+        return parts
+
+    return drawn
 
 
 def _pair(
     first: str,
     second: str,
-    ours: Sequence[Outcome],
-    theirs: Sequence[Outcome],
+    ours: Chosen,
+    theirs: Chosen,
     kl: float,
     seconds: float,
     *,
@@ -210,18 +218,17 @@ def _pair(
         flipped: bool = False,
         confidence: float = CONFIDENCE,
     ) -> Estimate:
-        one, other = _samples(ours, measure), _samples(theirs, measure)
+        both = (theirs, ours) if flipped else (ours, theirs)
+        one, other = (chosen.samples(measure) for chosen in both)
         if not one or len(one) != len(other):
             return Estimate(nan)
-        samples = [*other, *one] if flipped else [*one, *other]
-        return estimate(statistic(len(one)), samples, confidence=confidence)
+        redraw = _redraw_both(*both, measure)
+        return estimate(statistic(len(one)), [*one, *other], confidence=confidence, redraw=redraw)
 
-    target = _shared_score([*ours, *theirs])
+    target = _shared_score([*ours.outcomes, *theirs.outcomes])
     kl_at_target: Measure = lambda o: o.kl_at_score(target)  # noqa: E731
     final = against(statistics.difference, lambda o: o.final)
-    seeds = min(
-        min(map(len, _samples(group, lambda o: o.final)), default=0) for group in (ours, theirs)
-    )
+    seeds = min(map(_num_seeds, (ours, theirs)))
     return Pair(
         first,
         second,
@@ -245,9 +252,12 @@ def _shared(reached: Iterable[float]) -> float:
     return nan if not values or any(map(isnan, values)) else min(values)
 
 
-def _better(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Estimate:
-    one, other = (_samples(group, lambda o: o.final) for group in (ours, theirs))
-    return improvement_estimate(one, other) if len(one) == len(other) else Estimate(nan)
+def _better(ours: Chosen, theirs: Chosen) -> Estimate:
+    final: Measure = lambda o: o.final  # noqa: E731
+    one, other = (chosen.samples(final) for chosen in (ours, theirs))
+    if len(one) != len(other):
+        return Estimate(nan)
+    return improvement_estimate(one, other, _redraw_both(ours, theirs, final))
 
 
 def _shared_score(outcomes: Sequence[Outcome]) -> float:

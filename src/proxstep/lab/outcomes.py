@@ -1,17 +1,14 @@
-"""What became of each run of a comparison, and which runs stand for which algorithm.
+"""What became of each run of a comparison.
 
 Varied keys of the sections `task` and `model` make different tasks, over which results are
-averaged; all others are tuned. A tuned value is chosen for each seed by the *other* seeds: no run
-has a say in whether it is reported, so the mean over seeds is unbiased for "tune on n - 1 seeds,
-run on a new one", and no seed is given away to the choice, as a split in two halves would.
+averaged; all others are tuned (choosing.py).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isnan, nan
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -111,44 +108,6 @@ def plans_of(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
 def varied_keys(runs: Sequence[Run]) -> list[str]:
     """Return what the plans beside the runs vary, in order."""
     return list(dict.fromkeys(key for plan in plans_of(runs).values() for key in plan["vary"]))
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The runs that stand for an algorithm at its best of the grid.
-
-    Attributes:
-        outcomes: One for each task and seed, at the values that the other seeds chose.
-        votes: Each choice of values, with the number of seeds that are reported at it.
-    """
-
-    outcomes: list[Outcome]
-    votes: dict[str, int]
-
-
-def choose(outcomes: Sequence[Outcome]) -> Chosen:
-    """Return an algorithm's runs at its best tuned values, chosen for each seed by the others.
-
-    Where there is one seed alone, it chooses for itself.
-    """
-    seeds = sorted({outcome.run.seed for outcome in outcomes})
-    kept: list[Outcome] = []
-    votes: Counter[str] = Counter()
-    for seed in seeds:
-        others = [o for o in outcomes if o.run.seed != seed] or list(outcomes)
-        best = max(dict.fromkeys(o.tuned for o in outcomes), key=lambda v: _mean_final(others, v))
-        kept += [o for o in outcomes if o.run.seed == seed and o.tuned == best]
-        votes[best] += 1
-    return Chosen(kept, dict(votes.most_common()))
-
-
-def _mean_final(outcomes: Sequence[Outcome], tuned: str) -> float:
-    """Return the mean final score over seeds, tasks weighing alike; -inf where there is none."""
-    tasks: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        if outcome.tuned == tuned and not isnan(outcome.final):
-            tasks.setdefault(outcome.task, []).append(outcome.final)
-    return float(np.mean([np.mean(finals) for finals in tasks.values()])) if tasks else -np.inf
 
 
 def outcomes_by_algorithm(runs: Sequence[Run]) -> dict[str, list[Outcome]]:

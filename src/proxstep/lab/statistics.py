@@ -21,8 +21,11 @@ from scipy import stats
 from proxstep.runs.reading import MISSING
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
 Samples = Sequence[Array]
 Statistic = Callable[..., Any]
+Redraw = Callable[..., list[Array]]
+"""From the places of resampled runs, an array for each of the samples, to their values."""
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -149,6 +152,7 @@ def estimate(
     confidence: float = CONFIDENCE,
     limits: tuple[float, float] = (-inf, inf),
     widened: bool = True,
+    redraw: Redraw | None = None,
 ) -> Estimate:
     """Return a statistic with its interval by a stratified bootstrap.
 
@@ -162,43 +166,53 @@ def estimate(
         confidence: The share of intervals that are to hold the truth.
         limits: What the value cannot exceed.
         widened: False for the bare percentiles.
+        redraw: What resampled runs are, where that depends on which others were drawn
+            (choosing.py). The interval is then as wide to both sides, by the resamples' standard
+            deviation: their percentiles hold the truth too often.
     """
     value = float(statistic(*samples, axis=-1))
     fewest = min(len(sample) for sample in samples)
     if fewest < 2 or isnan(value):
         return Estimate(value)
-    resampled = stats.bootstrap(
-        samples,
-        statistic,
-        n_resamples=_NUM_RESAMPLES,
-        method="percentile",
-        vectorized=True,
-        axis=-1,
-        rng=np.random.default_rng(0),
-    )
+    settings: Any = {
+        "n_resamples": _NUM_RESAMPLES,
+        "method": "percentile",
+        "vectorized": True,
+        "axis": -1,
+        "rng": np.random.default_rng(0),
+    }
+    if redraw is None:
+        resampled = stats.bootstrap(samples, statistic, **settings)
+    else:
+
+        def of_places(*places: Indices, axis: int) -> Any:
+            return statistic(*redraw(*places), axis=axis)
+
+        places = [np.arange(len(sample)) for sample in samples]
+        resampled = stats.bootstrap(places, of_places, **settings)
     drawn = resampled.bootstrap_distribution
     small = sqrt(fewest / (fewest - 1)) if fewest < _FEWEST_TRIMMED else 1.0
+    error = small * float(np.std(drawn))
     level = (1 + CONFIDENCE) / 2 if widened else (1 + confidence) / 2
-    low, high = np.quantile(drawn, [1 - level, level])
-    factor = 1.0
-    if widened:
-        freedom = sum(len(sample) - 1 for sample in samples)
-        factor = small * stats.t.ppf((1 + confidence) / 2, freedom) / stats.norm.ppf(level)
-    return Estimate(
-        value,
-        max(float(value + factor * (low - value)), limits[0]),
-        min(float(value + factor * (high - value)), limits[1]),
-        small * float(np.std(drawn)),
-    )
+    critical = float(stats.t.ppf((1 + confidence) / 2, sum(len(one) - 1 for one in samples)))
+    low, high = np.quantile(drawn, [1 - level, level]) - value
+    if redraw is not None:
+        low, high = -critical * error, critical * error
+    elif widened:
+        factor = small * critical / float(stats.norm.ppf(level))
+        low, high = factor * low, factor * high
+    ends = max(value + float(low), limits[0]), min(value + float(high), limits[1])
+    return Estimate(value, *ends, error)
 
 
-def improvement_estimate(first: Samples, second: Samples) -> Estimate:
+def improvement_estimate(first: Samples, second: Samples, redraw: Redraw | None = None) -> Estimate:
     """Return the probability that a run of the first is above one of the second, with its interval.
 
     Where every run of one is above every run of the other no resample differs. The interval is then
     that of as many pairs of runs, none in common, all of them won (Clopper and Pearson).
     """
-    found = estimate(improvement(len(first)), [*first, *second], limits=(0.0, 1.0))
+    samples, limits = [*first, *second], (0.0, 1.0)
+    found = estimate(improvement(len(first)), samples, limits=limits, redraw=redraw)
     if isnan(found.low) or 0 < found.value < 1:
         return found
     pairs = sum(min(len(one), len(other)) for one, other in zip(first, second, strict=True))
