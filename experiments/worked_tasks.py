@@ -4,9 +4,10 @@
     python experiments/worked_tasks.py --minutes 9          # a piece of it
     python experiments/worked_tasks.py --table              # the tables, from the rows
 
-recipes/worked.yaml with 20 steps. First each method with three learning rates on two seeds; then,
-with the best of these, five other seeds. The row of each run is kept in worked_tasks/rows.json as
-it ends. The tables need scipy.
+recipes/worked.yaml with 20 steps. First each method with three learning rates on two seeds, and
+with the next larger one for as long as a method's best is the largest; then, with the best of
+these, five other seeds. The row of each run is kept in worked_tasks/rows.json as it ends. The
+tables need scipy.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from proxstep.training import lifecycle
 RECIPE = Path(__file__).parents[1] / "recipes" / "worked.yaml"
 ROWS = Path(__file__).with_suffix("") / "rows.json"
 METHODS = ("reinforce", "grpo", "isopo", "opo")
-RATES = ("1e-5", "3e-5", "1e-4")
+RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
+FIRST_RATES = 3
 SHARED = {"steps": "20", "evaluation.every": "20"}
 TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 POWER, LEVEL = 0.8, 0.05
@@ -85,6 +87,16 @@ def end(row: Mapping[str, Any]) -> float:
     return list(row["score"].values())[-1]
 
 
+def tuned_rates(rows: list[dict[str, Any]], task: str) -> list[str]:
+    """Return the learning rates that every method has on every tuning seed."""
+    done = {(r["method"], r["rate"], r["seed"]) for r in rows if r["task"] == task}
+    return [
+        rate
+        for rate in RATES
+        if done.issuperset((method, rate, seed) for method in METHODS for seed in TUNING_SEEDS)
+    ]
+
+
 def best_rate(rows: list[dict[str, Any]], task: str, method: str) -> str:
     """Return the learning rate with the best end on the tuning seeds."""
     own = [r for r in rows if (r["task"], r["method"]) == (task, method)]
@@ -92,7 +104,7 @@ def best_rate(rows: list[dict[str, Any]], task: str, method: str) -> str:
         rate: statistics.mean(
             end(r) for r in own if r["rate"] == rate and r["seed"] in TUNING_SEEDS
         )
-        for rate in RATES
+        for rate in tuned_rates(rows, task)
     }
     return max(means, key=lambda rate: means[rate])
 
@@ -100,7 +112,11 @@ def best_rate(rows: list[dict[str, Any]], task: str, method: str) -> str:
 def next_cell(rows: list[dict[str, Any]], task: str) -> dict[str, Any] | None:
     """Return the first cell without a row: seed by seed, so that what is there is balanced."""
     done = {(r["task"], r["method"], r["rate"], r["seed"]) for r in rows}
-    cells = [(task, m, rate, seed) for seed in TUNING_SEEDS for rate in RATES for m in METHODS]
+    tuned = tuned_rates(rows, task)
+    rates = RATES[:FIRST_RATES]
+    if len(tuned) >= FIRST_RATES and tuned[-1] in {best_rate(rows, task, m) for m in METHODS}:
+        rates = RATES[: len(tuned) + 1]
+    cells = [(task, m, rate, seed) for seed in TUNING_SEEDS for rate in rates for m in METHODS]
     if done.issuperset(cells):
         cells = [(task, m, best_rate(rows, task, m), seed) for seed in SEEDS for m in METHODS]
     for cell in cells:
@@ -142,7 +158,7 @@ def tables(rows: list[dict[str, Any]], task: str, console: Console) -> None:
     heading = ["", "rate", "seeds", "start", "end", "std over seeds", "end - start", "KL", "length"]
     console.out(f"\n| {' | '.join(heading)} |\n|{'---|' * len(heading)}")
     deviations = []
-    for method in METHODS:
+    for method in METHODS if tuned_rates(rows, task) else ():
         own = [r for r in rows if r["task"] == task and r["seed"] in SEEDS]
         best = best_rate(rows, task, method)
         own = [r for r in own if (r["method"], r["rate"]) == (method, best)]

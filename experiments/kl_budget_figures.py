@@ -1,0 +1,205 @@
+"""What experiments/kl_budget.py found: the table of docs/kl-budget.md, what was hoped for, plots.
+
+    python experiments/kl_budget_figures.py
+
+Means over seeds with 95 % intervals by Student's t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import kl_budget
+import matplotlib
+import numpy as np
+from rich.console import Console
+
+from proxstep.lab.statistics import mean_interval, value_at
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PAGE = kl_budget.ROOT / "docs" / "kl-budget.md"
+BEGIN, END = "<!-- made by experiments/kl_budget_figures.py -->", "<!-- end -->"
+NUM_RATES = 5
+"""Rates of each optimizer that the goals are about: the first so many of `kl_budget.RATES`."""
+
+Row = dict[str, Any]
+
+
+def cells(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, float, str], list[Row]]]:
+    """Yield optimizer, rate and control with the runs, in order."""
+
+    def key(row: Row) -> tuple[str, float, int]:
+        return row["optimizer"], row["learning_rate"], kl_budget.CONTROLS.index(row["control"])
+
+    for (optimizer, rate, place), group in itertools.groupby(sorted(rows, key=key), key=key):
+        yield (optimizer, rate, kl_budget.CONTROLS[place]), list(group)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the runs by optimizer, rate and control."""
+    lines = [
+        "| optimizer | rate | control | seeds | score | worst | KL of a step: median, 90 % | scale "
+        "| passes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (optimizer, rate, control), runs in cells(rows):
+        kl = sorted(k for r in runs for k in r["kl_of_the_step"])
+        scales = [s for r in runs for s in r["scale"] if s is not None]
+        forwards = [f for r in runs for f in r["forwards"] if f is not None]
+        words = [
+            *(optimizer, f"{rate:g}", f"`{control}`", str(len(runs))),
+            mean_interval([r["score"] for r in runs]).text(),
+            f"{min(r['score'] for r in runs):.3f}",
+            f"{statistics.median(kl):.4f}, {kl[int(0.9 * len(kl))]:.4f}",
+            f"{statistics.median(scales):.2f}" if scales else "",
+            f"{statistics.mean(forwards):.1f}" if forwards else "",
+        ]
+        lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def goals(rows: Sequence[Row]) -> str:
+    """Return, for each optimizer and control, the worst seed at any rate against the best mean."""
+    lines = [
+        "| optimizer | control | rates | worst seed | at the rate | below the best mean of `none` "
+        "| without the smallest rate | reward at equal KL, less that of `none` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for optimizer in sorted({r["optimizer"] for r in rows}):
+        chosen = kl_budget.RATES[optimizer][:NUM_RATES]
+        own = [r for r in rows if r["optimizer"] == optimizer and r["learning_rate"] in chosen]
+        best = max(
+            statistics.mean(r["score"] for r in group)
+            for (_, _, control), group in cells(own)
+            if control == "none"
+        )
+        for control in kl_budget.CONTROLS:
+            runs = [r for r in own if r["control"] == control]
+            if not runs:
+                continue
+            rates = sorted({r["learning_rate"] for r in runs})
+            worst = min(runs, key=lambda r: r["score"])
+            larger = [r["score"] for r in runs if r["learning_rate"] > rates[0]] or [np.nan]
+            words = [
+                *(optimizer, f"`{control}`", str(len(rates)), f"{worst['score']:.3f}"),
+                f"{worst['learning_rate']:g}",
+                f"{1 - worst['score'] / best:.0%} of {best:.3f}",
+                f"{1 - min(larger) / best:.0%}",
+                "" if control == "none" else at_equal_kl(own, control),
+            ]
+            lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def at_equal_kl(rows: Sequence[Row], control: str) -> str:
+    """Return the difference of mean rewards at equal KL spent, over rates where `none` learns.
+
+    A pair is two runs with one rate and seed; the KL is what the one that moved less spent over all
+    of its steps, and the reward is the training batch's that was sampled then. Where `none` ends
+    below its start there is nothing to hold against it.
+    """
+    by_key = {(r["learning_rate"], r["seed"], r["control"]): r for r in rows}
+    found = []
+    for (rate, seed, name), run in by_key.items():
+        plain = by_key.get((rate, seed, "none"))
+        if name != control or plain is None or plain["score"] < plain["first_score"]:
+            continue
+        paths = []
+        for one in (run, plain):
+            spent = np.cumsum([0.0, *one["kl_of_the_step"]])[:-1]  # before each batch
+            paths.append((spent.tolist(), one["reward"]))
+        shared = min(spent[-1] for spent, _ in paths)
+        with_budget, without = (value_at(spent, reward, shared) for spent, reward in paths)
+        found.append(with_budget - without)
+    return f"{mean_interval(found).text('+')}, {len(found)} pairs" if found else ""
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw scores against learning rates, and what steps were predicted and found to be."""
+    optimizers = sorted({r["optimizer"] for r in rows})
+    figure, axes = plt.subplots(
+        1, len(optimizers) + 1, figsize=(4.5 * (len(optimizers) + 1), 3.6), squeeze=False
+    )
+    for axis, optimizer in zip(axes[0], optimizers, strict=False):
+        for control in kl_budget.CONTROLS:
+            runs = [r for r in rows if (r["optimizer"], r["control"]) == (optimizer, control)]
+            rates, means = _by_rate(runs)
+            (line,) = axis.plot(rates, means, label=control)
+            rest = {"s": 10, "color": line.get_color(), "alpha": 0.6}
+            axis.scatter([r["learning_rate"] for r in runs], [r["score"] for r in runs], **rest)
+        axis.set(xscale="log", xlabel="learning rate", ylabel="greedy score", title=optimizer)
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
+    axis = axes[0][-1]
+    for control in ("predicted", "corrected"):
+        pairs = [
+            (p * s**2, k)
+            for r in rows
+            if r["control"] == control
+            for p, s, k in zip(r["predicted"], r["scale"], r["kl_of_the_step"], strict=True)
+            if p
+        ]
+        if pairs:
+            axis.scatter(*zip(*pairs, strict=True), s=6, alpha=0.5, label=control)
+    axis.axline((kl_budget.BUDGET, kl_budget.BUDGET), slope=1, color="black", linewidth=0.7)
+    axis.set(xscale="log", yscale="log", xlabel="predicted KL of the step, nats", title="all steps")
+    axis.set(ylabel="KL of the step on other completions")
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def plot_rates(rows: Sequence[Row], path: Path) -> None:
+    """Draw the final score against AdamW's learning rate, with a budget and without."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    looks = {
+        "none": ("no budget", "#d55e00", "o", "--"),
+        "predicted": (f"at most {kl_budget.BUDGET} nats per completion", "#0072b2", "s", "-"),
+    }
+    of_adamw = [r for r in rows if r["optimizer"] == "adamw"]
+    for control, (label, color, marker, line) in looks.items():
+        runs = [r for r in of_adamw if r["control"] == control]
+        rates, means = _by_rate(runs)
+        axis.plot(rates, means, line, color=color, label=label)
+        points = [(r["learning_rate"], r["score"]) for r in runs]
+        axis.scatter(*zip(*points, strict=True), s=14, color=color, marker=marker, alpha=0.6)
+    start = statistics.mean(r["first_score"] for r in of_adamw)
+    axis.axhline(start, color="#666666", linewidth=0.8, linestyle=":")
+    axis.annotate("before training", (rates[0], start), xytext=(0, 3), textcoords="offset points")
+    axis.set(
+        xscale="log", xlabel="learning rate of AdamW", ylabel="greedy score", ylim=(-0.02, 0.85)
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.02, 0.05))
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def _by_rate(runs: Sequence[Row]) -> tuple[list[float], list[float]]:
+    rates = sorted({r["learning_rate"] for r in runs})
+    scores = ([r["score"] for r in runs if r["learning_rate"] == rate] for rate in rates)
+    return rates, [statistics.mean(found) for found in scores]
+
+
+def main() -> None:
+    """Print the tables, write them into the page, draw."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    rows = kl_budget.written()
+    made = f"{goals(rows)}\n\n{table(rows)}"
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN, 1)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    Console().out(made, highlight=False)
+    plot(rows, kl_budget.FOLDER / "scores.png")
+    plot_rates(rows, kl_budget.ROOT / "docs" / "figures" / "kl-budget.png")
+
+
+if __name__ == "__main__":
+    main()
