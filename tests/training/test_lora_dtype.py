@@ -26,10 +26,11 @@ def adapters_of(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("rule", [None, "isopo-natural"])
+@pytest.mark.parametrize(("rule", "most"), [(None, 0.05), ("isopo", 0.15), ("isopo-natural", 0.05)])
 def test_the_gradient_is_that_of_a_float32_base_with_the_same_values(
-    tmp_path: Path, rule: str | None
+    tmp_path: Path, rule: str | None, most: float
 ) -> None:
+    """Measured: 0.039, 0.118 and 0.044 (AMD EPYC); docs/isopo.md has the first two."""
     quiet_transformers()
     source = model_source(tiny_recipe(tmp_path / "run"), print)
     gradients = []
@@ -64,7 +65,7 @@ def test_the_gradient_is_that_of_a_float32_base_with_the_same_values(
     rough, exact = gradients
     assert {gradient.dtype for gradient in rough.values()} == {torch.float32}
     whole, wanted = (torch.cat([g.flatten() for g in found.values()]) for found in (rough, exact))
-    assert (whole - wanted).norm() <= 0.05 * wanted.norm()
+    assert (whole - wanted).norm() <= most * wanted.norm()
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "isopo"])
