@@ -12,7 +12,8 @@ healthy one, of several algorithms and learning rates.
 The guard sees scores and the divergence from the initial policy at every fourth step alone, as a
 run would. A single threshold sees its field at every step, and raises an alarm where the value is
 beyond it for three steps in a row (as the guard's signs) or for one; it is set so that it finds at
-least as many collapses as the guard, with as few false alarms as that allows.
+least as many collapses as the guard, with as few false alarms as that allows. "Known" is a
+threshold on the divergence that no run has in advance: just above the highest of the healthy runs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import datetime
 import io
 import json
 import math
@@ -33,10 +35,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from rich.console import Console
 
 from proxstep.__main__ import main as proxstep_main
 from proxstep.isopo.rule import IsometricRule
+from proxstep.runs.folder import describe_machine
 from proxstep.runs.guard import WINDOW, verdict
 from proxstep.training import batch, trainer
 
@@ -179,6 +183,8 @@ def run(cause: str, number: int) -> dict[str, Any]:
     return {
         **{"cause": cause, "number": number, "settings": shown},
         **{"seconds": seconds, "failed": failed, "fields": fields},
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(torch.device("cpu")),
     }
 
 
@@ -319,6 +325,17 @@ def figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 threshold, alarm = at_equal_recall(field, lasting, part, guard["found"])
                 label = f"{field}, {lasting} step{'s' * (lasting > 1)}"
                 rows[label] = {"threshold": round(threshold, 4), **measured(alarm, part)}
+        known = 1.01 * max(
+            (
+                level
+                for one in part
+                if one["cause"] == "healthy" and collapse(one) is None
+                for level, _ in levels(one, "kl_initial_policy", 1)
+            ),
+            default=math.inf,
+        )
+        alarm = threshold_alarm("kl_initial_policy", 1, known)
+        rows["kl_initial_policy, known"] = {"threshold": round(known, 4), **measured(alarm, part)}
         out[name] = rows
     return out
 

@@ -30,7 +30,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.kl_budget import BUDGET, trained
+from experiments.kl_budget import BUDGET, stamp, trained
 
 from proxstep.budget.prediction import LogProbs, quadratic_kl, slopes
 from proxstep.training import judging
@@ -134,6 +134,7 @@ def run(optimizer: str, rate: float, capped: bool, seed: int) -> dict[str, Any]:
             }
             for each in found[-1].steps
         ],
+        **stamp(),
     }
 
 

@@ -17,6 +17,7 @@ Legend for shape suffixes: B sequences, T token positions, K sampled ones.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import time
 from pathlib import Path
@@ -226,7 +227,11 @@ def main() -> None:
         console.print(rows[-1]["way"], count, rows[-1]["gradient"], rows[-1]["log_fisher"])
     before = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
     kept = [row for row in before if row["model"] != common["model"]]
-    report = {"machine": describe_machine(torch.device("cpu")), "rows": [*kept, *rows]}
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(torch.device("cpu")),
+        "rows": [*kept, *rows],
+    }
     arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     console.print(f"{time.process_time() - start:.0f} s of processor time")
 

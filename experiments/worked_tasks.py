@@ -13,6 +13,7 @@ tables need scipy.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
 import tempfile
@@ -79,6 +80,8 @@ def run(cell: Mapping[str, Any]) -> dict[str, Any]:
         "kl": found.series("kl_policy_initial")[1][-1:],
         "seconds": round(time.perf_counter() - began, 1),
         "processor_seconds": round(time.process_time() - used, 1),
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(torch.device("cpu")),
     }
 
 
@@ -201,8 +204,7 @@ def main() -> None:
         row = run(cell)
         longest = max(longest, row["seconds"])
         rows = kept["rows"]
-        kept = {"machine": describe_machine(torch.device("cpu")), "shared": SHARED}
-        kept["rows"] = [*rows, row]
+        kept = {"shared": SHARED, "rows": [*rows, row]}
         ROWS.parent.mkdir(exist_ok=True)
         ROWS.write_text(json.dumps(kept, indent=1) + "\n")
         console.out(f"{cell}: {row['score']['0']:.3f} to {end(row):.3f}, {row['seconds']} s")
