@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import io
 import itertools
 import json
@@ -27,6 +28,7 @@ from rich.console import Console
 
 from proxstep.__main__ import main as proxstep_main
 from proxstep.budget.prediction import sampled_kl
+from proxstep.runs.folder import describe_machine
 from proxstep.training.rollout import Cut, completion_log_probs
 from proxstep.training.trainer import Trainer
 
@@ -94,6 +96,12 @@ def trained(optimizer: str, rate: float, seed: int, budget: dict[str, Any]) -> l
     return [json.loads(line) for line in lines]
 
 
+def stamp() -> dict[str, str]:
+    """Return when and on what a run is made."""
+    machine = describe_machine(torch.device("cpu"))
+    return {"date": datetime.date.today().isoformat(), "machine": machine}
+
+
 def run(optimizer: str, rate: float, control: str, seed: int) -> dict[str, Any]:
     """Train once; return the score and what every step was."""
     given = {"update.kl_budget": BUDGET, "update.kl_control": control}
@@ -107,6 +115,7 @@ def run(optimizer: str, rate: float, control: str, seed: int) -> dict[str, Any]:
         return [step.get(f"kl_budget/{name}") for step in steps]
 
     return {
+        **stamp(),
         "optimizer": optimizer,
         "learning_rate": rate,
         "control": control,
