@@ -3,8 +3,7 @@
     python experiments/kl_budget_steps.py
 
 Each step was measured on other completions of its batch, and under `corrected` on the next step's
-samples as well. A line for each start: another processor rounds differently, so that the embedded
-model's warm-up ends elsewhere.
+samples as well.
 """
 
 from __future__ import annotations
@@ -61,10 +60,7 @@ def lines(runs: Sequence[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Print them."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    for start in sorted({run["first_score"] for run in written()}):
-        runs = [run for run in written() if run["first_score"] == start]
-        heading = f"{len(runs)} runs that begin at {start:.3f}"
-        Console(width=120).out("\n".join([heading, *lines(runs)]))
+    Console(width=120).out("\n".join(lines(written())))
 
 
 if __name__ == "__main__":

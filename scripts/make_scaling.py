@@ -59,6 +59,8 @@ SOURCES = {
 RANKS = (8, 64, 256, 1024)
 SHORT = Work(num_sequences=8, length=1024, scored=768)
 LONG = Work(num_sequences=2, length=8192, scored=7168)
+DEFAULT = replace(SHORT, num_samples=32)
+"""With today's number of positions; the others have the paper's 250."""
 RULES = {
     "isopo": Needs(fisher=True),
     "isopo-npg, isopo-figure4": Needs(fisher=True, norm=True),
@@ -157,10 +159,11 @@ def memory_table() -> list[str]:
                 *(_gb(passing_bytes(head, work, figure4)) for work in (SHORT, LONG)),
                 _gb(chunked_head(model, SHORT)),
                 _gb(carried(model, SHORT)),
+                _gb(carried(model, DEFAULT)),
             ]
         )
     titles = ["layers: figure4, 8 x 1,024", "2 x 8,192", "natural, 8 x 1,024", "2 x 8,192"]
-    titles += ["full head, 8 x 1,024", "2 x 8,192", "chunked head", "`previous_step`"]
+    titles += ["full head, 8 x 1,024", "2 x 8,192", "chunked head", "`previous_step`", "K = 32"]
     return _table(["model", *titles], rows)
 
 
@@ -187,10 +190,11 @@ def network_table() -> list[str]:
                     f"{_gb(own)} ({_percent(own / plain)})",
                     f"{share} ({share * ranks:,})",
                     _gb(merged(model, SHORT, ranks, share)),
+                    _gb(merged(model, DEFAULT, ranks, largest_share(DEFAULT.num_samples, ranks))),
                 ]
             )
     head = ["model", "GPUs", "state", "FSDP2", "its time", "`fold`, MB", "`ranks`"]
-    head += ["rows (all)", "`previous_step`"]
+    head += ["rows (all)", "`previous_step`", "K = 32"]
     return _table(head, rows)
 
 
