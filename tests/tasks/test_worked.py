@@ -6,6 +6,7 @@ import random
 import re
 import statistics
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from tests.tasks.overlap import num_overlapping
@@ -19,6 +20,7 @@ from proxstep.training.demo_model import LESSONS
 
 NAMES = ("sums", "products", "maxima", "countdown")
 SOME = 300
+PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
 
 
 def task_of(name: str, num_validation: int = 256, seed: int = 0) -> Task:
@@ -65,13 +67,16 @@ def test_countdown_solutions_try_until_one_is_right() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_lengths_vary(name: str) -> None:
-    """A token is a character; the end token comes on top."""
+    """As docs/tasks.md says. A token is a character; the end token comes on top."""
     length = sorted(len(str(example.solution)) + 1 for example in task_of(name).train[:SOME])
     assert length[0] >= 10
     assert length[-1] <= 120
     assert length[SOME // 20] < 30
     assert length[-SOME // 20] > 70
     assert 45 < statistics.mean(length) < 60
+    said = re.search(rf"^\| `{name}` \| `.*\| (\d+) to (\d+) \|$", PAGE, re.MULTILINE)
+    assert said
+    assert said.groups() == (str(length[SOME // 20]), str(length[-SOME // 20]))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -60,8 +60,8 @@ def sample(
         greedy: Take the most likely token instead of sampling.
         with_log_probs: Keep the log-probabilities with which the tokens were drawn, after
             temperature, top_k and top_p. For sampling; the samples are the same. A cache and a
-            forward pass over whole sequences round differently: on SmolLM2-135M in float32 by up to
-            3e-5 nats a token. So the old policy's are computed, and not taken from here.
+            forward pass over whole sequences round differently, so the old policy's are computed,
+            and not taken from here.
         stop: Texts that end a completion; the token that completes one is the last.
 
     Returns:
