@@ -175,7 +175,9 @@ def run(cause: str, number: int) -> dict[str, Any]:
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), context:
             code = proxstep_main(["train", str(RECIPE), *words, "--output_dir", f"{folder}/run"])
-        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+        rows = [
+            json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
     shown = {k: v for k, v in keys.items() if not k.startswith("task.")}
     fields = {name: [_rounded(row.get(name)) for row in rows] for name in KEPT}
     seconds = round(time.process_time() - start, 1)
@@ -198,7 +200,7 @@ def _rounded(value: Any) -> Any:
 
 def written() -> list[dict[str, Any]]:
     """Return the runs that are there."""
-    return [json.loads(line) for line in RUNS.open()] if RUNS.exists() else []
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
 
 
 def rows_of(one: dict[str, Any], every: int = 1) -> list[dict[str, Any]]:
