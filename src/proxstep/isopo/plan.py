@@ -34,8 +34,9 @@ from proxstep.errors import ProxstepError
 from proxstep.typing import Bool, Float, Int, Tensor
 
 FLOPS_PER_BYTE = {"cpu": 6.0, "cuda": 150.0}
-"""Arithmetic that takes as long as moving one byte: 90 GFLOP/s over 15 GB/s on one core of an EPYC
-server; tensor cores over HBM on a data-center GPU. Other devices are taken for a GPU.
+"""Operations that take as long as moving one byte, roughly: on one core of a server, and with the
+tensor cores and HBM of a data-center GPU. Other devices are taken for a GPU. It decides which of
+several exact forms is used, and changes no result.
 """
 
 MEMORY_BUDGET = 128 * 2**20
