@@ -42,8 +42,8 @@ def pairs(values: Mapping[str, Sequence[float]]) -> list[Pair]:
     """Compare each two methods, the higher mean first.
 
     >>> [found] = pairs({"a": [1.0, 2.0, 3.0], "b": [2.0, 3.0, 5.0]})
-    >>> found.first, round(found.difference, 2), round(found.p, 2)
-    ('b', 1.33, 0.29)
+    >>> f"{found.first} is {found.difference:.2f} above, p = {found.p:.2f}"
+    'b is 1.33 above, p = 0.28'
     """
     ordered = sorted(values, key=lambda name: -statistics.mean(values[name]))
     found = []
