@@ -1,10 +1,13 @@
-"""Each paper's formula for one token, in plain numbers; nothing here is shared with the product."""
+"""What each paper says of its algorithm: the formula for one token in plain numbers, its values.
+
+Nothing here is shared with the product.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tests.algorithms.loss_cases import Case, clip, loop_aggregate
@@ -107,25 +110,111 @@ def gmpo(y: Sequence, t: int, hyper: dict) -> float:
     return -y.advantage * math.exp(total / len(y.new))
 
 
-FORMULAS: dict[str, Formula] = {
-    "reinforce": reinforce,
-    "grpo": grpo,
-    "dapo": grpo,
-    "gspo": gspo,
-    "cispo": cispo,
-    "dro": dro,
-    "opo": opo,
-    "dr-grpo": grpo,
-    "rloo": reinforce,
-    "dppo-tv": dppo(lambda sampler, policy: abs(sampler - policy)),
-    "dppo-kl": dppo(binary_kl),
-    "sapo": sapo,
-    "gmpo": gmpo,
-    "reinforce-plus-plus": grpo,
-    "reinforce-plus-plus-baseline": grpo,
-    "maxrl": reinforce,
-    "gopo": gopo,
+@dataclass(frozen=True)
+class Paper:
+    """What an algorithm's paper says.
+
+    Attributes:
+        formula: The loss at one token.
+        loss_agg_mode: How one number is made of the tokens' losses.
+        defaults: The paper's value of each key of the loss.
+        others: Values that are not the defaults, for the keys that are numbers.
+        advantage: How rewards become advantages.
+        like_reinforce: Whether the gradient is REINFORCE's where every ratio is 1.
+    """
+
+    formula: Formula
+    loss_agg_mode: str
+    defaults: dict = field(default_factory=dict)
+    others: dict = field(default_factory=dict)
+    advantage: str = "group-zscore"
+    like_reinforce: bool = True
+
+
+def bounds(low: float, high: float) -> dict:
+    return {"clip_ratio_low": low, "clip_ratio_high": high}
+
+
+PAPERS = {
+    "reinforce": Paper(reinforce, "seq-mean-token-sum"),
+    "grpo": Paper(grpo, "seq-mean-token-mean", bounds(0.2, 0.2), bounds(0.3, 0.4)),
+    "dapo": Paper(grpo, "token-mean", bounds(0.2, 0.28), bounds(0.15, 0.6)),
+    "gspo": Paper(
+        gspo,
+        "seq-mean-token-mean",
+        bounds(3e-4, 4e-4),
+        bounds(0.1, 0.2),
+        like_reinforce=False,
+    ),
+    "cispo": Paper(cispo, "token-mean", bounds(1.0, 4.0), bounds(0.25, 0.35)),
+    "dro": Paper(dro, "token-mean", {"beta": 1.0}, {"beta": 0.7}),
+    "opo": Paper(
+        opo,
+        "seq-mean-token-mean",
+        {"mu": 1.0, "surrogate": "log", "length_normalize": False},
+        {"mu": 1.3},
+        like_reinforce=False,
+    ),
+    "dr-grpo": Paper(
+        grpo,
+        "seq-mean-token-sum-norm",
+        bounds(0.2, 0.2),
+        bounds(0.05, 0.25),
+        advantage="group-centered",
+    ),
+    "rloo": Paper(reinforce, "seq-mean-token-sum", advantage="leave-one-out"),
+    "dppo-tv": Paper(
+        dppo(lambda sampler, policy: abs(sampler - policy)),
+        "seq-mean-token-sum-norm",
+        {"divergence_threshold": 0.15, "clip_ratio_c": 20.0},
+        {"divergence_threshold": 0.04, "clip_ratio_c": 1.4},
+        advantage="group-centered",
+    ),
+    "dppo-kl": Paper(
+        dppo(binary_kl),
+        "seq-mean-token-sum-norm",
+        {"divergence_threshold": 0.05, "clip_ratio_c": 20.0},
+        {"divergence_threshold": 0.01, "clip_ratio_c": 1.4},
+        advantage="group-centered",
+    ),
+    "sapo": Paper(
+        sapo,
+        "seq-mean-token-mean",
+        {"tau_pos": 1.0, "tau_neg": 1.05},
+        {"tau_pos": 1.3, "tau_neg": 2.1},
+    ),
+    "gmpo": Paper(
+        gmpo,
+        "seq-mean-token-mean",
+        bounds(0.4, 0.4),
+        bounds(0.3, 0.2),
+        like_reinforce=False,
+    ),
+    "reinforce-plus-plus": Paper(
+        grpo,
+        "token-mean",
+        bounds(0.2, 0.2),
+        bounds(0.3, 0.4),
+        advantage="batch-normalized",
+    ),
+    "reinforce-plus-plus-baseline": Paper(
+        grpo,
+        "token-mean",
+        bounds(0.2, 0.2),
+        bounds(0.1, 0.3),
+        advantage="group-centered-batch-scaled",
+    ),
+    "maxrl": Paper(reinforce, "seq-mean-token-sum", advantage="maxrl"),
+    "gopo": Paper(
+        gopo,
+        "seq-mean-token-mean",
+        {"mu": 0.5, "length_normalize": False},
+        {"mu": 0.8},
+        advantage="group-centered",
+        like_reinforce=False,
+    ),
 }
+"""Every algorithm of the package; a new one has its line here."""
 
 
 def oracle(
@@ -140,6 +229,6 @@ def oracle(
             case.log_probs[b, kept].tolist(),
             case.advantages[b].item(),
         )
-        values = iter([FORMULAS[name](y, t, hyper) for t in range(len(y.new))])
+        values = iter([PAPERS[name].formula(y, t, hyper) for t in range(len(y.new))])
         rows.append([next(values) if m else math.nan for m in kept.tolist()])
     return loop_aggregate(rows, case.response_mask, mode, max_length)

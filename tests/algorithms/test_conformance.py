@@ -25,6 +25,7 @@ from tests.algorithms.loss_cases import (
 )
 from torch import Tensor
 
+from proxstep import algorithms
 from proxstep.algorithms import (
     ADVANTAGES,
     ALGORITHMS,
@@ -173,6 +174,15 @@ def test_a_token_level_gradient_is_not(name):
     _, gradient, _ = loss_and_gradient(name, case)
     with pytest.raises(ProxstepError, match="differs"):
         gradient_by_sequence(gradient, case.response_mask, otherwise="it differs")
+
+
+@of_each
+def test_idle_at_zero_is_what_the_loss_does(name):
+    case = make_case(4, drift=3.0, with_empty=False)
+    at_zero = Case(case.log_probs, case.old_log_probs, 0 * case.advantages, case.response_mask)
+    _, gradient, _ = loss_and_gradient(name, at_zero)
+    idle = bool((gradient == 0).all())
+    assert ALGORITHMS[name].idle_at_zero == idle, f"declare {name} with idle_at_zero={idle}"
 
 
 @of_each
@@ -396,6 +406,14 @@ def test_better_than_the_rest_is_pushed_up_and_worse_down(name):
     push_B = -gradient.sum(dim=1)
     assert (push_B[reward_B == 1] > 0).all()
     assert (push_B[reward_B == 0] < 0).all()
+
+
+@of_each
+def test_its_loss_can_be_imported(name):
+    loss = getattr(ALGORITHMS[name].loss, "func", ALGORITHMS[name].loss)
+    public = getattr(algorithms, loss.__name__, None)
+    assert public is loss, f"import {loss.__name__} in algorithms/__init__.py"
+    assert loss.__name__ in algorithms.__all__
 
 
 @of_each

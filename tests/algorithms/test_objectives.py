@@ -5,7 +5,7 @@ What all of them share is in test_conformance.py.
 
 import pytest
 import torch
-from tests.algorithms.formulas import FORMULAS, oracle
+from tests.algorithms.formulas import PAPERS, oracle
 from tests.algorithms.loss_cases import (
     MODES,
     SEEDS,
@@ -18,96 +18,44 @@ from tests.algorithms.loss_cases import (
 
 from proxstep.algorithms import ALGORITHMS, Aggregation
 
-HYPER = {
-    "reinforce": {},
-    "grpo": {"clip_ratio_low": 0.3, "clip_ratio_high": 0.4},
-    "dapo": {"clip_ratio_low": 0.15, "clip_ratio_high": 0.6},
-    "gspo": {"clip_ratio_low": 0.1, "clip_ratio_high": 0.2},
-    "cispo": {"clip_ratio_low": 0.25, "clip_ratio_high": 0.35},
-    "dro": {"beta": 0.7},
-    "opo": {"mu": 1.3},
-    "dr-grpo": {"clip_ratio_low": 0.05, "clip_ratio_high": 0.25},
-    "rloo": {},
-    "dppo-tv": {"divergence_threshold": 0.04, "clip_ratio_c": 1.4},
-    "dppo-kl": {"divergence_threshold": 0.01, "clip_ratio_c": 1.4},
-    "sapo": {"tau_pos": 1.3, "tau_neg": 2.1},
-    "gmpo": {"clip_ratio_low": 0.3, "clip_ratio_high": 0.2},
-    "reinforce-plus-plus": {"clip_ratio_low": 0.3, "clip_ratio_high": 0.4},
-    "reinforce-plus-plus-baseline": {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3},
-    "maxrl": {},
-    "gopo": {"mu": 0.8},
-}
-DEFAULTS = {
-    "reinforce": ("seq-mean-token-sum", {}),
-    "grpo": ("seq-mean-token-mean", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2}),
-    "dapo": ("token-mean", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28}),
-    "gspo": ("seq-mean-token-mean", {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}),
-    "cispo": ("token-mean", {"clip_ratio_low": 1.0, "clip_ratio_high": 4.0}),
-    "dro": ("token-mean", {"beta": 1.0}),
-    "opo": (
-        "seq-mean-token-mean",
-        {"mu": 1.0, "surrogate": "log", "length_normalize": False},
-    ),
-    "dr-grpo": ("seq-mean-token-sum-norm", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2}),
-    "rloo": ("seq-mean-token-sum", {}),
-    "dppo-tv": (
-        "seq-mean-token-sum-norm",
-        {"divergence_threshold": 0.15, "clip_ratio_c": 20.0},
-    ),
-    "dppo-kl": (
-        "seq-mean-token-sum-norm",
-        {"divergence_threshold": 0.05, "clip_ratio_c": 20.0},
-    ),
-    "sapo": ("seq-mean-token-mean", {"tau_pos": 1.0, "tau_neg": 1.05}),
-    "gmpo": ("seq-mean-token-mean", {"clip_ratio_low": 0.4, "clip_ratio_high": 0.4}),
-    "reinforce-plus-plus": ("token-mean", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2}),
-    "reinforce-plus-plus-baseline": (
-        "token-mean",
-        {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2},
-    ),
-    "maxrl": ("seq-mean-token-sum", {}),
-    "gopo": ("seq-mean-token-mean", {"mu": 0.5, "length_normalize": False}),
-}
-ADVANTAGE_OF = {
-    "dr-grpo": "group-centered",
-    "rloo": "leave-one-out",
-    "dppo-tv": "group-centered",
-    "dppo-kl": "group-centered",
-    "reinforce-plus-plus": "batch-normalized",
-    "reinforce-plus-plus-baseline": "group-centered-batch-scaled",
-    "maxrl": "maxrl",
-    "gopo": "group-centered",
-}
+of_each = pytest.mark.parametrize("name", PAPERS)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+def test_every_algorithm_has_its_formula():
+    lacking = set(ALGORITHMS) - set(PAPERS)
+    assert not lacking, f"write their formulas: PAPERS in tests/algorithms/formulas.py: {lacking}"
+
+
+@of_each
 @pytest.mark.parametrize("seed", SEEDS)
 def test_value_and_gradient_equal_the_formula(name, seed):
-    case = make_case(seed)
+    case, hyper = make_case(seed), PAPERS[name].others
     for mode in MODES:
         aggregation = Aggregation(mode, max_length=9)
-        loss, gradient, _ = loss_and_gradient(name, case, aggregation=aggregation, **HYPER[name])
-        assert_close(loss, oracle(name, case, case.log_probs, mode, HYPER[name]))
+        loss, gradient, _ = loss_and_gradient(name, case, aggregation=aggregation, **hyper)
+        assert_close(loss, oracle(name, case, case.log_probs, mode, hyper))
         expected = numerical_gradient(
-            lambda at, mode=mode: oracle(name, case, at, mode, HYPER[name]), case.log_probs
+            lambda at, mode=mode: oracle(name, case, at, mode, hyper), case.log_probs
         )
         assert_close(gradient, expected, tolerance=1e-7)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@of_each
 def test_defaults_equal_the_formula_with_the_papers_values(name):
-    mode, hyper = DEFAULTS[name]
-    algorithm = ALGORITHMS[name]
+    paper, algorithm = PAPERS[name], ALGORITHMS[name]
+    mode, hyper = paper.loss_agg_mode, paper.defaults
     assert algorithm.default_loss_agg_mode == mode
     assert algorithm.loss_options(algorithm.defaults) == hyper
-    assert algorithm.advantage == ADVANTAGE_OF.get(name, "group-zscore")
+    assert algorithm.advantage == paper.advantage
+    numbers = {key for key, value in hyper.items() if type(value) is float}
+    assert {key for key, value in paper.others.items() if value != hyper[key]} == numbers
     case = make_case(3)
     loss, _ = algorithm.loss(*case.tensors)
     width = case.log_probs.shape[1]
     assert_close(loss, oracle(name, case, case.log_probs, mode, hyper, max_length=width))
 
 
-@pytest.mark.parametrize("name", [n for n in FORMULAS if n not in ("opo", "gmpo", "gopo", "gspo")])
+@pytest.mark.parametrize("name", [name for name, paper in PAPERS.items() if paper.like_reinforce])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_at_ratio_one_a_token_ratio_has_the_gradient_of_reinforce(name, seed, mode):
@@ -209,7 +157,7 @@ def test_dr_grpo_divides_every_sequence_by_the_same_length(seed):
     aggregation = Aggregation("seq-mean-token-sum-norm", max_length=11)
     loss, gradient, _ = loss_and_gradient("dr-grpo", case, aggregation=aggregation)
     expected = loss_and_gradient(
-        "grpo", case, aggregation=Aggregation("seq-mean-token-sum"), **HYPER["grpo"]
+        "grpo", case, aggregation=Aggregation("seq-mean-token-sum"), **PAPERS["grpo"].others
     )
     assert_close(gradient, expected[1] / 11)
     assert_close(loss, expected[0] / 11)

@@ -159,6 +159,12 @@ def test_it_has_a_row_and_a_page_in_the_docs() -> None:
     assert "figures/algorithms/test-cubed.svg" in pages
 
 
+def test_the_name_of_a_rule_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALGORITHMS, "isopo", TOKEN)
+    with pytest.raises(ProxstepError, match="algorithm isopo: a rule has that name"):
+        resolve({"algorithm": "isopo"}, {}, "test")
+
+
 def test_a_declaration_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ProxstepError, match="algorithm twice: damping must be both"):
         Algorithm("twice", damped, level="token", about="")

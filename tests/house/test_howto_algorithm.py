@@ -15,8 +15,7 @@ from proxstep.algorithms import ALGORITHMS, Algorithm, register
 from proxstep.training import lifecycle
 
 PAGE = Path(__file__).parents[2] / "docs" / "new-algorithm.md"
-FILE, FORMULA = re.findall(r"```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-HYPER = {"slope": 0.7, "max_weight": 1.2}
+FILE, FORMULA, LINE = re.findall(r"```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture
@@ -25,19 +24,23 @@ def algorithm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Algorithm]:
     exec(compile(FILE, str(PAGE), "exec"), code)
     exec(compile(FORMULA, str(PAGE), "exec"), formula)
     found = register(code["CLIPPED_LINEAR"])
-    monkeypatch.setitem(formulas.FORMULAS, found.name, formula["clipped_linear"])
+    for name, paper in eval(f"{{{LINE}}}", formula).items():
+        monkeypatch.setitem(formulas.PAPERS, name, paper)
     yield found
     del ALGORITHMS[found.name]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_file_agrees_with_the_formula(algorithm: Algorithm, mode: str) -> None:
+    paper = formulas.PAPERS[algorithm.name]
+    assert algorithm.default_loss_agg_mode == paper.loss_agg_mode
+    assert algorithm.defaults == paper.defaults
     for seed in SEEDS:
         case = make_case(seed)
         aggregation = counted(mode, case.response_mask)
-        loss, _ = algorithm.loss(*case.tensors, **HYPER, aggregation=aggregation)
+        loss, _ = algorithm.loss(*case.tensors, **paper.others, aggregation=aggregation)
         length = aggregation.max_length or 9
-        wanted = formulas.oracle(algorithm.name, case, case.log_probs, mode, HYPER, length)
+        wanted = formulas.oracle(algorithm.name, case, case.log_probs, mode, paper.others, length)
         assert_close(loss, wanted)
         other, _ = algorithm.loss(*case.tensors, aggregation=aggregation)
         assert abs(other - loss) > 1e-6

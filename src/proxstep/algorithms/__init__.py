@@ -4,7 +4,7 @@ Every loss is (log_probs, old_log_probs, signal, response_mask, *, keys, aggrega
 loss, metrics); metrics are detached and have one entry per sequence, so that their mean over a
 batch does not depend on how it was split into microbatches.
 
-A new algorithm is a file with an `Algorithm` and its line below.
+A new algorithm is a file with an `Algorithm`, and its lines below.
 """
 
 from proxstep.algorithms.advantages import ADVANTAGES

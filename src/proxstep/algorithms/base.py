@@ -183,8 +183,18 @@ def register(algorithm: Algorithm) -> Algorithm:
     Raises:
         ProxstepError: Its name is taken, or could be read as RULE+OBJECTIVE.
     """
-    if algorithm.name in ALGORITHMS or "+" in algorithm.name:
-        raise ProxstepError(f"algorithm {algorithm.name}: the name is taken, or has a plus sign")
+    if "+" in algorithm.name:
+        raise ProxstepError(
+            f"algorithm {algorithm.name}: a plus sign in a recipe stands between rule and "
+            "objective; give it a name without"
+        )
+    if algorithm.name in ALGORITHMS:
+        other = _plain(ALGORITHMS[algorithm.name].loss)
+        raise ProxstepError(
+            f"algorithm {algorithm.name}: the name is taken, by {other.__name__} of "
+            f"{other.__module__}; choose another for {_plain(algorithm.loss).__name__} of "
+            f"{_plain(algorithm.loss).__module__}"
+        )
     ALGORITHMS[algorithm.name] = algorithm
     return algorithm
 

@@ -23,6 +23,7 @@ from proxstep.config.recipe import (
 from proxstep.config.sections import BUILTIN_MODELS
 from proxstep.config.yamlfile import dump_yaml
 from proxstep.errors import ProxstepError
+from proxstep.isopo import PRESETS
 from proxstep.rewards.modules import load_module
 
 
@@ -58,6 +59,12 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
     library = changes.get("external_lib", data.get("external_lib"))
     if isinstance(library, str):
         load_module(library, f"{source}: external_lib {library}")
+    for name in ALGORITHMS:
+        if name in PRESETS and name != "reinforce":
+            raise ProxstepError(
+                f"{source}: algorithm {name}: a rule has that name; register the objective under "
+                "another"
+            )
     per_algorithm = data.pop("per_algorithm", None)
     for part in (per_algorithm, changes.pop("per_algorithm", None)):
         if part is not None and not isinstance(part, Mapping):
