@@ -358,9 +358,6 @@ def _rule_engines(name: str, rule: Rule) -> str:
     tokens = (
         " `update.microbatch_tokens` is refused." if not isinstance(rule, IsometricRule) else ""
     )
-    levels = [
-        a.name for a in ALGORITHMS.values() if a.level == "sequence" and a.name != "reinforce"
-    ]
     return "\n".join(
         [
             "## Through TRL and verl",
@@ -368,6 +365,7 @@ def _rule_engines(name: str, rule: Rule) -> str:
             f"- **TRL**: supported, as `{kind}Trainer` with `{kind}Config({told})`.{alone}",
             f"- **verl**: supported, as an FSDP2 engine: `strategy=isopo`, `geometry.rule={name}`."
             f"{alone}{tokens}",
-            f"- **On another objective**: {', '.join(f'`{name}+{level}`' for level in levels)}.",
+            "- **On another objective**: any whose [level](../algorithms.md) is sequence, as "
+            f"`{name}+opo`.",
         ]
     )

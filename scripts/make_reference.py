@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.algorithm_pages import filled, overview, pages  # noqa: E402
 
+from proxstep.algorithms import ALGORITHMS  # noqa: E402
 from proxstep.config.explain import describe_keys  # noqa: E402
 from proxstep.config.loading import load_recipe  # noqa: E402
 from proxstep.config.names import KEYS_FILE  # noqa: E402
@@ -103,6 +105,17 @@ def algorithms_page() -> str:
     return filled(text, "overview", overview())
 
 
+def losses_page() -> str:
+    """Return docs/reference/algorithms.md with its list of losses made anew."""
+    found = [inspect.unwrap(getattr(a.loss, "func", a.loss)) for a in ALGORITHMS.values()]
+    lines = [
+        f"::: {loss.__module__}.{loss.__name__}\n    options: {{heading_level: 3}}"
+        for loss in dict.fromkeys(found)
+    ]
+    text = (DOCS / "reference" / "algorithms.md").read_text(encoding="utf-8")
+    return filled(text, "losses", "\n".join(lines))
+
+
 def recipe_estimates() -> Iterator[tuple[str, str, float, str, MemoryEstimate]]:
     """Yield each recipe and algorithm of its head: file, card, its bytes, algorithm, estimate."""
     for path in RECIPES:
@@ -147,6 +160,7 @@ def reference() -> Iterator[tuple[str, str]]:
     yield "metrics.md", metrics_page()
     yield "algorithms.md", algorithms_page()
     yield "runs.md", runs_page()
+    yield "reference/algorithms.md", losses_page()
     yield from pages()
 
 

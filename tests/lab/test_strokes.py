@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from proxstep.algorithms import ALGORITHMS
 from proxstep.config.recipe import algorithm_names
 from proxstep.lab.bandit import METHODS
 from proxstep.lab.saturation import make_curves
@@ -55,6 +56,13 @@ def test_colors_stand_out_from_the_ground(colors, ground):
     for other in luminance[1:]:
         low, high = sorted((luminance[0], other))
         assert (high + 0.05) / (low + 0.05) > 2
+
+
+def test_another_objective_changes_no_stroke(monkeypatch):
+    before = strokes(algorithm_names())
+    monkeypatch.setitem(ALGORITHMS, "next", ALGORITHMS["grpo"])
+    after = strokes(algorithm_names())
+    assert {name: after[name] for name in before} == before
 
 
 def test_no_two_algorithms_of_the_library_are_drawn_alike():

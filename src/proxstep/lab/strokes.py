@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 from zlib import crc32
 
+from proxstep.algorithms import ALGORITHMS
 from proxstep.config.recipe import algorithm_names
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")
@@ -61,7 +62,9 @@ def strokes(algorithms: Iterable[str]) -> dict[str, Stroke]:
     """
     everything = [Stroke(place, dash) for dash in _DASHES for place in range(len(COLORS))]
     number = len(everything)
-    known = dict.fromkeys((*_FIRST, *_OF_THE_TOYS, *algorithm_names()))
+    # Rules before objectives: the next objective comes last, and no other's stroke changes.
+    ours = sorted(algorithm_names(), key=ALGORITHMS.__contains__)
+    known = dict.fromkeys((*_FIRST, *_OF_THE_TOYS, *ours))
     places = {name: place for place, name in enumerate(known)}
     names = list(dict.fromkeys(algorithms))
     found: dict[str, Stroke] = {}
