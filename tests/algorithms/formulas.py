@@ -110,6 +110,12 @@ def gmpo(y: Sequence, t: int, hyper: dict) -> float:
     return -y.advantage * math.exp(total / len(y.new))
 
 
+def topr(y: Sequence, t: int, hyper: dict) -> float:
+    ratio = math.exp(sum(f - o for f, o in zip(y.fixed, y.old, strict=True)))
+    weight = min(ratio, 1) if y.advantage < 0 else 1
+    return -weight * y.advantage * y.new[t]
+
+
 @dataclass(frozen=True)
 class Paper:
     """What an algorithm's paper says.
@@ -213,6 +219,7 @@ PAPERS = {
         advantage="group-centered",
         like_reinforce=False,
     ),
+    "topr": Paper(topr, "seq-mean-token-sum", advantage="group-centered"),
 }
 """Every algorithm of the package; a new one has its line here."""
 

@@ -1,4 +1,4 @@
-"""DPPO, SAPO, GMPO, MaxRL and REINFORCE++: special cases, and what each of them is for."""
+"""DPPO, SAPO, GMPO, MaxRL, REINFORCE++ and TOPR: special cases, and what each of them is for."""
 
 from __future__ import annotations
 
@@ -304,3 +304,19 @@ def test_the_baseline_variant_takes_each_prompts_level_away_and_one_spread_for_a
     advantage, _ = ADVANTAGES["group-centered-batch-scaled"](reward, torch.tensor([0, 0, 1, 1]))
     spread = (2 * (0.25 + 2.25) / 3) ** 0.5
     assert_close(advantage, [level / (spread + 1e-6) for level in (-0.5, 0.5, -1.5, 1.5)])
+
+
+# TOPR
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_topr_is_reinforce_but_for_bad_completions_that_became_rarer(seed):
+    case = make_case(seed, drift=1.0, with_empty=False)
+    _, gradient, _ = loss_and_gradient("topr", case)
+    _, plain, _ = loss_and_gradient("reinforce", case)
+    log_ratio = ((case.log_probs - case.old_log_probs) * case.response_mask).sum(dim=1)
+    rarer = (case.advantages < 0) & (log_ratio < 0)
+    assert rarer.any()
+    assert not rarer.all()
+    assert torch.equal(gradient[~rarer], plain[~rarer])
+    assert_close(gradient[rarer], log_ratio[rarer].exp()[:, None] * plain[rarer])

@@ -38,6 +38,7 @@ from proxstep.algorithms.preparation import OldPolicy, Signal, SignalInputs
 from proxstep.algorithms.reinforce import REINFORCE, RLOO, reinforce
 from proxstep.algorithms.reinforce_pp import REINFORCE_PLUS_PLUS, REINFORCE_PLUS_PLUS_BASELINE
 from proxstep.algorithms.sapo import SAPO, sapo
+from proxstep.algorithms.topr import TOPR, topr
 
 for _algorithm in (
     REINFORCE,
@@ -57,6 +58,7 @@ for _algorithm in (
     REINFORCE_PLUS_PLUS_BASELINE,
     MAXRL,
     GOPO,
+    TOPR,
 ):
     register(_algorithm)
 
@@ -89,4 +91,5 @@ __all__ = [
     "reinforce",
     "sapo",
     "sequence_coefficients",
+    "topr",
 ]
