@@ -73,10 +73,15 @@ def test_the_signal_is_prepared_with_its_own_keys():
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"width": KEYS["width"]}, KEYS | {"height": Key("Of nothing.")}]
+    ("keys", "why"),
+    [
+        ({}, "what width, mu, alpha is"),
+        ({"width": KEYS["width"]}, "what mu, alpha is"),
+        (KEYS | {"height": Key("Of nothing.")}, "its key height is no keyword"),
+    ],
 )
-def test_a_key_without_a_sentence_or_a_keyword_is_refused(keys):
-    with pytest.raises(ProxstepError, match="made"):
+def test_a_key_without_a_sentence_or_a_keyword_is_refused(keys, why):
+    with pytest.raises(ProxstepError, match=f"algorithm made: .*{why}"):
         made(keys=keys)
 
 

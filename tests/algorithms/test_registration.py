@@ -166,7 +166,7 @@ def test_the_name_of_a_rule_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_declaration_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ProxstepError, match="algorithm twice: damping must be both"):
+    with pytest.raises(ProxstepError, match="algorithm twice: say in its keys what damping is"):
         Algorithm("twice", damped, level="token", about="")
     keys = {"name": Key("A key.")}
     with pytest.raises(ProxstepError, match="name must have a type"):

@@ -100,11 +100,15 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         check_choice("level", self.level, ("token", "sequence"))
-        odd = set(self.keys) ^ set(self.defaults)
-        if odd:
+        if unsaid := [name for name in self.defaults if name not in self.keys]:
             raise ProxstepError(
-                f"algorithm {self.name}: {', '.join(sorted(odd))} must be both a keyword argument "
-                "of its loss or its preparation and one of its keys"
+                f"algorithm {self.name}: say in its keys what {', '.join(unsaid)} is, a keyword "
+                "argument of its loss or its preparation"
+            )
+        if unread := [name for name in self.keys if name not in self.defaults]:
+            raise ProxstepError(
+                f"algorithm {self.name}: its key {', '.join(unread)} is no keyword argument of its "
+                "loss or its preparation"
             )
         unusable = [name for name in self.keys if name in _TAKEN or self.types[name] is None]
         if unusable:
