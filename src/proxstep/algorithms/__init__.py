@@ -12,6 +12,7 @@ from proxstep.algorithms.aggregate import (
     LOSS_AGG_MODES,
     SEQ_MEAN_TOKEN_MEAN,
     SEQ_MEAN_TOKEN_SUM,
+    SEQ_MEAN_TOKEN_SUM_NORM,
     TOKEN_MEAN,
     Aggregation,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "LOSS_AGG_MODES",
     "SEQ_MEAN_TOKEN_MEAN",
     "SEQ_MEAN_TOKEN_SUM",
+    "SEQ_MEAN_TOKEN_SUM_NORM",
     "TOKEN_MEAN",
     "Aggregation",
     "Algorithm",

@@ -196,6 +196,8 @@ SEQ_MEAN_TOKEN_SUM = Aggregation("seq-mean-token-sum")
 """The mean over sequences of their tokens' sum."""
 SEQ_MEAN_TOKEN_MEAN = Aggregation("seq-mean-token-mean")
 """The mean over sequences of their tokens' mean."""
+SEQ_MEAN_TOKEN_SUM_NORM = Aggregation("seq-mean-token-sum-norm")
+"""The mean over sequences of their tokens' sum, over the longest completion allowed."""
 
 
 def aggregate(

@@ -11,7 +11,13 @@ from functools import partial
 
 import torch
 
-from proxstep.algorithms.aggregate import Aggregation, LossAndMetrics, aggregate, check_inputs
+from proxstep.algorithms.aggregate import (
+    SEQ_MEAN_TOKEN_SUM_NORM,
+    Aggregation,
+    LossAndMetrics,
+    aggregate,
+    check_inputs,
+)
 from proxstep.algorithms.base import Algorithm, Key
 from proxstep.errors import ProxstepError
 from proxstep.logprobs.tokens import bounded, masked_mean, ratio_metrics, token_log_ratio
@@ -19,9 +25,6 @@ from proxstep.typing import Bool, Float, Tensor
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """(log_probs, sampler_log_probs) -> one number per token."""
-
-# The paper sums over tokens; its authors' script divides that by a constant.
-_SUM_OVER_CONSTANT = Aggregation("seq-mean-token-sum-norm")
 
 
 def binary_tv(
@@ -67,7 +70,8 @@ def dppo(
     *,
     divergence_threshold: float,
     clip_ratio_c: float = 20.0,
-    aggregation: Aggregation = _SUM_OVER_CONSTANT,
+    # The paper sums over tokens; its authors' script divides that by a constant.
+    aggregation: Aggregation = SEQ_MEAN_TOKEN_SUM_NORM,
 ) -> LossAndMetrics:
     """Return DPPO's objective; the algorithms `dppo-tv` and `dppo-kl` are its partials.
 

@@ -11,6 +11,7 @@ import torch
 
 from proxstep.algorithms.aggregate import (
     SEQ_MEAN_TOKEN_MEAN,
+    SEQ_MEAN_TOKEN_SUM_NORM,
     TOKEN_MEAN,
     Aggregation,
     LossAndMetrics,
@@ -116,7 +117,7 @@ DAPO = Algorithm(
 )
 DR_GRPO = Algorithm(
     "dr-grpo",
-    partial(grpo, aggregation=Aggregation("seq-mean-token-sum-norm")),
+    partial(grpo, aggregation=SEQ_MEAN_TOKEN_SUM_NORM),
     level="token",
     idle_at_zero=True,
     about="GRPO without the biases of length and of the group's spread (arXiv 2503.20783).",
