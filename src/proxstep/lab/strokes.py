@@ -62,10 +62,11 @@ def strokes(algorithms: Iterable[str]) -> dict[str, Stroke]:
     """
     everything = [Stroke(place, dash) for dash in _DASHES for place in range(len(COLORS))]
     number = len(everything)
-    # Rules before objectives: the next objective comes last, and no other's stroke changes.
-    ours = sorted(algorithm_names(), key=ALGORITHMS.__contains__)
-    known = dict.fromkeys((*_FIRST, *_OF_THE_TOYS, *ours))
+    known = dict.fromkeys((*_FIRST, *_OF_THE_TOYS, *ALGORITHMS))
     places = {name: place for place, name in enumerate(known)}
+    # Rules from the end: the next objective changes no other's stroke.
+    rules = [name for name in algorithm_names() if name not in places]
+    places |= {name: number - 1 - i for i, name in enumerate(rules)}
     names = list(dict.fromkeys(algorithms))
     found: dict[str, Stroke] = {}
     for name in sorted(names, key=lambda name: name not in places):
