@@ -86,6 +86,7 @@ def numerical_gradient(function: Callable[[Tensor], float], at: Tensor, step: fl
 def loss_and_gradient(name: str, case: Case, **hyper) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     leaf = case.log_probs.clone().requires_grad_()
     loss, metrics = ALGORITHMS[name].loss(leaf, *case.tensors[1:], **hyper)
+    assert loss.shape == (), f"{name}: aggregate its loss, of shape {tuple(loss.shape)}"
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient, metrics
 

@@ -181,6 +181,7 @@ def test_idle_at_zero_is_what_the_loss_does(name):
     case = make_case(4, drift=3.0, with_empty=False)
     at_zero = Case(case.log_probs, case.old_log_probs, 0 * case.advantages, case.response_mask)
     _, gradient, _ = loss_and_gradient(name, at_zero)
+    assert gradient.isfinite().all(), f"the gradient of {name} is not finite"
     idle = bool((gradient == 0).all())
     assert ALGORITHMS[name].idle_at_zero == idle, f"declare {name} with idle_at_zero={idle}"
 
