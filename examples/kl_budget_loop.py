@@ -2,7 +2,9 @@
 
     python examples/kl_budget_loop.py
 
-The loss is an ordinary one here (REINFORCE); the budget takes any. What it adds is marked.
+The loss is an ordinary one here (REINFORCE); the budget takes any. What it adds is marked. What is
+printed is measured on other completions, where a step has the budget's size in the median, and some
+are larger.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A script that trains with TRL's GRPOTrainer, turned into ISOPO: two names are others.
 
-    pip install "proxstep[trl]"
+    pip install -e ".[trl]"   # in a checkout
     python examples/trl_script.py
 
 The model has random weights, so that nothing is downloaded; give TRL a name of the hub instead,

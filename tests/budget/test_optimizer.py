@@ -200,6 +200,146 @@ def test_what_does_not_fit_is_refused() -> None:
         loop.optimizer.step(lambda: (torch.zeros(3), torch.ones(3)))  # type: ignore[arg-type]
 
 
+def half(tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return tensors[0].bfloat16(), tensors[1]
+
+
+class Anew:
+    """Scores other sequences at each call."""
+
+    def __init__(self, loop: Loop, *, length: bool) -> None:
+        self.loop, self.calls, self.length = loop, 0, length
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        columns = 9 - self.calls * self.length
+        generator = torch.Generator().manual_seed(self.calls)
+        self.loop.token = torch.randint(11, (16, columns), generator=generator)
+        return self.loop.log_probs()
+
+
+MISTAKES: dict[str, tuple[Callable[[Loop], Any], str]] = {
+    "a loss": (lambda loop: lambda: loop.log_probs()[0].sum(), r"two tensors .*: got \(\)"),
+    "one tensor": (lambda loop: lambda: loop.log_probs()[0], r"two tensors .*: got \(16, 8\)"),
+    "a mask of all tokens": (
+        lambda loop: lambda: (loop.log_probs()[0], torch.ones(16, 9)),
+        r"mask\[:, 1:\]: got \(16, 8\) and \(16, 9\)",
+    ),
+    "nothing": (lambda loop: lambda: None, "got NoneType"),
+    "half precision": (lambda loop: lambda: half(loop.log_probs()), "float32: got torch.bfloat16"),
+    "probabilities": (
+        lambda loop: lambda: (loop.log_probs()[0].exp(), loop.log_probs()[1]),
+        "no log-probabilities",
+    ),
+    "a closure": (lambda loop: lambda: loop.log_probs()[0].sum().backward(), "without gradient"),
+    "scores": (lambda loop: loop.log_probs(), "needs a function"),
+    "sequences anew": (lambda loop: Anew(loop, length=False), "nats apart"),
+    "lengths anew": (lambda loop: Anew(loop, length=True), "number, length or mask"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_what_scores_is_named_and_changes_nothing(name: str) -> None:
+    loop = Loop("adamw", 0.1, nats=0.01)
+    loop.backward(0)
+    start = loop.weights()
+    score, message = MISTAKES[name]
+    with pytest.raises(ProxstepError, match=message):
+        loop.optimizer.step(score(loop))
+    for mine, old in zip(loop.weights(), start, strict=True):
+        assert torch.equal(mine, old)
+
+
+@pytest.mark.parametrize("name", ["another model", "no token"])
+def test_a_step_that_nothing_measures_is_told_once(name: str) -> None:
+    told: list[str] = []
+    loop = Loop("adamw", 0.1, nats=0.01, note=told.append)
+    other = Loop("adamw", 0.1)
+
+    def score() -> tuple[Tensor, Tensor]:
+        other.token = loop.token
+        other.model.eval()
+        log_prob, counts = (other if name == "another model" else loop).log_probs()
+        return log_prob, counts if name == "another model" else torch.zeros_like(counts)
+
+    for step in range(2):
+        loop.backward(step)
+        loop.optimizer.step(score)  # type: ignore[arg-type]
+    assert len(told) == 1
+    assert "limits nothing" in told[0]
+    still: list[str] = []
+    loop = Loop("adamw", 0.0, nats=0.01, note=still.append)  # a warm-up begins with a rate of 0
+    loop.run(1)
+    assert not still
+
+
+def test_autocast_around_the_step_changes_nothing() -> None:
+    """Its cache would hold the weights as they were before the step."""
+    loop, cast = Loop("adamw", 0.1, nats=0.01), Loop("adamw", 0.1, nats=0.01)
+    expected = loop.run(1)
+    cast.backward(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.log_probs()
+        cast.optimizer.step(cast.log_probs)  # type: ignore[arg-type]
+    assert [cast.optimizer.measured] == expected  # type: ignore[union-attr]
+
+
+def test_what_accelerate_puts_around_the_model_is_left_out_while_it_scores() -> None:
+    loop, cast = Loop("adamw", 0.1, nats=0.01), Loop("adamw", 0.1, nats=0.01)
+    expected = loop.run(1)
+    cast.backward(0)
+    cast.model._original_forward = cast.model.forward  # type: ignore[assignment]
+    around = torch.autocast("cpu", torch.bfloat16)(cast.model.forward)
+    cast.model.forward = around  # type: ignore[method-assign]
+    cast.optimizer.step(cast.log_probs)  # type: ignore[arg-type]
+    assert [cast.optimizer.measured] == expected  # type: ignore[union-attr]
+    assert cast.model.forward is around
+
+
+def test_a_gradient_scaler_steps_it() -> None:
+    loop, scaled = Loop("sgd", 0.1, nats=0.01), Loop("sgd", 0.1, nats=0.01)
+    loop.run(1)
+    scaled.backward(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for parameter in scaled.model.parameters():
+        parameter.grad *= 4  # as scaler.scale(loss).backward() leaves it
+    scaler.scale(torch.ones(()))
+    scaler.step(scaled.optimizer, scaled.log_probs)
+    for mine, its in zip(scaled.weights(), loop.weights(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_a_group_that_is_added_is_trained() -> None:
+    loop = Loop("sgd", 0.1, nats=0.01, control="corrected")
+    loop.run(2)
+    more = nn.Parameter(torch.zeros(3))
+    loop.optimizer.add_param_group({"params": [more], "lr": 0.5})
+    assert loop.inner.param_groups is loop.optimizer.param_groups
+    assert [group["lr"] for group in loop.inner.param_groups] == [1.0, 0.5]
+    loop.run(1, first=2)
+
+
+def test_a_state_without_a_budget_is_refused() -> None:
+    loop = Loop("sgd", 0.1, nats=0.01)
+    with pytest.raises(ProxstepError, match=r"inner\.load_state_dict"):
+        loop.optimizer.load_state_dict(loop.inner.state_dict())
+
+
+def test_what_is_given_is_checked() -> None:
+    model: Any = nn.Linear(2, 2)
+    sgd: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    for optimizer, its, message in (
+        (model, sgd, "optimizer is Linear"),
+        (sgd, model.parameters(), "model is generator"),
+        (sgd, nn.Linear(2, 2), "no parameter of the model"),
+        (torch.optim.SGD(model.bfloat16().parameters()), model, r'bfloat16.*dtype="float32"'),
+    ):
+        with pytest.raises(ProxstepError, match=message):
+            KlBudget(optimizer, its, nats=0.1)
+    with pytest.raises(ProxstepError, match="num_steps is 0"):
+        Loop("sgd", 0.1, nats=0.1).optimizer.begin_rollout(0)  # type: ignore[union-attr]
+
+
 def test_it_is_exported_lazily() -> None:
     assert proxstep.KlBudget is KlBudget
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):

@@ -31,11 +31,12 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "tutorial.md"], ids=name_of)
-def test_python_examples_run(page: Path) -> None:
+def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of docs/ with a model and a batch at hand, the README's with nothing.
 
     The tutorial's are in test_tutorial.py.
     """
+    monkeypatch.chdir(tmp_path)
     if page.name == "README.md":
         return exec("\n".join(blocks(page, "python")), {})
     for code in blocks(page, "python"):

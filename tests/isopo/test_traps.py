@@ -6,6 +6,7 @@ What installing alone can find (fused heads, adapters added later, padding) is i
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,7 +19,14 @@ from tests.selection import square
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from proxstep import IsometricRule, Isopo, NaturalRule, ProxstepError
+from proxstep import (
+    IsometricRule,
+    Isopo,
+    NaturalRule,
+    ProxstepError,
+    completion_log_probs,
+    sequence_ids,
+)
 
 RULES = ["isopo", "isopo-figure4", "isopo-natural"]
 
@@ -271,6 +279,34 @@ def test_a_checkpoint_holds_the_whole_state(source: str) -> None:
             isopo.step()
         results.append(gradients(model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    isopo = Isopo(tiny_qwen3())
+    with pytest.raises(ProxstepError, match="no state of an Isopo, it has param_groups: give"):
+        isopo.load_state_dict({"param_groups": []})
+    other = nn.Sequential(nn.Embedding(19, 4), nn.Linear(4, 19))
+    narrow = nn.Sequential(nn.Embedding(19, 3), nn.Linear(3, 19))
+    state = Isopo(other).state_dict()
+    with pytest.raises(ProxstepError, match=r"another model: 0\.weight .*here it is not trained"):
+        isopo.load_state_dict(state)
+    with pytest.raises(ProxstepError, match=r"0\.weight has shape \(19, 4\) there, here \(19, 3\)"):
+        Isopo(narrow).load_state_dict(state)
+
+
+def test_a_prompt_that_is_called_padding_is_refused() -> None:
+    """The completion's mask in the place of the attention mask: gradients would be lost."""
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    completion = torch.zeros(2, 5, dtype=torch.bool)
+    completion[:, 3:] = True
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    for mask, fits in ((completion, False), (torch.ones_like(completion), True)):
+        with isopo.microbatch(sequence_ids(mask), torch.ones(2)) as microbatch:
+            log_prob = completion_log_probs(model(input_ids=tokens).logits, tokens, completion)
+            objective = microbatch.objective(log_prob)
+            with nullcontext() if fits else pytest.raises(ProxstepError, match="attention_mask"):
+                objective.backward()
 
 
 def test_a_mixture_with_frozen_experts_is_covered() -> None:

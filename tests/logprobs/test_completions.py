@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -37,6 +39,12 @@ def test_logits_that_predict_no_completion_do_not_reach_the_log_probs() -> None:
     assert torch.isfinite(found).all()
 
 
+def test_labels_may_stand_for_tokens_where_none_counts() -> None:
+    logits, tokens = torch.randn(1, 3, 4), torch.tensor([[-100, -100, 3]])
+    found = completion_log_probs(logits, tokens, torch.tensor([[0, 0, 1]]))
+    assert torch.equal(found, completion_log_probs(logits, tokens.clamp(min=0), tokens > 0))
+
+
 def test_a_packed_row_gives_what_its_sequences_give_alone() -> None:
     torch.manual_seed(1)
     logits, tokens = torch.randn(1, 7, 5), torch.randint(5, (1, 7))
@@ -65,6 +73,10 @@ def test_ids_of_padded_rows_and_of_lengths() -> None:
         (lambda: log_probs(mask=[[1, 0, 0]]), "first token"),
         (lambda: log_probs(mask=[[0, 1]]), "must agree"),
         (lambda: log_probs(temperature=0.0), "temperature must be positive, got 0.0"),
+        (
+            lambda: completion_log_probs(SimpleNamespace(), torch.zeros(1, 1), torch.zeros(1, 1)),
+            r"logits is SimpleNamespace.*\.logits",
+        ),
     ],
 )
 def test_mistakes_are_named(call, reason: str) -> None:

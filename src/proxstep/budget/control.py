@@ -95,8 +95,9 @@ def predict(measure: Measure, state: State, budget: float) -> float:
     if not math.isfinite(predicted):
         raise ProxstepError(
             f"the KL divergence of {trial:g} of the optimizer's step is {predicted}: the "
-            "parameters were not changed. Lower the learning rate, or look for parameters that are "
-            "not finite"
+            "parameters were not changed. Look for gradients and log-probabilities that are not "
+            "finite; a gradient that is not spoils the optimizer's moments as well, so go back to "
+            "a checkpoint then"
         )
     return predicted
 

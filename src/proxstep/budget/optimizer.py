@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -12,7 +13,15 @@ import torch.distributed as dist
 from torch import nn
 
 from proxstep.algorithms.aggregate import check_literal, check_number
-from proxstep.budget.control import Control, State, adapt, backtrack, predict, scale_for
+from proxstep.budget.control import (
+    LEAST_SCALE,
+    Control,
+    State,
+    adapt,
+    backtrack,
+    predict,
+    scale_for,
+)
 from proxstep.budget.prediction import LogProbs, sampled_kl
 from proxstep.errors import ProxstepError
 from proxstep.logprobs.evaluating import evaluating
@@ -35,9 +44,10 @@ class KlBudget(torch.optim.Optimizer):
 
     `log_probs` is a function without arguments that scores a few of the minibatch's sequences with
     the model as it is: it returns their tokens' log-probabilities in nats, (batch, tokens), at the
-    temperature at which they were sampled, and a mask of the tokens that count. It runs without
-    gradient, with the model in evaluation mode, two times in most steps. In half precision the
-    differences that are measured drown in rounding errors: keep autocast out of it.
+    temperature at which they were sampled, and a mask of the tokens that count. It is no closure
+    that computes a loss: it runs without gradient, with the model in evaluation mode and autocast
+    off, two times in most steps, and must score the same sequences each time. In half precision
+    the differences that are measured drown in rounding errors: keep autocast out of it.
 
     Two copies of the trainable parameters are held during a step; with "corrected" one of them
     stays until the next. On several ranks each scores sequences of its own, and all of them take
@@ -54,13 +64,16 @@ class KlBudget(torch.optim.Optimizer):
         log_probs: What a step without a function is judged by, for a host that steps by itself.
 
     Attributes:
+        inner: The optimizer that was given.
         measured: What the last step was: "predicted" (of the step as it was proposed, in the
             budget's unit), "scale", "forwards" (calls of `log_probs`), and where the control
             measures it "realized": of the step before, on samples that this step brought
             ("corrected"), or of this step ("measured-backtracking", "adaptive-learning-rate").
+            Empty before the first step.
 
     Raises:
-        ProxstepError: If an option does not fit.
+        ProxstepError: If an option does not fit, the optimizer trains nothing of the model, or
+            something in half precision.
     """
 
     def __init__(
@@ -77,16 +90,28 @@ class KlBudget(torch.optim.Optimizer):
         check_number("nats", nats, above=True)
         check_literal("per", per, Literal["sequence", "token"])
         check_literal("control", control, Control)
+        _check_trained(optimizer, model)
         self.inner, self.model, self.nats = optimizer, model, nats
         self.per, self.control, self.note = per, control, note
         self._log_probs = log_probs
         self.measured: dict[str, float] = {}
         self._kl = State()
         self._share, self._left, self._steps = 1.0, 0.0, 1
-        self._small, self._forwards = 0, 0
+        self._small, self._forwards, self._still = 0, 0, False
         self._before: list[Tensor] | None = None
         self._expected = (0.0, 1.0)
         super().__init__(optimizer.param_groups, {})
+        self.param_groups = optimizer.param_groups  # one list, so that both have new groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Let the optimizer train more parameters.
+
+        Args:
+            param_group: As any optimizer takes it.
+        """
+        if all(param_group is not group for group in self.inner.param_groups):
+            self.inner.add_param_group(param_group)
+            self._before = None  # without the new ones
 
     def begin_rollout(self, num_steps: int) -> None:
         """Let the next optimizer steps share one budget, in equal parts.
@@ -96,6 +121,7 @@ class KlBudget(torch.optim.Optimizer):
         Args:
             num_steps: How many there are.
         """
+        check_number("num_steps", num_steps, 1.0)
         self._share, self._left, self._steps = 1.0 / num_steps, 0.0, num_steps
 
     # The base class's annotation has overloads for closures that return a loss.
@@ -107,17 +133,19 @@ class KlBudget(torch.optim.Optimizer):
                 be left out where the constructor was given one.
 
         Raises:
-            ProxstepError: If there is none, or the step's KL divergence is not finite at any size.
+            ProxstepError: If there is none, it returns something else or scores other sequences at
+                each call, or the step's KL divergence is not finite at any size.
         """
         closure = closure or self._log_probs
-        if closure is None:
+        if not callable(closure):
             raise ProxstepError(
                 "optimizer.step() of a KlBudget needs a function that scores a few of the "
-                "minibatch's sequences: optimizer.step(log_probs)"
+                "minibatch's sequences: optimizer.step(log_probs), or KlBudget(..., log_probs=...) "
+                "where something else calls step()"
             )
         self._forwards = 0
         parameters = self._parameters()
-        with torch.no_grad(), evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model), _full_precision(self.model):
             log_prob_BT, response_BT = self._score(closure)
             budget, unit = self._budget(response_BT)
             before = [parameter.clone() for parameter in parameters]
@@ -128,11 +156,17 @@ class KlBudget(torch.optim.Optimizer):
 
             def measure(scale: float) -> float:
                 _place(parameters, before, proposed, scale)
-                other_BT, _ = self._score(closure)
+                other_BT, counts_BT = self._score(closure)
+                if not torch.equal(counts_BT, response_BT):
+                    raise ProxstepError(f"{_ANEW}: their number, length or mask is another one")
                 return _mean(sampled_kl(log_prob_BT, other_BT, response_BT))
 
             try:
                 scale, predicted, measured = self._choose(measure, budget)
+                if scale < 2 * LEAST_SCALE and (drift := measure(0.0)) > budget:
+                    raise ProxstepError(f"{_ANEW}: unchanged parameters are {drift:.3g} nats apart")
+                if predicted == 0.0:
+                    self._tell_still(before, proposed)
             except BaseException:
                 _place(parameters, before, proposed, 0.0)
                 raise
@@ -170,17 +204,23 @@ class KlBudget(torch.optim.Optimizer):
 
     def _score(self, log_probs: LogProbs) -> tuple[Tensor, Tensor]:
         self._forwards += 1
-        log_prob_BT, response_BT = log_probs()
+        torch.clear_autocast_cache()  # else autocast around the step would keep its old weights
+        try:
+            found = log_probs()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ProxstepError(
+                f"{_RETURNS}. It is no closure that computes a loss: it runs without gradient; "
+                "call backward() before optimizer.step(log_probs)"
+            ) from error
         for module in self.model.modules():
             if hasattr(module, "reshard"):  # FSDP2: else the next pass would use these full weights
                 module.reshard()  # type: ignore[operator]
-        if log_prob_BT.dim() != 2 or log_prob_BT.shape != response_BT.shape:
-            raise ProxstepError(
-                "log_probs() must return the log-probabilities of tokens, (batch, tokens), and a "
-                f"mask of the same shape: got {tuple(log_prob_BT.shape)} and "
-                f"{tuple(response_BT.shape)}"
-            )
-        return log_prob_BT.detach(), response_BT.bool()
+        log_prob_BT, response_BT = _checked(found)
+        if not self.measured and bool((log_prob_BT.masked_fill(~response_BT, 0.0) > 1e-3).any()):
+            raise ProxstepError(f"{_RETURNS}: it has positive ones, which are no log-probabilities")
+        return log_prob_BT.detach(), response_BT
 
     def _budget(self, response_BT: Tensor) -> tuple[float, float]:
         """Return this step's budget in nats per sequence, and the sequence's length in units."""
@@ -219,6 +259,17 @@ class KlBudget(torch.optim.Optimizer):
                 f"is {1 / scale:.0f} times what the budget allows"
             )
 
+    def _tell_still(self, before: list[Tensor], proposed: list[Tensor]) -> None:
+        """Say once that a step moves the parameters and no log-probability."""
+        if self._still or all(map(torch.equal, before, proposed)):
+            return
+        self._still = True
+        self.note(
+            "the optimizer moved the parameters, but no log-probability that log_probs() returned "
+            "changed, so that the KL budget limits nothing: it must run the model that is trained "
+            "anew at each call, and its mask must be true somewhere"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state and the budget's."""
         return {
@@ -234,7 +285,15 @@ class KlBudget(torch.optim.Optimizer):
 
         Args:
             state_dict: What `state_dict` returned.
+
+        Raises:
+            ProxstepError: If it is that of another optimizer.
         """
+        if not {"optimizer", "kl"} <= state_dict.keys():
+            raise ProxstepError(
+                f"this is no state of a KlBudget, it has {', '.join(map(str, state_dict))}: that "
+                "of a run without a budget goes into the optimizer within, inner.load_state_dict"
+            )
         self.inner.load_state_dict(dict(state_dict["optimizer"]))
         self.param_groups = self.inner.param_groups
         self._kl = State(**state_dict["kl"])
@@ -245,6 +304,72 @@ class KlBudget(torch.optim.Optimizer):
             device = self._parameters()[0].device
             before = [value.to(device) for value in before]
         self._before = before
+
+
+_RETURNS = (
+    "log_probs() must return two tensors of shape (batch, tokens), the log-probabilities of tokens "
+    "and a mask of those that count, as completion_log_probs(logits, input_ids, mask), mask[:, 1:]"
+)
+_ANEW = (
+    "log_probs() must give the same numbers while the parameters are the same: draw its sequences "
+    "before optimizer.step, and leave the model in evaluation mode"
+)
+
+
+def _checked(found: Any) -> tuple[Tensor, Tensor]:
+    """Return what a user's function returned, if it is what it should be."""
+    if not isinstance(found, tuple | list):
+        found = (found,)
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in found]
+    if len(shapes) != 2 or shapes[0] != shapes[1] or len(shapes[0]) != 2:
+        raise ProxstepError(f"{_RETURNS}: got {' and '.join(map(str, shapes))}")
+    log_prob_BT, response_BT = found
+    if log_prob_BT.dtype not in (torch.float32, torch.float64):
+        raise ProxstepError(f"{_RETURNS}, in float32: got {log_prob_BT.dtype}")
+    return log_prob_BT, response_BT.bool()
+
+
+def _check_trained(optimizer: Any, model: Any) -> None:
+    """Refuse arguments of other types, and an optimizer of other parameters than the model's."""
+    for name, value, kind in (
+        ("optimizer", optimizer, torch.optim.Optimizer),
+        ("model", model, nn.Module),
+    ):
+        if not isinstance(value, kind):
+            raise ProxstepError(
+                f"{name} is {type(value).__name__}: KlBudget(optimizer, model, nats=...) takes an "
+                "optimizer of torch first, and then the model"
+            )
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    names = {name: p.dtype for name, p in model.named_parameters() if id(p) in stepped}
+    if not names:
+        raise ProxstepError(
+            "the optimizer trains no parameter of the model: make it from model.parameters() of "
+            "this very model, after the model was moved, wrapped or sharded"
+        )
+    for name, dtype in names.items():
+        if dtype in (torch.bfloat16, torch.float16):
+            raise ProxstepError(
+                f"a KL budget measures small differences of log-probabilities, and {name} is "
+                f"{str(dtype).removeprefix('torch.')}, whose rounding errors are larger: load the "
+                'model in float32, as from_pretrained(..., dtype="float32") or in TRL '
+                'model_init_kwargs={"dtype": "float32"}'
+            )
+
+
+@contextmanager
+def _full_precision(model: nn.Module) -> Iterator[None]:
+    """Switch autocast off, also the one that accelerate puts around a model's forward."""
+    cast = [module for module in model.modules() if "_original_forward" in vars(module)]
+    forwards = [module.forward for module in cast]
+    try:
+        for module in cast:
+            module.forward = vars(module)["_original_forward"]
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        for module, forward in zip(cast, forwards, strict=True):
+            module.forward = forward
 
 
 def _place(

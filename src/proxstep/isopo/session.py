@@ -368,6 +368,7 @@ class Isopo:
             "step": self._step,
             "trailing": self.trailing.state_dict(),
             "samples": self._drawing.state_dict(),
+            "shapes": self._shapes(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -375,12 +376,31 @@ class Isopo:
 
         Args:
             state: What `state_dict` returned.
+
+        Raises:
+            ProxstepError: If it is something else, or that of another model.
         """
+        if not {"step", "trailing"} <= state.keys():
+            raise ProxstepError(
+                f"this is no state of an Isopo, it has {', '.join(map(str, state)) or 'nothing'}: "
+                "give what isopo.state_dict() returned"
+            )
+        own, its = self._shapes(), state.get("shapes", {})
+        other = [name for name in its if own.get(name, its[name]) != its[name]]
+        if other or (its and not own.keys() & its.keys()):
+            name = next(iter(other or its))
+            raise ProxstepError(
+                f"this is the state of an Isopo on another model: {name} has shape {its[name]} "
+                f"there, here {own.get(name, 'it is not trained')}"
+            )
         self._step, self._microbatch, self._log = state["step"], 0, []
         self._running.clear()
         self._router.forget()
         self.trailing.load_state_dict(state["trailing"])
         self._drawing.load_state_dict(state.get("samples", {}))
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(parameter.shape) for key, parameter in uses(self._modules)}
 
     def _before_backward(self, sequence_ids: Tensor) -> Callable[[Tensor, Tensor], None]:
         """Return what is to be done with the log-probabilities before their backward."""
@@ -391,6 +411,7 @@ class Isopo:
             if isopo is None:
                 return
             if not isopo._graph_is_checked:
+                _check_prompts(log_prob, sequence_ids)
                 check_graph(log_prob, isopo._modules, isopo._router)
             if isopo._router.rescue is not None:
                 isopo._router.rescue.measure(log_prob, sequence_ids, coefficient_B)
@@ -440,6 +461,19 @@ class Isopo:
             drawn()
 
         return undo
+
+
+def _check_prompts(log_prob: Tensor, sequence_ids: Tensor) -> None:
+    """Refuse tokens that count while what predicts them is called padding."""
+    if log_prob.shape != sequence_ids[:, 1:].shape:
+        return
+    padded = (sequence_ids[:, :-1] < 0) & (sequence_ids[:, 1:] >= 0)
+    if bool((padded & (log_prob != 0)).any()):
+        raise ProxstepError(
+            "sequence_ids calls a position padding that predicts a token which counts: make them "
+            "from the mask of prompt and completion, sequence_ids(attention_mask), not from the "
+            "completion's; and every row's prompt needs a token"
+        )
 
 
 def _some_values(parameters: Sequence[Tensor]) -> tuple[list[int], Tensor]:

@@ -119,6 +119,11 @@ def check_coefficients(coefficients: Any, like: Tensor, count: int | None = None
     found = as_tensor("coefficients", coefficients, like).detach()
     fits = found.dim() == 1 and count in (None, len(found)) and found.dtype != torch.bool
     found = found if found.is_floating_point() else found.to(torch.get_default_dtype())
-    if not fits or not torch.isfinite(found).all():
+    if not fits:
+        raise ProxstepError(
+            f"coefficients must be one number per sequence, ({'batch' if count is None else count}"
+            f",): got shape {tuple(found.shape)}"
+        )
+    if not torch.isfinite(found).all():
         raise ProxstepError("coefficients must be one finite number per sequence")
     return found

@@ -45,6 +45,10 @@ def completion_log_probs(
     >>> completion_log_probs(logits, tokens, torch.tensor([[0, 0, 1]]))
     tensor([[ 0.0000, -1.3863]])
     """
+    if not isinstance(logits, Tensor):
+        raise ProxstepError(
+            f"logits is {type(logits).__name__}: pass the tensor in it, as model(...).logits"
+        )
     if logits.shape[:2] != input_ids.shape or completion_mask.shape != input_ids.shape:
         raise ProxstepError(
             f"logits {tuple(logits.shape)}, input_ids {tuple(input_ids.shape)} and completion_mask "
@@ -58,8 +62,10 @@ def completion_log_probs(
             "completion_mask is true at a row's first token, which no other token predicts: a "
             "prompt needs a token at least"
         )
-    log_prob_RT = token_log_probs(logits[:, :-1] / temperature, input_ids[:, 1:])
-    return log_prob_RT.masked_fill(~chosen_RT[:, 1:], 0.0)
+    chosen_RT = chosen_RT[:, 1:]
+    token_RT = input_ids[:, 1:].masked_fill(~chosen_RT, 0)  # others may be -100, as in labels
+    log_prob_RT = token_log_probs(logits[:, :-1] / temperature, token_RT)
+    return log_prob_RT.masked_fill(~chosen_RT, 0.0)
 
 
 def sequence_ids(

@@ -8,8 +8,7 @@ Shapes: B sequences, T completion tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +48,6 @@ class StepBudget:
 
     def around(self, optimizer: torch.optim.Optimizer, model: Any) -> KlBudget:
         """Return an optimizer with the budget."""
-        _check_precision(model)
         self.optimizer = KlBudget(
             optimizer,
             model,
@@ -101,29 +99,5 @@ class StepBudget:
         return log_prob_BT, response_BT
 
 
-@contextmanager
-def full_precision(model: Any) -> Iterator[None]:
-    """Run the model's forward without accelerate's autocast, which it puts around it."""
-    held = vars(model)
-    if "_original_forward" not in held:
-        yield
-        return
-    forward, model.forward = held["forward"], held["_original_forward"]
-    try:
-        yield
-    finally:
-        model.forward = forward
-
-
 def _is_of_rows(value: Any, size: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
-
-
-def _check_precision(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            raise ProxstepError(
-                f"kl_budget measures small differences of log-probabilities, and {name} is "
-                f"{str(parameter.dtype).removeprefix('torch.')}, whose rounding errors are larger: "
-                'load the model with model_init_kwargs={"dtype": "float32"}'
-            )

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, set_seed
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from proxstep.algorithms import ADVANTAGES, Aggregation, OldPolicy, SignalInputs
-from proxstep.engines.trl.budget import StepBudget, full_precision
+from proxstep.engines.trl.budget import StepBudget
 from proxstep.engines.trl.configs import IsopoConfig, OpoConfig, PolicyConfig
 from proxstep.engines.trl.release import SCORING_INPUTS
 from proxstep.engines.trl.scoring import rebind_forwards
@@ -212,8 +212,7 @@ class PolicyTrainer(GRPOTrainer):
 
     def _judge(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities that a KL budget compares, in float32, and which count."""
-        with full_precision(self.model):
-            return self._score_again(inputs), response_mask(inputs)
+        return self._score_again(inputs), response_mask(inputs)
 
     def _score_again(self, output: Mapping[str, Any]) -> Tensor:
         """Return the policy's log-probabilities of the completions, without gradient."""
