@@ -2,9 +2,10 @@
 
     python examples/transformers_loop.py
 
-The model is made from a small configuration, without a download; with a model of the hub only
-`make_policy` changes. Prompts have different lengths, so that there is padding on the left, and
-completions end at an end token. The reward is the share of even tokens.
+It needs transformers beside torch. The model is made from a small configuration, without a
+download; with a model of the hub only `make_policy` changes. Prompts have different lengths, so
+that there is padding on the left, and completions end at an end token. The reward is the share of
+even tokens.
 """
 
 from __future__ import annotations

@@ -10,9 +10,19 @@ from typing import Any
 import pytest
 import torch
 from tests.engine import Silent, tiny_recipe
-from tests.engines.trl_case import Watch, made, quiet, tiny, trained
+from tests.engines.trl_case import (
+    SIZES,
+    Watch,
+    dataset,
+    made,
+    quiet,
+    text_reward,
+    tiny,
+    trained,
+)
 from tests.selection import slow
 from torch import Tensor
+from trl import GRPOTrainer
 
 from proxstep.budget import KlBudget
 from proxstep.budget.prediction import sampled_kl
@@ -155,3 +165,25 @@ def test_a_recipe_with_a_budget(tmp_path: Path) -> None:
     scales = [row["kl_budget/scale"] for row in rows if "kl_budget/scale" in row]
     assert scales
     assert all(scale < 1 for scale in scales)
+
+
+def test_trls_own_trainer_does_not_train_with_our_configuration(tmp_path: Path) -> None:
+    """It would take a loss_type that it knows as its own, and leave the budget out."""
+    tokenizer, model = tiny()
+    with quiet():
+        args = PolicyTrainer.config_class(
+            str(tmp_path), **SIZES, loss_type="grpo", kl_budget=0.1, max_steps=1
+        )
+        trainer = GRPOTrainer(model, text_reward, args, dataset(), processing_class=tokenizer)
+    with pytest.raises(ProxstepError, match="PolicyConfig was given to a trainer of TRL's"):
+        trained(trainer)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "remedy"), [("dapo", "set clip_ratio_high instead"), ("opo", "leave it out")]
+)
+def test_a_clip_by_trls_name_is_refused_with_ours(
+    tmp_path: Path, loss_type: str, remedy: str
+) -> None:
+    with pytest.raises(ProxstepError, match=remedy), quiet():
+        PolicyTrainer.config_class(str(tmp_path), loss_type=loss_type, epsilon_high=0.28)

@@ -91,6 +91,22 @@ class PolicyConfig(_AlgorithmOptions, _BudgetOptions, GRPOConfig):
         f"{TRL_ADVANTAGE}, TRL's by scale_rewards.",
     )
 
+    taken = False  # whether a trainer of ours has it; no option, since it has no annotation
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Refuse TRL's own trainer, which would train by its own loss; it asks as it begins.
+
+        Raises:
+            ProxstepError: If no trainer of ours was made with this configuration.
+        """
+        if not self.taken:
+            raise ProxstepError(
+                f"a {type(self).__name__} was given to a trainer of TRL's, which would train by "
+                "its own loss and leave kl_budget and every other option of ours out: make a "
+                "PolicyTrainer, an OpoTrainer or an IsopoTrainer with it"
+            )
+        return super().get_warmup_steps(num_training_steps)
+
     def __post_init__(self) -> None:
         self.objective()  # refuses unknown algorithms before TRL looks at more
         super().__post_init__()

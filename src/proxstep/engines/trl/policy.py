@@ -110,6 +110,7 @@ class PolicyTrainer(GRPOTrainer):
                 f"geometry out: use IsopoTrainer, or give it a {ours.__name__}"
             )
         args.check()
+        args.taken = True
         set_seed(args.seed)  # TRL 1.14 draws adapters before it does so
         super().__init__(model, reward_funcs, args, *more, **options)
         self.loss_type = _REGULARIZER_LOSS

@@ -17,6 +17,8 @@ OTHER_LOSSES = (
     *("vespo_k_neg", "vespo_lambda_neg", "top_entropy_quantile", "off_policy_mask_threshold"),
 )
 """Options of TRL's own losses."""
+OURS = {"epsilon": "clip_ratio_low", "epsilon_high": "clip_ratio_high"}
+"""What some of them are called in our algorithms that have them."""
 OF_ADVANTAGES = ("scale_rewards", "multi_objective_aggregation")
 """Options of TRL's advantages, where another kind is not chosen."""
 
@@ -49,9 +51,10 @@ def refuse_without_effect(args: Any, own_advantage: str | None) -> None:
         of |= dict.fromkeys(OF_ADVANTAGES, ("TRL's advantages", own_advantage))
     for name, (whose, ours) in of.items():
         if getattr(args, name) != _DEFAULTS[name]:
+            has = OURS.get(name) if OURS.get(name) in args.objective().options() else None
             raise ProxstepError(
                 f"{name} is an option of {whose} and has no effect on {ours}, which docs/trl.md "
-                f"explains: remove it from {type(args).__name__}"
+                f"explains: " + (f"set {has} instead" if has else "leave it out")
             )
 
 
