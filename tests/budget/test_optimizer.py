@@ -319,10 +319,23 @@ def test_a_group_that_is_added_is_trained() -> None:
     loop.run(1, first=2)
 
 
-def test_a_state_without_a_budget_is_refused() -> None:
-    loop = Loop("sgd", 0.1, nats=0.01)
-    with pytest.raises(ProxstepError, match=r"inner\.load_state_dict"):
-        loop.optimizer.load_state_dict(loop.inner.state_dict())
+def test_a_checkpoint_goes_on_with_a_budget_or_without() -> None:
+    """A budget may begin, or be left out, where a run is resumed."""
+    limited, plain = Loop("adamw", 0.1, nats=0.01), Loop("adamw", 0.1)
+    limited.run(2)
+    plain.run(2)
+    begun, left = Loop("adamw", 0.1, nats=0.01), Loop("adamw", 0.1)
+    begun.optimizer.load_state_dict(plain.optimizer.state_dict())
+    left.optimizer.load_state_dict(limited.optimizer.state_dict())
+    for mine, its in ((begun, plain), (left, limited)):
+        for one, other in zip(
+            mine.inner.state_dict()["state"].values(),
+            its.inner.state_dict()["state"].values(),
+            strict=True,
+        ):
+            assert all(torch.equal(one[name], other[name]) for name in other)
+    begun.run(1, first=2)
+    left.run(1, first=2)
 
 
 def test_what_is_given_is_checked() -> None:

@@ -271,41 +271,37 @@ class KlBudget(torch.optim.Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state and the budget's."""
-        return {
-            "optimizer": self.inner.state_dict(),
+        """Return the optimizer's state, which may go on without a budget, and the budget's."""
+        own = {
             "kl": asdict(self._kl),
             "rollout": (self._share, self._left, self._steps),
             "last": (self._expected, self._small),
             "before": self._before,
         }
+        return {**self.inner.state_dict(), _OWN: own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint; from one without a budget the budget begins.
 
         Args:
-            state_dict: What `state_dict` returned.
-
-        Raises:
-            ProxstepError: If it is that of another optimizer.
+            state_dict: What `state_dict` returned, or that of the optimizer within.
         """
-        if not {"optimizer", "kl"} <= state_dict.keys():
-            raise ProxstepError(
-                f"this is no state of a KlBudget, it has {', '.join(map(str, state_dict))}: that "
-                "of a run without a budget goes into the optimizer within, inner.load_state_dict"
-            )
-        self.inner.load_state_dict(dict(state_dict["optimizer"]))
+        self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != _OWN})
         self.param_groups = self.inner.param_groups
-        self._kl = State(**state_dict["kl"])
-        self._share, self._left, self._steps = state_dict["rollout"]
-        self._expected, self._small = state_dict["last"]
-        before = state_dict["before"]
+        own = state_dict.get(_OWN)
+        if own is None:
+            return
+        self._kl = State(**own["kl"])
+        self._share, self._left, self._steps = own["rollout"]
+        self._expected, self._small = own["last"]
+        before = own["before"]
         if before is not None:
             device = self._parameters()[0].device
             before = [value.to(device) for value in before]
         self._before = before
 
 
+_OWN = "kl_budget"
 _RETURNS = (
     "log_probs() must return two tensors of shape (batch, tokens), the log-probabilities of tokens "
     "and a mask of those that count, as completion_log_probs(logits, input_ids, mask), mask[:, 1:]"
