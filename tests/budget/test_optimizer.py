@@ -273,6 +273,15 @@ def test_a_step_that_nothing_measures_is_told_once(name: str) -> None:
     assert not still
 
 
+def test_a_step_whose_judges_have_no_token_takes_the_last_share() -> None:
+    """As where all of them were cut off and are masked: a whole step could be far too large."""
+    loop = Loop("adamw", 0.1, nats=1e-3, note=lambda _: None)
+    (first,) = loop.run(1)
+    loop.backward(1)
+    loop.optimizer.step(lambda: (loop.log_probs()[0], torch.zeros(16, 8)))  # type: ignore[arg-type]
+    assert loop.optimizer.measured["scale"] == first["scale"] < 1  # type: ignore[union-attr]
+
+
 def test_autocast_around_the_step_changes_nothing() -> None:
     """Its cache would hold the weights as they were before the step."""
     loop, cast = Loop("adamw", 0.1, nats=0.01), Loop("adamw", 0.1, nats=0.01)

@@ -161,12 +161,15 @@ class KlBudget(torch.optim.Optimizer):
                     raise ProxstepError(f"{_ANEW}: their number, length or mask is another one")
                 return _mean(sampled_kl(log_prob_BT, other_BT, response_BT))
 
+            last = self._kl.scale
             try:
                 scale, predicted, measured = self._choose(measure, budget)
                 if scale < 2 * LEAST_SCALE and (drift := measure(0.0)) > budget:
                     raise ProxstepError(f"{_ANEW}: unchanged parameters are {drift:.3g} nats apart")
                 if predicted == 0.0:
                     self._tell_still(before, proposed)
+                    if _mean(response_BT.sum(dim=1).double()) == 0.0:  # nothing was measured
+                        scale = self._kl.scale = last
             except BaseException:
                 _place(parameters, before, proposed, 0.0)
                 raise
@@ -266,8 +269,8 @@ class KlBudget(torch.optim.Optimizer):
         self._still = True
         self.note(
             "the optimizer moved the parameters, but no log-probability that log_probs() returned "
-            "changed, so that the KL budget limits nothing: it must run the model that is trained "
-            "anew at each call, and its mask must be true somewhere"
+            "and that counts changed, so that the KL budget limits nothing: log_probs() must run "
+            "the model that is trained anew at each call, and its mask must be true somewhere"
         )
 
     def state_dict(self) -> dict[str, Any]:
