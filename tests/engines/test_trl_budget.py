@@ -171,9 +171,7 @@ def test_trls_own_trainer_does_not_train_with_our_configuration(tmp_path: Path) 
     """It would take a loss_type that it knows as its own, and leave the budget out."""
     tokenizer, model = tiny()
     with quiet():
-        args = PolicyTrainer.config_class(
-            str(tmp_path), **SIZES, loss_type="grpo", kl_budget=0.1, max_steps=1
-        )
+        args = PolicyTrainer.config_class(str(tmp_path), **SIZES, loss_type="grpo", kl_budget=0.1)
         trainer = GRPOTrainer(model, text_reward, args, dataset(), processing_class=tokenizer)
     with pytest.raises(ProxstepError, match="PolicyConfig was given to a trainer of TRL's"):
         trained(trainer)
@@ -186,4 +184,6 @@ def test_a_clip_by_trls_name_is_refused_with_ours(
     tmp_path: Path, loss_type: str, remedy: str
 ) -> None:
     with pytest.raises(ProxstepError, match=remedy), quiet():
-        PolicyTrainer.config_class(str(tmp_path), loss_type=loss_type, epsilon_high=0.28)
+        PolicyTrainer.config_class(
+            str(tmp_path), loss_type=loss_type, epsilon_high=0.28, use_cpu=True
+        )
