@@ -346,6 +346,16 @@ def test_a_machine_without_a_gpu_is_refused(
     assert "trainer.n_gpus_per_node=1 " in script
 
 
+def test_gpus_without_vllm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(ProxstepError, match=r'vLLM, .*: pip install "verl\[vllm\]==0.9.1"'):
+        launch.find_machine()
+    monkeypatch.setattr(launch, "find_spec", lambda name: name)
+    assert launch.find_machine() == TWO
+
+
 @pytest.mark.parametrize("name", ["OpoPolicyLossConfig", "IsopoActorConfig", "register"])
 def test_the_room_is_open_without_verl(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What needs verl says how to install it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from verl.workers.config import FSDPEngineConfig, MtpConfig
 
 import verl
 from proxstep.algorithms import ALGORITHMS
+from proxstep.config.loading import load_recipe
 from proxstep.config.releases import check_verl
 from proxstep.engines.verl import IsopoActorConfig, IsopoEngineConfig, OpoPolicyLossConfig
+from proxstep.engines.verl.overrides import Prepared, gpus, overrides
 from proxstep.engines.verl.refusals import sequence_losses
 from proxstep.engines.verl.seams import loss_mode
 from proxstep.errors import ProxstepError
@@ -112,7 +116,8 @@ def test_another_rule_and_batches_by_length() -> None:
     [
         ({"rule": "none"}, 'geometry.rule is "none"'),
         ({"rule": "isopo5"}, "geometry.rule is 'isopo5'"),
-        ({"rules": "isopo"}, "geometry.rules is 'isopo'"),
+        ({"rules": "isopo"}, r"geometry.rules is not an option; did you mean rule\?"),
+        ({"kl_budget": 0.03}, "geometry.kl_budget is not an option .*known here: rule, "),
         ({"diagnose_every": 3}, "geometry.diagnose_every is an option of the local engine"),
         ({"rule": "isopo-natural", "damping": 1.0}, "actor.geometry.damping is not an option of"),
         ({"decay": 2.0}, "geometry.decay is 2.0"),
@@ -216,6 +221,54 @@ def test_the_documented_overrides() -> None:
     assert actor.engine.strategy == "isopo"
     assert actor.engine.geometry == {"rule": "isopo-npg", "damping": 0}
     assert actor.engine.seed == FSDPEngineConfig().seed
+
+
+RECIPES: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "as it is": ("gsm8k-isopo", [("task.chat_template_kwargs", "{enable_thinking: false}")]),
+    "most keys": (
+        "arithmetic-isopo",
+        [
+            ("objective.loss_agg_mode", "seq-mean-token-sum-norm"),
+            ("regularizer.kl_coef", "0.1"),
+            ("regularizer.kl_estimator", "k2"),
+            ("model.lora.rank", "8"),
+            ("rollout.engine", "vllm"),
+            ("rollout.importance_cap", "2"),
+            ("rollout.overlong_buffer", "2"),
+            ("update.microbatch_tokens", "4096"),
+            ("optimizer.eps", "1e-6"),
+            ("logging.tracker", "wandb"),
+        ],
+    ),
+    "to the sampler": (
+        "arithmetic",
+        [
+            ("algorithm", "dppo-tv"),
+            ("regularizer.kl_coef", "0.1"),
+            ("regularizer.kl_in", "reward"),
+            ("regularizer.kl_estimator", "k1"),
+            ("optimizer.name", "sgd"),
+            ("optimizer.momentum", "0.9"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_verl_has_every_key_of_a_recipe_s_command(name: str) -> None:
+    """Hydra refuses a key that verl does not have, and our classes a value that does not fit."""
+    recipe, changes = RECIPES[name]
+    data = Prepared("model", Path("t"), Path("v"), ("exact_match",), (1.0,), "{{ messages }}")
+    words = overrides(load_recipe(recipe, changes), data, gpus(8))
+    assert omega_conf_to_dataclass(composed(*words)).ppo_micro_batch_size_per_gpu > 0
+
+
+def test_verl_has_every_key_of_the_example() -> None:
+    text = (Path(__file__).parents[2] / "examples" / "verl_command.sh").read_text()
+    words = shlex.split(text.split("verl.trainer.main_ppo")[-1].replace("\\\n", " "))
+    actor = omega_conf_to_dataclass(composed(*(re.sub(r"\$.*", "x", word) for word in words[:-1])))
+    assert isinstance(actor, IsopoActorConfig)
+    assert actor.policy_loss.loss_mode == "gpg"
 
 
 def test_hydra_passes_the_message_on() -> None:

@@ -18,7 +18,7 @@ from proxstep.config.geometry import GeometrySection
 from proxstep.config.objectives import ObjectiveSection, section_of
 from proxstep.config.sections import Section
 from proxstep.config.unread import unread_geometry
-from proxstep.errors import ProxstepError
+from proxstep.errors import ProxstepError, did_you_mean
 from proxstep.isopo import Rule
 
 Option = tuple[str, Any, Any]
@@ -123,6 +123,12 @@ def read_section(
         first = error.errors()[0]
         key = str(first["loc"][0])
         name = place + (names or {}).get(key, key)
+        if first["type"] == "extra_forbidden":
+            known = [*section.model_fields]
+            raise ProxstepError(
+                f"{name} is not an option{did_you_mean(key, known)} (known here: "
+                f"{', '.join(known)})"
+            ) from None
         raise ProxstepError(f"{name} is {first['input']!r}: {first['msg']}") from None
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def command(recipe: Recipe) -> str:
         ProxstepError: If the recipe asks for what verl cannot do.
     """
     prepared, _ = plan(recipe)
-    machine = find_machine() if torch.cuda.is_available() else gpus(1)
+    machine = gpus(torch.cuda.device_count() or 1)
     folder = shlex.quote(recipe.output_dir)
     arguments = [_quoted(text) for text in overrides(recipe, prepared, machine)]
     lines = [
@@ -243,12 +244,17 @@ def find_machine() -> Machine:
     """Return what this machine is to verl.
 
     Raises:
-        ProxstepError: If it has no GPU.
+        ProxstepError: If it has no GPU, or no vLLM.
     """
     if not torch.cuda.is_available():
         raise ProxstepError(
             "--engine verl needs a GPU, and CUDA shows none on this machine: use --engine local or "
             "trl here"
+        )
+    if find_spec("vllm") is None:
+        raise ProxstepError(
+            "--engine verl samples with vLLM, which is not installed: "
+            'pip install "verl[vllm]==0.9.1" brings the release that verl asks for'
         )
     return gpus(torch.cuda.device_count())
 
