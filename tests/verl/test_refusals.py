@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 from tests import models
 from tests.verl.verl_case import Case, actor_config, made_engine, saved_model
 from tests.verl.verl_data import quiet
-from verl.utils.config import omega_conf_to_dataclass
-from verl.workers.config import FSDPEngineConfig, MtpConfig
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.workers.config import FSDPEngineConfig, MtpConfig, PolicyLossConfig
 
 import verl
 from proxstep.algorithms import ALGORITHMS
@@ -127,6 +128,11 @@ def test_keys_of_the_geometry(geometry: dict[str, Any], message: str) -> None:
     refused(Case("", geometry=geometry), message)
 
 
+def test_a_loss_of_ours_without_its_class() -> None:
+    case = Case("", actor={"policy_loss": PolicyLossConfig(loss_mode="chi2_opo")})
+    refused(case, r"policy_loss._target_=proxstep.engines.verl.OpoPolicyLossConfig")
+
+
 # -- by the engine, before the model is built ------------------------------------------------------
 
 
@@ -193,12 +199,16 @@ def test_these_are_supported(monkeypatch: pytest.MonkeyPatch, found: str) -> Non
 
 
 def composed(*overrides: str) -> Any:
+    """The actor's part of `command`."""
+    return command(*overrides).actor_rollout_ref.actor
+
+
+def command(*overrides: str) -> Any:
     """verl's whole configuration with these overrides, as its main program makes it."""
     folder = str(Path(verl.__file__).parent / "trainer" / "config")
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(folder, version_base=None):
-        config = hydra.compose("ppo_trainer", list(overrides))
-    return config.actor_rollout_ref.actor
+        return hydra.compose("ppo_trainer", list(overrides))
 
 
 ACTOR = "actor_rollout_ref.actor."
@@ -208,6 +218,24 @@ OPO = (
     f"{ACTOR}policy_loss.loss_mode=chi2_opo",
 )
 ISOPO = (f"{ACTOR}strategy=isopo", f"{ACTOR}_target_=proxstep.engines.verl.IsopoActorConfig")
+EXTERNAL = "actor_rollout_ref.model.external_lib=proxstep.engines.verl"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], r"model.external_lib is not set.*model.external_lib=proxstep.engines.verl$"),
+        ([EXTERNAL, "actor_rollout_ref.model.use_liger=True"], "model.use_liger and ISOPO"),
+        ([EXTERNAL, "actor_rollout_ref.model.mtp.enable=True"], "model.mtp.enable and ISOPO"),
+        ([EXTERNAL], None),
+    ],
+)
+def test_the_command_line_as_a_whole(words: list[str], message: str | None) -> None:
+    """What verl's main program checks before it starts Ray."""
+    config = command(*SIZES, *ISOPO, f"{ACTOR}policy_loss.loss_mode=gpg", *words)
+    config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu = 2
+    with nullcontext() if message is None else pytest.raises(ProxstepError, match=message):
+        validate_config(config, use_reference_policy=False, use_critic=False)
 
 
 def test_the_documented_overrides() -> None:

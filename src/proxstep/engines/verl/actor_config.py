@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from verl.workers.config import FSDPActorConfig, FSDPEngineConfig
 from proxstep.config.geometry import GeometrySection
 from proxstep.config.sections import default_of
 from proxstep.engines.fields import read_section, rule_of
-from proxstep.engines.verl.refusals import refuse_actor
+from proxstep.engines.verl.refusals import refuse_actor, refuse_command
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, Rule
 
@@ -52,6 +53,14 @@ class IsopoActorConfig(FSDPActorConfig):
         engine = IsopoEngineConfig(**values | {"strategy": "fsdp2", "geometry": self.geometry})
         object.__setattr__(engine, "strategy", BACKEND)  # verl's class knows its own names alone
         self.engine = engine
+
+    def validate(
+        self, n_gpus: int, train_batch_size: int, model_config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Check the command line as a whole: verl's main program calls it before it starts Ray."""
+        super().validate(n_gpus, train_batch_size, model_config)  # type: ignore[arg-type]
+        if model_config is not None:
+            refuse_command(model_config)
 
 
 def read_geometry(values: dict[str, Any]) -> tuple[GeometrySection, Rule]:

@@ -10,7 +10,8 @@ from verl.utils.torch_dtypes import PrecisionType
 from proxstep.algorithms import ALGORITHMS
 from proxstep.config.geometry import GeometrySection
 from proxstep.engines.fields import Refusal, refuse_together
-from proxstep.engines.verl.seams import loss_mode
+from proxstep.engines.verl.policy_loss import check_config
+from proxstep.engines.verl.seams import LIBRARY, loss_mode
 from proxstep.errors import ProxstepError
 from proxstep.isopo import IsometricRule, Rule
 
@@ -98,12 +99,32 @@ def refuse_actor(actor: Any, section: GeometrySection, rule: Rule) -> None:
             "sequence, which a token-level objective does not have: use "
             f"{', '.join(sequence_losses())} (gpg is REINFORCE)"
         )
+    ours = {loss_mode(found): found for found in ALGORITHMS.values()}
+    if loss.loss_mode in ours:
+        check_config(loss, ours[loss.loss_mode])
     kind = loss.rollout_correction["loss_type"]
     if loss.loss_mode == "bypass_mode" and kind != "reinforce":
         raise ProxstepError(
             f"{_ACTOR}policy_loss.rollout_correction.loss_type is {kind!r}, a token-level "
             "objective, and ISOPO needs one coefficient per sequence: use reinforce"
         )
+
+
+def refuse_command(model: Any) -> None:
+    """Refuse what the command line's model section shows, before any process is started.
+
+    Args:
+        model: `actor_rollout_ref.model`.
+
+    Raises:
+        ProxstepError: If an option is set that cannot work, or our library is not loaded.
+    """
+    if not model["external_lib"]:
+        raise ProxstepError(
+            f"{_MODEL}external_lib is not set, so verl's processes would not know ISOPO: set "
+            f"{_MODEL}external_lib={LIBRARY}"
+        )
+    refuse_together("ISOPO", model, MODEL, _MODEL)
 
 
 def refuse_model(model: Any, engine: Any) -> None:
