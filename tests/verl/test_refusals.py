@@ -195,6 +195,13 @@ def test_these_are_supported(monkeypatch: pytest.MonkeyPatch, found: str) -> Non
     check_verl()
 
 
+def test_beside_trl_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    releases = {"verl": "0.9.1", "trl": "1.16.0"}
+    monkeypatch.setattr("proxstep.config.releases.version", releases.__getitem__)
+    with pytest.raises(ProxstepError, match=r"TRL 1.16.0, .* environment of its own"):
+        check_verl()
+
+
 # -- verl's own configuration files ----------------------------------------------------------------
 
 

@@ -49,9 +49,22 @@ def check_trl() -> None:
 
 
 def check_verl() -> None:
-    """Refuse a missing or an untested verl; 0.9.1 is tested.
+    """Refuse a missing or an untested verl, or one beside our TRL; 0.9.1 is tested.
+
+    Where TRL is installed, verl 0.9.1 imports a class that TRL 1.14.2 and 1.16.0 do not have.
 
     Raises:
-        ProxstepError: With the command that installs a tested one.
+        ProxstepError: With the remedy.
     """
     check_release("verl", "verl", ">=0.9.1,<0.10", {"": "its engines' insides change often"})
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        return
+    if SpecifierSet(">=1.14").contains(found, prereleases=True):
+        raise ProxstepError(
+            f"verl 0.9 does not load a model beside TRL {found}, of which it imports a class that "
+            "is gone: install verl in an environment of its own, or pip uninstall trl"
+        )
