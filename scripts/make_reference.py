@@ -60,6 +60,7 @@ def recipe_page() -> str:
         "",
         "Two more keys stand for others: `algorithm` for `objective.name` and `geometry.rule`, and",
         "`per_algorithm`, a mapping from algorithms to parts of a recipe that hold for them alone.",
+        "The section `compare` is of [`proxstep compare`](compare.md#arms) alone.",
         "",
         "| key | type | default | |",
         "|---|---|---|---|",

@@ -53,6 +53,7 @@ def random_step(seed: int, sizes: tuple[int, ...] = SIZES) -> Step:
                     g.square().sum(1),
                     g @ g.mT,
                     group,
+                    length_B=torch.randint(1, 90, (len(g),), generator=generator),
                 )
             )
     return Step(gradients, coefficients, groups, records)

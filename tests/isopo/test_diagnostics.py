@@ -117,8 +117,11 @@ FROM_KERNELS = {
         (("ntk_BB",), FROM_KERNELS),
         (
             ("ntk_BB", "norm_sq_B"),
-            FROM_KERNELS | {"norm", "fisher_norm_correlation", "max_contribution_share"},
+            FROM_KERNELS
+            | {"norm", "fisher_norm_correlation", "max_contribution_share"}
+            | {"norm_length_correlation"},
         ),
+        (("length_B",), {"weight_length_correlation", "norm_length_correlation"}),
         (("group_B",), {"group_conflict"}),
     ],
 )

@@ -76,6 +76,10 @@ def test_the_correlation_is_of_logarithms_without_filled_estimates(seed: int) ->
         else:
             expected = statistics.correlation(*zip(*logs, strict=True))
             assert layer(found, name).fisher_norm_correlation == pytest.approx(expected)
+        columns = [pooled(step, name, f) for f in ("weight_B", "coefficient_B", "length_B")]
+        logs = [(math.log(abs(w / c)), math.log(n)) for w, c, n in zip(*columns, strict=True) if c]
+        expected = statistics.correlation(*zip(*logs, strict=True))
+        assert layer(found, name).weight_length_correlation == pytest.approx(expected)
 
 
 # -- the gradient ----------------------------------------------------------------------------------

@@ -238,3 +238,21 @@ def test_tasks_are_averaged_and_are_no_tuning(make_run, tmp_path) -> None:
     assert setting.standings[0].final.value == pytest.approx(0.61)
     assert setting.pairs[0].better.value == 1.0
     assert not comparison.tuned
+
+
+def test_all_can_be_compared_with_one(make_run, tmp_path) -> None:
+    finals = {"plain": 0.6, "better": 0.8, "worse": 0.4, "alike": 0.61}
+    for name, final in finals.items():
+        for seed, (own, kl) in enumerate(spread(final, 0.3, width=0.02)):
+            settings = {"label": name} if name != "plain" else None
+            make_run("isopo", seed, curve(own, kl), settings, name=f"{name}-seed{seed}")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"vary": {}, "against": "isopo"}))
+    comparison = compare_runs(find_runs([tmp_path]))
+    (setting,) = comparison.settings
+    assert [(p.first, p.second) for p in setting.pairs] == [
+        (name, "isopo") for name in ("better", "alike", "worse")
+    ]
+    text = verdict(comparison)
+    assert text.startswith("better ends 0.200 [0.1")
+    assert "above isopo; worse ends 0.200 [0.1" in text
+    assert "below isopo; alike cannot be told apart from isopo at 5 seeds" in text

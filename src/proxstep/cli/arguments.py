@@ -171,9 +171,13 @@ def _add_train(train: Parser) -> None:
 
 def _add_compare(compare: Parser) -> None:
     compare.add_argument("recipe", help="a YAML file, or a name of proxstep recipes")
-    compare.add_argument("--algorithms", required=True, help="names, separated by commas")
     compare.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)"
+        "--algorithms",
+        metavar="A,B",
+        help="names of algorithms and of the recipe's arms (default: all of its arms)",
+    )
+    compare.add_argument(
+        "--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: the recipe's, or 1)"
     )
     compare.add_argument(
         "--add-seeds", type=int, default=0, metavar="K", help="K more: seeds 0 to N + K - 1"
@@ -303,6 +307,8 @@ examples:
   proxstep compare arithmetic --algorithms grpo,opo --seeds 5 \\
     --vary optimizer.learning_rate=3e-5,1e-4,3e-4
 
+A recipe's section `compare` names arms, settings of one algorithm or several (docs/compare.md):
+  proxstep compare mine.yaml --jobs 1
 The output folder holds the plan, plan.yaml. The same command again goes on where a comparison was
 stopped; with more seeds, algorithms or values it extends the plan. docs/compare.md has the rest.
 Every algorithm gets the same recipe, prompts and seeds. Settings of one algorithm alone, such as a

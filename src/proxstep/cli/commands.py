@@ -233,10 +233,16 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
 
 
 def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
-    names = _algorithms(arguments.algorithms)
+    from proxstep.lab.arms import Design
+
     data, changes, source = read_recipe(arguments.recipe, overrides)
+    design = Design.of(data, source)
+    names = design.names(arguments.algorithms)
     for name in names:
-        check_names(data, {**changes, "algorithm": name}, source)
+        part = design.part(name)
+        place = f"{source}: compare.arms.{name}" if name in design.arms else source
+        check_names({}, part, place)
+        check_names(data, {**changes, "algorithm": part["algorithm"]}, source)
     from proxstep.lab.compare import clear, run_plan
     from proxstep.lab.plan import parse_budget
     from proxstep.runs.console import make_progress
@@ -245,7 +251,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.training import lifecycle
     from proxstep.training.models import pick_device
 
-    plan = _plan(arguments, overrides, names)
+    plan = _plan(arguments, overrides, names, design)
     budget = parse_budget(arguments.budget) if arguments.budget else None
     output: Path = arguments.output
     check_folder(output, "--output")
@@ -271,14 +277,7 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     return _summarize(paths, output / "report.html", arguments, console)
 
 
-def _algorithms(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
-        raise ProxstepError("--algorithms needs distinct names, separated by commas")
-    return names
-
-
-def _plan(arguments: Namespace, overrides: Overrides, names: list[str]) -> Any:
+def _plan(arguments: Namespace, overrides: Overrides, names: list[str], design: Any) -> Any:
     from proxstep.lab.plan import Plan, parse_vary
 
     for name, least in (("seeds", 1), ("jobs", 1), ("add_seeds", 0)):
@@ -290,10 +289,11 @@ def _plan(arguments: Namespace, overrides: Overrides, names: list[str]) -> Any:
         arguments.recipe,
         overrides,
         names,
-        parse_vary(arguments.vary),
-        arguments.seeds + arguments.add_seeds,
+        {**design.vary, **parse_vary(arguments.vary)},
+        (arguments.seeds or design.seeds) + arguments.add_seeds,
         halving=arguments.budget is not None,
         engine=arguments.engine,
+        design=design,
     )
 
 

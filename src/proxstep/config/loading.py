@@ -27,13 +27,18 @@ from proxstep.isopo import PRESETS
 from proxstep.rewards.modules import load_module
 
 
-def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: Sequence[tuple[str, str]] = (),
+    part: Mapping[str, Any] | None = None,
+) -> Recipe:
     """Read a recipe, apply command-line overrides and check everything.
 
     Args:
         path: A YAML file, or the name of one of our recipes.
         overrides: Pairs of a dotted key and a YAML value, such as ("optimizer.learning_rate",
             "1e-5").
+        part: What goes between the file and the overrides, such as an arm of a comparison.
 
     Returns:
         The recipe with every value resolved.
@@ -41,7 +46,8 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     Raises:
         ProxstepError: One message for whatever is wrong, naming file, key and remedy.
     """
-    return resolve(*read_recipe(path, overrides))
+    data, changes, source = read_recipe(path, overrides)
+    return resolve(data, _merge(part or {}, changes, source), source)
 
 
 def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> Recipe:
@@ -56,6 +62,7 @@ def resolve(data: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
         ProxstepError: One message for whatever is wrong.
     """
     data, changes = dict(data), dict(changes)
+    data.pop("compare", None)  # `proxstep compare` alone reads it
     library = changes.get("external_lib", data.get("external_lib"))
     if isinstance(library, str):
         load_module(library, f"{source}: external_lib {library}")

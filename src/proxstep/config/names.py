@@ -167,7 +167,8 @@ def check_names(data: Mapping[str, Any], changes: Mapping[str, Any], source: str
         lines: dict[str, str] = {}
         for name, _, own_place, part in parts:
             if own_place == place and isinstance(part, Mapping):
-                of_file = {key: value for key, value in part.items() if key != "per_algorithm"}
+                apart = ("per_algorithm", "compare")
+                of_file = {key: value for key, value in part.items() if key not in apart}
                 lines |= _mistakes(of_file if place == source else part, "", _kinds_of(name))
         if lines:
             raise ProxstepError(f"{place}: " + "\n  ".join(lines.values()))

@@ -58,9 +58,11 @@ def read_recipe(
     path = find_recipe(name)
     changes = read_overrides(overrides)
     data = read_yaml(path)
-    per_algorithm = data.get("per_algorithm")
-    for part in (data, *(per_algorithm.values() if isinstance(per_algorithm, dict) else ())):
-        _find_files(part, path.parent)
+    compare = data.get("compare")
+    arms = compare.get("arms") if isinstance(compare, dict) else None
+    for parts in ({"": data}, data.get("per_algorithm"), arms):
+        for part in parts.values() if isinstance(parts, dict) else ():
+            _find_files(part, path.parent)
     return data, changes, str(name)
 
 

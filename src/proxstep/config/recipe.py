@@ -71,6 +71,12 @@ class Recipe(Section):
     algorithm: str = Field(
         description="An objective, a preset of ISOPO on REINFORCE, or RULE+OBJECTIVE (isopo+opo)."
     )
+    label: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What tables and figures call the run, where several settings share an "
+        "algorithm; null for the algorithm's name.",
+    )
     external_lib: str | None = Field(
         default=None,
         description="A Python file, or a module's name, that registers algorithms of your own: it "

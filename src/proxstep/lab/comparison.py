@@ -10,7 +10,13 @@ from math import isnan, nan
 from proxstep.lab import statistics
 from proxstep.lab.choosing import Chosen, Measure
 from proxstep.lab.halving import read_note
-from proxstep.lab.outcomes import Outcome, outcomes_by_algorithm, plans_of, varied_keys
+from proxstep.lab.outcomes import (
+    Outcome,
+    outcomes_by_algorithm,
+    plans_of,
+    reference_of,
+    varied_keys,
+)
 from proxstep.lab.plan import is_of_task
 from proxstep.lab.statistics import (
     CONFIDENCE,
@@ -52,7 +58,10 @@ class Standing:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two algorithms against each other, the one with the higher final score first.
+    """Two algorithms against each other.
+
+    The one with the higher final score is the first; where all are compared with one, that one is
+    the second.
 
     Attributes:
         first: Its name.
@@ -92,7 +101,7 @@ class Setting:
     Attributes:
         name: The values, `BEST`, or nothing where nothing is tuned.
         standings: One for each algorithm.
-        pairs: Each two of them.
+        pairs: Each two of them, or those with the one that the others are compared with.
         kl: The largest KL that every run spent, in nats per token.
         seconds: The longest time that every run took.
     """
@@ -115,6 +124,7 @@ class Comparison:
         tuned: The tuned keys, as text, such as "learning_rate".
         varied: All varied keys.
         halving: What is to be told of a halving, where there was one.
+        against: The algorithm that every other one is compared with; None for all pairs.
     """
 
     settings: list[Setting]
@@ -122,6 +132,7 @@ class Comparison:
     tuned: str
     varied: list[str]
     halving: list[str]
+    against: str | None = None
 
     @property
     def runs(self) -> list[Run]:
@@ -136,15 +147,17 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     chosen = {algorithm: Chosen(outcomes) for algorithm, outcomes in groups.items()}
     values = list(dict.fromkeys(o.tuned for outcomes in groups.values() for o in outcomes))
     tuned = [key.rpartition(".")[2] for key in varied if not is_of_task(key)]
-    settings = [_setting(BEST if tuned else "", chosen)]
+    against = reference_of(runs)
+    settings = [_setting(BEST if tuned else "", chosen, against)]
     for value in values if len(values) > 1 else ():
         alike = {name: [o for o in group if o.tuned == value] for name, group in groups.items()}
-        settings.append(_setting(value, {name: Chosen(own) for name, own in alike.items() if own}))
+        own = {name: Chosen(group) for name, group in alike.items() if group}
+        settings.append(_setting(value, own, against))
     halving = [text for folder in plans_of(runs) for text in read_note(folder)]
-    return Comparison(settings, chosen, " and ".join(tuned), varied, halving)
+    return Comparison(settings, chosen, " and ".join(tuned), varied, halving, against)
 
 
-def _setting(name: str, groups: dict[str, Chosen]) -> Setting:
+def _setting(name: str, groups: dict[str, Chosen], against: str | None) -> Setting:
     everyone = [outcome for chosen in groups.values() for outcome in chosen.outcomes]
     kl = _shared(max(o.kl, default=nan) for o in everyone)
     seconds = _shared(max(o.seconds, default=nan) for o in everyone)
@@ -162,7 +175,10 @@ def _setting(name: str, groups: dict[str, Chosen]) -> Setting:
     ]
     measured = [standing for standing in standings if not isnan(standing.final.value)]
     ranked = sorted(measured, key=lambda standing: -standing.final.value)
-    couples = list(combinations([standing.algorithm for standing in ranked], 2))
+    names = [standing.algorithm for standing in ranked]
+    couples = list(combinations(names, 2))
+    if against is not None:
+        couples = [(name, against) for name in names if name != against and against in names]
     pairs = [
         _pair(a, b, groups[a], groups[b], kl, seconds, num_pairs=len(couples)) for a, b in couples
     ]

@@ -110,6 +110,12 @@ def varied_keys(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(key for plan in plans_of(runs).values() for key in plan["vary"]))
 
 
+def reference_of(runs: Sequence[Run]) -> str | None:
+    """Return the algorithm that the plans beside the runs compare every other one with."""
+    found = {plan.get("against") for plan in plans_of(runs).values()}
+    return found.pop() if len(found) == 1 else None
+
+
 def outcomes_by_algorithm(runs: Sequence[Run]) -> dict[str, list[Outcome]]:
     """Return every run's outcome, by its algorithm in order of first appearance.
 

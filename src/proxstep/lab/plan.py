@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product, zip_longest
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from proxstep.config.loading import load_recipe, with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.config.yamlfile import dump_yaml, parse_yaml, read_yaml
 from proxstep.errors import ProxstepError
+from proxstep.lab.arms import Design
 from proxstep.runs.durable import write_file
 from proxstep.runs.reading import as_text, flatten
 
@@ -27,6 +28,7 @@ NOT_VARIED = {
     "seed": "--seeds",
     "output_dir": "--output",
     "per_algorithm": "the recipe for it",
+    "label": "compare.arms in the recipe",
 }
 """Keys of a recipe that compare sets itself, and what to use in their place."""
 CHOOSING = 1000
@@ -43,10 +45,10 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """An algorithm at one choice of the varied values.
+    """An algorithm, or an arm, at one choice of the varied values.
 
     Attributes:
-        algorithm: Its name.
+        algorithm: Its name, or the arm's.
         values: The varied keys with their values, none where nothing varies.
         recipe: The resolved recipe.
     """
@@ -95,6 +97,8 @@ class Plan:
         seeds: Number of seeds.
         halving: Whether values are chosen by successive halving, with a budget.
         engine: What runs the training, local or trl.
+        own_vary: Values of varied keys that are an arm's own, by its name.
+        against: The algorithm that every other one is compared with; None for all pairs.
     """
 
     variants: tuple[Variant, ...]
@@ -102,6 +106,8 @@ class Plan:
     seeds: int
     halving: bool = False
     engine: str = "local"
+    own_vary: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    against: str | None = None
 
     @classmethod
     def of(
@@ -114,8 +120,19 @@ class Plan:
         *,
         halving: bool = False,
         engine: str = "local",
+        design: Design | None = None,
     ) -> Plan:
         """Return the plan that a command line describes.
+
+        Args:
+            recipe: The recipe file, or the name of one of ours.
+            overrides: Pairs of a dotted key and a YAML value.
+            algorithms: Names of algorithms, and of the design's arms.
+            vary: Keys with their values.
+            seeds: Number of seeds.
+            halving: Whether values are chosen by successive halving, with a budget.
+            engine: What runs the training.
+            design: What the recipe file says of arms.
 
         Raises:
             ProxstepError: If a recipe of it is wrong, or two of its algorithms are to have
@@ -124,28 +141,28 @@ class Plan:
         for key in [*dict(overrides), *vary]:
             if key in NOT_VARIED:
                 raise ProxstepError(f"--{key} does not go with compare: use {NOT_VARIED[key]}")
+        design = design or Design()
+        own_vary = {name: own for name in algorithms if (own := design.own_vary(name))}
+
+        def variant(name: str, values: tuple[Any, ...]) -> Variant:
+            chosen = dict(zip(vary, values, strict=True))
+            on_top = [*overrides, *((key, json.dumps(value)) for key, value in chosen.items())]
+            return Variant(name, chosen, load_recipe(recipe, on_top, design.part(name)))
+
+        choices = [product(*{**vary, **own_vary.get(name, {})}.values()) for name in algorithms]
         variants = [
-            Variant(
-                algorithm,
-                dict(zip(vary, values, strict=True)),
-                load_recipe(
-                    recipe,
-                    [
-                        *overrides,
-                        *((key, json.dumps(v)) for key, v in zip(vary, values, strict=True)),
-                        ("algorithm", algorithm),
-                    ],
-                ),
-            )
-            for values in product(*vary.values())
-            for algorithm in algorithms
+            variant(name, values)
+            for alike in zip_longest(*choices)
+            for name, values in zip(algorithms, alike, strict=True)
+            if values is not None
         ]
         names = [variant.name for variant in variants]
         if len(set(names)) < len(names):
             raise ProxstepError("--vary gives two runs one name: let its values differ clearly")
-        _check_alike(variants)
+        _check_alike(variants, {key for own in own_vary.values() for key in own})
         held = {key: list(values) for key, values in vary.items()}
-        return cls(tuple(variants), held, seeds, halving, engine)
+        against = design.reference(algorithms)
+        return cls(tuple(variants), held, seeds, halving, engine, own_vary, against)
 
     @property
     def algorithms(self) -> list[str]:
@@ -174,10 +191,14 @@ class Plan:
     def content(self) -> dict[str, Any]:
         """Return what its file holds."""
         first = {variant.algorithm: variant.recipe for variant in reversed(self.variants)}
-        left_out = {"algorithm", "seed", "output_dir", *self.vary}
+        left_out = {"seed", "output_dir", "label", *self.vary}
+        if not any(variant.recipe.label for variant in self.variants):
+            left_out.add("algorithm")
         return {
             "algorithms": self.algorithms,
             "vary": self.vary,
+            **({"own_vary": self.own_vary} if self.own_vary else {}),
+            **({"against": self.against} if self.against else {}),
             "seeds": self.seeds,
             "halving": self.halving,
             "engine": self.engine,
@@ -287,10 +308,19 @@ def describe(key: str, value: Any, sep: str = " ") -> str:
     return key + sep + re.sub(r"[^\w.+-]+", "_", text)
 
 
-def _check_alike(variants: Sequence[Variant]) -> None:
-    """Refuse algorithms with different prompts, initial policies or numbers of rollouts."""
+def _check_alike(variants: Sequence[Variant], own: Collection[str]) -> None:
+    """Refuse algorithms with different prompts, initial policies or numbers of rollouts.
+
+    Args:
+        variants: All of them.
+        own: Keys of which an arm has its own values.
+    """
+
+    def shared(variant: Variant) -> Values:
+        return {key: value for key, value in variant.values.items() if key not in own}
+
     for variant in variants:
-        first = next(other for other in variants if other.values == variant.values)
+        first = next(other for other in variants if shared(other) == shared(variant))
         for key in _ALIKE:
             one, other = _at(first.recipe, key), _at(variant.recipe, key)
             if one != other:
@@ -315,6 +345,11 @@ def _without(tree: dict[str, Any], keys: set[str], prefix: str = "") -> dict[str
     }
 
 
+def _vary_of(content: Mapping[str, Any], name: str) -> dict[str, list[Any]]:
+    """Return the varied keys of an algorithm with its values."""
+    return {**content["vary"], **content.get("own_vary", {}).get(name, {})}
+
+
 def _differences(held: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Yield what keeps one plan from being a beginning of another."""
     if not {"algorithms", "vary", "seeds", "recipes"} <= held.keys():
@@ -330,9 +365,11 @@ def _differences(held: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[st
     if list(held["vary"]) != list(new["vary"]):
         yield f"it varies {', '.join(held['vary']) or 'nothing'}"
         return
-    for key, values in held["vary"].items():
-        if missing := [value for value in values if value not in new["vary"][key]]:
-            yield f"it has {key} {as_text(missing[0])}"
+    for name in held["algorithms"]:
+        now = _vary_of(new, name)
+        for key, values in _vary_of(held, name).items():
+            if missing := [value for value in values if value not in now[key]]:
+                yield f"it has {key} {as_text(missing[0])} for {name}"
     for algorithm, recipe in held["recipes"].items():
         before = dict(flatten(recipe))
         now = dict(flatten(new["recipes"].get(algorithm, {})))

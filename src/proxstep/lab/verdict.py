@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from proxstep.lab.comparison import Comparison, Pair, Setting
-from proxstep.lab.statistics import MOST_SEEDS
+from proxstep.lab.statistics import MOST_SEEDS, Estimate
 
 
 def verdict(comparison: Comparison) -> str:
@@ -24,7 +24,8 @@ def verdict(comparison: Comparison) -> str:
             "No verdict from one seed: what differs may be chance. Add seeds with --add-seeds 4 to "
             "the same command."
         )
-    text = _of_scores(setting)
+    against = comparison.against
+    text = _of_scores(setting) if against is None else _of_reference(setting, against)
     if comparison.tuned:
         text = f"Each at its best {comparison.tuned}, chosen on other seeds: {text}"
     saved = _of_kl(setting.pairs)
@@ -50,6 +51,24 @@ def _of_scores(setting: Setting) -> str:
         names = _listed([pair.second for pair in unclear])
         return f"{text}; it cannot be told apart from {names} {_at_seeds(unclear)}"
     return f"{text} ({seeds} seeds)"
+
+
+def _of_reference(setting: Setting, against: str) -> str:
+    """Return which of the others end above or below the one that they are compared with."""
+    texts, unclear = [], []
+    for pair in setting.pairs:
+        final = pair.final
+        if not pair.adjusted:
+            unclear.append(pair)
+        elif final.value > 0:
+            texts.append(f"{pair.first} ends {final.text()} above {against}")
+        else:
+            below = Estimate(-final.value, -final.high, -final.low)
+            texts.append(f"{pair.first} ends {below.text()} below {against}")
+    if unclear:
+        names = _listed([pair.first for pair in unclear])
+        texts.append(f"{names} cannot be told apart from {against} {_at_seeds(unclear)}")
+    return "; ".join(texts)
 
 
 def _at_seeds(pairs: Sequence[Pair]) -> str:

@@ -23,7 +23,7 @@ MISSING = "\N{EN DASH}"  # what is shown for what was not measured or not set
 
 # What a fair comparison varies: within an algorithm, and between algorithms.
 _VARIED_BY_RUN = {"seed", "output_dir"}
-_VARIED_BY_ALGORITHM = {"algorithm", "objective", "geometry", "advantage"}
+_VARIED_BY_ALGORITHM = {"algorithm", "label", "objective", "geometry", "advantage"}
 _COMPARED_INFO = ("machine", "proxstep_version", "torch_version", "transformers_version")
 _LONGEST_VALUE = 60
 _CONTENT = "a run folder holds run.json, recipe.yaml and metrics.jsonl"
@@ -35,7 +35,7 @@ class Run:
 
     Attributes:
         path: The run folder, as it was given.
-        algorithm: The recipe's `algorithm`.
+        algorithm: The recipe's `label`, else its `algorithm`.
         seed: The recipe's `seed`.
         recipe: The resolved recipe.
         info: The content of `run.json`.
@@ -86,7 +86,8 @@ def load_run(path: str | Path) -> Run:
     recipe = _read_recipe(folder / "recipe.yaml")
     info = _read_json(folder / "run.json")
     records = read_metrics(folder / "metrics.jsonl")
-    return Run(folder, recipe["algorithm"], recipe["seed"], recipe, info, records)
+    name = recipe.get("label") or recipe["algorithm"]
+    return Run(folder, name, recipe["seed"], recipe, info, records)
 
 
 def load_samples(run: Run) -> list[dict[str, Any]]:
@@ -153,7 +154,7 @@ def fairness_notes(runs: Sequence[Run], varied: Sequence[str] = ()) -> list[str]
     These are: runs that did not finish or learned nothing; seeds that repeat, are single or
     differ between algorithms; and differences in the recipe, the machine or the versions, except
     those that a comparison is about (seed and output folder; between algorithms also algorithm,
-    objective, geometry and advantage) and the keys that a plan varies.
+    label, objective, geometry and advantage) and the keys that a plan varies.
     """
     groups = by_algorithm(runs)
     return [*_unfinished_notes(runs), *_seed_notes(groups), *_setting_notes(groups, varied)]

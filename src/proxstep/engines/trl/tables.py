@@ -45,7 +45,7 @@ RUN_FOLDER = (
     *("evaluation.every", "evaluation.batch_size", "evaluation.num_probe_prompts"),
     *("evaluation.kl_policy_initial", "evaluation.baselines"),
     *("evaluation.num_samples", "evaluation.temperature", "evaluation.remember_first"),
-    *("logging.num_samples", "task.max_prompt_length", "guard"),
+    *("logging.num_samples", "task.max_prompt_length", "guard", "label"),
     *("logging.checkpoint_minutes", "logging.checkpoints_kept", "task.reward_seconds"),
 )
 """What `proxstep train` adds to a run, and a printed script has not: TRL has no such thing."""

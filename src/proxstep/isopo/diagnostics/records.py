@@ -29,6 +29,7 @@ class LayerRecord:
         moments: What the trailing means average, by name.
         report: What the rule says of itself: "scale", by which an isometric one multiplied the
             coefficients, "off_diagonal", the share of |K| off the diagonal in a natural one.
+        length_B: Each sequence's number of positions, prompt and completion, where it is kept.
     """
 
     coefficient_B: Float[Tensor, " batch"]
@@ -40,6 +41,7 @@ class LayerRecord:
     group_B: Int[Tensor, " batch"] | None = None
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     report: Mapping[str, Tensor] = field(default_factory=dict)
+    length_B: Int[Tensor, " batch"] | None = None
 
 
 def joined(parts: Sequence[LayerRecord]) -> LayerRecord:

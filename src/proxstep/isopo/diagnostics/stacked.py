@@ -32,6 +32,7 @@ class StackedRecords:
         filled_UMB: 1 where the estimate was filled in, 0 where not, NaN where that is unknown.
         norm_sq_UMB: |G_b|^2, off the kernel's diagonal where it was not measured by itself; NaN
             where it is unknown.
+        length_UMB: Each sequence's number of positions; NaN where it is unknown.
         group_UMB: Each sequence's group, numbered from 0; -1 where it is unknown.
         ntk_UMBB: The kernels; 0 in the padding and where they are unknown.
         has_ntk_UM: Which kernels are known: a kernel that is not finite is not.
@@ -44,6 +45,7 @@ class StackedRecords:
     fisher_sq_UMB: Float[Tensor, "uses microbatches batch"]
     filled_UMB: Float[Tensor, "uses microbatches batch"]
     norm_sq_UMB: Float[Tensor, "uses microbatches batch"]
+    length_UMB: Float[Tensor, "uses microbatches batch"]
     group_UMB: Int[Tensor, "uses microbatches batch"]
     ntk_UMBB: Float[Tensor, "uses microbatches batch batch"]
     has_ntk_UM: Bool[Tensor, "uses microbatches"]
@@ -91,6 +93,7 @@ def stack_records(records: Mapping[str, Sequence[LayerRecord]]) -> StackedRecord
         fisher_sq_UMB=fisher_sq_UMB.where(filled_UMB != 1, torch.nan),
         filled_UMB=filled_UMB,
         norm_sq_UMB=norm_sq_UMB.where(norm_sq_UMB.isfinite(), diagonal_UMB).clamp(min=0),
+        length_UMB=padded([r.length_B for r in flat], torch.nan),
         group_UMB=number_UMB.where(group_UMB.isfinite(), -1),
         ntk_UMBB=ntk_UMBB,
         has_ntk_UM=has_ntk_UM,

@@ -78,6 +78,9 @@ class LayerDiagnostics:
         frac_filled_fisher: Share of the Fisher estimates that were exactly zero and filled in.
         weight_spread: Standard deviation of weight_b / coefficient_b over the absolute value of its
             mean, over the sequences whose coefficient is not zero.
+        weight_length_correlation: Correlation between the logarithms of |weight_b / coefficient_b|
+            and of the sequence's number of positions, prompt and completion.
+        norm_length_correlation: The same of |G_b|.
         max_weight_share: Largest |weight_b| over the sum of all.
         max_contribution_share: Largest |weight_b| |G_b| over the sum of all.
         cosine_to_reinforce: Cosine between sum_b weight_b G_b and sum_b coefficient_b G_b, with the
@@ -98,6 +101,8 @@ class LayerDiagnostics:
     fisher_norm_correlation: float | None
     frac_filled_fisher: float | None
     weight_spread: float | None
+    weight_length_correlation: float | None
+    norm_length_correlation: float | None
     max_weight_share: float | None
     max_contribution_share: float | None
     cosine_to_reinforce: float | None
@@ -123,6 +128,8 @@ class StepDiagnostics:
         weight_spread: Mean over parameter uses.
         frac_filled_fisher: Mean over parameter uses.
         fisher_norm_correlation: Mean over parameter uses.
+        weight_length_correlation: Mean over parameter uses.
+        norm_length_correlation: Mean over parameter uses.
         cosine_to_reinforce: Cosine of all uses together, their inner products added up; the rule's
             re-scaling of uses against each other lowers it too.
         mean_cosine_to_reinforce: Mean over parameter uses of each one's own cosine.
@@ -145,6 +152,8 @@ class StepDiagnostics:
     weight_spread: float | None
     frac_filled_fisher: float | None
     fisher_norm_correlation: float | None
+    weight_length_correlation: float | None
+    norm_length_correlation: float | None
     cosine_to_reinforce: float | None
     mean_cosine_to_reinforce: float | None
     ntk_condition: float | None
@@ -178,6 +187,8 @@ class StepDiagnostics:
             "weight_spread": self.weight_spread,
             "frac_filled_fisher": self.frac_filled_fisher,
             "fisher_norm_correlation": self.fisher_norm_correlation,
+            "weight_length_correlation": self.weight_length_correlation,
+            "norm_length_correlation": self.norm_length_correlation,
             "cosine_to_reinforce": self.cosine_to_reinforce,
             "mean_cosine_to_reinforce": self.mean_cosine_to_reinforce,
             "max_grad_share": max(shares, default=None),
@@ -235,6 +246,8 @@ def diagnose(
         weight_spread=_known(figures["weight_spread"].nanmean()),
         frac_filled_fisher=_known(figures["frac_filled_fisher"].nanmean()),
         fisher_norm_correlation=_known(figures["fisher_norm_correlation"].nanmean()),
+        weight_length_correlation=_known(figures["weight_length_correlation"].nanmean()),
+        norm_length_correlation=_known(figures["norm_length_correlation"].nanmean()),
         cosine_to_reinforce=_known(products.cosine()),
         mean_cosine_to_reinforce=_known(figures["cosine_to_reinforce"].nanmean()),
         ntk_condition=_known(figures["ntk_condition"].nanmedian()),
@@ -256,12 +269,15 @@ def _weight_figures(stacked: StackedRecords) -> dict[str, Tensor]:
     scale_UMB = weight_UMB / stacked.coefficient_UMB
     scale_UMB = scale_UMB.where(stacked.coefficient_UMB != 0, torch.nan)
     fisher_UN, norm_UN = stacked.fisher_sq_UMB.sqrt().flatten(1), norm_UMB.flatten(1)
+    length_UN = stacked.length_UMB.flatten(1)
     return {
         "fisher": quantiles(fisher_UN),
         "norm": quantiles(norm_UN),
         "fisher_norm_correlation": log_correlation(fisher_UN, norm_UN),
         "frac_filled_fisher": stacked.filled_UMB.flatten(1).nanmean(dim=-1),
         "weight_spread": relative_spread(scale_UMB.flatten(1)),
+        "weight_length_correlation": log_correlation(scale_UMB.abs().flatten(1), length_UN),
+        "norm_length_correlation": log_correlation(norm_UN, length_UN),
         "max_weight_share": largest_share(weight_UMB.flatten(1)),
         "max_contribution_share": largest_share(contribution_UMB.flatten(1)),
     }
@@ -365,6 +381,8 @@ _NOTHING = StepDiagnostics(
     weight_spread=None,
     frac_filled_fisher=None,
     fisher_norm_correlation=None,
+    weight_length_correlation=None,
+    norm_length_correlation=None,
     cosine_to_reinforce=None,
     mean_cosine_to_reinforce=None,
     ntk_condition=None,

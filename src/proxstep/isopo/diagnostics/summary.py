@@ -93,6 +93,11 @@ def _weights(step: StepDiagnostics) -> Iterator[str]:
             f"{step.weight_spread:.3g} times their mean, most in {spreads[0][1]}: "
             f"{spreads[0][0]:.3g} times."
         )
+    if step.weight_length_correlation is not None:
+        yield (
+            "The logarithms of a sequence's factor and of its length correlate by "
+            f"{step.weight_length_correlation:.2f}."
+        )
     shares = _sorted(step, _top_share)
     if shares:
         share, name = shares[0]
