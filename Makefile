@@ -22,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
 .PHONY: help setup smollm2 demo demo-real docs figure reference test test-all trust test-trl-oldest test-verl test-verl-quick lint \
-  audit dist bench gpu clean
+  audit dist truth-experiments bench gpu clean
 
 help:  ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -115,6 +115,9 @@ dist: setup  ## The wheel and the source distribution, in dist/, looked into
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python scripts/check_dist.py dist $(if $(TAG),--tag "$(TAG)")
+
+truth-experiments: setup  ## Work on the plans of experiments/truth (hours; goes on where it was stopped)
+	$(BIN)/python experiments/truth.py $(notdir $(wildcard experiments/truth/*))
 
 bench: setup  ## Time and memory of ISOPO against plain REINFORCE's, on one thread
 	$(BIN)/python benchmarks/overhead.py

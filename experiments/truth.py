@@ -1,0 +1,454 @@
+"""The papers' claims, each tested by a plan that `proxstep compare` works through.
+
+    python experiments/truth.py --list                    # what there is, and the minutes left
+    python experiments/truth.py drift-fisher              # goes on where it was stopped
+    python experiments/truth.py drift-fisher --minutes 20 # a piece of it
+    python experiments/truth.py drift-fisher --page       # table, figure and page, from the rows
+
+experiments/truth/NAME/plan.yaml is the plan. Each finished run becomes a line of rows.jsonl beside
+it, and is never run again, on this machine or another: run folders are made of the lines first. An
+arm whose settings were changed since has no lines. The page is docs/findings/NAME.md; what stands
+between its markers is written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from math import comb, isnan
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from proxstep.config.loading import dump_recipe, with_absolute_paths
+from proxstep.config.yamlfile import read_yaml
+from proxstep.lab.arms import Design
+from proxstep.lab.comparison import Comparison, Pair, compare_runs
+from proxstep.lab.plan import Cell, Plan
+from proxstep.lab.plots import STYLE
+from proxstep.lab.statistics import Estimate, mean_interval
+from proxstep.lab.strokes import strokes
+from proxstep.lab.verdict import verdict
+from proxstep.runs.durable import write_file
+from proxstep.runs.reading import MISSING, Run, find_runs, load_run, read_rows
+from proxstep.runs.schema import FIELDS
+
+ROOT = Path(__file__).parents[1]
+TRUTH = ROOT / "experiments" / "truth"
+KEPT = (
+    *("reward", "score", "kl_policy_initial", "kl_initial_policy", "entropy", "grad_norm"),
+    *("grad_response_efficiency", "advantage_range", "completions_mean_length"),
+    *("completions_max_length", "elapsed_seconds", "seconds_update", "seconds_step"),
+)
+"""Fields of metrics.jsonl that a line of rows.jsonl has; geometry/... beside them."""
+SECONDS_A_TOKEN = {"arithmetic": 1.4e-3, "stories": 2e-2}
+"""Processor seconds of a run by its task for each token that may be sampled; see `guess`."""
+SECONDS_A_START = 12.0
+BEST_OF = {"isopo-figures": 3}
+"""Experiments whose figure in the paper shows the best of so many runs."""
+BEGIN, END = "<!-- results: python experiments/truth.py {} -->", "<!-- end of the results -->"
+
+
+class Experiment:
+    """A plan with its rows.
+
+    Args:
+        name: Of its folder.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.folder = TRUTH / name
+        self.rows = self.folder / "rows.jsonl"
+        self.output = ROOT / "outputs" / "truth" / name
+        self.page = ROOT / "docs" / "findings" / f"{name}.md"
+        self.figure = ROOT / "docs" / "figures" / "findings" / f"{name}.svg"
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """What the plan file says."""
+        return read_yaml(self.folder / "plan.yaml")
+
+    @cached_property
+    def design(self) -> Design:
+        """Its section `compare`."""
+        return Design.of(self.data, f"{self.name}/plan.yaml")
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan."""
+        own = self.design
+        return Plan.of(
+            self.folder / "plan.yaml", (), own.names(None), own.vary, own.seeds, design=own
+        )
+
+    @cached_property
+    def cells(self) -> dict[str, Cell]:
+        """The plan's runs, by the names of their folders."""
+        return {cell.name: cell for cell in self.plan.cells()}
+
+    def digest(self, cell: Cell) -> str:
+        """Return what tells whether a row is of the plan as it stands."""
+        shared = {key: value for key, value in self.data.items() if key != "compare"}
+        own = self.design.part(cell.variant.algorithm)
+        text = json.dumps([shared, own, cell.variant.values, cell.seed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Return the rows of the plan as it stands, by the names of their runs."""
+        return {
+            row["run"]: row
+            for row in read_rows(self.rows)
+            if (cell := self.cells.get(row["run"])) and row["of"] == self.digest(cell)
+        }
+
+    def restore(self) -> None:
+        """Make run folders of the rows that have none."""
+        for name, row in self.done().items():
+            folder = self.output / name
+            if (folder / "run.json").exists():
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            cell = self.cells[name]
+            recipe = cell.variant.recipe.model_copy(
+                update={"seed": cell.seed, "output_dir": str(folder)}
+            )
+            (folder / "recipe.yaml").write_text(dump_recipe(with_absolute_paths(recipe)))
+            (folder / "metrics.jsonl").write_text("".join(_records(row["series"])))
+            write_file(folder / "run.json", json.dumps(row["info"]).encode())
+        if any(self.output.glob("*/run.json")):
+            self.plan.write(self.output)
+
+    def keep(self) -> None:
+        """Write a row of each finished run, in the plan's order."""
+        rows = self.done()
+        for name, cell in self.cells.items():
+            path = self.output / name
+            if name in rows or not (path / "run.json").exists():
+                continue
+            if json.loads((path / "run.json").read_text()).get("status") == "finished":
+                rows[name] = {"run": name, "of": self.digest(cell), **_row(load_run(path))}
+        lines = [json.dumps(rows[name]) + "\n" for name in self.cells if name in rows]
+        write_file(self.rows, "".join(lines).encode())
+
+    def run(self, minutes: float) -> int:
+        """Work on the plan for so long at most; return how the comparison ended."""
+        self.restore()
+        command = [
+            *(sys.executable, "-m", "proxstep", "compare", str(self.folder / "plan.yaml")),
+            *("--output", str(self.output), "--jobs", "1"),
+        ]
+        ends = time.monotonic() + 60 * minutes
+        process = subprocess.Popen(command)
+        try:
+            while process.poll() is None and time.monotonic() < ends:
+                try:
+                    process.wait(timeout=min(60.0, max(ends - time.monotonic(), 0.1)))
+                except subprocess.TimeoutExpired:
+                    self.keep()
+        finally:
+            if process.poll() is None:  # the running cell ends its step, and goes on from there
+                process.send_signal(signal.SIGINT)
+                process.wait()
+            self.keep()
+        return process.returncode
+
+    def guess(self) -> float:
+        """Return the minutes that the runs without a row will take on one core."""
+        rows = self.done()
+        known: dict[str, list[float]] = {}
+        for name, row in rows.items():
+            seconds = row["series"]["elapsed_seconds"][1][-1] + SECONDS_A_START
+            known.setdefault(self.cells[name].variant.algorithm, []).append(seconds)
+        total = 0.0
+        for name, cell in self.cells.items():
+            if name not in rows:
+                measured = known.get(cell.variant.algorithm)
+                total += median(measured) if measured else _guess(cell)
+        return total / 60
+
+    def publish(self) -> None:
+        """Write figure and page from the rows."""
+        self.restore()
+        comparison = compare_runs(find_runs([self.output / name for name in self.done()]))
+        self.figure.parent.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context({**STYLE, "svg.hashsalt": "proxstep"}):
+            draw(comparison).savefig(self.figure, metadata={"Date": None})
+        text = self.page.read_text(encoding="utf-8") if self.page.exists() else self._empty_page()
+        begin = BEGIN.format(self.name)
+        before, after = text.split(begin)[0], text.split(END)[1]
+        own = "\n\n".join(self._results(comparison))
+        self.page.parent.mkdir(parents=True, exist_ok=True)
+        self.page.write_text(f"{before}{begin}\n\n{own}\n\n{END}{after}", encoding="utf-8")
+
+    def _empty_page(self) -> str:
+        return f"# {self.name}\n\n{BEGIN.format(self.name)}\n{END}\n"
+
+    def _results(self, comparison: Comparison) -> Iterator[str]:
+        rows = self.done()
+        machines = sorted({row["info"]["machine"] for row in rows.values()})
+        dates = sorted({row["info"]["started"][:10] for row in rows.values()})
+        when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        plan = f"[`plan.yaml`](../../experiments/truth/{self.name}/plan.yaml)"
+        yield f"{len(rows)} of {len(self.cells)} runs of {plan}; {'; '.join(machines)}; {when}."
+        yield verdict(comparison)
+        if comparison.against:
+            yield f"![Each arm against {comparison.against}](../figures/findings/{self.name}.svg)"
+        yield from tables(comparison, self.name)
+
+
+def _guess(cell: Cell) -> float:
+    recipe = cell.variant.recipe
+    sampled = recipe.rollout.num_prompts * recipe.rollout.num_generations * recipe.steps
+    tokens = sampled * recipe.rollout.max_completion_length
+    evaluated = recipe.task.num_validation * recipe.rollout.max_completion_length
+    tokens += evaluated * (recipe.steps // recipe.evaluation.every) * 0.5
+    factor = 1.6 if recipe.geometry.rule != "none" else 1.0
+    return SECONDS_A_START + tokens * SECONDS_A_TOKEN.get(recipe.task.name, 1.2e-4) * factor
+
+
+def _row(run: Run) -> dict[str, Any]:
+    """Return a run's own part of its row."""
+    names = [name for record in run.records for name in record if name.startswith("geometry/")]
+    series = {}
+    for name in (*KEPT, *dict.fromkeys(names)):
+        steps, values = run.series(name)
+        if values:
+            series[name] = [steps, [float(f"{value:.6g}") for value in values]]
+    info = {key: v for key, v in run.info.items() if isinstance(v, str | int | float | bool)}
+    return {"info": info, "series": series}
+
+
+def _records(series: dict[str, list[list[Any]]]) -> Iterator[str]:
+    """Yield the lines of a metrics.jsonl."""
+    found: dict[int, dict[str, Any]] = {}
+    for name, (steps, values) in series.items():
+        for step, value in zip(steps, values, strict=True):
+            found.setdefault(step, dict.fromkeys(FIELDS))[name] = value
+    for step in sorted(found):
+        yield json.dumps({**found[step], "step": step}) + "\n"
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def tables(comparison: Comparison, name: str) -> Iterator[str]:
+    """Yield the tables of an experiment's page."""
+    yield scores(comparison)
+    if number := BEST_OF.get(name):
+        yield best_of_table(comparison, number)
+    if comparison.tuned:
+        yield at_equal_values(comparison)
+    yield training(comparison)
+
+
+def scores(comparison: Comparison) -> str:
+    """Return each arm at its best values, and against the one that all are compared with."""
+    setting, against = comparison.settings[0], comparison.against
+    pairs = {pair.first: pair for pair in setting.pairs if pair.second == against}
+    columns = ["", *([comparison.tuned.replace("_", " ")] if comparison.tuned else []), "seeds"]
+    columns += ["final score", "KL(policy ‖ initial), mnat a token"]
+    if against:
+        columns += [f"score - {against}'s", "at equal KL", "less KL at equal score"]
+    rows = []
+    for row in setting.standings:
+        chosen = comparison.chosen[row.algorithm]
+        cells = [row.algorithm]
+        if comparison.tuned:
+            votes = [f"{_value(value)} ({number})" for value, number in chosen.votes.items()]
+            cells.append(", ".join(votes))
+        kl = [1000 * outcome.kl[-1] for outcome in chosen.outcomes if outcome.kl]
+        cells += [str(row.seeds), row.final.text(), _text(mean_interval(kl)) if kl else MISSING]
+        if against:
+            cells += _against(pairs.get(row.algorithm))
+        rows.append(cells)
+    note = "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t."
+    if comparison.tuned:
+        note += (
+            " Each seed is reported at the value that the other seeds chose (in brackets, how many "
+            "chose it)."
+        )
+    if against:
+        note += (
+            f" At equal KL: difference of the scores when {setting.kl * 1000:.3g} mnat a token "
+            "were first spent, the most that every run spent. Intervals are for one pair at a time."
+        )
+    return f"{_table(columns, rows)}\n\n{note}"
+
+
+def _against(pair: Pair | None) -> list[str]:
+    if pair is None:
+        return ["", "", ""]
+    return [pair.final.text("+"), pair.at_kl.text("+"), pair.kl_saved.percent()]
+
+
+def at_equal_values(comparison: Comparison) -> str:
+    """Return every arm's final score at every value."""
+    found: dict[str, dict[str, str]] = {}
+    for setting in comparison.settings[1:]:
+        for row in setting.standings:
+            found.setdefault(row.algorithm, {})[setting.name] = row.final.text()
+    values = [setting.name for setting in comparison.settings[1:]]
+    rows = [[name, *(own.get(value, "") for value in values)] for name, own in found.items()]
+    title = f"Final score at each {comparison.tuned.replace('_', ' ')}:"
+    return f"{title}\n\n{_table(['', *map(_value, values)], rows)}"
+
+
+def best_of(values: Sequence[float], number: int) -> float:
+    """Return the mean, over all choices of so many of the values, of the largest.
+
+    >>> best_of([1.0, 2.0, 3.0], 2)  # 2, 3 and 3
+    2.6666666666666665
+    """
+    ways = comb(len(values), number)
+    return sum(x * comb(below, number - 1) for below, x in enumerate(sorted(values))) / ways
+
+
+def best_of_table(comparison: Comparison, number: int) -> str:
+    """Return what the best of so many runs would show, beside the mean."""
+    rows = []
+    for name, chosen in comparison.chosen.items():
+        finals = [o.final for o in chosen.outcomes if not isnan(o.final)]
+        if len(finals) >= number:
+            mean, best = mean_interval(finals), best_of(finals, number)
+            rows.append([name, mean.text(), f"{best:.3f}", f"{best - mean.value:+.3f}"])
+    note = f"The best of {number}: averaged over all choices of {number} of the seeds."
+    return f"{_table(['', 'mean', f'best of {number}', 'difference'], rows)}\n\n{note}"
+
+
+FIGURES = {
+    "entropy": ("entropy, nats a token", 3),
+    "grad_norm": ("gradient norm", 3),
+    "grad_response_efficiency": ("norm by advantage", 3),
+    "completions_mean_length": ("tokens", 3),
+    "geometry/weight_spread": ("spread of the weights", 2),
+    "geometry/weight_length_correlation": ("weight ~ length", 2),
+    "geometry/norm_length_correlation": ("norm ~ length", 2),
+    "geometry/fisher_norm_correlation": ("F ~ norm", 2),
+    "geometry/mean_cosine_to_reinforce": ("cosine to REINFORCE", 2),
+    "seconds_update": ("update, s", 2),
+}
+"""What the last table has: field, heading, significant digits. ~ is a correlation of logarithms."""
+
+
+def training(comparison: Comparison) -> str:
+    """Return what the steps of the reported runs were like, means over steps and runs."""
+    named = {name: chosen.outcomes for name, chosen in comparison.chosen.items()}
+    rows, known = (
+        [],
+        [
+            field
+            for field in FIGURES
+            if any(o.run.series(field)[1] for outcomes in named.values() for o in outcomes)
+        ],
+    )
+    for name, outcomes in named.items():
+        cells = [name]
+        for field in known:
+            values = [fmean(own) for o in outcomes if (own := o.run.series(field)[1])]
+            cells.append(f"{fmean(values):.{FIGURES[field][1]}g}" if values else MISSING)
+        rows.append(cells)
+    note = (
+        "Means over the steps that measured them, and runs. ~: correlation, over a step's "
+        "sequences, of logarithms; means over parameters."
+    )
+    return f"{_table(['', *(FIGURES[field][0] for field in known)], rows)}\n\n{note}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _value(text: str) -> str:
+    """Return a tuned value without its key: "learning_rate 3e-05" is "3e-5"."""
+    return re.sub(r"e-0(\d)", r"e-\1", text.removeprefix("learning_rate "))
+
+
+def _text(found: Estimate) -> str:
+    ends = "" if isnan(found.low) else f" [{found.low:.1f}, {found.high:.1f}]"
+    return f"{found.value:.1f}{ends}"
+
+
+def draw(comparison: Comparison) -> Figure:
+    """Return final scores and the KL saved at equal score, arm by arm."""
+    setting, against = comparison.settings[0], comparison.against
+    rows = setting.standings
+    pairs = {pair.first: pair for pair in setting.pairs if pair.second == against}
+    figure = Figure(figsize=(9, 1.3 + 0.3 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    looks = strokes(row.algorithm for row in rows)
+    for place, row in enumerate(rows):
+        color = looks[row.algorithm].color
+        _interval(left, place, row.final, 1.0, color)
+        if row.algorithm in pairs:
+            _interval(right, place, pairs[row.algorithm].kl_saved, 100.0, color)
+    left.set_yticks(range(len(rows)), [row.algorithm for row in rows])
+    left.invert_yaxis()
+    left.set_title("Final score")
+    right.set_title("Less KL at equal score, %")
+    right.axvline(0, color="#9aa1ab", linewidth=1)
+    right.set_xlim(max(right.get_xlim()[0], -150), min(right.get_xlim()[1], 100))
+    return figure
+
+
+def _interval(axes: Any, place: int, found: Estimate, unit: float, color: str) -> None:
+    if isnan(found.value):
+        return
+    axes.plot([found.value * unit], [place], "o", color=color)
+    if not isnan(found.low):
+        axes.plot([found.low * unit, found.high * unit], [place, place], color=color)
+
+
+def listing() -> Iterator[str]:
+    """Yield a line for each experiment."""
+    for path in sorted(TRUTH.glob("*/plan.yaml")):
+        found = Experiment(path.parent.name)
+        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        done, all_runs = len(found.done()), len(found.cells)
+        left = f"{done:3d} of {all_runs:3d} runs, {found.guess():4.0f} min left"
+        yield f"{found.name:24} {left}  {first}"
+
+
+def main() -> int:
+    """Work on an experiment, or list them."""
+    parser = argparse.ArgumentParser(description="The papers' claims, tested.")
+    parser.add_argument("name", nargs="*", help="folders of experiments/truth")
+    parser.add_argument("--list", action="store_true", help="list them with the minutes left")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
+    parser.add_argument("--page", action="store_true", help="run nothing")
+    arguments, console = parser.parse_args(), Console(width=170)
+    if arguments.list or not arguments.name:
+        for line in listing():
+            console.out(line, highlight=False)
+        return 0
+    ends = time.monotonic() + 60 * arguments.minutes
+    for name in arguments.name:
+        if not (TRUTH / name / "plan.yaml").exists():
+            parser.error(f"{name}: no such folder of {TRUTH.relative_to(ROOT)}; see --list")
+        found = Experiment(name)
+        code = 0 if arguments.page else found.run((ends - time.monotonic()) / 60)
+        if found.done():
+            found.publish()
+            console.out(f"{len(found.done())} of {len(found.cells)} runs: {found.page}")
+        if code not in (0, 130):
+            return code
+        if time.monotonic() > ends:
+            break
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The plans of experiments/truth, what is kept of their runs, and the pages made of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from experiments import truth
+from experiments.truth import Experiment
+
+from proxstep.lab.compare import find_done, make_jobs
+from proxstep.training import lifecycle
+
+NAMES = sorted(path.parent.name for path in truth.TRUTH.glob("*/plan.yaml"))
+PLAN = """\
+# A question.
+steps: 2
+task: {name: arithmetic, difficulty: 1}
+compare:
+  arms: {plain: {algorithm: reinforce}, other: {algorithm: isopo}}
+  against: plain
+  vary: {optimizer.learning_rate: [1e-5, 1e-4]}
+  seeds: 2
+"""
+INFO = {
+    "status": "finished",
+    "proxstep_version": "0.1.0",
+    "machine": "CPU",
+    "started": "2026-11-21T01:32:11",
+    "baselines": {"constant": 0.1},
+}
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    monkeypatch.setattr(truth, "TRUTH", tmp_path / "truth")
+    monkeypatch.setattr(truth, "ROOT", tmp_path)
+    (tmp_path / "truth" / "one").mkdir(parents=True)
+    (tmp_path / "truth" / "one" / "plan.yaml").write_text(PLAN)
+    return Experiment("one")
+
+
+def finish(experiment: Experiment, name: str, final: float, status: str = "finished") -> None:
+    """Write what a run leaves behind."""
+    cell, folder = experiment.cells[name], experiment.output / name
+    folder.mkdir(parents=True)
+    recipe = cell.variant.recipe.model_copy(update={"seed": cell.seed, "output_dir": str(folder)})
+    (folder / "recipe.yaml").write_text(truth.dump_recipe(recipe))
+    (folder / "run.json").write_text(json.dumps({**INFO, "status": status}))
+    records = [
+        {"step": 0, "score": 0.25, "kl_policy_initial": None, "elapsed_seconds": 1.0},
+        {"step": 1, "score": None, "reward": 0.5, "elapsed_seconds": 2.0},
+        {"step": 2, "score": final, "kl_policy_initial": 0.0123456789, "elapsed_seconds": 3.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_can_be_run_and_its_rows_are_of_it(name: str) -> None:
+    experiment = Experiment(name)
+    for variant in experiment.plan.variants:
+        lifecycle.check(variant.recipe)
+    assert len(experiment.done()) == len(truth.read_rows(experiment.rows))
+    assert experiment.rows.stat().st_size < 2**20 if experiment.rows.exists() else True
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if Experiment(n).rows.exists()])
+def test_a_page_is_that_of_the_rows(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed = Experiment(name)
+    again = Experiment(name)
+    again.output, again.figure = tmp_path / "runs" / name, tmp_path / "figure.svg"
+    again.page = tmp_path / "page.md"
+    shutil.copy(committed.page, again.page)
+    again.publish()
+    assert again.page.read_text() == committed.page.read_text()
+
+
+def test_a_row_stands_for_its_run(experiment: Experiment) -> None:
+    names = list(experiment.cells)
+    finish(experiment, names[0], 0.5)
+    finish(experiment, names[1], 0.75)
+    finish(experiment, names[2], 0.75, status="running")
+    experiment.keep()
+    assert list(experiment.done()) == names[:2]
+    row = experiment.done()[names[0]]
+    assert row["series"]["score"] == [[0, 2], [0.25, 0.5]]
+    assert row["series"]["kl_policy_initial"] == [[2], [0.0123457]]
+    assert "baselines" not in row["info"]
+
+    shutil.rmtree(experiment.output)
+    experiment.restore()
+    jobs = make_jobs(experiment.plan.cells(), experiment.output)
+    find_done(jobs, experiment.output)
+    assert [job.folder.name for job in jobs if job.code == 0] == names[:2]
+    experiment.publish()
+    text = experiment.page.read_text()
+    assert "2 of 8 runs of [`plan.yaml`]" in text
+    assert "| plain | 1e-5 (1) | 1 | 0.500 | 12.3 |" in text
+    experiment.page.write_text(text.replace("# one", "# One, by hand"))
+    experiment.publish()
+    assert experiment.page.read_text() == text.replace("# one", "# One, by hand")
+
+
+def test_a_changed_arm_has_no_rows(experiment: Experiment) -> None:
+    for name in list(experiment.cells)[:2]:
+        finish(experiment, name, 0.5)
+    experiment.keep()
+    path = experiment.folder / "plan.yaml"
+    path.write_text(PLAN.replace("algorithm: isopo", "algorithm: isopo-npg"))
+    assert [name.partition("-")[0] for name in Experiment("one").done()] == ["plain"]
+    path.write_text(PLAN.replace("steps: 2", "steps: 3"))
+    assert not Experiment("one").done()
+
+
+def test_the_list_says_what_is_left(experiment: Experiment) -> None:
+    finish(experiment, next(iter(experiment.cells)), 0.5)
+    experiment.keep()
+    (line,) = truth.listing()
+    assert line.startswith("one ")
+    assert "1 of   8 runs" in line
+    assert line.endswith("A question.")
