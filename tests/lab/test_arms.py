@@ -125,6 +125,14 @@ def test_what_is_compared_must_be_known(recipe: Path) -> None:
         Design().names(None)
 
 
+def test_an_arm_may_be_of_an_algorithm_of_ones_own(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text(f"external_lib: missing.py\n{RECIPE.replace('reinforce', 'hinge')}")
+    assert main(["compare", str(recipe), "--output", str(recipe.parent / "out")]) == 2
+    assert "external_lib missing.py" in capsys.readouterr().err  # not: unknown algorithm
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

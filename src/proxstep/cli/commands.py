@@ -238,10 +238,11 @@ def _compare(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     data, changes, source = read_recipe(arguments.recipe, overrides)
     design = Design.of(data, source)
     names = design.names(arguments.algorithms)
+    library = changes.get("external_lib", data.get("external_lib"))
     for name in names:
         part = design.part(name)
-        place = f"{source}: compare.arms.{name}" if name in design.arms else source
-        check_names({}, part, place)
+        if name in design.arms:
+            check_names({"external_lib": library}, part, f"{source}: compare.arms.{name}")
         check_names(data, {**changes, "algorithm": part["algorithm"]}, source)
     from proxstep.lab.compare import clear, run_plan
     from proxstep.lab.plan import parse_budget
