@@ -66,6 +66,7 @@ def test_a_plan_can_be_run_and_its_rows_are_of_it(name: str) -> None:
     assert experiment.rows.stat().st_size < 2**20 if experiment.rows.exists() else True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if Experiment(n).rows.exists()])
 def test_a_page_is_that_of_the_rows(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
