@@ -90,7 +90,7 @@ class TestMistakesOnTheCommandLine:
             (["train", "--steps", "5", "nowhere.yaml"], "nowhere.yaml: no such recipe file"),
             (["train", "--steps", "5"], "which recipe?"),
             (["eval"], "the following arguments are required: target; see proxstep eval --help"),
-            (["compare", "tiny.yaml"], "are required: --algorithms; see proxstep compare --help"),
+            (["compare", "tiny.yaml"], "Give --algorithms a,b, or a recipe with compare.arms"),
             (["compare", "tiny.yaml", "--algorithms=opo", "--seeds"], "--seeds: expected one"),
             (["compare", "tiny.yaml", "--algorithms=opo", "--seeds", "two"], "value: 'two'; see"),
             (["compare", "tiny.yaml", "--algorithms=opo", "--jobs", "x"], "value: 'x'; see"),

@@ -103,7 +103,7 @@ SOMETIMES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 """By key: a value that is not the default, a setting that reads it, and one that does not."""
 
 ALWAYS = {
-    *("algorithm", "external_lib", "seed", "steps", "device", "output_dir", "guard"),
+    *("algorithm", "label", "external_lib", "seed", "steps", "device", "output_dir", "guard"),
     *("model.name", "model.dtype", "model.autocast", "model.head", "model.lora"),
     *(f"model.lora.{key}" for key in ("rank", "alpha", "dropout", "target_modules")),
     *("task.name", "task.num_validation", "task.max_prompt_length", "task.rewards"),

@@ -81,7 +81,7 @@ PREPARED_IN_FILES = {
     *("task.train_split", "task.validation_split", "task.num_train", "task.num_validation"),
     *("task.prompt_format", "task.rewards", "task.reward_weights", "task.instruction"),
     *("task.system_prompt", "task.num_few_shot", "task.few_shot_seed", "task.drop_long_prompts"),
-    "evaluation.baselines",  # run.json
+    *("evaluation.baselines", "label"),  # run.json, recipe.yaml
 }
 """Those that decide what verl's data files, model folder and reward function hold."""
 
