@@ -249,7 +249,7 @@ def tables(comparison: Comparison, name: str) -> Iterator[str]:
     yield scores(comparison)
     if number := BEST_OF.get(name):
         yield best_of_table(comparison, number)
-    if comparison.tuned:
+    if len(comparison.settings) > 1:
         yield at_equal_values(comparison)
     yield training(comparison)
 
