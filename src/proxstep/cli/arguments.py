@@ -307,8 +307,8 @@ examples:
   proxstep compare arithmetic --algorithms grpo,opo --seeds 5 \\
     --vary optimizer.learning_rate=3e-5,1e-4,3e-4
 
-A recipe's section `compare` names arms, settings of one algorithm or several (docs/compare.md):
-  proxstep compare mine.yaml --jobs 1
+A recipe's section `compare` can name arms, settings of one algorithm or several; then --algorithms
+may be left out (docs/compare.md).
 The output folder holds the plan, plan.yaml. The same command again goes on where a comparison was
 stopped; with more seeds, algorithms or values it extends the plan. docs/compare.md has the rest.
 Every algorithm gets the same recipe, prompts and seeds. Settings of one algorithm alone, such as a
