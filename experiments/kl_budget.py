@@ -37,6 +37,7 @@ RECIPE = ROOT / "recipes" / "arithmetic.yaml"
 FOLDER = Path(__file__).with_suffix("")
 RESULTS = FOLDER / "results.json"
 BUDGET = 0.03
+"""Of the grid; `--budget` tries another one."""
 CONTROLS = ("none", "predicted", "corrected", "measured-backtracking", "adaptive-learning-rate")
 RATES = {
     "adamw": (3e-4, 1e-3, 3e-3, 1e-4, 3e-5, 1e-2),
@@ -102,9 +103,9 @@ def stamp() -> dict[str, str]:
     return {"date": datetime.date.today().isoformat(), "machine": machine}
 
 
-def run(optimizer: str, rate: float, control: str, seed: int) -> dict[str, Any]:
+def run(optimizer: str, rate: float, control: str, seed: int, budget: float) -> dict[str, Any]:
     """Train once; return the score and what every step was."""
-    given = {"update.kl_budget": BUDGET, "update.kl_control": control}
+    given = {"update.kl_budget": budget, "update.kl_control": control}
     realized: list[float] = []
     start = time.process_time()
     with watched(realized):
@@ -119,6 +120,7 @@ def run(optimizer: str, rate: float, control: str, seed: int) -> dict[str, Any]:
         "optimizer": optimizer,
         "learning_rate": rate,
         "control": control,
+        "budget": budget,
         "seed": seed,
         "first_score": records[0]["score"],
         "score": records[-1]["score"],
@@ -137,7 +139,8 @@ def written() -> list[dict[str, Any]]:
 
 
 def _key(result: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(result[key] for key in ("optimizer", "learning_rate", "control", "seed"))
+    names = ("optimizer", "learning_rate", "control", "seed", "budget")
+    return tuple(result[name] for name in names)
 
 
 def main() -> None:
@@ -149,6 +152,7 @@ def main() -> None:
         "--rates", nargs="+", type=float, help="all of the optimizer's, if left out"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=range(10))
+    parser.add_argument("--budget", type=float, default=BUDGET, help="nats per sequence and step")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new run after that")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -159,9 +163,9 @@ def main() -> None:
         for rate, control in itertools.product(rates, options.controls):
             if time.monotonic() - begin > options.seconds:
                 break
-            if (optimizer, rate, control, seed) in {_key(r) for r in written()}:
+            if (optimizer, rate, control, seed, options.budget) in {_key(r) for r in written()}:
                 continue
-            made = run(optimizer, rate, control, seed)
+            made = run(optimizer, rate, control, seed, options.budget)
             results = [*written(), made]  # another process may have written in the meantime
             if len({row["first_score"] for row in results}) > 1:
                 raise SystemExit(

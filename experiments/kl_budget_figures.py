@@ -30,16 +30,27 @@ NUM_RATES = 5
 """Rates of each optimizer that the goals are about: the first so many of `kl_budget.RATES`."""
 
 Row = dict[str, Any]
+ARMS = (*(f"`{control}`" for control in kl_budget.CONTROLS), "`predicted`, 0.015 nats")
 
 
 def cells(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, float, str], list[Row]]]:
-    """Yield optimizer, rate and control with the runs, in order."""
+    """Yield optimizer, rate and arm with the runs, in order."""
 
     def key(row: Row) -> tuple[str, float, int]:
-        return row["optimizer"], row["learning_rate"], kl_budget.CONTROLS.index(row["control"])
+        return row["optimizer"], row["learning_rate"], ARMS.index(arm(row))
 
     for (optimizer, rate, place), group in itertools.groupby(sorted(rows, key=key), key=key):
-        yield (optimizer, rate, kl_budget.CONTROLS[place]), list(group)
+        yield (optimizer, rate, ARMS[place]), list(group)
+
+
+def arm(row: Row) -> str:
+    """Return a run's control, with its budget where that is not the grid's.
+
+    >>> arm({"control": "predicted", "budget": 0.01})
+    '`predicted`, 0.01 nats'
+    """
+    other = row["control"] != "none" and row["budget"] != kl_budget.BUDGET
+    return f"`{row['control']}`" + (f", {row['budget']:g} nats" if other else "")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -54,7 +65,7 @@ def table(rows: Sequence[Row]) -> str:
         scales = [s for r in runs for s in r["scale"] if s is not None]
         forwards = [f for r in runs for f in r["forwards"] if f is not None]
         words = [
-            *(optimizer, f"{rate:g}", f"`{control}`", str(len(runs))),
+            *(optimizer, f"{rate:g}", control, str(len(runs))),
             mean_interval([r["score"] for r in runs]).text(),
             f"{min(r['score'] for r in runs):.3f}",
             f"{statistics.median(kl):.4f}, {kl[int(0.9 * len(kl))]:.4f}",
@@ -78,21 +89,21 @@ def goals(rows: Sequence[Row]) -> str:
         best = max(
             statistics.mean(r["score"] for r in group)
             for (_, _, control), group in cells(own)
-            if control == "none"
+            if control == ARMS[0]
         )
-        for control in kl_budget.CONTROLS:
-            runs = [r for r in own if r["control"] == control]
+        for control in ARMS:
+            runs = [r for r in own if arm(r) == control]
             if not runs:
                 continue
             rates = sorted({r["learning_rate"] for r in runs})
             worst = min(runs, key=lambda r: r["score"])
             larger = [r["score"] for r in runs if r["learning_rate"] > rates[0]] or [np.nan]
             words = [
-                *(optimizer, f"`{control}`", str(len(rates)), f"{worst['score']:.3f}"),
+                *(optimizer, control, str(len(rates)), f"{worst['score']:.3f}"),
                 f"{worst['learning_rate']:g}",
                 f"{1 - worst['score'] / best:.0%} of {best:.3f}",
                 f"{1 - min(larger) / best:.0%}",
-                "" if control == "none" else at_equal_kl(own, control),
+                "" if control == ARMS[0] else at_equal_kl(own, control),
             ]
             lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
@@ -105,10 +116,10 @@ def at_equal_kl(rows: Sequence[Row], control: str) -> str:
     of its steps, and the reward is the training batch's that was sampled then. Where `none` ends
     below its start there is nothing to hold against it.
     """
-    by_key = {(r["learning_rate"], r["seed"], r["control"]): r for r in rows}
+    by_key = {(r["learning_rate"], r["seed"], arm(r)): r for r in rows}
     found = []
     for (rate, seed, name), run in by_key.items():
-        plain = by_key.get((rate, seed, "none"))
+        plain = by_key.get((rate, seed, ARMS[0]))
         if name != control or plain is None or plain["score"] < plain["first_score"]:
             continue
         paths = []
@@ -128,10 +139,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         1, len(optimizers) + 1, figsize=(4.5 * (len(optimizers) + 1), 3.6), squeeze=False
     )
     for axis, optimizer in zip(axes[0], optimizers, strict=False):
-        for control in kl_budget.CONTROLS:
-            runs = [r for r in rows if (r["optimizer"], r["control"]) == (optimizer, control)]
+        for control in ARMS:
+            runs = [r for r in rows if (r["optimizer"], arm(r)) == (optimizer, control)]
             rates, means = _by_rate(runs)
-            (line,) = axis.plot(rates, means, label=control)
+            (line,) = axis.plot(rates, means, label=control.replace("`", ""))
             rest = {"s": 10, "color": line.get_color(), "alpha": 0.6}
             axis.scatter([r["learning_rate"] for r in runs], [r["score"] for r in runs], **rest)
         axis.set(xscale="log", xlabel="learning rate", ylabel="greedy score", title=optimizer)
@@ -142,7 +153,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         pairs = [
             (p * s**2, k)
             for r in rows
-            if r["control"] == control
+            if arm(r) == f"`{control}`"
             for p, s, k in zip(r["predicted"], r["scale"], r["kl_of_the_step"], strict=True)
             if p
         ]
@@ -165,7 +176,7 @@ def plot_rates(rows: Sequence[Row], path: Path) -> None:
     }
     of_adamw = [r for r in rows if r["optimizer"] == "adamw"]
     for control, (label, color, marker, line) in looks.items():
-        runs = [r for r in of_adamw if r["control"] == control]
+        runs = [r for r in of_adamw if arm(r) == f"`{control}`"]
         rates, means = _by_rate(runs)
         axis.plot(rates, means, line, color=color, label=label)
         points = [(r["learning_rate"], r["score"]) for r in runs]

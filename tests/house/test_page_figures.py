@@ -252,6 +252,24 @@ def test_methods_on_worked_tasks() -> None:
         assert figures == [f"{value:.3f}" for value in expected], (task, method)
 
 
+def test_costs_of_whole_runs() -> None:
+    runs = results("worked_tasks/rows.json")["rows"]
+    table = [
+        r
+        for r in rows("docs/cost.md", columns=5)
+        if r[0].strip("`") in ("sums", "products", "maxima", "countdown")
+    ]
+    assert table
+    for name, *figures in table:
+        for method, shown in zip(worked_tasks.METHODS, figures, strict=True):
+            own = [
+                run["processor_seconds"]
+                for run in runs
+                if (run["task"], run["method"]) == (name.strip("`"), method)
+            ]
+            assert float(shown) == pytest.approx(statistics.median(own), abs=0.051), (name, method)
+
+
 def test_every_interval_of_the_readme_is_in_the_findings() -> None:
     interval = r"[-\d.]+ \[[-\d., ]+\]"
     text = page("README.md").split("## What was found so far")[1].split("## What it costs")[0]

@@ -108,6 +108,7 @@ def test_it_learns_and_resumes_after_a_kill(tmp_path: Path) -> None:
     assert over.stderr == f"error: {folder}: the run is finished, at step 16 of 16\n"
 
 
+@pytest.mark.slow
 def test_what_fails_in_a_worker_is_said_in_a_line(tmp_path: Path) -> None:
     grader = tmp_path / "grader.py"
     grader.write_text(
