@@ -1,4 +1,4 @@
-"""What single steps of the runs of kl_budget.py did, beside what was predicted.
+"""What single steps of the runs of kl_budget.py did under its budget, beside what was predicted.
 
     python experiments/kl_budget_steps.py
 
@@ -19,7 +19,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.kl_budget import written
+from experiments.kl_budget import BUDGET, written
 
 
 def steps_of(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -60,7 +60,7 @@ def lines(runs: Sequence[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Print them."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    Console(width=120).out("\n".join(lines(written())))
+    Console(width=120).out("\n".join(lines([run for run in written() if run["budget"] == BUDGET])))
 
 
 if __name__ == "__main__":
