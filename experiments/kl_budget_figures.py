@@ -1,4 +1,4 @@
-"""What experiments/kl_budget.py found: the table of docs/kl-budget.md, what was hoped for, plots.
+"""What experiments/kl_budget.py found: what was hoped for (docs/kl-budget.md), a table, plots.
 
     python experiments/kl_budget_figures.py
 
@@ -203,11 +203,12 @@ def main() -> None:
     """Print the tables, write them into the page, draw."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     rows = kl_budget.written()
-    made = f"{goals(rows)}\n\n{table(rows)}"
+    made = goals(rows)
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN, 1)
     PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
-    Console().out(made, highlight=False)
+    (kl_budget.FOLDER / "table.md").write_text(f"{table(rows)}\n", encoding="utf-8")
+    Console().out(f"{made}\n\n{table(rows)}", highlight=False)
     plot(rows, kl_budget.FOLDER / "scores.png")
     plot_rates(rows, kl_budget.ROOT / "docs" / "figures" / "kl-budget.png")
 
