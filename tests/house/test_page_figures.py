@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments import guard, layer_budgets, noise_split, pairs, worked_tasks
+from experiments import guard, kl_budget, layer_budgets, noise_split, pairs, worked_tasks
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -209,7 +209,7 @@ def test_learning_rates_with_and_without_a_budget() -> None:
     """Mean and worst seed, and the median share of the step that was taken."""
     cells: dict[Any, list[Any]] = defaultdict(list)
     for run in results("kl_budget/results.json"):
-        if run["optimizer"] == "adamw":
+        if run["optimizer"] == "adamw" and run["budget"] == kl_budget.BUDGET:
             cells[run["learning_rate"], run["control"]].append(run)
 
     def shown(runs: list[Any]) -> str:
