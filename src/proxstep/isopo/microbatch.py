@@ -227,7 +227,9 @@ class Microbatch:
         elif needs.along:  # the negative one is of a gradient to minimize
             along_T = gradients.along(self._running[key])
             along_B = -self.layout.sum_by_sequence(along_T[None])[0]
-        length_B = torch.tensor(self.layout.lengths, device=self.layout.sequence_T.device)
+        length_B = None
+        if self.diagnose:
+            length_B = torch.tensor(self.layout.lengths, device=self.layout.sequence_T.device)
         total, records = None, []
         for part in gradients.parts(self.layout, needs, sample, self._memory, separable=separable):
             fisher_B, filled_B = None if given_B is None else given_B[part.sequences], None
@@ -268,7 +270,7 @@ class Microbatch:
                     None if sequences.group_B is None else sequences.group_B[part.sequences],
                     {**moments, **more},
                     report,
-                    length_B[part.sequences] if self.diagnose else None,
+                    None if length_B is None else length_B[part.sequences],
                 )
             )
             moments = {}

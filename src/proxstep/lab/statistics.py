@@ -174,33 +174,31 @@ def estimate(
     fewest = min(len(sample) for sample in samples)
     if fewest < 2 or isnan(value):
         return Estimate(value)
-    settings: Any = {
-        "n_resamples": _NUM_RESAMPLES,
-        "method": "percentile",
-        "vectorized": True,
-        "axis": -1,
-        "rng": np.random.default_rng(0),
-    }
-    if redraw is None:
-        resampled = stats.bootstrap(samples, statistic, **settings)
-    else:
 
-        def of_places(*places: Indices, axis: int) -> Any:
+    def of_places(*places: Indices, axis: int) -> Any:
+        if redraw is not None:
             return statistic(*redraw(*places), axis=axis)
+        return statistic(*(one[i] for one, i in zip(samples, places, strict=True)), axis=axis)
 
-        places = [np.arange(len(sample)) for sample in samples]
-        resampled = stats.bootstrap(places, of_places, **settings)
+    resampled = stats.bootstrap(
+        [np.arange(len(sample)) for sample in samples],
+        of_places,
+        n_resamples=_NUM_RESAMPLES,
+        method="percentile",
+        vectorized=True,
+        axis=-1,
+        rng=np.random.default_rng(0),
+    )
     drawn = resampled.bootstrap_distribution
     small = sqrt(fewest / (fewest - 1)) if fewest < _FEWEST_TRIMMED else 1.0
     error = small * float(np.std(drawn))
     level = (1 + CONFIDENCE) / 2 if widened else (1 + confidence) / 2
     critical = float(stats.t.ppf((1 + confidence) / 2, sum(len(one) - 1 for one in samples)))
-    low, high = np.quantile(drawn, [1 - level, level]) - value
     if redraw is not None:
         low, high = -critical * error, critical * error
-    elif widened:
-        factor = small * critical / float(stats.norm.ppf(level))
-        low, high = factor * low, factor * high
+    else:
+        factor = small * critical / float(stats.norm.ppf(level)) if widened else 1.0
+        low, high = factor * (np.quantile(drawn, [1 - level, level]) - value)
     ends = max(value + float(low), limits[0]), min(value + float(high), limits[1])
     return Estimate(value, *ends, error)
 
