@@ -21,12 +21,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import datetime
 import io
 import json
 import math
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,14 +35,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 from rich.console import Console
 
 from proxstep.__main__ import main as proxstep_main
 from proxstep.isopo.rule import IsometricRule
-from proxstep.runs.folder import describe_machine
 from proxstep.runs.guard import WINDOW, verdict
 from proxstep.training import batch, trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.shared import POLICIES, stamp
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "arithmetic.yaml"
@@ -56,6 +58,7 @@ MILD = 18
 """Runs before which two causes were planted more mildly: none of those collapsed."""
 STEPS, EVERY = 20, 4
 SIZES = {
+    "model.name": POLICIES / "arithmetic",
     "device": "cpu",
     "steps": STEPS,
     "guard": "off",
@@ -185,8 +188,7 @@ def run(cause: str, number: int) -> dict[str, Any]:
     return {
         **{"cause": cause, "number": number, "settings": shown},
         **{"seconds": seconds, "failed": failed, "fields": fields},
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(torch.device("cpu")),
+        **stamp(),
     }
 
 

@@ -6,9 +6,10 @@
     python experiments/truth.py drift-fisher --page       # table, figure and page, from the rows
 
 experiments/truth/NAME/plan.yaml is the plan. Each finished run becomes a line of rows.jsonl beside
-it, and is never run again, on this machine or another: run folders are made of the lines first. An
-arm whose settings were changed since has no lines. The page is docs/findings/NAME.md; what stands
-between its markers is written anew.
+it, and is never run again, on this machine or another, nor by another plan that asks for the same:
+the initial policies are committed (experiments/policies), so that every machine begins with the
+same weights. An arm whose settings were changed since has no lines. The page is
+docs/findings/NAME.md; what stands between its markers is written anew.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ import argparse
 import hashlib
 import json
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from proxstep.config.loading import dump_recipe, with_absolute_paths
+from proxstep.config.recipe import Recipe
 from proxstep.config.yamlfile import read_yaml
 from proxstep.lab.arms import Design
 from proxstep.lab.comparison import Comparison, Pair, compare_runs
@@ -44,6 +44,11 @@ from proxstep.lab.verdict import verdict
 from proxstep.runs.durable import write_file
 from proxstep.runs.reading import MISSING, Run, find_runs, load_run, read_rows
 from proxstep.runs.schema import FIELDS
+from proxstep.training.lifecycle import train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.shared import Quiet
 
 ROOT = Path(__file__).parents[1]
 TRUTH = ROOT / "experiments" / "truth"
@@ -99,20 +104,22 @@ class Experiment:
         """The plan's runs, by the names of their folders."""
         return {cell.name: cell for cell in self.plan.cells()}
 
-    def digest(self, cell: Cell) -> str:
-        """Return what tells whether a row is of the plan as it stands."""
-        shared = {key: value for key, value in self.data.items() if key != "compare"}
-        own = self.design.part(cell.variant.algorithm)
-        text = json.dumps([shared, own, cell.variant.values, cell.seed], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """What tells the row of each run from all others, in any plan, by the run's name."""
+        return {name: digest(self.recipe(name)) for name in self.cells}
+
+    def recipe(self, name: str) -> Recipe:
+        """Return the recipe of a run."""
+        cell = self.cells[name]
+        folder = str(self.output / name)
+        return cell.variant.recipe.model_copy(update={"seed": cell.seed, "output_dir": folder})
 
     def done(self) -> dict[str, dict[str, Any]]:
-        """Return the rows of the plan as it stands, by the names of their runs."""
-        return {
-            row["run"]: row
-            for row in read_rows(self.rows)
-            if (cell := self.cells.get(row["run"])) and row["of"] == self.digest(cell)
-        }
+        """Return the rows of the plan as it stands, of this file or another, in its order."""
+        paths = [*sorted(TRUTH.glob("*/rows.jsonl")), self.rows]
+        rows = {row["of"]: row for path in paths for row in read_rows(path)}
+        return {name: rows[of] for name, of in self.digests.items() if of in rows}
 
     def restore(self) -> None:
         """Make run folders of the rows that have none."""
@@ -121,49 +128,33 @@ class Experiment:
             if (folder / "run.json").exists():
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            cell = self.cells[name]
-            recipe = cell.variant.recipe.model_copy(
-                update={"seed": cell.seed, "output_dir": str(folder)}
-            )
-            (folder / "recipe.yaml").write_text(dump_recipe(with_absolute_paths(recipe)))
+            (folder / "recipe.yaml").write_text(dump_recipe(with_absolute_paths(self.recipe(name))))
             (folder / "metrics.jsonl").write_text("".join(_records(row["series"])))
             write_file(folder / "run.json", json.dumps(row["info"]).encode())
         if any(self.output.glob("*/run.json")):
             self.plan.write(self.output)
 
-    def keep(self) -> None:
-        """Write a row of each finished run, in the plan's order."""
-        rows = self.done()
-        for name, cell in self.cells.items():
-            path = self.output / name
-            if name in rows or not (path / "run.json").exists():
+    def run(self, ends: float, console: Console) -> str:
+        """Work on the plan until a time, run by run; return how the last one ended."""
+        for name in self.cells:
+            if time.monotonic() > ends:
+                return "late"
+            if name in self.done():
                 continue
-            if json.loads((path / "run.json").read_text()).get("status") == "finished":
-                rows[name] = {"run": name, "of": self.digest(cell), **_row(load_run(path))}
-        lines = [json.dumps(rows[name]) + "\n" for name in self.cells if name in rows]
-        write_file(self.rows, "".join(lines).encode())
+            status = train(self.recipe(name), Quiet(), overwrite=True)
+            if status != "finished":
+                return status
+            self.keep(name)
+            done = self.done()
+            score = done[name]["series"]["score"][1][-1]
+            console.out(f"{self.name} {len(done)} of {len(self.cells)}, {name}: {score:.3f}")
+        return "finished"
 
-    def run(self, minutes: float) -> int:
-        """Work on the plan for so long at most; return how the comparison ended."""
-        self.restore()
-        command = [
-            *(sys.executable, "-m", "proxstep", "compare", str(self.folder / "plan.yaml")),
-            *("--output", str(self.output), "--jobs", "1"),
-        ]
-        ends = time.monotonic() + 60 * minutes
-        process = subprocess.Popen(command)
-        try:
-            while process.poll() is None and time.monotonic() < ends:
-                try:
-                    process.wait(timeout=min(60.0, max(ends - time.monotonic(), 0.1)))
-                except subprocess.TimeoutExpired:
-                    self.keep()
-        finally:
-            if process.poll() is None:  # the running cell ends its step, and goes on from there
-                process.send_signal(signal.SIGINT)
-                process.wait()
-            self.keep()
-        return process.returncode
+    def keep(self, name: str) -> None:
+        """Add the row of a finished run."""
+        row = {"run": name, "of": self.digests[name], **_row(load_run(self.output / name))}
+        with self.rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def guess(self) -> float:
         """Return the minutes that the runs without a row will take on one core."""
@@ -207,6 +198,13 @@ class Experiment:
         if comparison.against:
             yield f"![Each arm against {comparison.against}](../figures/findings/{self.name}.svg)"
         yield from tables(comparison, self.name)
+
+
+def digest(recipe: Recipe) -> str:
+    """Return what tells a run's recipe from all others, wherever it is run and however labeled."""
+    own = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"label", "output_dir"})
+    text = json.dumps(own, sort_keys=True).replace(f"{ROOT}/", "")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _guess(cell: Cell) -> float:
@@ -439,13 +437,11 @@ def main() -> int:
         if not (TRUTH / name / "plan.yaml").exists():
             parser.error(f"{name}: no such folder of {TRUTH.relative_to(ROOT)}; see --list")
         found = Experiment(name)
-        code = 0 if arguments.page else found.run((ends - time.monotonic()) / 60)
+        status = "finished" if arguments.page else found.run(ends, console)
         if found.done():
             found.publish()
             console.out(f"{len(found.done())} of {len(found.cells)} runs: {found.page}")
-        if code not in (0, 130):
-            return code
-        if time.monotonic() > ends:
+        if status != "finished":
             break
     return 0
 
