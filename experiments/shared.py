@@ -1,4 +1,4 @@
-"""What several experiments use: the initial policies, a silent progress, a row's date and machine."""
+"""What several experiments use: initial policies, a silent progress, a row's date and machine."""
 
 from __future__ import annotations
 
