@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from experiments import truth
 from experiments.truth import Experiment
+from rich.console import Console
 
 from proxstep.lab.compare import find_done, make_jobs
 from proxstep.training import lifecycle
@@ -42,13 +45,18 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     return Experiment("one")
 
 
-def finish(experiment: Experiment, name: str, final: float, status: str = "finished") -> None:
+def finish(experiment: Experiment, name: str, final: float) -> None:
+    """Leave a run behind, and keep it."""
+    leave(experiment, name, final)
+    experiment.keep(name)
+
+
+def leave(experiment: Experiment, name: str, final: float) -> None:
     """Write what a run leaves behind."""
-    cell, folder = experiment.cells[name], experiment.output / name
+    folder = experiment.output / name
     folder.mkdir(parents=True)
-    recipe = cell.variant.recipe.model_copy(update={"seed": cell.seed, "output_dir": str(folder)})
-    (folder / "recipe.yaml").write_text(truth.dump_recipe(recipe))
-    (folder / "run.json").write_text(json.dumps({**INFO, "status": status}))
+    (folder / "recipe.yaml").write_text(truth.dump_recipe(experiment.recipe(name)))
+    (folder / "run.json").write_text(json.dumps(INFO))
     records = [
         {"step": 0, "score": 0.25, "kl_policy_initial": None, "elapsed_seconds": 1.0},
         {"step": 1, "score": None, "reward": 0.5, "elapsed_seconds": 2.0},
@@ -62,7 +70,9 @@ def test_a_plan_can_be_run_and_its_rows_are_of_it(name: str) -> None:
     experiment = Experiment(name)
     for variant in experiment.plan.variants:
         lifecycle.check(variant.recipe)
-    assert len(experiment.done()) == len(truth.read_rows(experiment.rows))
+    own = [row["of"] for row in truth.read_rows(experiment.rows)]
+    assert len(own) == len(set(own))
+    assert set(own) <= set(experiment.digests.values())
     assert experiment.rows.stat().st_size < 2**20 if experiment.rows.exists() else True
 
 
@@ -84,8 +94,6 @@ def test_a_row_stands_for_its_run(experiment: Experiment) -> None:
     names = list(experiment.cells)
     finish(experiment, names[0], 0.5)
     finish(experiment, names[1], 0.75)
-    finish(experiment, names[2], 0.75, status="running")
-    experiment.keep()
     assert list(experiment.done()) == names[:2]
     row = experiment.done()[names[0]]
     assert row["series"]["score"] == [[0, 2], [0.25, 0.5]]
@@ -109,7 +117,6 @@ def test_a_row_stands_for_its_run(experiment: Experiment) -> None:
 def test_a_changed_arm_has_no_rows(experiment: Experiment) -> None:
     for name in list(experiment.cells)[:2]:
         finish(experiment, name, 0.5)
-    experiment.keep()
     path = experiment.folder / "plan.yaml"
     path.write_text(PLAN.replace("algorithm: isopo", "algorithm: isopo-npg"))
     assert [name.partition("-")[0] for name in Experiment("one").done()] == ["plain"]
@@ -117,9 +124,57 @@ def test_a_changed_arm_has_no_rows(experiment: Experiment) -> None:
     assert not Experiment("one").done()
 
 
+def test_plans_share_the_runs_that_both_ask_for(experiment: Experiment) -> None:
+    finish(experiment, next(iter(experiment.cells)), 0.5)
+    (truth.TRUTH / "two").mkdir()
+    arms = "arms: {base: {algorithm: reinforce}, third: {algorithm: grpo}}"
+    text = "".join(
+        f"  {arms}\n" if "arms:" in line else line for line in PLAN.splitlines(keepends=True)
+    )
+    (truth.TRUTH / "two" / "plan.yaml").write_text(text.replace("against: plain", "against: base"))
+    two = Experiment("two")
+    assert list(two.done()) == ["base-learning_rate=1e-05-seed0"]
+    two.restore()
+    assert truth.load_run(two.output / "base-learning_rate=1e-05-seed0").algorithm == "base"
+
+
+def test_a_run_that_is_interrupted_has_no_row_and_ends_the_work(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, trained = list(experiment.cells), []
+
+    def train(recipe: Any, progress: Any, *, overwrite: bool) -> str:
+        name = Path(recipe.output_dir).name
+        trained.append(name)
+        if name == names[2]:
+            return "interrupted"
+        leave(experiment, name, 0.5)
+        return "finished"
+
+    finish(experiment, names[0], 0.5)
+    monkeypatch.setattr(truth, "train", train)
+    assert experiment.run(math.inf, Console(quiet=True)) == "interrupted"
+    assert trained == names[1:3]
+    assert list(experiment.done()) == names[:2]
+
+
+def test_a_run_is_the_same_wherever_the_house_stands(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = next(iter(experiment.cells))
+    recipe = experiment.recipe(name)
+
+    def at(root: Path) -> str:
+        monkeypatch.setattr(truth, "ROOT", root)
+        model = recipe.model.model_copy(update={"name": f"{root}/policies/one"})
+        return truth.digest(recipe.model_copy(update={"model": model, "output_dir": f"{root}/x"}))
+
+    assert at(tmp_path / "here") == at(tmp_path / "there")
+    assert at(tmp_path) != truth.digest(recipe)
+
+
 def test_the_list_says_what_is_left(experiment: Experiment) -> None:
     finish(experiment, next(iter(experiment.cells)), 0.5)
-    experiment.keep()
     (line,) = truth.listing()
     assert line.startswith("one ")
     assert "1 of   8 runs" in line
