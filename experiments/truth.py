@@ -17,38 +17,35 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
-from math import comb, isnan
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from proxstep.config.loading import dump_recipe, with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.config.yamlfile import read_yaml
 from proxstep.lab.arms import Design
-from proxstep.lab.comparison import Comparison, Pair, compare_runs
+from proxstep.lab.comparison import Comparison, compare_runs
 from proxstep.lab.plan import Cell, Plan
 from proxstep.lab.plots import STYLE
-from proxstep.lab.statistics import Estimate, mean_interval
-from proxstep.lab.strokes import strokes
 from proxstep.lab.verdict import verdict
 from proxstep.runs.durable import write_file
-from proxstep.runs.reading import MISSING, Run, find_runs, load_run, read_rows
+from proxstep.runs.reading import Run, find_runs, load_run, read_rows
 from proxstep.runs.schema import FIELDS
 from proxstep.training.lifecycle import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from experiments.shared import Quiet
+from experiments.truth_plots import draw
+from experiments.truth_tables import tables
 
 ROOT = Path(__file__).parents[1]
 TRUTH = ROOT / "experiments" / "truth"
@@ -61,8 +58,6 @@ KEPT = (
 SECONDS_A_TOKEN = {"arithmetic": 1.4e-3, "stories": 2e-2}
 """Processor seconds of a run by its task for each token that may be sampled; see `guess`."""
 SECONDS_A_START = 12.0
-BEST_OF = {"isopo-figures": 3}
-"""Experiments whose figure in the paper shows the best of so many runs."""
 BEGIN, END = "<!-- results: python experiments/truth.py {} -->", "<!-- end of the results -->"
 
 
@@ -237,177 +232,6 @@ def _records(series: dict[str, list[list[Any]]]) -> Iterator[str]:
             found.setdefault(step, dict.fromkeys(FIELDS))[name] = value
     for step in sorted(found):
         yield json.dumps({**found[step], "step": step}) + "\n"
-
-
-# -- the page --------------------------------------------------------------------------------------
-
-
-def tables(comparison: Comparison, name: str) -> Iterator[str]:
-    """Yield the tables of an experiment's page."""
-    yield scores(comparison)
-    if number := BEST_OF.get(name):
-        yield best_of_table(comparison, number)
-    if len(comparison.settings) > 1:
-        yield at_equal_values(comparison)
-    yield training(comparison)
-
-
-def scores(comparison: Comparison) -> str:
-    """Return each arm at its best values, and against the one that all are compared with."""
-    setting, against = comparison.settings[0], comparison.against
-    pairs = {pair.first: pair for pair in setting.pairs if pair.second == against}
-    columns = ["", *([comparison.tuned.replace("_", " ")] if comparison.tuned else []), "seeds"]
-    columns += ["final score", "KL(policy ‖ initial), mnat a token"]
-    if against:
-        columns += [f"score - {against}'s", "at equal KL", "less KL at equal score"]
-    rows = []
-    for row in setting.standings:
-        chosen = comparison.chosen[row.algorithm]
-        cells = [row.algorithm]
-        if comparison.tuned:
-            votes = [f"{_value(value)} ({number})" for value, number in chosen.votes.items()]
-            cells.append(", ".join(votes))
-        kl = [1000 * outcome.kl[-1] for outcome in chosen.outcomes if outcome.kl]
-        cells += [str(row.seeds), row.final.text(), _text(mean_interval(kl)) if kl else MISSING]
-        if against:
-            cells += _against(pairs.get(row.algorithm))
-        rows.append(cells)
-    note = "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t."
-    if comparison.tuned:
-        note += (
-            " Each seed is reported at the value that the other seeds chose (in brackets, how many "
-            "chose it)."
-        )
-    if against:
-        note += (
-            f" At equal KL: difference of the scores when {setting.kl * 1000:.3g} mnat a token "
-            "were first spent, the most that every run spent. Intervals are for one pair at a time."
-        )
-    return f"{_table(columns, rows)}\n\n{note}"
-
-
-def _against(pair: Pair | None) -> list[str]:
-    if pair is None:
-        return ["", "", ""]
-    return [pair.final.text("+"), pair.at_kl.text("+"), pair.kl_saved.percent()]
-
-
-def at_equal_values(comparison: Comparison) -> str:
-    """Return every arm's final score at every value."""
-    found: dict[str, dict[str, str]] = {}
-    for setting in comparison.settings[1:]:
-        for row in setting.standings:
-            found.setdefault(row.algorithm, {})[setting.name] = row.final.text()
-    values = [setting.name for setting in comparison.settings[1:]]
-    rows = [[name, *(own.get(value, "") for value in values)] for name, own in found.items()]
-    title = f"Final score at each {comparison.tuned.replace('_', ' ')}:"
-    return f"{title}\n\n{_table(['', *map(_value, values)], rows)}"
-
-
-def best_of(values: Sequence[float], number: int) -> float:
-    """Return the mean, over all choices of so many of the values, of the largest.
-
-    >>> best_of([1.0, 2.0, 3.0], 2)  # 2, 3 and 3
-    2.6666666666666665
-    """
-    ways = comb(len(values), number)
-    return sum(x * comb(below, number - 1) for below, x in enumerate(sorted(values))) / ways
-
-
-def best_of_table(comparison: Comparison, number: int) -> str:
-    """Return what the best of so many runs would show, beside the mean."""
-    rows = []
-    for name, chosen in comparison.chosen.items():
-        finals = [o.final for o in chosen.outcomes if not isnan(o.final)]
-        if len(finals) >= number:
-            mean, best = mean_interval(finals), best_of(finals, number)
-            rows.append([name, mean.text(), f"{best:.3f}", f"{best - mean.value:+.3f}"])
-    note = f"The best of {number}: averaged over all choices of {number} of the seeds."
-    return f"{_table(['', 'mean', f'best of {number}', 'difference'], rows)}\n\n{note}"
-
-
-FIGURES = {
-    "entropy": ("entropy, nats a token", 3),
-    "grad_norm": ("gradient norm", 3),
-    "grad_response_efficiency": ("norm by advantage", 3),
-    "completions_mean_length": ("tokens", 3),
-    "geometry/weight_spread": ("spread of the weights", 2),
-    "geometry/weight_length_correlation": ("weight ~ length", 2),
-    "geometry/norm_length_correlation": ("norm ~ length", 2),
-    "geometry/fisher_norm_correlation": ("F ~ norm", 2),
-    "geometry/mean_cosine_to_reinforce": ("cosine to REINFORCE", 2),
-    "seconds_update": ("update, s", 2),
-}
-"""What the last table has: field, heading, significant digits. ~ is a correlation of logarithms."""
-
-
-def training(comparison: Comparison) -> str:
-    """Return what the steps of the reported runs were like, means over steps and runs."""
-    named = {name: chosen.outcomes for name, chosen in comparison.chosen.items()}
-    rows, known = (
-        [],
-        [
-            field
-            for field in FIGURES
-            if any(o.run.series(field)[1] for outcomes in named.values() for o in outcomes)
-        ],
-    )
-    for name, outcomes in named.items():
-        cells = [name]
-        for field in known:
-            values = [fmean(own) for o in outcomes if (own := o.run.series(field)[1])]
-            cells.append(f"{fmean(values):.{FIGURES[field][1]}g}" if values else MISSING)
-        rows.append(cells)
-    note = (
-        "Means over the steps that measured them, and runs. ~: correlation, over a step's "
-        "sequences, of logarithms; means over parameters."
-    )
-    return f"{_table(['', *(FIGURES[field][0] for field in known)], rows)}\n\n{note}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _value(text: str) -> str:
-    """Return a tuned value without its key: "learning_rate 3e-05" is "3e-5"."""
-    return re.sub(r"e-0(\d)", r"e-\1", text.removeprefix("learning_rate "))
-
-
-def _text(found: Estimate) -> str:
-    ends = "" if isnan(found.low) else f" [{found.low:.1f}, {found.high:.1f}]"
-    return f"{found.value:.1f}{ends}"
-
-
-def draw(comparison: Comparison) -> Figure:
-    """Return final scores and the KL saved at equal score, arm by arm."""
-    setting, against = comparison.settings[0], comparison.against
-    rows = setting.standings
-    pairs = {pair.first: pair for pair in setting.pairs if pair.second == against}
-    figure = Figure(figsize=(9, 1.3 + 0.3 * len(rows)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    looks = strokes(row.algorithm for row in rows)
-    for place, row in enumerate(rows):
-        color = looks[row.algorithm].color
-        _interval(left, place, row.final, 1.0, color)
-        if row.algorithm in pairs:
-            _interval(right, place, pairs[row.algorithm].kl_saved, 100.0, color)
-    left.set_yticks(range(len(rows)), [row.algorithm for row in rows])
-    left.invert_yaxis()
-    left.set_title("Final score")
-    right.set_title("Less KL at equal score, %")
-    right.axvline(0, color="#9aa1ab", linewidth=1)
-    right.set_xlim(max(right.get_xlim()[0], -150), min(right.get_xlim()[1], 100))
-    return figure
-
-
-def _interval(axes: Any, place: int, found: Estimate, unit: float, color: str) -> None:
-    if isnan(found.value):
-        return
-    axes.plot([found.value * unit], [place], "o", color=color)
-    if not isnan(found.low):
-        axes.plot([found.low * unit, found.high * unit], [place, place], color=color)
 
 
 def listing() -> Iterator[str]:

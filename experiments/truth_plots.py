@@ -1,0 +1,123 @@
+"""The figure of an experiment's page; see truth.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isnan
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from scipy.spatial import ConvexHull, QhullError
+
+from proxstep.lab.choosing import Chosen
+from proxstep.lab.comparison import Comparison
+from proxstep.lab.outcomes import Outcome
+from proxstep.lab.statistics import Estimate
+from proxstep.lab.strokes import strokes
+
+Looks = dict[str, Any]
+NUM_BINS = 5
+"""Of the rewards against which gradient norms are drawn: each holds as many steps."""
+
+
+def draw(comparison: Comparison) -> Figure:
+    """Return the arms' results above, and what their runs were like below."""
+    names = [row.algorithm for row in comparison.settings[0].standings]
+    looks, chosen = strokes(names), comparison.chosen
+    figure = Figure(figsize=(12, 4.6 + 0.26 * len(names)), layout="constrained")
+    panels = figure.subplots(2, 3)
+    _results(panels[0, 0], panels[0, 1], comparison, looks)
+    _hulls(panels[0, 2], chosen, looks)
+    for axes, name, title in (
+        (panels[1, 0], "score", "Greedy score by step"),
+        (panels[1, 1], "entropy", "Entropy by step, nats a token"),
+    ):
+        _curves(axes, chosen, looks, name)
+        axes.set_title(title)
+    _gradients(panels[1, 2], chosen, looks)
+    handles, labels = panels[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 7))
+    return figure
+
+
+def _results(left: Any, right: Any, comparison: Comparison, looks: Looks) -> None:
+    """Final scores, and the KL saved at equal score, arm by arm."""
+    setting, against = comparison.settings[0], comparison.against
+    pairs = {pair.first: pair for pair in setting.pairs if pair.second == against}
+    rows = setting.standings
+    for place, row in enumerate(rows):
+        color = looks[row.algorithm].color
+        _interval(left, place, row.final, 1.0, color)
+        if row.algorithm in pairs:
+            _interval(right, place, pairs[row.algorithm].kl_saved, 100.0, color)
+    for axes in (left, right):
+        axes.set_yticks(range(len(rows)), [row.algorithm for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    right.set_yticklabels([])
+    left.set_title("Final score")
+    right.set_title("Less KL at equal score, %")
+    right.axvline(0, color="#9aa1ab", linewidth=1)
+    right.set_xlim(max(right.get_xlim()[0], -150), min(right.get_xlim()[1], 100))
+
+
+def _interval(axes: Any, place: int, found: Estimate, unit: float, color: str) -> None:
+    if isnan(found.value):
+        return
+    axes.plot([found.value * unit], [place], "o", color=color)
+    if not isnan(found.low):
+        axes.plot([found.low * unit, found.high * unit], [place, place], color=color)
+
+
+def _hulls(axes: Any, chosen: dict[str, Chosen], looks: Looks) -> None:
+    """Where each run ended, of every value that was tried, with the hull of each arm's runs."""
+    for name, own in chosen.items():
+        ends = np.array([(1000 * o.kl[-1], o.final) for o in own.pool if o.kl])
+        if not len(ends):
+            continue
+        axes.plot(*ends.T, "o", color=looks[name].color, markersize=2.5)
+        for corners in _hull(ends):
+            axes.fill(*corners.T, color=looks[name].color, alpha=0.08)
+            axes.plot(*np.vstack([corners, corners[:1]]).T, linewidth=0.7, **looks[name].matplotlib)
+    axes.set_title("Score against KL, mnat a token")
+
+
+def _hull(points: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the corners of the points' convex hull, if they have an area."""
+    if len(points) > 2:
+        try:
+            yield points[ConvexHull(points).vertices]
+        except QhullError:  # all on one line
+            return
+
+
+def _curves(axes: Any, chosen: dict[str, Chosen], looks: Looks, field: str) -> None:
+    """The mean of a field over an arm's reported runs."""
+    for name, own in chosen.items():
+        found = [outcome.run.series(field) for outcome in own.outcomes]
+        steps = min((s for s, _ in found), key=len, default=[])
+        if steps:
+            mean = np.mean([values[: len(steps)] for _, values in found], axis=0)
+            axes.plot(steps, mean, label=name, **looks[name].matplotlib)
+
+
+def _gradients(axes: Any, chosen: dict[str, Chosen], looks: Looks) -> None:
+    """Gradient norms against the reward of the same step, means of steps with like rewards."""
+    for name, own in chosen.items():
+        pairs = [pair for o in own.outcomes for pair in _same_steps(o, "reward", "grad_norm")]
+        parts = np.array_split(np.array(sorted(pairs)), NUM_BINS) if len(pairs) >= NUM_BINS else []
+        means = np.array([part.mean(axis=0) for part in parts])
+        if len(means):
+            axes.plot(*means.T, marker="o", **looks[name].matplotlib)
+    axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda value, place: f"{value:g}"))  # powers would need mathtext
+    axes.set_title("Gradient norm against reward")
+
+
+def _same_steps(outcome: Outcome, *fields: str) -> Iterator[tuple[float, ...]]:
+    known = [dict(zip(*outcome.run.series(field), strict=True)) for field in fields]
+    for step in known[0]:
+        if all(step in values for values in known):
+            yield tuple(values[step] for values in known)

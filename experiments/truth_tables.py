@@ -1,0 +1,153 @@
+"""The tables of an experiment's page; see truth.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from math import comb, isnan
+from statistics import fmean
+
+from proxstep.lab.comparison import Comparison, Pair
+from proxstep.lab.statistics import Estimate, mean_interval
+from proxstep.runs.reading import MISSING
+
+BEST_OF = {"isopo-figures": 3}
+"""Experiments whose figure in the paper shows the best of so many runs."""
+
+
+def tables(comparison: Comparison, name: str) -> Iterator[str]:
+    """Yield the tables of an experiment's page."""
+    yield scores(comparison)
+    if number := BEST_OF.get(name):
+        yield best_of_table(comparison, number)
+    if len(comparison.settings) > 1:
+        yield at_equal_values(comparison)
+    yield training(comparison)
+
+
+def scores(comparison: Comparison) -> str:
+    """Return each arm at its best values, and against the one that all are compared with."""
+    setting, against = comparison.settings[0], comparison.against
+    pairs = {pair.first: pair for pair in setting.pairs if pair.second == against}
+    columns = ["", *([comparison.tuned.replace("_", " ")] if comparison.tuned else []), "seeds"]
+    columns += ["final score", "KL(policy ‖ initial), mnat a token"]
+    if against:
+        columns += [f"score - {against}'s", "at equal KL", "less KL at equal score"]
+    rows = []
+    for row in setting.standings:
+        chosen = comparison.chosen[row.algorithm]
+        cells = [row.algorithm]
+        if comparison.tuned:
+            votes = [f"{_value(value)} ({number})" for value, number in chosen.votes.items()]
+            cells.append(", ".join(votes))
+        kl = [1000 * outcome.kl[-1] for outcome in chosen.outcomes if outcome.kl]
+        cells += [str(row.seeds), row.final.text(), _text(mean_interval(kl)) if kl else MISSING]
+        if against:
+            cells += _against(pairs.get(row.algorithm))
+        rows.append(cells)
+    note = "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t."
+    if comparison.tuned:
+        note += (
+            " Each seed is reported at the value that the other seeds chose (in brackets, how many "
+            "chose it)."
+        )
+    if against:
+        note += (
+            f" At equal KL: difference of the scores when {setting.kl * 1000:.3g} mnat a token "
+            "were first spent, the most that every run spent. Intervals are for one pair at a time."
+        )
+    return f"{_table(columns, rows)}\n\n{note}"
+
+
+def _against(pair: Pair | None) -> list[str]:
+    if pair is None:
+        return ["", "", ""]
+    return [pair.final.text("+"), pair.at_kl.text("+"), pair.kl_saved.percent()]
+
+
+def at_equal_values(comparison: Comparison) -> str:
+    """Return every arm's final score at every value."""
+    found: dict[str, dict[str, str]] = {}
+    for setting in comparison.settings[1:]:
+        for row in setting.standings:
+            found.setdefault(row.algorithm, {})[setting.name] = row.final.text()
+    values = [setting.name for setting in comparison.settings[1:]]
+    rows = [[name, *(own.get(value, "") for value in values)] for name, own in found.items()]
+    title = f"Final score at each {comparison.tuned.replace('_', ' ')}:"
+    return f"{title}\n\n{_table(['', *map(_value, values)], rows)}"
+
+
+def best_of(values: Sequence[float], number: int) -> float:
+    """Return the mean, over all choices of so many of the values, of the largest.
+
+    >>> best_of([1.0, 2.0, 3.0], 2)  # 2, 3 and 3
+    2.6666666666666665
+    """
+    ways = comb(len(values), number)
+    return sum(x * comb(below, number - 1) for below, x in enumerate(sorted(values))) / ways
+
+
+def best_of_table(comparison: Comparison, number: int) -> str:
+    """Return what the best of so many runs would show, beside the mean."""
+    rows = []
+    for name, chosen in comparison.chosen.items():
+        finals = [o.final for o in chosen.outcomes if not isnan(o.final)]
+        if len(finals) >= number:
+            mean, best = mean_interval(finals), best_of(finals, number)
+            rows.append([name, mean.text(), f"{best:.3f}", f"{best - mean.value:+.3f}"])
+    note = f"The best of {number}: averaged over all choices of {number} of the seeds."
+    return f"{_table(['', 'mean', f'best of {number}', 'difference'], rows)}\n\n{note}"
+
+
+FIGURES = {
+    "entropy": ("entropy, nats a token", 3),
+    "grad_norm": ("gradient norm", 3),
+    "grad_response_efficiency": ("norm by advantage", 3),
+    "completions_mean_length": ("tokens", 3),
+    "geometry/weight_spread": ("spread of the weights", 2),
+    "geometry/weight_length_correlation": ("weight ~ length", 2),
+    "geometry/norm_length_correlation": ("norm ~ length", 2),
+    "geometry/fisher_norm_correlation": ("F ~ norm", 2),
+    "geometry/mean_cosine_to_reinforce": ("cosine to REINFORCE", 2),
+    "seconds_update": ("update, s", 2),
+}
+"""What the last table has: field, heading, significant digits. ~ is a correlation of logarithms."""
+
+
+def training(comparison: Comparison) -> str:
+    """Return what the steps of the reported runs were like, means over steps and runs."""
+    named = {name: chosen.outcomes for name, chosen in comparison.chosen.items()}
+    rows, known = (
+        [],
+        [
+            field
+            for field in FIGURES
+            if any(o.run.series(field)[1] for outcomes in named.values() for o in outcomes)
+        ],
+    )
+    for name, outcomes in named.items():
+        cells = [name]
+        for field in known:
+            values = [fmean(own) for o in outcomes if (own := o.run.series(field)[1])]
+            cells.append(f"{fmean(values):.{FIGURES[field][1]}g}" if values else MISSING)
+        rows.append(cells)
+    note = (
+        "Means over the steps that measured them, and runs. ~: correlation, over a step's "
+        "sequences, of logarithms; means over parameters."
+    )
+    return f"{_table(['', *(FIGURES[field][0] for field in known)], rows)}\n\n{note}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _value(text: str) -> str:
+    """Return a tuned value without its key: "learning_rate 3e-05" is "3e-5"."""
+    return re.sub(r"e-0(\d)", r"e-\1", text.removeprefix("learning_rate "))
+
+
+def _text(found: Estimate) -> str:
+    ends = "" if isnan(found.low) else f" [{found.low:.1f}, {found.high:.1f}]"
+    return f"{found.value:.1f}{ends}"
