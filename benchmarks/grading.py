@@ -16,10 +16,10 @@ else the machine does is left out.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +28,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.shared import stamp
+
 from proxstep.rewards import grading_pool, math_verify, numeric_answer
 from proxstep.rewards.equality import decided, spelled
 from proxstep.rewards.grading_pool import GradingPool
-from proxstep.runs.folder import check_file, describe_machine
+from proxstep.runs.folder import check_file
 
 Graded = tuple[list[str], list[str]]
 """Completions and their reference answers."""
@@ -168,8 +172,7 @@ def main() -> None:
     Console().print(table)
     if arguments.json:
         report = {
-            "date": datetime.date.today().isoformat(),
-            "machine": describe_machine(torch.device("cpu")),
+            **stamp(),
             "data": [path.name for path in arguments.data],
             "grades_a_second": found,
         }

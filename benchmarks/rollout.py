@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import math
 import statistics
@@ -34,11 +33,13 @@ from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from experiments.shared import stamp
+
 from benchmarks.turns import Turns
 from proxstep.config.loading import resolve
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
-from proxstep.runs.folder import RunFolder, check_file, describe_machine
+from proxstep.runs.folder import RunFolder, check_file
 from proxstep.runs.waiting import UNSEEN
 from proxstep.tasks import Task
 from proxstep.training import evaluation
@@ -439,8 +440,7 @@ def _keep(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     settings = {name: getattr(arguments, name) for name in names}
     settings |= {"model": Path(arguments.model).name, "num_generations": NUM_GENERATIONS}
     report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(torch.device("cpu")),
+        **stamp(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "settings": settings,

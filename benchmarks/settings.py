@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.shared import stamp
 
 from benchmarks.rows import ROWS
 from benchmarks.workload import SHAPES, Shape, scaled_shape
-from proxstep.runs.folder import check_file, describe_machine
+from proxstep.runs.folder import check_file
 
 DTYPES = {
     "float32": torch.float32,
@@ -65,8 +65,7 @@ def write_report(arguments: argparse.Namespace, settings: dict[str, Any], **figu
     if not arguments.json:
         return
     report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(arguments.device),
+        **stamp(arguments.device),
         "torch": torch.__version__,
         "settings": {
             "shape": arguments.shape,

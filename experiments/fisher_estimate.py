@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import random
 import sys
@@ -41,6 +40,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from experiments.exact_fisher import exact_fisher_terms, sequence_gradients
+from experiments.shared import stamp
 
 from proxstep.config.loading import load_recipe
 from proxstep.isopo import Isopo
@@ -48,7 +48,6 @@ from proxstep.isopo.hooks import PositionGradients
 from proxstep.isopo.linear import OuterGradients
 from proxstep.isopo.plan import Memory
 from proxstep.logprobs.tokens import entropy, token_log_probs
-from proxstep.runs.folder import describe_machine
 from proxstep.tasks import Example, arithmetic_task
 from proxstep.training.demo_model import solution_loss
 from proxstep.training.generation import sample
@@ -377,8 +376,7 @@ def main() -> None:
             rows.extend(rows_of(text, m, parameters, found[m]))
     FOLDER.mkdir(exist_ok=True)
     report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(torch.device("cpu")),
+        **stamp(),
         "torch": torch.__version__,
         "cpu_seconds": round(time.process_time() - started),
         "num_batches": arguments.num_batches,

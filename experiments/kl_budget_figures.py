@@ -10,14 +10,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import kl_budget
 import matplotlib
 import numpy as np
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments import kl_budget
 
 from proxstep.lab.statistics import mean_interval, value_at
 

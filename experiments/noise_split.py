@@ -12,9 +12,9 @@ is measured as well.
 
 from __future__ import annotations
 
-import datetime
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,10 +25,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.shared import stamp
+
 from proxstep.config.loading import load_recipe
 from proxstep.isopo.diagnostics.noise_split import NoiseSplit, noise_split, pooled
 from proxstep.runs.console import make_progress
-from proxstep.runs.folder import RunFolder, describe_machine
+from proxstep.runs.folder import RunFolder
 from proxstep.training import lifecycle
 from proxstep.training.batch import Batch, collect
 from proxstep.training.models import load_model, load_tokenizer
@@ -155,22 +159,19 @@ def table(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measure what is missing, and print the table."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"truth": {}}
-    stamp = {
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(torch.device("cpu")),
-    }
+    made = stamp()
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
         if "measured" not in results:
-            results["measured"] = {**stamp, **measured(trainer_of(*MEASURED, folder))}
+            results["measured"] = {**made, **measured(trainer_of(*MEASURED, folder))}
             RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
         mean = pooled([NoiseSplit(**each) for each in results["measured"]["splits"]])
         assert mean is not None
         for prompts, generations in dict.fromkeys((MEASURED, mean.cheapest(*MEASURED), *SPLITS)):
             label = f"{prompts} x {generations}"
             if label not in results["truth"]:
-                found = {**stamp, **truth(trainer_of(prompts, generations, folder))}
+                found = {**made, **truth(trainer_of(prompts, generations, folder))}
                 results["truth"][label] = found
                 RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
                 console.print(f"{label}: {found['seconds']} s")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import statistics
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.shared import Quiet, stamp
+
 from proxstep.algorithms import ALGORITHMS, Signal, centered_weights, escort_weights, register
 from proxstep.algorithms.opo import OPO
 from proxstep.algorithms.preparation import SignalInputs
 from proxstep.config.loading import load_recipe
 from proxstep.logprobs.tokens import masked_sum
-from proxstep.runs.folder import describe_machine
 from proxstep.runs.reading import Run, load_run
-from proxstep.runs.waiting import UNSEEN
 from proxstep.training import lifecycle
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
@@ -130,22 +131,6 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = value_N[drawn_RN].mean(1).quantile(ends).tolist()
     return low, high
-
-
-class Quiet:
-    """Nobody watches; what is worth knowing goes to the run's log."""
-
-    def begin(self, recipe: Any) -> None:
-        """Say nothing."""
-
-    def note(self, text: str) -> None:
-        """Print it."""
-        print(text)  # noqa: T201
-
-    wait = UNSEEN.wait
-
-    def record(self, record: Mapping[str, Any]) -> None:
-        """Say nothing."""
 
 
 def train(name: str, seed: int, folder: Path) -> None:
@@ -243,8 +228,7 @@ def main() -> None:
     if not arguments.table:
         rows = measure(arguments.seeds, arguments.parallel, console)
         report = {
-            "date": datetime.date.today().isoformat(),
-            "machine": describe_machine(torch.device("cpu")),
+            **stamp(),
             "recipe": RECIPE.name,
             "shared": SHARED,
             "variants": VARIANTS,

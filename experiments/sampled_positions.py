@@ -17,8 +17,8 @@ Legend for shape suffixes: B sequences, T token positions, K sampled ones.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +28,15 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.shared import stamp
+
 from proxstep.isopo import Isopo
 from proxstep.isopo.hooks import PositionGradients
 from proxstep.isopo.linear import OuterGradients
 from proxstep.isopo.plan import Memory, make_layout
 from proxstep.logprobs.tokens import token_log_probs
-from proxstep.runs.folder import describe_machine
 from proxstep.tasks import arithmetic_task
 
 STORIES = (
@@ -228,8 +231,7 @@ def main() -> None:
     before = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
     kept = [row for row in before if row["model"] != common["model"]]
     report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(torch.device("cpu")),
+        **stamp(),
         "rows": [*kept, *rows],
     }
     arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import io
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,12 @@ from rich.table import Table
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.shared import stamp
+
 from proxstep import IsometricRule, Isopo
 from proxstep.__main__ import main as proxstep_main
-from proxstep.runs.folder import describe_machine
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
 RESULTS = Path(__file__).with_suffix("") / "results.json"
@@ -138,11 +141,8 @@ def main() -> None:
     console, table = Console(), Table("optimizer", "method")
     RESULTS.parent.mkdir(exist_ok=True)
     report = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-    stamp = {
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(torch.device("cpu")),
-    }
-    report["norms_over_reinforce"] = {**stamp, "rows": norms()}
+    made = stamp()
+    report["norms_over_reinforce"] = {**made, "rows": norms()}
     console.print(report["norms_over_reinforce"])
     RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if arguments.norms:
@@ -152,7 +152,7 @@ def main() -> None:
             found = [run(optimizer, method, seed, arguments.steps) for seed in arguments.seeds]
             rows.append({"optimizer": optimizer, "method": method, "runs": found})
             console.print(optimizer, method, found)
-            report |= {"seeds": arguments.seeds, "steps": arguments.steps, **stamp, "rows": rows}
+            report |= {"seeds": arguments.seeds, "steps": arguments.steps, **made, "rows": rows}
             RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name in rows[0]["runs"][0]:
         table.add_column(name)

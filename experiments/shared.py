@@ -16,13 +16,17 @@ kind of processor; runs from these weights can be put together, whichever machin
 
 
 class Quiet:
-    """The progress of a run that nobody watches."""
+    """Nobody watches; what is worth knowing goes to the log."""
 
-    begin = note = record = lambda self, what: None
+    begin = record = lambda self, what: None
     wait = UNSEEN.wait
 
+    def note(self, text: str) -> None:
+        """Print it."""
+        print(text)  # noqa: T201
 
-def stamp() -> dict[str, str]:
+
+def stamp(device: str | torch.device = "cpu") -> dict[str, str]:
     """Return when and on what a run is made."""
-    machine = describe_machine(torch.device("cpu"))
+    machine = describe_machine(torch.device(device))
     return {"date": datetime.date.today().isoformat(), "machine": machine}

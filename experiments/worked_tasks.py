@@ -13,23 +13,24 @@ tables need scipy.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from scipy import optimize, stats
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.shared import Quiet, stamp
+
 from proxstep.config.loading import load_recipe
-from proxstep.runs.folder import describe_machine
 from proxstep.runs.reading import load_run
-from proxstep.runs.waiting import UNSEEN
 from proxstep.training import lifecycle
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "worked.yaml"
@@ -40,17 +41,6 @@ FIRST_RATES = 3
 SHARED = {"steps": "20", "evaluation.every": "20"}
 TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 POWER, LEVEL = 0.8, 0.05
-
-
-class Quiet:
-    """Nobody watches."""
-
-    begin = record = lambda self, what: None
-    wait = UNSEEN.wait
-
-    def note(self, text: str) -> None:
-        """Print it."""
-        print(text)  # noqa: T201
 
 
 def run(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,8 +70,7 @@ def run(cell: Mapping[str, Any]) -> dict[str, Any]:
         "kl": found.series("kl_policy_initial")[1][-1:],
         "seconds": round(time.perf_counter() - began, 1),
         "processor_seconds": round(time.process_time() - used, 1),
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(torch.device("cpu")),
+        **stamp(),
     }
 
 
