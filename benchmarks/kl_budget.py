@@ -4,8 +4,9 @@
     python benchmarks/kl_budget.py --json benchmarks/baselines/kl-budget-cpu.json
 
 An update is forward and backward of all microbatches, of 8 sequences each, and AdamW's step. The
-contestants alternate with the plain one in the same run, as in overhead.py. The first three judge
-the step on a sixteenth of the sequences:
+contestants alternate with the plain one in the same run, as in overhead.py; the peak of the second
+update, over what is held before it, comes from a process for each, as in memory.py. The first three
+judge the step on a sixteenth of the sequences:
 
 - predicted, corrected: `KlBudget` with these controls.
 - slopes: exact derivatives of the log-probabilities in the step's direction (`slopes`).
@@ -16,7 +17,9 @@ the step on a sixteenth of the sequences:
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +31,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.memory import CHILD, peak, reset_peak
 from benchmarks.overhead import ratios_to
 from benchmarks.settings import DTYPES, add_options, prepare, shape_of, write_report
-from benchmarks.workload import Batch, build_model, completion_log_probs, draw_batch, twin_of
+from benchmarks.workload import Batch, Shape, build_model, completion_log_probs, draw_batch, twin_of
 from proxstep import PRESETS, Isopo, KlBudget
 from proxstep.budget.prediction import slopes
 from proxstep.isopo.hooks import uses
@@ -140,6 +144,25 @@ ROWS: dict[str, Callable[[nn.Module, Batch], Update]] = {
 }
 
 
+def growth_bytes(name: str, shape: Shape, batch: Batch, arguments: argparse.Namespace) -> int:
+    """Return the most that the second update holds, on top of what is there before it."""
+    model = build_model(shape, arguments.device, DTYPES[arguments.dtype])
+    update = ROWS[name](model, batch)
+    update()
+    before = reset_peak(arguments.device)
+    update()
+    return peak(arguments.device) - before
+
+
+def growth_in_child(name: str) -> int:
+    """Return `growth_bytes`, measured in a process of its own with the same options."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
+    done = subprocess.run(command, env=os.environ | CHILD, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return int(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -147,21 +170,27 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=512, help="where --shape is not given")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--child", choices=ROWS, help=argparse.SUPPRESS)
     parser.set_defaults(num_sequences=64)
     arguments = parser.parse_args()
     prepare(arguments)
     shape = shape_of(arguments, arguments.hidden_size)
-    model = build_model(shape, arguments.device, DTYPES[arguments.dtype])
     sizes = (arguments.num_sequences, arguments.length, shape.vocab_size)
-    batch = draw_batch(*sizes, arguments.device)
+    batch, console = draw_batch(*sizes, arguments.device), Console()
+    if arguments.child:
+        console.out(growth_bytes(arguments.child, shape, batch, arguments))
+        return
+    model = build_model(shape, arguments.device, DTYPES[arguments.dtype])
     reference, figures = plain(twin_of(model), batch), []
     reference()
-    table = Table("row", "ratio", "quartiles")
+    held = growth_in_child("reinforce")
+    table = Table("row", "time, ratio", "quartiles", "peak, ratio")
     for name in arguments.rows or ROWS:
         update = ROWS[name](twin_of(model), batch)
         update()
         ratios, seconds = ratios_to(reference, update, arguments.repeats, arguments.device)
         lower, median, upper = statistics.quantiles(ratios, n=4)
+        memory = growth_in_child(name) / held
         figures.append(
             {
                 "row": name,
@@ -169,16 +198,18 @@ def main() -> None:
                 "lower_quartile": lower,
                 "upper_quartile": upper,
                 "reinforce_seconds": statistics.median(seconds),
+                "memory_ratio": memory,
             }
         )
-        table.add_row(name, f"{median:.3f}", f"{lower:.3f} to {upper:.3f}")
-    Console().print(table)
+        table.add_row(name, f"{median:.3f}", f"{lower:.3f} to {upper:.3f}", f"{memory:.3f}")
+    console.print(table)
     settings = {
         "hidden_size": shape.hidden_size,
         "length": arguments.length,
         "repeats": arguments.repeats,
         "microbatch": MICROBATCH,
         "judges": len(batch.token_BT[::SHARE]),
+        "reinforce_growth_bytes": held,
     }
     write_report(arguments, settings, figures=figures)
 
