@@ -61,8 +61,8 @@ def table(rows: Sequence[Row]) -> str:
     """Return the runs by optimizer, rate and control."""
     lines = [
         "| optimizer | rate | control | seeds | score | worst | KL of a step: median, 90 % | scale "
-        "| passes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| passes | processor s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (optimizer, rate, control), runs in cells(rows):
         kl = sorted(k for r in runs for k in r["kl_of_the_step"])
@@ -75,6 +75,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{statistics.median(kl):.4f}, {kl[int(0.9 * len(kl))]:.4f}",
             f"{statistics.median(scales):.2f}" if scales else "",
             f"{statistics.mean(forwards):.1f}" if forwards else "",
+            f"{statistics.median(r['processor_seconds'] for r in runs):.1f}",
         ]
         lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)

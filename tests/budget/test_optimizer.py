@@ -59,6 +59,13 @@ class Loop:
                 self.optimizer.step()
         return measured
 
+    @torch.no_grad()
+    def log_probs_without_dropout(self) -> Tensor:
+        self.model.eval()
+        found, _ = self.log_probs()
+        self.model.train()
+        return found
+
     def weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.model.parameters()]
 
@@ -177,6 +184,22 @@ def test_a_schedule_reaches_the_optimizer() -> None:
     loop.run(1)
     schedule.step()
     assert [group["lr"] for group in loop.inner.param_groups] == [0.05]
+
+
+@pytest.mark.parametrize("control", ["predicted", "corrected", "measured-backtracking"])
+def test_a_schedule_is_the_budgets_too(control: Any) -> None:
+    """Of a rate that is far too large it would do nothing else."""
+    factors = [1.0, 0.5, 0.1, 0.0, 0.5]
+    loop = Loop("sgd", 10.0, nats=0.02, control=control)
+    schedule = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: factors[step % 5])
+    for step, factor in enumerate(factors):
+        loop.backward(step)
+        before = loop.log_probs_without_dropout()
+        loop.optimizer.step(loop.log_probs)
+        after = loop.log_probs_without_dropout()
+        mask = torch.ones_like(before, dtype=torch.bool)
+        assert sampled_kl(before, after, mask).mean() <= 1.3 * 0.02 * factor**2 + 1e-9
+        schedule.step()
 
 
 def test_a_step_that_is_not_finite_changes_no_parameter() -> None:

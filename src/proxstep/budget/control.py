@@ -52,7 +52,7 @@ class State:
 
     def learn(self, realized: float, predicted: float, budget: float) -> None:
         """Learn from what a step did and what was predicted for it, in nats."""
-        if math.isfinite(realized):
+        if math.isfinite(realized) and budget > 0:
             # One step that went far astray counts as a few.
             least = min(1.0, _LARGEST * budget / max(realized, predicted, budget))
             self.realized = _DECAY * self.realized + least * realized / budget

@@ -42,6 +42,10 @@ class KlBudget(torch.optim.Optimizer):
     predicted)). The step is scaled, not the gradient and not the moments: those are the same as
     without a budget. A step that needs no scaling is the optimizer's own to the bit.
 
+    A schedule of the learning rate is the budget's too: at half the rate that it began with a step
+    is half as long, a quarter of the nats. Else the schedule of a rate that is too large would do
+    nothing.
+
     `log_probs` is a function without arguments that scores a few of the minibatch's sequences with
     the model as it is: it returns their tokens' log-probabilities in nats, (batch, tokens), at the
     temperature at which they were sampled, and a mask of the tokens that count. It is no closure
@@ -230,7 +234,13 @@ class KlBudget(torch.optim.Optimizer):
         unit = 1.0
         if self.per == "token":
             unit = max(1.0, _mean(response_BT.sum(dim=1).double()))
-        return self.nats * unit * self._share + self._left, unit
+        nats = self.nats * self._schedule() ** 2
+        return nats * unit * self._share + self._left, unit
+
+    def _schedule(self) -> float:
+        """Return the first group's learning rate over the one that torch's schedules begin with."""
+        group = self.param_groups[0]
+        return float(group["lr"] / group["initial_lr"]) if group.get("initial_lr") else 1.0
 
     def _realized(
         self,
