@@ -353,7 +353,7 @@ def phase_rows(arguments: argparse.Namespace, done: int) -> Iterator[dict[str, A
         trainer = _trainer(arguments, recipe, watch)
         trainer.clock = clock = ProcessorClock()
         clock.watch(stack, evaluation, "greedy_score")
-        clock.watch(stack, evaluation, "kl_from_initial")
+        clock.watch(stack, evaluation, "drift_from_initial")
         clock.watch(stack, evaluation.Probe, "kl")
         trainer.run()
         steps = [record for record in watch.records if record["step"]]

@@ -50,7 +50,14 @@ from experiments.truth_tables import tables
 ROOT = Path(__file__).parents[1]
 TRUTH = ROOT / "experiments" / "truth"
 KEPT = (
-    *("reward", "score", "kl_policy_initial", "kl_initial_policy", "entropy", "grad_norm"),
+    *(
+        "reward",
+        "score",
+        "kl_policy_initial",
+        "kl_initial_policy",
+        "evaluation_entropy",
+        "grad_norm",
+    ),
     *("grad_response_efficiency", "advantage_range", "completions_mean_length"),
     *("completions_max_length", "elapsed_seconds", "seconds_update", "seconds_step"),
 )

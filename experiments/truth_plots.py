@@ -30,12 +30,11 @@ def draw(comparison: Comparison) -> Figure:
     panels = figure.subplots(2, 3)
     _results(panels[0, 0], panels[0, 1], comparison, looks)
     _hulls(panels[0, 2], chosen, looks)
-    for axes, name, title in (
-        (panels[1, 0], "score", "Greedy score by step"),
-        (panels[1, 1], "entropy", "Entropy by step, nats a token"),
-    ):
-        _curves(axes, chosen, looks, name)
-        axes.set_title(title)
+    _curves(panels[1, 0], chosen, looks, "score")
+    panels[1, 0].set_title("Greedy score by step")
+    _curves(panels[1, 1], chosen, looks, "evaluation_entropy")
+    panels[1, 1].set_title("Entropy by step, nats a token")
+    panels[1, 1].set_visible(panels[1, 1].has_data())
     _gradients(panels[1, 2], chosen, looks)
     handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 7))

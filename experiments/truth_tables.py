@@ -100,7 +100,7 @@ def best_of_table(comparison: Comparison, number: int) -> str:
 
 
 FIGURES = {
-    "entropy": ("entropy, nats a token", 3),
+    "evaluation_entropy": ("entropy, nats a token", 3),
     "grad_norm": ("gradient norm", 3),
     "grad_response_efficiency": ("norm by advantage", 3),
     "completions_mean_length": ("tokens", 3),

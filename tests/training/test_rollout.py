@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from proxstep.errors import ProxstepError
 from proxstep.logprobs.tokens import token_log_probs
 from proxstep.training.batch import Batch
 from proxstep.training.demo_model import build_embedded_model
-from proxstep.training.evaluation import Probe, kl_from_initial
+from proxstep.training.evaluation import Drift, Probe, drift_from_initial
 from proxstep.training.generation import end_tokens, sample
 from proxstep.training.rollout import Completions, Cut, completion_log_probs, response_logits
 
@@ -138,18 +139,25 @@ def test_drift_is_zero_at_the_start_and_agrees_both_ways_nearby(policy) -> None:
     other.load_state_dict(model.state_dict())
     other.eval()
     prompts = [tokenizer(t)["input_ids"] for t in ["1+2=", "12+34=", "8-3="] * 100]
+
+    def drift(policy: Any) -> Drift:
+        return drift_from_initial(policy, model, tokenizer, prompts, 6, Cut(size=7))
+
     torch.manual_seed(0)
     probe = Probe.draw(model, tokenizer, prompts, 6)
     assert probe.kl(model) == pytest.approx(0.0, abs=1e-6)
-    assert kl_from_initial(other, model, tokenizer, prompts, 6, Cut(size=7)) == pytest.approx(
-        0.0, abs=1e-6
-    )
+    assert drift(other).kl_policy_initial == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():
         other.model.embed_tokens.weight.mul_(1.1)
     forward = probe.kl(other)
-    backward = kl_from_initial(other, model, tokenizer, prompts, 6, Cut(size=7))
+    backward = drift(other).kl_policy_initial
     assert forward > 1e-5
     assert forward == pytest.approx(backward, rel=0.3)
+    samples = [tokenizer("1+2=")["input_ids"]] * 50
+    near = drift_from_initial(other, model, tokenizer, samples, 1, Cut(size=7))
+    logits = other(torch.tensor(samples[:1])).logits[0, -1]
+    exact = torch.distributions.Categorical(logits=logits).entropy().item()
+    assert near.evaluation_entropy == pytest.approx(exact, rel=1e-5)
     restored = Probe.from_state_dict(probe.state_dict(), torch.device("cpu"))
     assert restored.kl(other) == forward
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, isnan
 
 from proxstep.lab.comparison import Comparison
-from proxstep.runs.reading import Run, Spread, by_algorithm, load_diagnostics, seed_spread
+from proxstep.runs.reading import (
+    Run,
+    Spread,
+    by_algorithm,
+    entropy_field,
+    load_diagnostics,
+    seed_spread,
+)
 
 MOST_CURVES = 8
 """Algorithms in one figure."""
@@ -236,11 +243,25 @@ class PanelGroup:
     panels: list[Panel]
 
 
+def charts_of(runs: Sequence[Run]) -> list[Chart]:
+    """Return the charts of every run, with the entropy that all runs measured alike if they did.
+
+    A step's entropy is of the sequences that its update takes: hardly comparable, since some
+    algorithms leave out groups of equal rewards.
+    """
+    return [
+        replace(chart, field=entropy_field(runs)) if chart.field == "entropy" else chart
+        for chart in CHARTS
+    ]
+
+
 def panel_groups(comparison: Comparison) -> list[PanelGroup]:
     """Return what the page draws; of what was not measured, the six charts of every run alone."""
     runs = drawn_runs(comparison)
     groups = [
-        PanelGroup("Curves", [*_frontier(comparison), *(step_panel(runs, c) for c in CHARTS)]),
+        PanelGroup(
+            "Curves", [*_frontier(comparison), *(step_panel(runs, c) for c in charts_of(runs))]
+        ),
         PanelGroup("Per-layer geometry", [*_layer_panels(runs), *_measured(runs, _GEOMETRY)]),
         PanelGroup("Escort weights", _measured(runs, _ESCORT)),
         PanelGroup("KL budget", [*_budget_panels(runs), *_measured(runs, [_SCALE])]),

@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from proxstep.lab.panels import CHARTS, Panel, band_note, step_panel
+from proxstep.lab.panels import Panel, band_note, charts_of, step_panel
 from proxstep.lab.strokes import strokes
 from proxstep.runs.reading import Run, by_algorithm
 
@@ -57,7 +57,7 @@ def overview_figure(runs: Sequence[Run]) -> Figure:
         figure = Figure(
             figsize=(10.5, 6.2), layout=ConstrainedLayoutEngine(wspace=0.05, hspace=0.04)
         )
-        for axes, chart in zip(figure.subplots(2, 3).flat, CHARTS, strict=True):
+        for axes, chart in zip(figure.subplots(2, 3).flat, charts_of(runs), strict=True):
             _draw(axes, step_panel(runs, chart))
         _add_legend(figure, runs)
     return figure

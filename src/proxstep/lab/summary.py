@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from proxstep.runs.reading import MISSING, Run, Spread, by_algorithm
+from proxstep.runs.reading import MISSING, Run, Spread, by_algorithm, entropy_field
 
 _LAST_STEPS = 5
 
@@ -50,7 +50,9 @@ class AlgorithmSummary:
 
 def summarize(runs: Iterable[Run]) -> list[AlgorithmSummary]:
     """Return the statistics of each algorithm, in order of first appearance."""
-    return [_summarize(algorithm, members) for algorithm, members in by_algorithm(runs).items()]
+    groups = by_algorithm(runs)
+    entropy = entropy_field([run for members in groups.values() for run in members])
+    return [_summarize(algorithm, members, entropy) for algorithm, members in groups.items()]
 
 
 def comparison_table(summaries: Sequence[AlgorithmSummary]) -> Table:
@@ -72,7 +74,7 @@ def comparison_table(summaries: Sequence[AlgorithmSummary]) -> Table:
     return table
 
 
-def _summarize(algorithm: str, runs: Sequence[Run]) -> AlgorithmSummary:
+def _summarize(algorithm: str, runs: Sequence[Run], entropy: str) -> AlgorithmSummary:
     def over_runs(statistic: Callable[[Run], float | None]) -> Spread | None:
         values = [value for run in runs if (value := statistic(run)) is not None]
         return Spread.of(values) if values else None
@@ -88,7 +90,7 @@ def _summarize(algorithm: str, runs: Sequence[Run]) -> AlgorithmSummary:
         gain=over_runs(_gain),
         kl_policy_initial=last("kl_policy_initial"),
         kl_initial_policy=last("kl_initial_policy"),
-        entropy=last("entropy"),
+        entropy=last(entropy),
         reward=last("reward", _LAST_STEPS),
         grad_norm=last("grad_norm", _LAST_STEPS),
         grad_response_efficiency=last("grad_response_efficiency", _LAST_STEPS),

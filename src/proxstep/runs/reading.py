@@ -136,6 +136,12 @@ def by_algorithm(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def entropy_field(runs: Iterable[Run]) -> str:
+    """Return the entropy that runs can be compared by: at evaluations, if all measured it there."""
+    alike = all(run.series("evaluation_entropy")[1] for run in runs)
+    return "evaluation_entropy" if alike else "entropy"
+
+
 def seed_spread(runs: Sequence[Run], name: str) -> dict[int, Spread]:
     """Return a field's spread over runs by step, for the steps in which every run has it.
 

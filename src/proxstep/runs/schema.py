@@ -43,7 +43,10 @@ FIELDS: dict[str, str] = {
     "kl_policy_initial": "KL(policy || initial) in nats per token, exact over the vocabulary at "
     "each position of fresh samples of the policy's own.",
     "entropy": "Policy entropy in nats per token, exact over the vocabulary at the sampled "
-    "positions.",
+    "positions of the sequences that have a part in the update: which ones differs from algorithm "
+    "to algorithm.",
+    "evaluation_entropy": "The same at an evaluation, on the samples of kl_policy_initial, whose "
+    "prompts are every algorithm's.",
     "loss": "Value of the objective, summed over the step's microbatches, averaged over its "
     "updates.",
     "grad_norm": "Norm of the gradient before clipping (after the geometry), averaged over the "

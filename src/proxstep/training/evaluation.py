@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.evaluating import evaluating
-from proxstep.logprobs.tokens import kl_divergence, kl_estimate
+from proxstep.logprobs.tokens import entropy, kl_divergence, kl_estimate
 from proxstep.rewards import Narrowness, narrowness
 from proxstep.rewards.pass_at_k import sampled_scores
 from proxstep.runs.waiting import UNSEEN, Waits
@@ -259,7 +259,7 @@ def evaluate(
         "kl_initial_policy": probe.kl(model, head, cut),
     }
     if section.kl_policy_initial:
-        measured["kl_policy_initial"] = kl_from_initial(
+        drift = drift_from_initial(
             model,
             initial,
             tokenizer,
@@ -268,6 +268,7 @@ def evaluate(
             cut if head == "full" else Cut(size=1),
             stop=stop,
         )
+        measured |= drift._asdict()
     scores = sampled(recipe, model, tokenizer, validation, waits)
     measured |= {f"score_{name}": value for name, value in scores.items()}
     return measured, greedy.rows(validation)[: recipe.logging.num_samples], probe
@@ -318,8 +319,20 @@ class Probe:
         return cls(Completions(**moved), initial_log_prob_BT)
 
 
+class Drift(NamedTuple):
+    """What a policy's own samples say of it; nats per token, exact over the vocabulary.
+
+    Attributes:
+        kl_policy_initial: KL(policy || initial).
+        evaluation_entropy: The policy's entropy.
+    """
+
+    kl_policy_initial: float
+    evaluation_entropy: float
+
+
 @torch.no_grad()
-def kl_from_initial(
+def drift_from_initial(
     model: nn.Module,
     initial: nn.Module | None,
     tokenizer: Any,
@@ -327,20 +340,23 @@ def kl_from_initial(
     max_new_tokens: int,
     cut: Cut = BY_TOKENS,
     stop: Sequence[str] = (),
-) -> float:
-    """Return KL(policy || initial) in nats per token, exact over the vocabulary.
+) -> Drift:
+    """Return how far a policy is from the initial one, and its entropy.
 
     The policy samples one completion for each prompt at temperature 1; the logits of one microbatch
     of the cut exist at a time, of both policies. `initial` is as for `evaluate`.
     """
     completions = sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop)
-    total = 0.0
+    kl = spread = 0.0
     with evaluating(model):
         for _, part in cut.parts(completions):
             first = part.first_column()
             logits = response_logits(model, part, 1.0, first)
             with initial_policy(model, initial) as policy:
                 initial_logits = response_logits(policy, part, 1.0, first)
+            counts_BT = part.response_BT[:, first:]
             kl_BT = by_chunks(kl_divergence, logits, initial_logits)
-            total += kl_BT[part.response_BT[:, first:]].double().sum().item()
-    return total / int(completions.response_BT.sum())
+            kl += kl_BT[counts_BT].double().sum().item()
+            spread += by_chunks(entropy, logits)[counts_BT].double().sum().item()
+    num_tokens = int(completions.response_BT.sum())
+    return Drift(kl / num_tokens, spread / num_tokens)
