@@ -174,28 +174,34 @@ class Experiment:
 
     def publish(self) -> None:
         """Write figure and page from the rows."""
-        self.restore()
-        comparison = compare_runs(find_runs([self.output / name for name in self.done()]))
-        self.figure.parent.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context({**STYLE, "svg.hashsalt": "proxstep"}):
-            draw(comparison).savefig(self.figure, metadata={"Date": None})
+        parts = [f"None of {self._plan_text()} has run yet."]
+        if self.done():
+            self.restore()
+            comparison = compare_runs(find_runs([self.output / name for name in self.done()]))
+            self.figure.parent.mkdir(parents=True, exist_ok=True)
+            with mpl.rc_context({**STYLE, "svg.hashsalt": "proxstep"}):
+                draw(comparison).savefig(self.figure, metadata={"Date": None})
+            parts = list(self._results(comparison))
         text = self.page.read_text(encoding="utf-8") if self.page.exists() else self._empty_page()
         begin = BEGIN.format(self.name)
         before, after = text.split(begin)[0], text.split(END)[1]
-        own = "\n\n".join(self._results(comparison))
+        own = "\n\n".join(parts)
         self.page.parent.mkdir(parents=True, exist_ok=True)
         self.page.write_text(f"{before}{begin}\n\n{own}\n\n{END}{after}", encoding="utf-8")
 
     def _empty_page(self) -> str:
         return f"# {self.name}\n\n{BEGIN.format(self.name)}\n{END}\n"
 
+    def _plan_text(self) -> str:
+        plan = f"[`plan.yaml`](../../experiments/truth/{self.name}/plan.yaml)"
+        return f"{len(self.cells)} runs of {plan}"
+
     def _results(self, comparison: Comparison) -> Iterator[str]:
         rows = self.done()
         machines = sorted({row["info"]["machine"] for row in rows.values()})
         dates = sorted({row["info"]["started"][:10] for row in rows.values()})
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        plan = f"[`plan.yaml`](../../experiments/truth/{self.name}/plan.yaml)"
-        yield f"{len(rows)} of {len(self.cells)} runs of {plan}; {'; '.join(machines)}; {when}."
+        yield f"{len(rows)} of {self._plan_text()}; {'; '.join(machines)}; {when}."
         yield verdict(comparison)
         if comparison.against:
             yield f"![Each arm against {comparison.against}](../figures/findings/{self.name}.svg)"
@@ -269,9 +275,8 @@ def main() -> int:
             parser.error(f"{name}: no such folder of {TRUTH.relative_to(ROOT)}; see --list")
         found = Experiment(name)
         status = "finished" if arguments.page else found.run(ends, console)
-        if found.done():
-            found.publish()
-            console.out(f"{len(found.done())} of {len(found.cells)} runs: {found.page}")
+        found.publish()
+        console.out(f"{len(found.done())} of {len(found.cells)} runs: {found.page}")
         if status != "finished":
             break
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.spatial import ConvexHull, QhullError
 
 from proxstep.lab.choosing import Chosen
@@ -94,7 +94,8 @@ def _hull(points: np.ndarray) -> Iterator[np.ndarray]:
 def _curves(axes: Any, chosen: dict[str, Chosen], looks: Looks, field: str) -> None:
     """The mean of a field over an arm's reported runs."""
     for name, own in chosen.items():
-        found = [outcome.run.series(field) for outcome in own.outcomes]
+        series = [outcome.run.series(field) for outcome in own.outcomes]
+        found = [(steps, values) for steps, values in series if steps]
         steps = min((s for s, _ in found), key=len, default=[])
         if steps:
             mean = np.mean([values[: len(steps)] for _, values in found], axis=0)
@@ -110,8 +111,9 @@ def _gradients(axes: Any, chosen: dict[str, Chosen], looks: Looks) -> None:
         if len(means):
             axes.plot(*means.T, marker="o", **looks[name].matplotlib)
     axes.set_yscale("log")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda value, place: f"{value:g}"))  # powers would need mathtext
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Gradient norm against reward")
 
 
