@@ -15,7 +15,7 @@ from proxstep.lab.choosing import Chosen
 from proxstep.lab.comparison import Comparison
 from proxstep.lab.outcomes import Outcome
 from proxstep.lab.statistics import Estimate
-from proxstep.lab.strokes import strokes
+from proxstep.lab.strokes import COLORS, Stroke, strokes
 
 Looks = dict[str, Any]
 NUM_BINS = 5
@@ -25,7 +25,7 @@ NUM_BINS = 5
 def draw(comparison: Comparison) -> Figure:
     """Return the arms' results above, and what their runs were like below."""
     names = [row.algorithm for row in comparison.settings[0].standings]
-    looks, chosen = strokes(names), comparison.chosen
+    looks, chosen = _looks(names), comparison.chosen
     figure = Figure(figsize=(12, 4.6 + 0.26 * len(names)), layout="constrained")
     panels = figure.subplots(2, 3)
     _results(panels[0, 0], panels[0, 1], comparison, looks)
@@ -39,6 +39,18 @@ def draw(comparison: Comparison) -> Figure:
     handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 7))
     return figure
+
+
+def _looks(names: list[str]) -> Looks:
+    """Return each algorithm's own color; arms that would share one are colored in their order."""
+    own = strokes(names)
+    if len({look.color for look in own.values()}) == len(names):
+        return own
+    dashes: tuple[tuple[float, ...], ...] = ((), (3.6, 1.7))
+    return {
+        name: Stroke(place % len(COLORS), dashes[place // len(COLORS) % len(dashes)])
+        for place, name in enumerate(names)
+    }
 
 
 def _results(left: Any, right: Any, comparison: Comparison, looks: Looks) -> None:

@@ -66,15 +66,21 @@ def _against(pair: Pair | None) -> list[str]:
 
 
 def at_equal_values(comparison: Comparison) -> str:
-    """Return every arm's final score at every value."""
+    """Return every arm's final score at every value, less that of the one all are compared with."""
     found: dict[str, dict[str, str]] = {}
     for setting in comparison.settings[1:]:
+        less = {pair.first: pair.final.text("+") for pair in setting.pairs}
         for row in setting.standings:
-            found.setdefault(row.algorithm, {})[setting.name] = row.final.text()
+            text = row.final.text()
+            if row.algorithm in less and comparison.against:
+                text = f"{row.final.value:.3f}: {less[row.algorithm]}"
+            found.setdefault(row.algorithm, {})[setting.name] = text
     values = [setting.name for setting in comparison.settings[1:]]
     rows = [[name, *(own.get(value, "") for value in values)] for name, own in found.items()]
-    title = f"Final score at each {comparison.tuned.replace('_', ' ')}:"
-    return f"{title}\n\n{_table(['', *map(_value, values)], rows)}"
+    title = f"Final score at each {comparison.tuned.replace('_', ' ')}"
+    if comparison.against:
+        title += f", and after a colon what it is more than {comparison.against}'s"
+    return f"{title}:\n\n{_table(['', *map(_value, values)], rows)}"
 
 
 def best_of(values: Sequence[float], number: int) -> float:
