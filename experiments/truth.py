@@ -210,7 +210,9 @@ class Experiment:
 
 def digest(recipe: Recipe) -> str:
     """Return what tells a run's recipe from all others, wherever it is run and however labeled."""
-    own = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"label", "output_dir"})
+    own = with_absolute_paths(recipe).model_dump(
+        mode="json", exclude_defaults=True, exclude={"label", "output_dir"}
+    )
     text = json.dumps(own, sort_keys=True).replace(f"{ROOT}/", "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

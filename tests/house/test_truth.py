@@ -166,7 +166,10 @@ def test_a_run_is_the_same_wherever_the_house_stands(
 
     def at(root: Path) -> str:
         monkeypatch.setattr(truth, "ROOT", root)
-        model = recipe.model.model_copy(update={"name": f"{root}/policies/one"})
+        (root / "policies" / "one").mkdir(parents=True, exist_ok=True)
+        (root / "truth" / "a").mkdir(parents=True, exist_ok=True)
+        above = "/truth/a/../.." if "there" in root.name else ""
+        model = recipe.model.model_copy(update={"name": f"{root}{above}/policies/one"})
         return truth.digest(recipe.model_copy(update={"model": model, "output_dir": f"{root}/x"}))
 
     assert at(tmp_path / "here") == at(tmp_path / "there")
