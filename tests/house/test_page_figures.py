@@ -270,13 +270,33 @@ def test_costs_of_whole_runs() -> None:
             assert float(shown) == pytest.approx(statistics.median(own), abs=0.051), (name, method)
 
 
-def test_every_interval_of_the_readme_is_in_the_findings() -> None:
-    interval = r"[-\d.]+ \[[-\d., ]+\]"
-    text = page("README.md").split("## What was found so far")[1].split("## What it costs")[0]
-    found = re.findall(interval, text)
-    assert found
-    missing = [each for each in found if each not in page("docs/findings.md")]
-    assert not missing
+INTERVAL = r"\[(-?\+?[\d.]+), (-?\+?[\d.]+)\]"
+
+
+def intervals(text: str) -> set[frozenset[float]]:
+    """The ends of intervals, without their signs: a difference may be told from either side."""
+    return {frozenset(abs(float(end)) for end in ends) for ends in re.findall(INTERVAL, text)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/which.md", "docs/claims.md"])
+def test_every_interval_is_on_a_page_of_results(name: str) -> None:
+    text = page(name)
+    if name == "README.md":
+        text = text.split("## What was found so far")[1].split("## What it costs")[0]
+    pages = ["docs/findings.md", "docs/cost.md", "docs/algorithms.md"]
+    pages += [f"docs/findings/{path.name}" for path in (ROOT / "docs" / "findings").iterdir()]
+    known = set().union(*(intervals(page(other)) for other in pages))
+    assert intervals(text)
+    assert intervals(text) <= known
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "findings").iterdir()), ids=lambda p: p.stem
+)
+def test_intervals_of_a_findings_text_are_in_its_tables(path: Path) -> None:
+    text, begin, table = path.read_text().partition("<!-- results:")
+    assert begin
+    assert intervals(text) <= intervals(table)
 
 
 def test_the_guards_figures() -> None:
