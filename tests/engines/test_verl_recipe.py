@@ -66,7 +66,8 @@ COMPUTED = {
     *("rollout.top_k", "rollout.overlong_buffer", "rollout.overlong_penalty"),
     *("rollout.engine", "rollout.gpu_memory_utilization"),
     *("rollout.importance_cap", "update.num_minibatches", "update.microbatch_size"),
-    "update.microbatch_tokens",
+    *("update.microbatch_tokens", "update.kl_budget", "update.kl_budget_per"),
+    *("update.kl_control", "update.kl_num_sequences"),
     *("optimizer.name", "optimizer.betas", "optimizer.eps", "optimizer.momentum"),
     *("optimizer.max_grad_norm", "optimizer.warmup_updates"),
     *("logging.tracker", "logging.num_samples", "logging.checkpoint_every"),
@@ -119,10 +120,6 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
         "rollout.prefill",
         "rollout.stop",
         "task.reward_seconds",
-        "update.kl_budget",
-        "update.kl_budget_per",
-        "update.kl_control",
-        "update.kl_num_sequences",
     }
 
 
@@ -169,6 +166,10 @@ def test_an_algorithm_that_reads_the_old_policy_is_refused(
         ({"device": "cpu"}, "device"),
         ({"model": {"head": "chunked"}}, "model.head"),
         ({"model": {"autocast": "auto"}}, "model.autocast"),
+        (
+            {"model": {"autocast": "bfloat16"}, "update": {"kl_budget": 0.03}},
+            "model.autocast",
+        ),
         ({"model": {"lora": {"dropout": 0.1}}}, "model.lora.dropout"),
         ({"algorithm": "opo", "objective": {"mu": "auto"}}, "objective.mu"),
         ({"algorithm": "opo", "objective": {"adaptive_tau": True}}, "objective.adaptive_tau"),
@@ -260,6 +261,34 @@ def test_renamed_keys_carry_their_value(key: str) -> None:
                 "_target_": "proxstep.engines.verl.IsopoActorConfig",
                 "geometry": "{rule:isopo-natural,ntk_damping:0.5}",
                 "policy_loss.loss_mode": "chi2_opo",
+            },
+        ),
+        (
+            {"update": {"kl_budget": 0.03, "num_minibatches": 2, "num_iterations": 3}},
+            {
+                "strategy": "kl_budget",
+                "_target_": "proxstep.engines.verl.BudgetActorConfig",
+                "kl_budget": "0.03",
+                "kl_num_updates": "6",
+            },
+        ),
+        (
+            {
+                "algorithm": "isopo",
+                "update": {
+                    "kl_budget": 0.03,
+                    "kl_budget_per": "token",
+                    "kl_control": "corrected",
+                    "kl_num_sequences": 8,
+                },
+            },
+            {
+                "strategy": "isopo",
+                "kl_budget": "0.03",
+                "kl_budget_per": "token",
+                "kl_control": "corrected",
+                "kl_num_sequences": "8",
+                "kl_num_updates": "1",
             },
         ),
         (
