@@ -29,6 +29,7 @@ from proxstep.training.prompts import batch_rows
 
 PREPARED = Prepared("model", Path("/t.parquet"), Path("/v.parquet"), ("exact_match",), (1.0,), None)
 TWO, EIGHT = gpus(2), gpus(8)
+ATTENTION = f"+{table.MODEL}.override_config.attn_implementation"
 
 
 def options(changes: dict[str, Any] | None = None, machine: Machine = TWO) -> dict[str, str]:
@@ -337,6 +338,7 @@ def test_keys_of_the_actor(changes: dict[str, Any], expected: dict[str, str]) ->
             {"+data.apply_chat_template_kwargs": "{enable_thinking:false}"},
         ),
         ({"rollout": {"top_k": 0}}, {f"{table.ROLLOUT}.top_k": "-1"}),
+        ({}, {ATTENTION: "sdpa"}),
         (
             {"rollout": {"engine": "vllm", "gpu_memory_utilization": 0.4}},
             {f"{table.ROLLOUT}.name": "vllm", f"{table.ROLLOUT}.gpu_memory_utilization": "0.4"},
@@ -349,6 +351,10 @@ def test_keys_of_the_actor(changes: dict[str, Any], expected: dict[str, str]) ->
 def test_keys_outside_the_actor(changes: dict[str, Any], expected: dict[str, str]) -> None:
     found = options(changes)
     assert {key: found[key] for key in expected} == expected
+
+
+def test_half_precision_has_verls_own_attention() -> None:
+    assert ATTENTION not in options({"model": {"autocast": "bfloat16"}})
 
 
 def test_the_machine_decides_the_ranks() -> None:

@@ -333,6 +333,8 @@ def _model(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         f"+{ACTOR}.fsdp_config.mixed_precision": precision,
         f"{ROLLOUT}.dtype": "bfloat16" if computes == "bf16" else "float32",
     }
+    if computes == "fp32":  # flash attention, verl's own choice, has no float32
+        found[f"+{MODEL}.override_config.attn_implementation"] = "sdpa"
     if prepared.chat_template is not None:
         found[f"{MODEL}.custom_chat_template"] = prepared.chat_template
     if lora is not None:
