@@ -351,6 +351,31 @@ def test_a_group_that_is_added_is_trained() -> None:
     loop.run(1, first=2)
 
 
+def test_a_host_that_moves_the_optimizers_state_finds_it() -> None:
+    """As verl does, which offloads it: one state, also after a checkpoint."""
+    loop = Loop("adamw", 0.1, nats=0.01)
+    loop.run(1)
+    assert len(loop.inner.state) == 5
+    assert loop.optimizer.state is loop.inner.state
+    loop.optimizer.load_state_dict(copy.deepcopy(loop.optimizer.state_dict()))
+    assert loop.optimizer.state is loop.inner.state
+
+
+def test_a_frozen_base_is_not_copied() -> None:
+    """Some hosts hand an optimizer all parameters, and adapters train a few of them."""
+    loop = Loop("adamw", 0.1, nats=0.01, control="corrected")
+    base: Any = loop.model[0].weight
+    base.requires_grad_(False)
+    frozen = base.clone()
+    loop.run(2)
+    kept = loop.optimizer.state_dict()["kl_budget"]["before"]
+    assert [value.shape for value in kept] == [p.shape for p in loop.model[1:].parameters()]
+    assert torch.equal(base, frozen)
+    base.requires_grad_(True)
+    (measured,) = loop.run(1, first=2)
+    assert "realized" not in measured  # the parameters from before are not all of them
+
+
 def test_a_checkpoint_goes_on_with_a_budget_or_without() -> None:
     """A budget may begin, or be left out, where a run is resumed."""
     limited, plain = Loop("adamw", 0.1, nats=0.01), Loop("adamw", 0.1)

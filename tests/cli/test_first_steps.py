@@ -107,6 +107,10 @@ def test_doctor_names_what_is_missing(
         for line in printed
     )
     assert 'engine verl: verl is missing; pip install "proxstep[verl]"' in printed
+    has["verl"] = "0.9.1"
+    printed = run(capsys, "doctor").splitlines()
+    (line,) = (line for line in printed if line.startswith("engine verl: vLLM is missing"))
+    assert 'pip install "verl[vllm]==0.9.1"' in line
     del has["rich"]
     assert installed.missing_for("trl")[0] == "rich is missing"
 

@@ -29,6 +29,7 @@ from proxstep.training.prompts import batch_rows
 
 PREPARED = Prepared("model", Path("/t.parquet"), Path("/v.parquet"), ("exact_match",), (1.0,), None)
 TWO, EIGHT = gpus(2), gpus(8)
+ATTENTION = f"+{table.MODEL}.override_config.attn_implementation"
 
 
 def options(changes: dict[str, Any] | None = None, machine: Machine = TWO) -> dict[str, str]:
@@ -66,7 +67,8 @@ COMPUTED = {
     *("rollout.top_k", "rollout.overlong_buffer", "rollout.overlong_penalty"),
     *("rollout.engine", "rollout.gpu_memory_utilization"),
     *("rollout.importance_cap", "update.num_minibatches", "update.microbatch_size"),
-    "update.microbatch_tokens",
+    *("update.microbatch_tokens", "update.kl_budget", "update.kl_budget_per"),
+    *("update.kl_control", "update.kl_num_sequences"),
     *("optimizer.name", "optimizer.betas", "optimizer.eps", "optimizer.momentum"),
     *("optimizer.max_grad_norm", "optimizer.warmup_updates"),
     *("logging.tracker", "logging.num_samples", "logging.checkpoint_every"),
@@ -119,10 +121,6 @@ def test_every_key_of_a_recipe_has_its_place() -> None:
         "rollout.prefill",
         "rollout.stop",
         "task.reward_seconds",
-        "update.kl_budget",
-        "update.kl_budget_per",
-        "update.kl_control",
-        "update.kl_num_sequences",
     }
 
 
@@ -169,6 +167,10 @@ def test_an_algorithm_that_reads_the_old_policy_is_refused(
         ({"device": "cpu"}, "device"),
         ({"model": {"head": "chunked"}}, "model.head"),
         ({"model": {"autocast": "auto"}}, "model.autocast"),
+        (
+            {"model": {"autocast": "bfloat16"}, "update": {"kl_budget": 0.03}},
+            "model.autocast",
+        ),
         ({"model": {"lora": {"dropout": 0.1}}}, "model.lora.dropout"),
         ({"algorithm": "opo", "objective": {"mu": "auto"}}, "objective.mu"),
         ({"algorithm": "opo", "objective": {"adaptive_tau": True}}, "objective.adaptive_tau"),
@@ -263,6 +265,34 @@ def test_renamed_keys_carry_their_value(key: str) -> None:
             },
         ),
         (
+            {"update": {"kl_budget": 0.03, "num_minibatches": 2, "num_iterations": 3}},
+            {
+                "strategy": "kl_budget",
+                "_target_": "proxstep.engines.verl.BudgetActorConfig",
+                "kl_budget": "0.03",
+                "kl_num_updates": "6",
+            },
+        ),
+        (
+            {
+                "algorithm": "isopo",
+                "update": {
+                    "kl_budget": 0.03,
+                    "kl_budget_per": "token",
+                    "kl_control": "corrected",
+                    "kl_num_sequences": 8,
+                },
+            },
+            {
+                "strategy": "isopo",
+                "kl_budget": "0.03",
+                "kl_budget_per": "token",
+                "kl_control": "corrected",
+                "kl_num_sequences": "8",
+                "kl_num_updates": "1",
+            },
+        ),
+        (
             {"model": {"autocast": "bfloat16"}},
             {
                 "fsdp_config.model_dtype": "fp32",
@@ -308,6 +338,7 @@ def test_keys_of_the_actor(changes: dict[str, Any], expected: dict[str, str]) ->
             {"+data.apply_chat_template_kwargs": "{enable_thinking:false}"},
         ),
         ({"rollout": {"top_k": 0}}, {f"{table.ROLLOUT}.top_k": "-1"}),
+        ({}, {ATTENTION: "sdpa"}),
         (
             {"rollout": {"engine": "vllm", "gpu_memory_utilization": 0.4}},
             {f"{table.ROLLOUT}.name": "vllm", f"{table.ROLLOUT}.gpu_memory_utilization": "0.4"},
@@ -320,6 +351,10 @@ def test_keys_of_the_actor(changes: dict[str, Any], expected: dict[str, str]) ->
 def test_keys_outside_the_actor(changes: dict[str, Any], expected: dict[str, str]) -> None:
     found = options(changes)
     assert {key: found[key] for key in expected} == expected
+
+
+def test_half_precision_has_verls_own_attention() -> None:
+    assert ATTENTION not in options({"model": {"autocast": "bfloat16"}})
 
 
 def test_the_machine_decides_the_ranks() -> None:

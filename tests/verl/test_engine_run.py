@@ -23,6 +23,9 @@ OVERRIDES = [
     f"{ACTOR}_target_=proxstep.engines.verl.IsopoActorConfig",
     f"+{ACTOR}geometry.rule=isopo-natural",
     f"+{ACTOR}geometry.interact=group",  # needs the prompts' ids in the workers
+    f"{ACTOR}ppo_mini_batch_size=4",
+    f"+{ACTOR}kl_budget=1e-4",
+    f"+{ACTOR}kl_num_updates=2",
     f"{ACTOR}use_kl_loss=true",  # needs a reference policy, which has the actor's strategy
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
     "trainer.total_training_steps=2",
@@ -40,6 +43,7 @@ def test_a_run(tmp_path: Path) -> None:
         assert metrics["actor/geometry_ntk_off_diagonal"] > 0
         assert metrics["actor/objective_chi_square"] > 0  # of the second update
         assert metrics["actor/kl_coef"] > 0
+        assert 0 < metrics["actor/kl_budget_scale"] < 1
     state = torch.load(
         tmp_path / "checkpoints" / "global_step_2" / "actor" / STATE_FILE, weights_only=True
     )

@@ -23,7 +23,13 @@ import verl
 from proxstep.algorithms import ALGORITHMS
 from proxstep.config.loading import load_recipe
 from proxstep.config.releases import check_verl
-from proxstep.engines.verl import IsopoActorConfig, IsopoEngineConfig, OpoPolicyLossConfig
+from proxstep.engines.verl import (
+    BudgetActorConfig,
+    BudgetEngineConfig,
+    IsopoActorConfig,
+    IsopoEngineConfig,
+    OpoPolicyLossConfig,
+)
 from proxstep.engines.verl.overrides import Prepared, gpus, overrides
 from proxstep.engines.verl.refusals import sequence_losses
 from proxstep.engines.verl.seams import loss_mode
@@ -258,6 +264,18 @@ def test_the_documented_overrides() -> None:
     assert actor.engine.seed == FSDPEngineConfig().seed
 
 
+def test_the_documented_budget() -> None:
+    """The lines of docs/verl.md, as a shell reads them."""
+    page = (Path(__file__).parents[2] / "docs" / "verl.md").read_text()
+    block = page.split("## A KL budget")[1].split("```")[1].removeprefix("text")
+    actor = omega_conf_to_dataclass(composed(*SIZES, *shlex.split(block.replace("\\\n", " "))))
+    assert isinstance(actor, BudgetActorConfig)
+    assert isinstance(actor.engine, BudgetEngineConfig)
+    assert actor.engine.strategy == "kl_budget"
+    assert actor.engine.budget is not None
+    assert actor.engine.budget.kl_budget == 0.03
+
+
 RECIPES: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "as it is": ("gsm8k-isopo", [("task.chat_template_kwargs", "{enable_thinking: false}")]),
     "most keys": (
@@ -271,8 +289,20 @@ RECIPES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("rollout.importance_cap", "2"),
             ("rollout.overlong_buffer", "2"),
             ("update.microbatch_tokens", "4096"),
+            ("update.kl_budget", "0.03"),
+            ("update.kl_control", "corrected"),
             ("optimizer.eps", "1e-6"),
             ("logging.tracker", "wandb"),
+        ],
+    ),
+    "a budget": (
+        "arithmetic",
+        [
+            ("algorithm", "grpo"),
+            ("update.kl_budget", "0.03"),
+            ("update.kl_budget_per", "token"),
+            ("update.kl_num_sequences", "8"),
+            ("update.num_minibatches", "2"),
         ],
     ),
     "to the sampler": (

@@ -33,7 +33,7 @@ with warnings.catch_warnings():
 
 from proxstep.algorithms import ALGORITHMS
 from proxstep.config.recipe import Recipe
-from proxstep.engines.verl import IsopoActorConfig
+from proxstep.engines.verl import BudgetActorConfig, IsopoActorConfig
 from proxstep.engines.verl.estimator import numbered
 from proxstep.engines.verl.policy_loss import config_class
 from proxstep.engines.verl.seams import loss_mode
@@ -83,13 +83,13 @@ def saved_model(folder: Path, *, tied: bool = True, lora: bool = False) -> nn.Mo
 
 def actor_config(case: Case) -> FSDPActorConfig:
     """verl's actor configuration, as hydra makes it."""
-    isopo = case.geometry is not None
+    isopo, budget = case.geometry is not None, "kl_budget" in case.actor
     policy_loss = dict(case.policy_loss)
     ours = {loss_mode(algorithm): algorithm for algorithm in ALGORITHMS.values()}
     mode = policy_loss["loss_mode"]
     kind = config_class(ours[mode]) if mode in ours else PolicyLossConfig
     options: dict[str, Any] = {
-        "strategy": "isopo" if isopo else "fsdp2",
+        "strategy": "isopo" if isopo else "kl_budget" if budget else "fsdp2",
         "rollout_n": 1,
         "ppo_micro_batch_size_per_gpu": case.micro_batch,
         "loss_agg_mode": case.loss_agg_mode,
@@ -99,7 +99,7 @@ def actor_config(case: Case) -> FSDPActorConfig:
     }
     if isopo:
         return IsopoActorConfig(**options, geometry=case.geometry)
-    return FSDPActorConfig(**options)
+    return BudgetActorConfig(**options) if budget else FSDPActorConfig(**options)
 
 
 def join_group() -> None:

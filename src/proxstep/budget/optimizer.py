@@ -105,7 +105,7 @@ class KlBudget(torch.optim.Optimizer):
         self._before: list[Tensor] | None = None
         self._expected = (0.0, 1.0)
         super().__init__(optimizer.param_groups, {})
-        self.param_groups = optimizer.param_groups  # one list, so that both have new groups
+        self._be_one()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Let the optimizer train more parameters.
@@ -116,6 +116,10 @@ class KlBudget(torch.optim.Optimizer):
         if all(param_group is not group for group in self.inner.param_groups):
             self.inner.add_param_group(param_group)
             self._before = None  # without the new ones
+
+    def _be_one(self) -> None:
+        """Have the optimizer's groups and state: for new groups, and hosts that move the state."""
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
     def begin_rollout(self, num_steps: int) -> None:
         """Let the next optimizer steps share one budget, in equal parts.
@@ -251,7 +255,7 @@ class KlBudget(torch.optim.Optimizer):
         response_BT: Tensor,
     ) -> float | None:
         """Return the last step's KL divergence on this step's samples, and learn from it."""
-        if self._before is None:
+        if self._before is None or len(self._before) != len(parameters):
             return None
         _place(parameters, current, self._before, 1.0)
         earlier_BT, _ = self._score(log_probs)
@@ -262,7 +266,9 @@ class KlBudget(torch.optim.Optimizer):
         return realized
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        """Return what the optimizer may move: some hosts hand it a frozen base as well."""
+        every = (p for group in self.param_groups for p in group["params"])
+        return [p for p in every if p.requires_grad or p.grad is not None]
 
     def _count_small(self, scale: float) -> None:
         self._small = self._small + 1 if scale < _SMALL else 0
@@ -300,7 +306,7 @@ class KlBudget(torch.optim.Optimizer):
             state_dict: What `state_dict` returned, or that of the optimizer within.
         """
         self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != _OWN})
-        self.param_groups = self.inner.param_groups
+        self._be_one()
         own = state_dict.get(_OWN)
         if own is None:
             return
@@ -393,9 +399,9 @@ def _place(
 
 
 def _mean(value_B: Tensor) -> float:
-    """Return the mean over sequences, of all ranks where there are several."""
+    """Return the mean over sequences, of all ranks where there are several; 0 of none."""
     sums = torch.stack([value_B.sum(), value_B.new_tensor(float(len(value_B)))])
     if dist.is_initialized():
         dist.all_reduce(sums)
     total, count = sums.tolist()
-    return total / count
+    return total / max(count, 1.0)

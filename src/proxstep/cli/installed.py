@@ -62,6 +62,18 @@ def installed(package: str) -> str | None:
         return None
 
 
+def verl_needs() -> list[str]:
+    """Return what a run of verl by a recipe needs beside our extra, and is not here."""
+    import torch
+
+    found = []
+    if installed("vllm") is None:
+        found.append('vLLM is missing, with which verl samples; pip install "verl[vllm]==0.9.1"')
+    if not torch.cuda.is_available():
+        found.append("torch sees no GPU")
+    return found
+
+
 def device() -> str:
     """Return what `device auto` is here; imports torch."""
     import torch

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from proxstep.algorithms import ALGORITHMS, Algorithm
 from proxstep.config.geometry import GeometrySection
 from proxstep.config.objectives import ObjectiveSection, section_of
-from proxstep.config.sections import Section
+from proxstep.config.sections import Section, UpdateSection
 from proxstep.config.unread import unread_geometry
 from proxstep.errors import ProxstepError, did_you_mean
 from proxstep.isopo import Rule
@@ -25,6 +25,9 @@ Option = tuple[str, Any, Any]
 """Name, type and field, as `dataclasses.make_dataclass` takes them."""
 Refusal = tuple[str, Callable[[Any], Any], str]
 """An option of a host library, when ISOPO refuses its value, and the reason with the remedy."""
+
+BUDGET_OPTIONS = tuple(name for name in UpdateSection.model_fields if name.startswith("kl_"))
+"""The keys of a KL budget."""
 
 
 def option_name(key: str, taken: Collection[str]) -> str:
@@ -130,6 +133,27 @@ def read_section(
                 f"{', '.join(known)})"
             ) from None
         raise ProxstepError(f"{name} is {first['input']!r}: {first['msg']}") from None
+
+
+def budget_options() -> list[Option]:
+    """Return an option for every key of a KL budget."""
+    return section_options(UpdateSection, *(set(UpdateSection.model_fields) - set(BUDGET_OPTIONS)))
+
+
+def read_budget(values: Mapping[str, Any], place: str = "") -> UpdateSection:
+    """Return a recipe's section made of a KL budget's options.
+
+    Raises:
+        ProxstepError: If one of them does not fit, or belongs to a budget that is not there.
+    """
+    section = read_section(UpdateSection, values, place)
+    for name in values:
+        if section.kl_budget is None and section.differs(name):
+            raise ProxstepError(
+                f"{place}{name} is of {place}kl_budget, which is None: give a number of nats, or "
+                "leave it out"
+            )
+    return section
 
 
 def rule_of(section: GeometrySection, place: str = "") -> Rule:

@@ -21,8 +21,9 @@ def with_budget(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     note: Callable[[str], None],
+    log_probs: LogProbs | None = None,
 ) -> KlBudget:
-    """Return a recipe's optimizer with its budget."""
+    """Return an optimizer with a recipe's budget; `log_probs` where a host steps by itself."""
     assert section.kl_budget is not None
     return KlBudget(
         optimizer,
@@ -31,6 +32,7 @@ def with_budget(
         per=section.kl_budget_per,
         control=section.kl_control,
         note=note,
+        log_probs=log_probs,
     )
 
 

@@ -12,11 +12,14 @@ from proxstep.algorithms import ADVANTAGES, ALGORITHMS, LOSS_AGG_MODES
 from proxstep.algorithms.aggregate import check_choice
 from proxstep.config.geometry import GeometrySection
 from proxstep.config.objectives import ObjectiveSection
-from proxstep.config.sections import UpdateSection, default_of
+from proxstep.config.sections import default_of
 from proxstep.engines.fields import (
+    BUDGET_OPTIONS,
     Option,
     algorithm_options,
+    budget_options,
     objective_of,
+    read_budget,
     read_section,
     refuse_together,
     rule_of,
@@ -61,12 +64,7 @@ _GeometryOptions: Any = dataclasses.make_dataclass(
 )
 
 
-BUDGET_OPTIONS = tuple(name for name in UpdateSection.model_fields if name.startswith("kl_"))
-"""The KL budget's options, by the names of a recipe's section update."""
-_BudgetOptions: Any = dataclasses.make_dataclass(
-    "_BudgetOptions",
-    section_options(UpdateSection, *(set(UpdateSection.model_fields) - set(BUDGET_OPTIONS))),
-)
+_BudgetOptions: Any = dataclasses.make_dataclass("_BudgetOptions", budget_options())
 
 
 def _field(default: Any, text: str) -> Any:
@@ -124,16 +122,11 @@ class PolicyConfig(_AlgorithmOptions, _BudgetOptions, GRPOConfig):
 
     def _check_budget(self) -> None:
         budget = {name: _read(getattr(self, name)) for name in BUDGET_OPTIONS}
-        section = read_section(UpdateSection, budget)
+        section = read_budget(budget)
         for name in budget:
             setattr(self, name, getattr(section, name))
         if section.kl_budget is not None:
-            return refuse_together("kl_budget", self, BUDGET)
-        for name in section.model_fields_set:
-            if getattr(section, name) != UpdateSection.model_fields[name].default:
-                raise ProxstepError(
-                    f"{name} is of kl_budget, which is None: give a number of nats, or leave it out"
-                )
+            refuse_together("kl_budget", self, BUDGET)
 
     def objective(self) -> ObjectiveSection:
         """Return the algorithm with its keys, as a recipe has them.

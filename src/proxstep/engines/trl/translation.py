@@ -11,9 +11,9 @@ from typing import Any
 
 from proxstep.config.recipe import Recipe
 from proxstep.config.sections import EMBEDDED_MODELS
-from proxstep.engines.fields import option_name
+from proxstep.engines.fields import BUDGET_OPTIONS, option_name
 from proxstep.engines.keys import leaves, refuse
-from proxstep.engines.trl.configs import BUDGET_OPTIONS, TRL_OPTIONS, PolicyConfig
+from proxstep.engines.trl.configs import TRL_OPTIONS, PolicyConfig
 from proxstep.engines.trl.expressions import Call, Code, Name, Shared, make
 from proxstep.engines.trl.tables import (
     AUTOCASTS,

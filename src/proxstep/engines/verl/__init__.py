@@ -2,7 +2,8 @@
 
 `actor_rollout_ref.model.external_lib=proxstep.engines.verl` has verl import this package in every
 process of a run, the driver's included, and the import registers every algorithm as a policy loss
-and an advantage estimator, and ISOPO as an FSDP2 engine; docs/verl.md says how to choose them.
+and an advantage estimator, and FSDP2 engines for ISOPO and for a KL budget; docs/verl.md says how
+to choose them.
 
 Where verl is not imported, so in a process that only launches it, nothing is registered and verl
 need not be installed.
@@ -18,9 +19,20 @@ from proxstep.config.releases import check_verl
 from proxstep.engines.verl.seams import config_name
 
 if TYPE_CHECKING:
-    from proxstep.engines.verl.actor_config import IsopoActorConfig, IsopoEngineConfig
+    from proxstep.engines.verl.actor_config import (
+        BudgetActorConfig,
+        BudgetEngineConfig,
+        IsopoActorConfig,
+        IsopoEngineConfig,
+    )
 
-__all__ = ["IsopoActorConfig", "IsopoEngineConfig", "register"]
+__all__ = [
+    "BudgetActorConfig",
+    "BudgetEngineConfig",
+    "IsopoActorConfig",
+    "IsopoEngineConfig",
+    "register",
+]
 
 
 def register() -> None:
@@ -36,8 +48,8 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Return a configuration class: ISOPO's, or an algorithm's, such as OpoPolicyLossConfig."""
-    if name in ("IsopoActorConfig", "IsopoEngineConfig"):
+    """Return a configuration class: an actor's, or an algorithm's, such as OpoPolicyLossConfig."""
+    if name in __all__:
         register()
         from proxstep.engines.verl import actor_config
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,13 @@ from torch import nn
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fs import copy_to_local, is_non_local
-from verl.workers.engine.fsdp import FSDPEngineWithLMHead
 from verl.workers.utils.padding import no_padding_2_padding
 
 from proxstep.engines.verl import token_grid
-from proxstep.engines.verl.actor_config import BACKEND, IsopoEngineConfig, read_geometry
+from proxstep.engines.verl.actor_config import BACKEND, IsopoActorConfig, read_geometry
+from proxstep.engines.verl.budget import BudgetEngine
 from proxstep.engines.verl.coefficients import Terms, policy_coefficients, split_terms
 from proxstep.engines.verl.estimator import numbered
-from proxstep.engines.verl.refusals import refuse_model
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo, NaturalRule
 from proxstep.isopo.microbatch import Microbatch
@@ -44,7 +43,7 @@ KEY, GROUP = "chi2_key", "chi2_group"
 """What a mini-batch carries beside verl's own tensors; verl splits it with them."""
 
 
-class IsopoEngine(FSDPEngineWithLMHead):
+class IsopoEngine(BudgetEngine):
     """FSDPEngineWithLMHead whose training gives ISOPO's gradient; the rest is verl's.
 
     `isopo` is the `proxstep.Isopo` that is installed on the model; None in a reference policy,
@@ -53,24 +52,21 @@ class IsopoEngine(FSDPEngineWithLMHead):
     Source: arXiv 2512.23353.
     """
 
+    backend: ClassVar[str] = BACKEND
+    actor_class: ClassVar[type] = IsopoActorConfig
     isopo: Isopo | None = None
 
     def __init__(
         self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any
     ) -> None:
-        if not engine_config.forward_only:
-            if not isinstance(engine_config, IsopoEngineConfig):
-                target = "actor_rollout_ref.actor._target_=proxstep.engines.verl.IsopoActorConfig"
-                raise ProxstepError(
-                    f"actor_rollout_ref.actor.strategy={BACKEND} needs its configuration class: "
-                    f"set {target}"
-                )
-            refuse_model(model_config, engine_config)
-            self._section, self._rule = read_geometry(engine_config.geometry)
-        object.__setattr__(engine_config, "strategy", "fsdp2")  # as verl itself sets it
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
         self._open = ExitStack()
         self._measured: dict[str, float] = {}
+
+    def _check(self, model_config: Any, engine_config: Any) -> None:
+        """Refuse what cannot be trained, and read the geometry."""
+        super()._check(model_config, engine_config)
+        self._section, self._rule = read_geometry(engine_config.geometry)
 
     def _build_lora_module(self, module: nn.Module) -> nn.Module:
         """Draw the adapters from the seed; verl draws them from whatever came before."""

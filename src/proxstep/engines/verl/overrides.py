@@ -10,6 +10,7 @@ from typing import Any
 
 from proxstep.config.recipe import Recipe
 from proxstep.config.sections import Section
+from proxstep.engines.fields import BUDGET_OPTIONS
 from proxstep.engines.keys import leaves, refuse
 from proxstep.engines.verl.hydra import override
 from proxstep.engines.verl.seams import (
@@ -92,7 +93,8 @@ def overrides(recipe: Recipe, prepared: Prepared, machine: Machine) -> list[str]
         **{name: values[key] for key, name in RENAMED.items()},
         **_data(recipe, prepared),
         **_objective(recipe),
-        **_geometry(recipe),
+        **_actor(recipe),
+        **_budget(recipe),
         **_regularizer(recipe),
         **_rollout(recipe),
         **_update(recipe, machine),
@@ -155,15 +157,30 @@ def _refuse_objective(recipe: Recipe) -> None:
         refuse("verl", recipe, [("rollout.importance_cap", lambda recipe: True, reason)])
 
 
-def _geometry(recipe: Recipe) -> dict[str, Any]:
+def _actor(recipe: Recipe) -> dict[str, Any]:
+    """Return the engine: verl's own, or ours for a geometry or a KL budget."""
     section = recipe.geometry
-    if section.rule == "none":
-        return {f"{ACTOR}.strategy": "fsdp2"}
-    return {
-        f"{ACTOR}.strategy": "isopo",
-        f"{ACTOR}._target_": f"{LIBRARY}.IsopoActorConfig",
-        f"+{ACTOR}.geometry": _chosen(section),
-    }
+    if section.rule != "none":
+        return {
+            f"{ACTOR}.strategy": "isopo",
+            f"{ACTOR}._target_": f"{LIBRARY}.IsopoActorConfig",
+            f"+{ACTOR}.geometry": _chosen(section),
+        }
+    if recipe.update.kl_budget is not None:
+        return {
+            f"{ACTOR}.strategy": "kl_budget",
+            f"{ACTOR}._target_": f"{LIBRARY}.BudgetActorConfig",
+        }
+    return {f"{ACTOR}.strategy": "fsdp2"}
+
+
+def _budget(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.update
+    if section.kl_budget is None:
+        return {}
+    chosen = {key: getattr(section, key) for key in BUDGET_OPTIONS if section.differs(key)}
+    chosen["kl_num_updates"] = section.num_updates
+    return {f"+{ACTOR}.{key}": value for key, value in chosen.items()}
 
 
 def _chosen(section: Section, *without: str) -> dict[str, Any]:
@@ -316,6 +333,8 @@ def _model(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         f"+{ACTOR}.fsdp_config.mixed_precision": precision,
         f"{ROLLOUT}.dtype": "bfloat16" if computes == "bf16" else "float32",
     }
+    if computes == "fp32":  # flash attention, verl's own choice, has no float32
+        found[f"+{MODEL}.override_config.attn_implementation"] = "sdpa"
     if prepared.chat_template is not None:
         found[f"{MODEL}.custom_chat_template"] = prepared.chat_template
     if lora is not None:

@@ -1,10 +1,12 @@
-"""What of verl's options ISOPO cannot go together with, by name and with the remedy."""
+"""What of verl's options ISOPO and a KL budget do not go with, by name and with the remedy."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from verl.utils.torch_dtypes import PrecisionType
 
 from proxstep.algorithms import ALGORITHMS
@@ -25,6 +27,7 @@ loss_type=reinforce.
 _ACTOR, _MODEL, _ENGINE = (
     f"actor_rollout_ref.{part}" for part in ("actor.", "model.", "actor.fsdp_config.")
 )
+_BUDGET = "kl_budget"
 _HEAD = "the fused output layer bypasses the layer whose gradient ISOPO transforms; set "
 _WHOLE = "ISOPO needs whole sequences; set it to 1"
 _HALF = "float16 needs a gradient scaler, whose factor would enter ISOPO's norms; use bf16 or fp32"
@@ -64,6 +67,45 @@ MODEL = (
     _on("tiled_mlp.enabled", "it runs the linear layers on parts of a sequence; set it to False"),
     _on("enable_activation_offload", "it was not tested; use enable_gradient_checkpointing"),
     _on("mtp.enable", "its layers are trained by a loss of their own; set it to False"),
+)
+
+_DROWNS = (
+    "in half precision the differences of log-probabilities that it measures drown in rounding "
+    "errors; "
+)
+_FULL = (
+    "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}' (quoted, for the shell; without a "
+    "value verl computes in bfloat16)"
+)
+
+
+def _is_float32(name: Any) -> bool:
+    return PrecisionType.to_dtype(name) == torch.float32
+
+
+BUDGET_ACTOR = (
+    _on("use_fused_kernels", f"it was not tested; set {_MODEL}use_fused_kernels=False"),
+    _on("ulysses_sequence_parallel_size", "it was not tested; set it to 1"),
+    _on("use_prefix_grouper", "the step is judged by single sequences; set it to False"),
+)
+BUDGET_ENGINE: tuple[Refusal, ...] = (
+    _on("ulysses_sequence_parallel_size", "it was not tested; set it to 1"),
+    (
+        "model_dtype",
+        lambda engine: not _is_float32(engine.model_dtype),
+        f"{_DROWNS}set it to fp32",
+    ),
+    (
+        "mixed_precision",
+        lambda engine: not _is_float32((engine.mixed_precision or {}).get("param_dtype", "bf16")),
+        f"{_DROWNS}set '+{_ENGINE}mixed_precision={_FULL}",
+    ),
+    _on("qat.enable", "it rounds the weights that are measured; set it to False"),
+)
+BUDGET_MODEL = (
+    _on("use_fused_kernels", "it was not tested; set it to False"),
+    _on("enable_activation_offload", "it was not tested; use enable_gradient_checkpointing"),
+    _on("mtp.enable", "its layers are trained and not judged; set it to False"),
 )
 
 
@@ -110,32 +152,75 @@ def refuse_actor(actor: Any, section: GeometrySection, rule: Rule) -> None:
         )
 
 
-def refuse_command(model: Any) -> None:
+def refuse_budget(actor: Any) -> None:
+    """Refuse what the configuration of an actor with a KL budget shows, before any process.
+
+    Raises:
+        ProxstepError: If an option is set with which a step cannot be judged.
+    """
+    refuse_together(_BUDGET, actor, BUDGET_ACTOR, _ACTOR)
+    refuse_together(_BUDGET, actor.fsdp_config, BUDGET_ENGINE, _ENGINE)
+
+
+def refuse_updates(actor: Any, train_batch_size: int) -> None:
+    """Refuse a wrong number of optimizer steps that share a rollout's budget.
+
+    Args:
+        actor: Our actor configuration.
+        train_batch_size: Prompts of a rollout.
+
+    Raises:
+        ProxstepError: Naming the right one.
+    """
+    number = math.ceil(train_batch_size / actor.ppo_mini_batch_size) * actor.ppo_epochs
+    if actor.kl_num_updates != number:
+        raise ProxstepError(
+            f"{_ACTOR}kl_num_updates is {actor.kl_num_updates}, but a rollout gives {number} "
+            "optimizer steps (data.train_batch_size / ppo_mini_batch_size * ppo_epochs), which "
+            f"share its KL budget: set +{_ACTOR}kl_num_updates={number}"
+        )
+
+
+def refuse_command(model: Any, *, isopo: bool, budget: bool) -> None:
     """Refuse what the command line's model section shows, before any process is started.
 
     Args:
         model: `actor_rollout_ref.model`.
+        isopo: Whether the actor is ISOPO's.
+        budget: Whether it has a KL budget.
 
     Raises:
         ProxstepError: If an option is set that cannot work, or our library is not loaded.
     """
     if not model["external_lib"]:
         raise ProxstepError(
-            f"{_MODEL}external_lib is not set, so verl's processes would not know ISOPO: set "
-            f"{_MODEL}external_lib={LIBRARY}"
+            f"{_MODEL}external_lib is not set, so verl's processes would not know the actor's "
+            f"strategy: set {_MODEL}external_lib={LIBRARY}"
         )
-    refuse_together("ISOPO", model, MODEL, _MODEL)
+    _refuse_model(model, isopo, budget)
 
 
-def refuse_model(model: Any, engine: Any) -> None:
+def refuse_engine(model: Any, engine: Any, *, isopo: bool, budget: bool) -> None:
     """Refuse what only the engine sees, before the model is built.
 
     Args:
         model: verl's HFModelConfig.
         engine: verl's FSDPEngineConfig.
+        isopo: Whether it is ISOPO's.
+        budget: Whether it has a KL budget.
 
     Raises:
         ProxstepError: If an option is set that cannot work.
     """
-    refuse_together("ISOPO", model, MODEL, _MODEL)
-    refuse_together("ISOPO", engine, ENGINE, _ENGINE)
+    _refuse_model(model, isopo, budget)
+    if isopo:
+        refuse_together("ISOPO", engine, ENGINE, _ENGINE)
+    if budget:
+        refuse_together(_BUDGET, engine, BUDGET_ENGINE, _ENGINE)
+
+
+def _refuse_model(model: Any, isopo: bool, budget: bool) -> None:
+    if isopo:
+        refuse_together("ISOPO", model, MODEL, _MODEL)
+    if budget:
+        refuse_together(_BUDGET, model, BUDGET_MODEL, _MODEL)

@@ -14,6 +14,7 @@ from verl.trainer.ppo.core_algos import (
 from verl.workers.engine import EngineRegistry
 
 from proxstep.algorithms import ALGORITHMS
+from proxstep.engines.verl.budget import BUDGET_BACKEND, BudgetEngine
 from proxstep.engines.verl.coefficients import NO_POLICY_TERM, no_policy_term
 from proxstep.engines.verl.engine import BACKEND, IsopoEngine
 from proxstep.engines.verl.estimator import estimator
@@ -25,7 +26,7 @@ MODEL_TYPE = "language_model"
 
 
 def register_all() -> None:
-    """Register every algorithm's loss and advantage estimator, and ISOPO's engine.
+    """Register every algorithm's loss and advantage estimator, and our engines.
 
     A second call registers the algorithms that were declared since the first.
 
@@ -41,11 +42,12 @@ def register_all() -> None:
     for mode, loss in losses.items():
         _check_free("policy loss", mode, POLICY_LOSS_REGISTRY, loss)
         register_policy_loss(mode)(loss)
-    engines = EngineRegistry._engines.get(MODEL_TYPE, {}).get(BACKEND, {})
-    for device in ("cuda", "npu"):
-        _check_free(f"engine {BACKEND!r} on", device, engines, IsopoEngine)
-    if not engines:
-        EngineRegistry.register(MODEL_TYPE, BACKEND, ["cuda", "npu"])(IsopoEngine)
+    for backend, engine in {BACKEND: IsopoEngine, BUDGET_BACKEND: BudgetEngine}.items():
+        found = EngineRegistry._engines.get(MODEL_TYPE, {}).get(backend, {})
+        for device in ("cuda", "npu"):
+            _check_free(f"engine {backend!r} on", device, found, engine)
+        if not found:
+            EngineRegistry.register(MODEL_TYPE, backend, ["cuda", "npu"])(engine)
 
 
 def _check_free(kind: str, name: str, registry: Mapping[Any, Any], ours: Any) -> None:

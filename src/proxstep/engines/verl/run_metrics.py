@@ -25,7 +25,7 @@ FIELDS = {
 }
 """Our fields, and verl's names of the same."""
 
-PREFIXES = {"objective/": "actor/objective_", "geometry/": "actor/geometry_"}
+PREFIXES = {f"{ours}/": f"actor/{ours}_" for ours in ("objective", "geometry", "kl_budget")}
 """Our prefixes, and those under which `proxstep.engines.verl` reports the same."""
 
 

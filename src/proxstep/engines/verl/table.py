@@ -111,14 +111,11 @@ REFUSED: tuple[Refusal, ...] = (
         lambda recipe: recipe.optimizer.muon_learning_rate is not None,
         "verl has no muon: leave it null",
     ),
-    *(
-        (
-            f"update.{key}",
-            lambda recipe, key=key: recipe.update.differs(key),
-            "verl's workers step their optimizers without scoring anything in between: leave it "
-            "out, or use --engine local",
-        )
-        for key in ("kl_budget", "kl_budget_per", "kl_control", "kl_num_sequences")
+    (
+        "model.autocast",
+        lambda recipe: recipe.update.kl_budget is not None and recipe.model.autocast is not None,
+        "under update.kl_budget verl must compute in float32, since its mixed precision cannot be "
+        "switched off while a step is judged: leave it null, or use --engine local",
     ),
     (
         "logging.checkpoint_minutes",
