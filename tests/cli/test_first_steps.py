@@ -69,7 +69,8 @@ def test_versions_are_of_what_is_installed(capsys: pytest.CaptureFixture[str]) -
 
     with pytest.raises(SystemExit):
         cli.make_parser().parse_args(["--version"])
-    assert f"(torch {torch.__version__}, transformers " in capsys.readouterr().out
+    release = torch.__version__.partition("+")[0]  # no +cu130 in the metadata of PyPI's
+    assert f"(torch {release}" in capsys.readouterr().out
 
 
 def test_recipes_are_listed_and_travel_in_the_wheel(capsys: pytest.CaptureFixture[str]) -> None:
