@@ -296,6 +296,16 @@ def test_a_step_that_nothing_measures_is_told_once(name: str) -> None:
     assert not still
 
 
+def test_a_policy_that_is_sure_of_every_token_is_no_mistake() -> None:
+    """Its log-probabilities are 0 before the step and after it, in float32."""
+    told: list[str] = []
+    loop = Loop("adamw", 0.1, nats=0.01, note=told.append)
+    loop.backward(0)
+    _, counts = loop.log_probs()
+    loop.optimizer.step(lambda: (torch.zeros(counts.shape), counts))  # type: ignore[arg-type]
+    assert not told
+
+
 def test_a_step_whose_judges_have_no_token_takes_the_last_share() -> None:
     """As where all of them were cut off and are masked: a whole step could be far too large."""
     loop = Loop("adamw", 0.1, nats=1e-3, note=lambda _: None)

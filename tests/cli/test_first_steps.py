@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def test_versions_are_of_what_is_installed(capsys: pytest.CaptureFixture[str]) -
 
     with pytest.raises(SystemExit):
         cli.make_parser().parse_args(["--version"])
-    assert f"(torch {torch.__version__}, transformers " in capsys.readouterr().out
+    release = torch.__version__.partition("+")[0]  # no +cu130 in the metadata of PyPI's
+    assert f"(torch {release}" in capsys.readouterr().out
 
 
 def test_recipes_are_listed_and_travel_in_the_wheel(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +102,7 @@ def test_doctor_names_what_is_missing(
     has = {"rich": "14.1", "trl": "1.15.0", "torch": "2.8"}
     monkeypatch.setattr(installed, "requires", lambda name: asked)
     monkeypatch.setattr(installed, "installed", has.get)
+    monkeypatch.setattr(installed, "beside_trl", lambda: "")
     printed = run(capsys, "doctor").splitlines()
     assert "engine local: ready" in printed
     assert any(
@@ -112,7 +115,40 @@ def test_doctor_names_what_is_missing(
     (line,) = (line for line in printed if line.startswith("engine verl: vLLM is missing"))
     assert 'pip install "verl[vllm]==0.9.1"' in line
     del has["rich"]
-    assert installed.missing_for("trl")[0] == "rich is missing"
+    printed = run(capsys, "doctor").splitlines()
+    assert 'engine local: rich is missing; pip install "proxstep[train]"' in printed
+    assert any(
+        line.startswith("engine trl: what engine local misses, trl 1.15") for line in printed
+    )
+
+
+def test_doctor_says_that_trl_and_verl_do_not_go_together(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["trl>=1.14.2; extra == 'trl'", "verl>=0.9; extra == 'verl'"]
+    has = {"trl": "1.16.0"}
+
+    def version(package: str) -> str:
+        if package not in has:
+            raise PackageNotFoundError(package)
+        return has[package]
+
+    monkeypatch.setattr(installed, "requires", lambda name: asked)
+    monkeypatch.setattr(installed, "version", version)
+    monkeypatch.setattr("proxstep.config.releases.version", version)
+    for both in (False, True):
+        if both:
+            has["verl"] = "0.9.1"
+        printed = run(capsys, "doctor")
+        assert f"trl 1.16.0, verl {'0.9.1' if both else 'not installed'}" in printed
+        assert "\nengine trl: ready\n" in printed
+        assert "\nengine verl: verl 0.9 does not load a model beside TRL 1.16.0" in printed
+        assert "environment of its own, or pip uninstall trl\n" in printed
+    del has["trl"]
+    printed = run(capsys, "doctor")
+    assert "\nengine verl: ready\n" in printed
+    assert "engine trl: trl is missing" in printed
+    assert "in an environment of its own, since verl 0.9" in printed
 
 
 @pytest.mark.parametrize(

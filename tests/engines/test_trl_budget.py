@@ -63,7 +63,10 @@ def divergence(trainer: Any, inputs: list[Any], before: Any, after: Any) -> floa
 
 @pytest.mark.parametrize("kind", ["policy", *slow("isopo", "opo")])
 def test_a_step_is_no_longer_than_its_budget(kind: str, tmp_path: Path) -> None:
-    """All completions judge, so that the measured divergence is the budget's own."""
+    """All completions judge, so that the measured divergence is the budget's own.
+
+    TRL's learning rate falls to 0 by default, and the budget with its square.
+    """
     options = {**LARGE, "kl_budget": NATS, "kl_num_sequences": 16, "max_steps": 3}
     trainer, watch, initial = run(kind, tmp_path, **options)
     scales = [log["kl_budget/scale"] for log in watch.logs if "kl_budget/scale" in log]
@@ -71,7 +74,8 @@ def test_a_step_is_no_longer_than_its_budget(kind: str, tmp_path: Path) -> None:
     assert all(scale < 0.5 for scale in scales)
     for number, (before, after) in enumerate(pairwise([initial, *watch.weights])):
         kl = divergence(trainer, watch.microbatches[4 * number : 4 * number + 4], before, after)
-        assert 0.5 * NATS < kl < 1.5 * NATS
+        budget = NATS * (1 - number / 3) ** 2
+        assert 0.5 * budget < kl < 1.5 * budget
 
 
 @pytest.mark.parametrize("kind", ["policy", *slow("isopo", "opo")])

@@ -14,7 +14,7 @@ ROOMS = (
     ("logprobs",),
     ("algorithms", "isopo"),
     ("budget",),
-    ("rewards",),
+    ("hub", "rewards"),
     ("tasks",),
     ("config",),
     ("runs",),

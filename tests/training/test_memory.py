@@ -15,7 +15,6 @@ from tests.training.test_gguf import tiny_llama, write_gguf
 
 from proxstep.config.loading import load_recipe
 from proxstep.errors import ProxstepError
-from proxstep.training import memory
 from proxstep.training.memory import config_of, estimate_memory, memory_note
 
 ROOT = Path(__file__).parents[2]
@@ -93,8 +92,9 @@ def test_a_gguf_file_tells_its_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_hub_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_hub_answers", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("proxstep.hub.hub_answers", lambda: False)
     recipe = tiny_recipe(tmp_path, model={"name": "some/model"})
-    with pytest.raises(ProxstepError, match="cache, and the hub does not answer"):
+    with pytest.raises(ProxstepError, match="couldn't find them in the cached files"):
         config_of(recipe)
-    assert memory_note(recipe).startswith("# memory: not estimated, some/model is not in")
+    assert memory_note(recipe).startswith("# memory: not estimated, no configuration of some/model")

@@ -175,7 +175,9 @@ class KlBudget(torch.optim.Optimizer):
                 if scale < 2 * LEAST_SCALE and (drift := measure(0.0)) > budget:
                     raise ProxstepError(f"{_ANEW}: unchanged parameters are {drift:.3g} nats apart")
                 if predicted == 0.0:
-                    self._tell_still(before, proposed)
+                    certain = bool(response_BT.any() and (log_prob_BT[response_BT] == 0.0).all())
+                    if not certain:  # a policy that is sure of every token does not move
+                        self._tell_still(before, proposed)
                     if _mean(response_BT.sum(dim=1).double()) == 0.0:  # nothing was measured
                         scale = self._kl.scale = last
             except BaseException:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from proxstep.cli.completion import completion_script
-from proxstep.cli.installed import ENGINE_EXTRAS, device, missing_for, verl_needs, versions
+from proxstep.cli.installed import ENGINE_EXTRAS, device, missing_for_engine, versions
 from proxstep.config.names import choices_of, described_keys
 from proxstep.config.reading import RECIPES, recipe_names
 from proxstep.errors import ProxstepError
@@ -111,13 +111,10 @@ def doctor(arguments: Namespace) -> int:
     """Say what is installed, and what each engine would miss."""
     del arguments
     _say(versions())
+    _say("a loop of your own: ready")
     for engine, extra in ENGINE_EXTRAS.items():
         what = "rollout.engine vllm" if engine == "vllm" else f"engine {engine}"
-        missing = missing_for(extra)
-        lacks = verl_needs() if engine == "verl" and not missing else []
-        if missing:
-            lacks = [f'{", ".join(missing)}; pip install "proxstep[{extra}]"']
-        _say(f"{what}: {', and '.join(lacks) or 'ready'}")
+        _say(f"{what}: {missing_for_engine(engine, extra) or 'ready'}")
     _say(device())
     return 0
 

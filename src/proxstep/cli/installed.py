@@ -6,6 +6,7 @@ import re
 from importlib.metadata import PackageNotFoundError, requires, version
 
 import proxstep
+from proxstep.config.releases import beside_trl
 
 ENGINE_EXTRAS = {"local": "train", "trl": "trl", "verl": "verl", "vllm": "vllm"}
 """By what is to run, vllm being `rollout.engine vllm`: the extra that it needs."""
@@ -38,6 +39,21 @@ def missing_for(extra: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def missing_for_engine(engine: str, extra: str) -> str:
+    """Return what an engine misses and the remedy, in a sentence; empty where it is ready."""
+    if engine == "verl" and (reason := beside_trl()):
+        return reason
+    missing, local = missing_for(extra), missing_for("train")
+    if not missing:
+        return ", and ".join(_verl_needs()) if engine == "verl" else ""
+    if engine != "local" and local:  # a long list, said already
+        missing = ["what engine local misses", *(text for text in missing if text not in local)]
+    remedy = f'pip install "proxstep[{extra}]"'
+    if engine == "trl" and installed("verl"):
+        remedy += " in an environment of its own, since verl 0.9 does not load a model beside it"
+    return f"{', '.join(missing)}; {remedy}"
+
+
 def _parsed(requirement: str) -> tuple[str, str, str]:
     """Return the package, what is wanted of it, and the extra that wants it."""
     wanted, _, marker = requirement.partition(";")
@@ -62,7 +78,7 @@ def installed(package: str) -> str | None:
         return None
 
 
-def verl_needs() -> list[str]:
+def _verl_needs() -> list[str]:
     """Return what a run of verl by a recipe needs beside our extra, and is not here."""
     import torch
 

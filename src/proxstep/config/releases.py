@@ -57,14 +57,21 @@ def check_verl() -> None:
         ProxstepError: With the remedy.
     """
     check_release("verl", "verl", ">=0.9.1,<0.10", {"": "its engines' insides change often"})
-    from packaging.specifiers import SpecifierSet
+    if reason := beside_trl():
+        raise ProxstepError(reason)
 
+
+def beside_trl() -> str:
+    """Return why verl 0.9 does not work beside the TRL that is installed; empty where it does."""
     try:
         found = version("trl")
     except PackageNotFoundError:
-        return
-    if SpecifierSet(">=1.14").contains(found, prereleases=True):
-        raise ProxstepError(
-            f"verl 0.9 does not load a model beside TRL {found}, of which it imports a class that "
-            "is gone: install verl in an environment of its own, or pip uninstall trl"
-        )
+        return ""
+    from packaging.specifiers import SpecifierSet
+
+    if not SpecifierSet(">=1.14").contains(found, prereleases=True):
+        return ""
+    return (
+        f"verl 0.9 does not load a model beside TRL {found}, of which it imports a class that "
+        "is gone: install verl in an environment of its own, or pip uninstall trl"
+    )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from proxstep.errors import ProxstepError, did_you_mean
+from proxstep.hub import hub_or_cache
 from proxstep.tasks.base import Prompt
 
 JSONL_SUFFIXES = (".jsonl", ".json")
@@ -108,7 +109,8 @@ def load_hub_rows(name: str, config: str | None, split: str) -> list[Row]:
     except ImportError as error:
         raise ProxstepError(f"{what} needs `pip install proxstep[train]` ({error})") from error
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        with hub_or_cache(name):
+            rows = datasets.load_dataset(name, config, split=split)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         # ValueError: no such configuration or split. RuntimeError: the data set is a script.
         reason = " ".join(str(error).split())

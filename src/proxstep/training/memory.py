@@ -9,10 +9,7 @@ sequence counts as long as the recipe lets it be.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import torch
 from torch import nn
@@ -20,6 +17,7 @@ from torch import nn
 from proxstep.config.recipe import Recipe
 from proxstep.config.sections import EMBEDDED_MODELS
 from proxstep.errors import ProxstepError
+from proxstep.hub import hub_or_cache
 from proxstep.isopo.plan import Shape, choose, held
 from proxstep.isopo.settings import Settings
 from proxstep.training.gguf import found_config, is_gguf
@@ -159,31 +157,11 @@ def config_of(recipe: Recipe) -> Any:
     if is_gguf(name):
         return found_config(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-    if not Path(name).exists() and not _hub_answers():  # the hub's own client would try for long
-        raise ProxstepError(f"{name} is not in the hub's cache, and the hub does not answer")
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with hub_or_cache(name):
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
     raise ProxstepError(f"no configuration of {name}: {reason}")
-
-
-def _hub_answers() -> bool:
-    """Whether the hub answers at all, within some seconds."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        urlopen(constants.ENDPOINT, timeout=3).close()
-    except HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def memory_note(recipe: Recipe) -> str:

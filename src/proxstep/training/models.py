@@ -14,6 +14,7 @@ from torch import nn
 
 from proxstep.config.sections import Lora
 from proxstep.errors import ProxstepError
+from proxstep.hub import hub_or_cache
 
 
 def pick_device(name: str) -> torch.device:
@@ -57,7 +58,8 @@ def load_tokenizer(source: str) -> Any:
 
     _check_local(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with hub_or_cache(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except _LOADING_ERRORS as error:
         raise ProxstepError(_not_loaded("tokenizer", source, error)) from None
     if tokenizer.eos_token_id is None:
@@ -79,7 +81,8 @@ def _check_vocabulary(source: str, tokenizer: Any) -> None:
     if not (Path(source) / "config.json").is_file() and Path(source).is_dir():
         return  # adapters, whose base model was checked when they were begun
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with hub_or_cache(source):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _LOADING_ERRORS:
         return  # whoever loads the model says it better
     rows = getattr(config.get_text_config(), "vocab_size", None)
@@ -105,12 +108,13 @@ def load_model(
 
     _check_local(source)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with hub_or_cache(source):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except _LOADING_ERRORS as error:
         raise ProxstepError(_not_loaded("causal language model", source, error)) from None
     model, info = loaded

@@ -29,6 +29,7 @@ from proxstep.engines.verl.overrides import Machine, Prepared, gpus, overrides
 from proxstep.engines.verl.prompt_files import plan, prepare, write
 from proxstep.engines.verl.run_metrics import record, samples
 from proxstep.errors import ProxstepError
+from proxstep.hub import hub_or_cache
 from proxstep.runs.children import die_with_parent
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.stop import StopRequest, stop_on_signal
@@ -270,6 +271,6 @@ def _num_parameters(source: str) -> int:
     """Return how many weights a model has, without loading them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with hub_or_cache(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     return sum(parameter.numel() for parameter in model.parameters())
