@@ -146,7 +146,7 @@ def test_doctor_says_that_trl_and_verl_do_not_go_together(
         assert "environment of its own, or pip uninstall trl\n" in printed
     del has["trl"]
     printed = run(capsys, "doctor")
-    assert "\nengine verl: ready\n" in printed
+    assert "\nengine verl: vLLM is missing" in printed
     assert "engine trl: trl is missing" in printed
     assert "in an environment of its own, since verl 0.9" in printed
 
