@@ -115,7 +115,6 @@ FIGURES = {
     "geometry/norm_length_correlation": ("norm ~ length", 2),
     "geometry/fisher_norm_correlation": ("F ~ norm", 2),
     "geometry/mean_cosine_to_reinforce": ("cosine to REINFORCE", 2),
-    "seconds_update": ("update, s", 2),
 }
 """What the last table has: field, heading, significant digits. ~ is a correlation of logarithms."""
 
