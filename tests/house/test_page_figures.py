@@ -57,7 +57,9 @@ def test_costs_with_the_defaults() -> None:
         "plain REINFORCE against itself": "reinforce",
         "isopo, `overlap_source: microbatch`": "isopo-microbatch",
     }
-    table = [cells for cells in rows("docs/cost.md", columns=3) if "[" in cells[2] + cells[1]]
+    text = (ROOT / "docs" / "cost.md").read_text().split("A [KL budget]")[0]
+    known = re.findall(r"^\|(.*)\|(.*)\|(.*)\|$", text, re.MULTILINE)
+    table = [[c.strip() for c in cells] for cells in known if "[" in cells[2] + cells[1]]
     said = [
         {names.get(name, name): cell}
         for i in (1, 2)
@@ -73,6 +75,24 @@ def test_costs_with_the_defaults() -> None:
         f"one backward; {isopo[0]:.2f} of REINFORCE's time at 135 M parameters, {isopo[1]:.2f}"
     )
     assert of_papers in page("docs/papers.md")
+
+
+def test_costs_of_a_kl_budget() -> None:
+    names = {
+        "without a budget, against itself": "reinforce",
+        "`predicted`": "predicted",
+        "`corrected`": "corrected",
+        "exact derivatives of the same sequences": "slopes",
+        "products at all positions, in the backward pass": "backward",
+    }
+    measured = {row["row"]: row for row in baseline("kl-budget")["figures"]}
+    table = [cells for cells in rows("docs/cost.md", columns=3) if cells[0] in names]
+    assert len(table) == len(names)
+    for name, time, memory in table:
+        row = measured[names[name]]
+        ends = f"[{row['lower_quartile']:.3f}, {row['upper_quartile']:.3f}]"
+        assert time == f"{row['ratio']:.3f} {ends}"
+        assert memory == f"{row['memory_ratio']:.3f}"
 
 
 def test_costs_with_64_positions() -> None:
