@@ -20,8 +20,6 @@ from tests.engine import (
 
 from proxstep.budget import CONTROLS
 from proxstep.config.recipe import algorithm_names
-from proxstep.engines.keys import refuse
-from proxstep.engines.verl.table import REFUSED
 from proxstep.errors import ProxstepError
 from proxstep.training import lifecycle
 from proxstep.training.trainer import Trainer
@@ -118,9 +116,3 @@ def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:
         tiny_recipe(tmp_path, update=BUDGET, model={"dtype": "bfloat16"})
     with pytest.raises(ProxstepError, match=r"update\.kl_control .* update\.kl_budget"):
         tiny_recipe(tmp_path, update={"kl_control": "corrected"})
-
-
-def test_the_engine_that_cannot_refuses_it_by_name(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, update=BUDGET)
-    with pytest.raises(ProxstepError, match=r"update\.kl_budget 0\.01 is not for --engine verl"):
-        refuse("verl", recipe, REFUSED)
