@@ -118,6 +118,8 @@ def test_halve_goes_back_with_half_the_rate(tmp_path: Path, changes: dict[str, A
         go_back(self, good, found)
         seen["rates"] = [group["lr"] for group in self.optimizer.param_groups]
         seen["nats"] = getattr(self.optimizer, "nats", None)
+        first = [group["initial_lr"] for group in self.optimizer.param_groups]
+        seen["shares"] = [r / f for r, f in zip(seen["rates"], first, strict=True)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_go_back", watched)
@@ -126,6 +128,7 @@ def test_halve_goes_back_with_half_the_rate(tmp_path: Path, changes: dict[str, A
     assert seen["rates"] == [rate / 2 for rate in seen["before"]]
     if "update" in changes:
         assert seen["nats"] == 0.25
+        assert seen["shares"] == [1.0]  # of the schedule, which cuts the budget too
     assert [row["step"] for row in records(folder)] == list(range(10))
     rates = [row["learning_rate"] for row in records(folder)[1:]]
     assert rates[SEEN_AT] < 0.6 * rates[SEEN_AT - 1]

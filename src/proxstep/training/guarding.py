@@ -99,8 +99,9 @@ class Guarding(Resumable):
         schedule: Any = self.schedule
         schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]
         rates = [rate / 2 for rate in schedule.get_last_lr()]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        begun = zip(self.optimizer.param_groups, rates, schedule.base_lrs, strict=True)
+        for group, rate, first in begun:
+            group |= {"lr": rate, "initial_lr": first}
         self._scale_budget()
         self.torn, self._collapsing = False, False
         self._write_down(found)
