@@ -44,7 +44,7 @@ from proxstep.training import batch, trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.shared import POLICIES, stamp
+from experiments.shared import POLICIES, stamp, words
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "arithmetic.yaml"
@@ -174,10 +174,10 @@ def run(cause: str, number: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         keys, context = settings(cause, number, folder)
-        words = [w for k, v in {**SIZES, **keys}.items() for w in (f"--{k}", _word(v))]
+        given = words({**SIZES, **keys})
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), context:
-            code = proxstep_main(["train", str(RECIPE), *words, "--output_dir", f"{folder}/run"])
+            code = proxstep_main(["train", str(RECIPE), *given, "--output_dir", f"{folder}/run"])
         rows = [
             json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
         ]
@@ -190,10 +190,6 @@ def run(cause: str, number: int) -> dict[str, Any]:
         **{"seconds": seconds, "failed": failed, "fields": fields},
         **stamp(),
     }
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _rounded(value: Any) -> Any:

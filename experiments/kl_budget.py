@@ -33,7 +33,7 @@ from proxstep.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.shared import POLICIES, stamp
+from experiments.shared import POLICIES, stamp, words
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "arithmetic.yaml"
@@ -84,21 +84,16 @@ def watched(found: list[float]) -> Any:
         Trainer._optimizer_step = step  # type: ignore[method-assign]
 
 
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def trained(optimizer: str, rate: float, seed: int, budget: dict[str, Any]) -> list[dict[str, Any]]:
     """Train once; return the run's records."""
     keys: dict[str, Any] = {**SIZES, "optimizer.learning_rate": rate, "seed": seed, **budget}
     keys["optimizer.name"] = optimizer
     if optimizer == "sgd":
         keys["optimizer.momentum"] = 0.9
-    words = [w for k, v in keys.items() for w in (f"--{k}", _word(v))]
     with tempfile.TemporaryDirectory() as folder:
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            status = proxstep_main(["train", str(RECIPE), *words, "--output_dir", folder])
+            status = proxstep_main(["train", str(RECIPE), *words(keys), "--output_dir", folder])
         if status:
             raise SystemExit(f"{keys}: {output.getvalue()[-500:]}")
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

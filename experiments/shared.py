@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,19 @@ class Quiet:
     def note(self, text: str) -> None:
         """Print it."""
         print(text)  # noqa: T201
+
+
+def words(keys: Mapping[str, Any]) -> list[str]:
+    """Return a recipe's keys as a command line has them.
+
+    >>> words({"steps": 3, "evaluation.baselines": False})
+    ['--steps', '3', '--evaluation.baselines', 'false']
+    """
+    return [
+        word
+        for key, value in keys.items()
+        for word in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))
+    ]
 
 
 def stamp(device: str | torch.device = "cpu") -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The papers' claims, each tested by a plan that `proxstep compare` works through.
+"""The papers' claims, each tested by a plan, as `proxstep compare` would work through it.
 
     python experiments/truth.py --list                    # what there is, and the minutes left
     python experiments/truth.py drift-fisher              # goes on where it was stopped
@@ -50,15 +50,8 @@ from experiments.truth_tables import tables
 ROOT = Path(__file__).parents[1]
 TRUTH = ROOT / "experiments" / "truth"
 KEPT = (
-    *(
-        "reward",
-        "score",
-        "kl_policy_initial",
-        "kl_initial_policy",
-        "evaluation_entropy",
-        "grad_norm",
-    ),
-    *("grad_response_efficiency", "advantage_range", "completions_mean_length"),
+    *("reward", "score", "kl_policy_initial", "kl_initial_policy", "evaluation_entropy"),
+    *("grad_norm", "grad_response_efficiency", "advantage_range", "completions_mean_length"),
     *("completions_max_length", "elapsed_seconds", "seconds_update", "seconds_step"),
 )
 """Fields of metrics.jsonl that a line of rows.jsonl has; geometry/... beside them."""
@@ -84,14 +77,9 @@ class Experiment:
         self.figure = ROOT / "docs" / "figures" / "findings" / f"{name}.svg"
 
     @cached_property
-    def data(self) -> dict[str, Any]:
-        """What the plan file says."""
-        return read_yaml(self.folder / "plan.yaml")
-
-    @cached_property
     def design(self) -> Design:
-        """Its section `compare`."""
-        return Design.of(self.data, f"{self.name}/plan.yaml")
+        """The plan file's section `compare`."""
+        return Design.of(read_yaml(self.folder / "plan.yaml"), f"{self.name}/plan.yaml")
 
     @cached_property
     def plan(self) -> Plan:
@@ -119,7 +107,7 @@ class Experiment:
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Return the rows of the plan as it stands, of this file or another, in its order."""
-        paths = [*sorted(TRUTH.glob("*/rows.jsonl")), self.rows]
+        paths = sorted(TRUTH.glob("*/rows.jsonl"))
         rows = {row["of"]: row for path in paths for row in read_rows(path)}
         return {name: rows[of] for name, of in self.digests.items() if of in rows}
 
@@ -138,10 +126,11 @@ class Experiment:
 
     def run(self, ends: float, console: Console) -> str:
         """Work on the plan until a time, run by run; return how the last one ended."""
+        done = self.done()
         for name in self.cells:
             if time.monotonic() > ends:
                 return "late"
-            if name in self.done():
+            if name in done:
                 continue
             status = train(self.recipe(name), Quiet(), overwrite=True)
             if status != "finished":
@@ -175,13 +164,13 @@ class Experiment:
     def publish(self) -> None:
         """Write figure and page from the rows."""
         parts = [f"None of {self._plan_text()} has run yet."]
-        if self.done():
+        if rows := self.done():
             self.restore()
-            comparison = compare_runs(find_runs([self.output / name for name in self.done()]))
+            comparison = compare_runs(find_runs([self.output / name for name in rows]))
             self.figure.parent.mkdir(parents=True, exist_ok=True)
             with mpl.rc_context({**STYLE, "svg.hashsalt": "proxstep"}):
                 draw(comparison).savefig(self.figure, metadata={"Date": None})
-            parts = list(self._results(comparison))
+            parts = list(self._results(comparison, rows))
         text = self.page.read_text(encoding="utf-8") if self.page.exists() else self._empty_page()
         begin = BEGIN.format(self.name)
         before, after = text.split(begin)[0], text.split(END)[1]
@@ -196,8 +185,7 @@ class Experiment:
         plan = f"[`plan.yaml`](../../experiments/truth/{self.name}/plan.yaml)"
         return f"{len(self.cells)} runs of {plan}"
 
-    def _results(self, comparison: Comparison) -> Iterator[str]:
-        rows = self.done()
+    def _results(self, comparison: Comparison, rows: dict[str, dict[str, Any]]) -> Iterator[str]:
         machines = sorted({row["info"]["machine"] for row in rows.values()})
         dates = sorted({row["info"]["started"][:10] for row in rows.values()})
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"

@@ -175,9 +175,7 @@ class KlBudget(torch.optim.Optimizer):
                 if scale < 2 * LEAST_SCALE and (drift := measure(0.0)) > budget:
                     raise ProxstepError(f"{_ANEW}: unchanged parameters are {drift:.3g} nats apart")
                 if predicted == 0.0:
-                    certain = bool(response_BT.any() and (log_prob_BT[response_BT] == 0.0).all())
-                    if not certain:  # a policy that is sure of every token does not move
-                        self._tell_still(before, proposed)
+                    self._tell_still(before, proposed, log_prob_BT[response_BT])
                     if _mean(response_BT.sum(dim=1).double()) == 0.0:  # nothing was measured
                         scale = self._kl.scale = last
             except BaseException:
@@ -280,9 +278,13 @@ class KlBudget(torch.optim.Optimizer):
                 f"is {1 / scale:.0f} times what the budget allows"
             )
 
-    def _tell_still(self, before: list[Tensor], proposed: list[Tensor]) -> None:
-        """Say once that a step moves the parameters and no log-probability."""
-        if self._still or all(map(torch.equal, before, proposed)):
+    def _tell_still(self, before: list[Tensor], proposed: list[Tensor], log_prob_N: Tensor) -> None:
+        """Say once that a step moves the parameters and no log-probability, of N that count.
+
+        Those of a policy that is sure of every token do not move.
+        """
+        certain = len(log_prob_N) > 0 and bool((log_prob_N == 0.0).all())
+        if self._still or certain or all(map(torch.equal, before, proposed)):
             return
         self._still = True
         self.note(

@@ -50,8 +50,9 @@ class AlgorithmSummary:
 
 def summarize(runs: Iterable[Run]) -> list[AlgorithmSummary]:
     """Return the statistics of each algorithm, in order of first appearance."""
+    runs = list(runs)
+    entropy = entropy_field(runs)
     groups = by_algorithm(runs)
-    entropy = entropy_field([run for members in groups.values() for run in members])
     return [_summarize(algorithm, members, entropy) for algorithm, members in groups.items()]
 
 
