@@ -33,6 +33,7 @@ def main(folder: Path, case: str) -> None:
         "scale": trainer._budget.optimizer.measured["scale"] if case == "opo" else None,
     }
     torch.save(found, folder / f"rank{trainer.args.process_index}.pt")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

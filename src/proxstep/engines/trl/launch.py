@@ -211,6 +211,8 @@ def _run(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finished = trainer.state.global_step >= trainer.state.max_steps
         status = "finished" if finished else "interrupted"
+    # A process that ends in its group can abort with all work done (pytorch/pytorch#190489).
+    trainer.accelerator.end_training()
     return status
 
 

@@ -67,6 +67,7 @@ def script(recipe: Recipe) -> str:
     }
     lines.append(f"trainer = {write(Call(made.trainer, arguments))}\n")
     lines.append("trainer.train()\n")
+    lines.append("trainer.accelerator.end_training()  # leaves torchrun's process group\n")
     return "".join(lines)
 
 
