@@ -1,11 +1,13 @@
 """Does a KL budget make a run independent of its learning rate?
 
-    python experiments/kl_budget.py                        # what results.json lacks; two hours
+    python experiments/kl_budget.py                        # what arithmetic.json lacks; two hours
+    python experiments/kl_budget.py --task sums            # the longer task; three hours
     python experiments/kl_budget.py --seconds 500          # no new run after so many seconds
     python experiments/kl_budget_figures.py                # tables and plots of the rows
 
-Arithmetic with the embedded model, recipes/arithmetic.yaml with REINFORCE and 15 steps, every
-learning rate with every control and seed. What an optimizer step really did is measured apart from
+REINFORCE with the embedded model, every learning rate with every control and seed, on one of two
+tasks: recipes/arithmetic.yaml for 15 steps (answers of 3 characters), or recipes/worked.yaml for 20
+(sums worked out, 22 to 88 characters). What an optimizer step really did is measured apart from
 what the control measures: KL(before || after) per sequence, on completions of the step's own batch
 that did not judge it, by the same estimate from sampled tokens.
 """
@@ -36,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments.shared import POLICIES, stamp, words
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "arithmetic.yaml"
 FOLDER = Path(__file__).with_suffix("")
-RESULTS = FOLDER / "results.json"
+TASKS = {"arithmetic": ("arithmetic", 15), "sums": ("worked", 20)}
+"""The recipe and the steps of each."""
 BUDGET = 0.03
 """Of the grid; `--budget` tries another one."""
 CONTROLS = ("none", "predicted", "corrected", "measured-backtracking", "adaptive-learning-rate")
@@ -47,13 +49,10 @@ RATES = {
     "sgd": (3e-2, 1e-1, 3e-1, 1e-2, 1.0),
     "muon": (3e-4, 1e-3, 3e-3, 1e-4, 1e-2),
 }
-SIZES = {
-    "model.name": POLICIES / "arithmetic",
+SETTINGS = {
     "algorithm": "reinforce",
     "device": "cpu",
-    "steps": 15,
     "optimizer.warmup_updates": 0,
-    "evaluation.every": 15,
     "evaluation.kl_policy_initial": False,
     "evaluation.remember_first": True,
     "logging.checkpoint_last": False,
@@ -84,29 +83,35 @@ def watched(found: list[float]) -> Any:
         Trainer._optimizer_step = step  # type: ignore[method-assign]
 
 
-def trained(optimizer: str, rate: float, seed: int, budget: dict[str, Any]) -> list[dict[str, Any]]:
+def trained(
+    optimizer: str, rate: float, seed: int, budget: dict[str, Any], task: str = "arithmetic"
+) -> list[dict[str, Any]]:
     """Train once; return the run's records."""
-    keys: dict[str, Any] = {**SIZES, "optimizer.learning_rate": rate, "seed": seed, **budget}
-    keys["optimizer.name"] = optimizer
+    name, steps = TASKS[task]
+    keys = SETTINGS | {"model.name": POLICIES / task, "steps": steps, "evaluation.every": steps}
+    keys |= {"optimizer.name": optimizer, "optimizer.learning_rate": rate, "seed": seed, **budget}
     if optimizer == "sgd":
         keys["optimizer.momentum"] = 0.9
     with tempfile.TemporaryDirectory() as folder:
         output = io.StringIO()
+        recipe = str(ROOT / "recipes" / f"{name}.yaml")
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            status = proxstep_main(["train", str(RECIPE), *words(keys), "--output_dir", folder])
+            status = proxstep_main(["train", recipe, *words(keys), "--output_dir", folder])
         if status:
             raise SystemExit(f"{keys}: {output.getvalue()[-500:]}")
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
-def run(optimizer: str, rate: float, control: str, seed: int, budget: float) -> dict[str, Any]:
+def run(
+    task: str, optimizer: str, rate: float, control: str, seed: int, budget: float
+) -> dict[str, Any]:
     """Train once; return the score and what every step was."""
     given = {"update.kl_budget": budget, "update.kl_control": control}
     realized: list[float] = []
     start = time.process_time()
     with watched(realized):
-        records = trained(optimizer, rate, seed, given if control != "none" else {})
+        records = trained(optimizer, rate, seed, given if control != "none" else {}, task)
     steps = records[1:]
 
     def column(name: str) -> list[float | None]:
@@ -130,9 +135,10 @@ def run(optimizer: str, rate: float, control: str, seed: int, budget: float) -> 
     }
 
 
-def written() -> list[dict[str, Any]]:
-    """Return the runs that are there."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+def written(task: str) -> list[dict[str, Any]]:
+    """Return the task's runs that are there."""
+    path = FOLDER / f"{task}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def _key(result: dict[str, Any]) -> tuple[Any, ...]:
@@ -143,6 +149,7 @@ def _key(result: dict[str, Any]) -> tuple[Any, ...]:
 def main() -> None:
     """Run what is missing, write after every run."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", default="arithmetic", choices=TASKS)
     parser.add_argument("--optimizers", nargs="+", default=[*RATES], choices=RATES)
     parser.add_argument("--controls", nargs="+", default=CONTROLS, choices=CONTROLS)
     parser.add_argument(
@@ -160,12 +167,14 @@ def main() -> None:
         for rate, control in itertools.product(rates, options.controls):
             if time.monotonic() - begin > options.seconds:
                 break
-            if (optimizer, rate, control, seed, options.budget) in {_key(r) for r in written()}:
+            wanted = (optimizer, rate, control, seed, options.budget)
+            if wanted in {_key(r) for r in written(options.task)}:
                 continue
-            made = run(optimizer, rate, control, seed, options.budget)
-            results = [*written(), made]  # another process may have written in the meantime
+            made = run(options.task, *wanted)
+            results = [*written(options.task), made]  # another process may have written meanwhile
             lines = ",\n".join(json.dumps(result) for result in results)
-            RESULTS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+            path = FOLDER / f"{options.task}.json"
+            path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
             console.print(*_key(made), made["score"], made["processor_seconds"])
 
 

@@ -1,4 +1,4 @@
-"""What experiments/kl_budget.py found: what was hoped for (docs/kl-budget.md), a table, plots.
+"""What experiments/kl_budget.py found: what was hoped for (docs/kl-budget.md), tables, plots.
 
     python experiments/kl_budget_figures.py
 
@@ -11,7 +11,7 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PAGE = kl_budget.ROOT / "docs" / "kl-budget.md"
-BEGIN, END = "<!-- made by experiments/kl_budget_figures.py -->", "<!-- end -->"
+BEGIN, END = "<!-- {task}: made by experiments/kl_budget_figures.py -->", "<!-- end -->"
 NUM_RATES = 5
 """Rates of each optimizer that the goals are about: the first so many of `kl_budget.RATES`."""
 
@@ -172,28 +172,29 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_rates(rows: Sequence[Row], path: Path) -> None:
-    """Draw the final score against AdamW's learning rate, with a budget and without."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+def plot_rates(rows_of: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw each task's final score against AdamW's learning rate, with a budget and without."""
+    figure, axes = plt.subplots(1, len(rows_of), figsize=(8.4, 3.2), sharey=True, squeeze=False)
     looks = {
         "none": ("no budget", "#d55e00", "o", "--"),
         "predicted": (f"at most {kl_budget.BUDGET} nats per completion", "#0072b2", "s", "-"),
     }
-    of_adamw = [r for r in rows if r["optimizer"] == "adamw"]
-    for control, (label, color, marker, line) in looks.items():
-        runs = [r for r in of_adamw if arm(r) == f"`{control}`"]
-        rates, means = _by_rate(runs)
-        axis.plot(rates, means, line, color=color, label=label)
-        points = [(r["learning_rate"], r["score"]) for r in runs]
-        axis.scatter(*zip(*points, strict=True), s=14, color=color, marker=marker, alpha=0.6)
-    start = statistics.mean(r["first_score"] for r in of_adamw)
-    axis.axhline(start, color="#666666", linewidth=0.8, linestyle=":")
-    axis.annotate("before training", (rates[0], start), xytext=(0, 3), textcoords="offset points")
-    axis.set(
-        xscale="log", xlabel="learning rate of AdamW", ylabel="greedy score", ylim=(-0.02, 0.85)
-    )
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.02, 0.05))
+    for axis, (task, rows) in zip(axes[0], rows_of.items(), strict=True):
+        of_adamw = [r for r in rows if r["optimizer"] == "adamw"]
+        for control, (label, color, marker, line) in looks.items():
+            runs = [r for r in of_adamw if arm(r) == f"`{control}`"]
+            rates, means = _by_rate(runs)
+            axis.plot(rates, means, line, color=color, label=label)
+            points = [(r["learning_rate"], r["score"]) for r in runs]
+            axis.scatter(*zip(*points, strict=True), s=14, color=color, marker=marker, alpha=0.6)
+        start = statistics.mean(r["first_score"] for r in of_adamw)
+        axis.axhline(start, color="#666666", linewidth=0.8, linestyle=":")
+        place = {"xytext": (0, 3), "textcoords": "offset points"}
+        axis.annotate("before training", (rates[0], start), **place)
+        axis.set(xscale="log", xlabel="learning rate of AdamW", ylim=(-0.02, 0.85), title=task)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set(ylabel="greedy score")
+    axes[0][-1].legend(frameon=False, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
@@ -207,15 +208,19 @@ def _by_rate(runs: Sequence[Row]) -> tuple[list[float], list[float]]:
 def main() -> None:
     """Print the tables, write them into the page, draw."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    rows = kl_budget.written()
-    made = goals(rows)
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN, 1)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
-    (kl_budget.FOLDER / "table.md").write_text(f"{table(rows)}\n", encoding="utf-8")
-    Console().out(f"{made}\n\n{table(rows)}", highlight=False)
-    plot(rows, kl_budget.FOLDER / "scores.png")
-    plot_rates(rows, kl_budget.ROOT / "docs" / "figures" / "kl-budget.png")
+    rows_of = {task: kl_budget.written(task) for task in kl_budget.TASKS}
+    tables = []
+    for task, rows in rows_of.items():
+        made = goals(rows)
+        begin = BEGIN.format(task=task)
+        before, rest = PAGE.read_text(encoding="utf-8").split(begin, 1)
+        after = rest.split(END, 1)[1]
+        PAGE.write_text(f"{before}{begin}\n\n{made}\n\n{END}{after}", encoding="utf-8")
+        tables.append(f"## {task}\n\n{table(rows)}\n")
+        Console().out(f"{task}\n\n{made}\n", highlight=False)
+        plot(rows, kl_budget.FOLDER / f"{task}.png")
+    (kl_budget.FOLDER / "table.md").write_text("\n".join(tables), encoding="utf-8")
+    plot_rates(rows_of, kl_budget.ROOT / "docs" / "figures" / "kl-budget.png")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.kl_budget import BUDGET, written
+from experiments.kl_budget import BUDGET, TASKS, written
 
 
 def steps_of(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -60,7 +60,9 @@ def lines(runs: Sequence[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Print them."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    Console(width=120).out("\n".join(lines([run for run in written() if run["budget"] == BUDGET])))
+    for task in TASKS:
+        runs = [run for run in written(task) if run["budget"] == BUDGET]
+        Console(width=120).out("\n".join([task, *lines(runs)]))
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def test_pairs_of_the_five_seed_table() -> None:
 def test_learning_rates_with_and_without_a_budget() -> None:
     """Mean and worst seed, and the median share of the step that was taken."""
     cells: dict[Any, list[Any]] = defaultdict(list)
-    for run in results("kl_budget/results.json"):
+    for run in results("kl_budget/arithmetic.json"):
         if run["optimizer"] == "adamw" and run["budget"] == kl_budget.BUDGET:
             cells[run["learning_rate"], run["control"]].append(run)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from proxstep.algorithms.aggregate import check_literal, check_number
+from proxstep.budget.checks import ANEW, MISSING, RETURNS, check_trained, checked
 from proxstep.budget.control import (
     LEAST_SCALE,
     Control,
@@ -94,7 +95,7 @@ class KlBudget(torch.optim.Optimizer):
         check_number("nats", nats, above=True)
         check_literal("per", per, Literal["sequence", "token"])
         check_literal("control", control, Control)
-        _check_trained(optimizer, model)
+        check_trained(optimizer, model)
         self.inner, self.model, self.nats = optimizer, model, nats
         self.per, self.control, self.note = per, control, note
         self._log_probs = log_probs
@@ -146,11 +147,7 @@ class KlBudget(torch.optim.Optimizer):
         """
         closure = closure or self._log_probs
         if not callable(closure):
-            raise ProxstepError(
-                "optimizer.step() of a KlBudget needs a function that scores a few of the "
-                "minibatch's sequences: optimizer.step(log_probs), or KlBudget(..., log_probs=...) "
-                "where something else calls step()"
-            )
+            raise ProxstepError(MISSING)
         self._forwards = 0
         parameters = self._parameters()
         with torch.no_grad(), evaluating(self.model), _full_precision(self.model):
@@ -166,14 +163,14 @@ class KlBudget(torch.optim.Optimizer):
                 _place(parameters, before, proposed, scale)
                 other_BT, counts_BT = self._score(closure)
                 if not torch.equal(counts_BT, response_BT):
-                    raise ProxstepError(f"{_ANEW}: their number, length or mask is another one")
+                    raise ProxstepError(f"{ANEW}: their number, length or mask is another one")
                 return _mean(sampled_kl(log_prob_BT, other_BT, response_BT))
 
             last = self._kl.scale
             try:
                 scale, predicted, measured = self._choose(measure, budget)
                 if scale < 2 * LEAST_SCALE and (drift := measure(0.0)) > budget:
-                    raise ProxstepError(f"{_ANEW}: unchanged parameters are {drift:.3g} nats apart")
+                    raise ProxstepError(f"{ANEW}: unchanged parameters are {drift:.3g} nats apart")
                 if predicted == 0.0:
                     self._tell_still(before, proposed, log_prob_BT[response_BT])
                     if _mean(response_BT.sum(dim=1).double()) == 0.0:  # nothing was measured
@@ -182,19 +179,23 @@ class KlBudget(torch.optim.Optimizer):
                 _place(parameters, before, proposed, 0.0)
                 raise
             _place(parameters, before, proposed, scale)
-        self._expected = (predicted * scale**2, budget)
-        self._steps -= 1
-        self._left = max(0.0, budget - self._expected[0] * self._kl.factor)
-        if self._steps == 0:  # the next step is a rollout of its own, if nobody says otherwise
-            self.begin_rollout(1)
         if self.control == "corrected":
             self._before = before
+        self._spend(predicted * scale**2, budget)
         realized = realized if measured is None else measured
         self.measured = {"predicted": predicted / unit, "scale": scale}
         self.measured |= {"forwards": float(self._forwards), "factor": self._kl.factor}
         if realized is not None:
             self.measured["realized"] = realized / unit
         self._count_small(scale)
+
+    def _spend(self, expected: float, budget: float) -> None:
+        """Count a step of the rollout, which leaves the rest of its part to those after it."""
+        self._expected = (expected, budget)
+        self._steps -= 1
+        self._left = max(0.0, budget - expected * self._kl.factor)
+        if self._steps == 0:  # the next step is a rollout of its own, if nobody says otherwise
+            self.begin_rollout(1)
 
     def _choose(
         self, measure: Callable[[float], float], budget: float
@@ -222,15 +223,15 @@ class KlBudget(torch.optim.Optimizer):
             if "does not require grad" not in str(error):
                 raise
             raise ProxstepError(
-                f"{_RETURNS}. It is no closure that computes a loss: it runs without gradient; "
+                f"{RETURNS}. It is no closure that computes a loss: it runs without gradient; "
                 "call backward() before optimizer.step(log_probs)"
             ) from error
         for module in self.model.modules():
             if hasattr(module, "reshard"):  # FSDP2: else the next pass would use these full weights
                 module.reshard()  # type: ignore[operator]
-        log_prob_BT, response_BT = _checked(found)
+        log_prob_BT, response_BT = checked(found)
         if not self.measured and bool((log_prob_BT.masked_fill(~response_BT, 0.0) > 1e-3).any()):
-            raise ProxstepError(f"{_RETURNS}: it has positive ones, which are no log-probabilities")
+            raise ProxstepError(f"{RETURNS}: it has positive ones, which are no log-probabilities")
         return log_prob_BT.detach(), response_BT
 
     def _budget(self, response_BT: Tensor) -> tuple[float, float]:
@@ -325,55 +326,6 @@ class KlBudget(torch.optim.Optimizer):
 
 
 _OWN = "kl_budget"
-_RETURNS = (
-    "log_probs() must return two tensors of shape (batch, tokens), the log-probabilities of tokens "
-    "and a mask of those that count, as completion_log_probs(logits, input_ids, mask), mask[:, 1:]"
-)
-_ANEW = (
-    "log_probs() must give the same numbers while the parameters are the same: draw its sequences "
-    "before optimizer.step, and leave the model in evaluation mode"
-)
-
-
-def _checked(found: Any) -> tuple[Tensor, Tensor]:
-    """Return what a user's function returned, if it is what it should be."""
-    if not isinstance(found, tuple | list):
-        found = (found,)
-    shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in found]
-    if len(shapes) != 2 or shapes[0] != shapes[1] or len(shapes[0]) != 2:
-        raise ProxstepError(f"{_RETURNS}: got {' and '.join(map(str, shapes))}")
-    log_prob_BT, response_BT = found
-    if log_prob_BT.dtype not in (torch.float32, torch.float64):
-        raise ProxstepError(f"{_RETURNS}, in float32: got {log_prob_BT.dtype}")
-    return log_prob_BT, response_BT.bool()
-
-
-def _check_trained(optimizer: Any, model: Any) -> None:
-    """Refuse arguments of other types, and an optimizer of other parameters than the model's."""
-    for name, value, kind in (
-        ("optimizer", optimizer, torch.optim.Optimizer),
-        ("model", model, nn.Module),
-    ):
-        if not isinstance(value, kind):
-            raise ProxstepError(
-                f"{name} is {type(value).__name__}: KlBudget(optimizer, model, nats=...) takes an "
-                "optimizer of torch first, and then the model"
-            )
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    names = {name: p.dtype for name, p in model.named_parameters() if id(p) in stepped}
-    if not names:
-        raise ProxstepError(
-            "the optimizer trains no parameter of the model: make it from model.parameters() of "
-            "this very model, after the model was moved, wrapped or sharded"
-        )
-    for name, dtype in names.items():
-        if dtype in (torch.bfloat16, torch.float16):
-            raise ProxstepError(
-                f"a KL budget measures small differences of log-probabilities, and {name} is "
-                f"{str(dtype).removeprefix('torch.')}, whose rounding errors are larger: load the "
-                'model in float32, as from_pretrained(..., dtype="float32") or in TRL '
-                'model_init_kwargs={"dtype": "float32"}'
-            )
 
 
 @contextmanager
