@@ -44,10 +44,18 @@ TASKS = {"arithmetic": ("arithmetic", 15), "sums": ("worked", 20)}
 BUDGET = 0.03
 """Of the grid; `--budget` tries another one."""
 CONTROLS = ("none", "predicted", "corrected", "measured-backtracking", "adaptive-learning-rate")
+OPTIMIZERS = ("adamw", "sgd", "muon")
 RATES = {
-    "adamw": (3e-4, 1e-3, 3e-3, 1e-4, 3e-5, 1e-2),
-    "sgd": (3e-2, 1e-1, 3e-1, 1e-2, 1.0),
-    "muon": (3e-4, 1e-3, 3e-3, 1e-4, 1e-2),
+    "arithmetic": {
+        "adamw": (3e-4, 1e-3, 3e-3, 1e-4, 3e-5, 1e-2),
+        "sgd": (3e-2, 1e-1, 3e-1, 1e-2, 1.0),
+        "muon": (3e-4, 1e-3, 3e-3, 1e-4, 1e-2),
+    },
+    "sums": {
+        "adamw": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+        "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        "muon": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    },
 }
 SETTINGS = {
     "algorithm": "reinforce",
@@ -150,7 +158,7 @@ def main() -> None:
     """Run what is missing, write after every run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="arithmetic", choices=TASKS)
-    parser.add_argument("--optimizers", nargs="+", default=[*RATES], choices=RATES)
+    parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS, choices=OPTIMIZERS)
     parser.add_argument("--controls", nargs="+", default=CONTROLS, choices=CONTROLS)
     parser.add_argument(
         "--rates", nargs="+", type=float, help="all of the optimizer's, if left out"
@@ -163,7 +171,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     begin, console = time.monotonic(), Console()
     for seed, optimizer in itertools.product(options.seeds, options.optimizers):
-        rates = options.rates or RATES[optimizer]
+        rates = options.rates or RATES[options.task][optimizer]
         for rate, control in itertools.product(rates, options.controls):
             if time.monotonic() - begin > options.seconds:
                 break

@@ -81,7 +81,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def goals(rows: Sequence[Row]) -> str:
+def goals(rows: Sequence[Row], task: str) -> str:
     """Return, for each optimizer and control, the worst seed at any rate against the best mean."""
     lines = [
         "| optimizer | control | rates | worst seed | at the rate | below the best mean of `none` "
@@ -89,7 +89,7 @@ def goals(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for optimizer in sorted({r["optimizer"] for r in rows}):
-        chosen = kl_budget.RATES[optimizer][:NUM_RATES]
+        chosen = kl_budget.RATES[task][optimizer][:NUM_RATES]
         own = [r for r in rows if r["optimizer"] == optimizer and r["learning_rate"] in chosen]
         best = max(
             statistics.mean(r["score"] for r in group)
@@ -211,7 +211,7 @@ def main() -> None:
     rows_of = {task: kl_budget.written(task) for task in kl_budget.TASKS}
     tables = []
     for task, rows in rows_of.items():
-        made = goals(rows)
+        made = goals(rows, task)
         begin = BEGIN.format(task=task)
         before, rest = PAGE.read_text(encoding="utf-8").split(begin, 1)
         after = rest.split(END, 1)[1]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import comb, isnan
 from statistics import fmean
 
-from proxstep.lab.comparison import Comparison, Pair
-from proxstep.lab.statistics import Estimate, mean_interval
+from proxstep.lab.choosing import Chosen
+from proxstep.lab.comparison import Comparison, Pair, contrast
+from proxstep.lab.outcomes import Outcome
+from proxstep.lab.statistics import Estimate, difference, interquartile_mean, mean_interval
 from proxstep.runs.reading import MISSING
 
+SPENT = (1, 2, 4, 8, 16)
+"""Milli-nats a token, at which scores are compared on the way."""
 BEST_OF = {"isopo-figures": 3}
 """Experiments whose figure in the paper shows the best of so many runs."""
 
@@ -22,6 +27,7 @@ def tables(comparison: Comparison, name: str) -> Iterator[str]:
         yield best_of_table(comparison, number)
     if len(comparison.settings) > 1:
         yield at_equal_values(comparison)
+        yield from on_the_way(comparison)
     yield training(comparison)
 
 
@@ -81,6 +87,46 @@ def at_equal_values(comparison: Comparison) -> str:
     if comparison.against:
         title += f", and after a colon what it is more than {comparison.against}'s"
     return f"{title}:\n\n{_table(['', *map(_value, values)], rows)}"
+
+
+def on_the_way(comparison: Comparison) -> Iterator[str]:
+    """Yield every arm's score when so much KL was first spent, at the value that is best for it.
+
+    At a KL only the values count at which all of an arm's runs got as far.
+    """
+    rows: dict[str, list[str]] = {name: [] for name in comparison.chosen}
+    against = comparison.against
+    levels = [mnat for mnat in SPENT if against and _at_kl(comparison.chosen[against], mnat)]
+    for mnat in levels:
+        found = {name: _at_kl(chosen, mnat) for name, chosen in comparison.chosen.items()}
+        reference = found[against or ""]
+        for name, own in found.items():
+            if own is None or reference is None:
+                rows[name].append(MISSING)
+                continue
+            middle = interquartile_mean(*own.samples(_final))
+            less = contrast(difference, own, reference, _final)
+            rows[name].append(f"{middle:.3f}" + ("" if name == against else f": {less.text('+')}"))
+    if levels:
+        title = (
+            "Score when so much KL(policy ‖ initial) was first spent, in mnat a token, at the "
+            f"{comparison.tuned.replace('_', ' ')} that is best for it and at which all seeds got "
+            f"as far, and after a colon what it is more than {against}'s"
+        )
+        cells = [[name, *own] for name, own in rows.items()]
+        yield f"{title}:\n\n{_table(['', *map(str, levels)], cells)}"
+
+
+def _at_kl(chosen: Chosen, mnat: float) -> Chosen | None:
+    """Return the runs with the score at a KL for a final one; None where no value got as far."""
+    pool = [replace(o, final=o.score_at_kl(mnat / 1000)) for o in chosen.pool]
+    short = {o.tuned for o in pool if isnan(o.final)}
+    pool = [o for o in pool if o.tuned not in short]
+    return Chosen(pool) if pool else None
+
+
+def _final(outcome: Outcome) -> float:
+    return outcome.final
 
 
 def best_of(values: Sequence[float], number: int) -> float:

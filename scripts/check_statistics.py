@@ -1,6 +1,7 @@
 """Check the statistics of `proxstep compare` against synthetic data with known answers.
 
     python scripts/check_statistics.py coverage     # 95 % intervals over 1,000 draws
+    python scripts/check_statistics.py pairs        # differences of runs that share a seed's luck
     python scripts/check_statistics.py power        # seeds needed, against simulated tests
     python scripts/check_statistics.py grid         # the best of a grid, chosen on other seeds
     python scripts/check_statistics.py rliable      # needs `pip install rliable`
@@ -18,6 +19,7 @@ import numpy as np
 
 from proxstep.lab import statistics as ours
 from proxstep.lab.choosing import Chosen
+from proxstep.lab.comparison import redraw_both
 from proxstep.lab.outcomes import Outcome
 from proxstep.runs.reading import Run
 
@@ -59,6 +61,45 @@ def coverage(draws: int, numbers: list[int]) -> None:
                 hits += [found.low <= true <= found.high for found, true in pairs]
             shares = " | ".join(f"{share:.3f}" for share in hits / draws)
             print(f"| {runs} | {name} | {shares} |", flush=True)
+
+
+CORRELATIONS = (0.0, 0.5, 0.8)
+"""Of the scores of two algorithms over seeds."""
+
+
+def pairs(draws: int, numbers: list[int]) -> None:
+    """Print coverage and width of intervals for a difference, with runs paired by seed and not.
+
+    Of single values, and of grids of three equal ones from which the other seeds choose.
+    """
+    print("| runs | correlation | values | paired | mean width | not paired | width |")
+    print("|---|---|---|---|---|---|---|")
+    for runs in numbers:
+        for correlation in CORRELATIONS:
+            for values in (1, 3):
+                rng = np.random.default_rng(runs)
+                hits, widths = np.zeros(2), np.zeros(2)
+                for _ in range(draws):
+                    luck = correlation**0.5 * rng.normal(size=(runs, 1))
+                    first, second = (
+                        _chosen(luck + (1 - correlation) ** 0.5 * rng.normal(size=(runs, values)))
+                        for _ in range(2)
+                    )
+                    samples = [*first.samples(_final), *second.samples(_final)]
+                    redraw = redraw_both(first, second, _final)
+                    for place, paired in enumerate((True, False)):
+                        found = ours.estimate(
+                            ours.difference(1), samples, redraw=redraw, paired=paired
+                        )
+                        hits[place] += found.low <= 0.0 <= found.high
+                        widths[place] += (found.high - found.low) / draws
+                cells = [
+                    f"{hit / draws:.3f} | {width:.2f}"
+                    for hit, width in zip(hits, widths, strict=True)
+                ]
+                name = "one" if values == 1 else f"best of {values}"
+                row = " | ".join([str(runs), str(correlation), name, *cells])
+                print(f"| {row} |", flush=True)
 
 
 def power(draws: int) -> None:
@@ -170,7 +211,7 @@ def rliable() -> None:
 def main() -> None:
     """Run one of the checks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("check", choices=["coverage", "power", "grid", "rliable"])
+    parser.add_argument("check", choices=["coverage", "pairs", "power", "grid", "rliable"])
     parser.add_argument("--draws", type=int, default=_DRAWS)
     parser.add_argument("--runs", type=int, nargs="+", default=[3, 4, 5, 10, 20])
     arguments = parser.parse_args()
@@ -179,7 +220,8 @@ def main() -> None:
     elif arguments.check == "power":
         power(arguments.draws)
     else:
-        {"coverage": coverage, "grid": grid}[arguments.check](arguments.draws, arguments.runs)
+        check = {"coverage": coverage, "pairs": pairs, "grid": grid}[arguments.check]
+        check(arguments.draws, arguments.runs)
 
 
 if __name__ == "__main__":

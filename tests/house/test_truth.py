@@ -90,6 +90,19 @@ def test_a_page_is_that_of_the_rows(
     assert again.page.read_text() == committed.page.read_text()
 
 
+def test_scores_at_equal_kl_are_of_the_values_that_got_as_far(experiment: Experiment) -> None:
+    """At 12 mnat of 12.3 a run is nearly at its end; nobody gets to 16."""
+    for name in experiment.cells:
+        finish(experiment, name, 0.75 if name.startswith("other") else 0.5)
+    experiment.publish()
+    table = experiment.page.read_text().split("was first spent, in mnat")[1]
+    assert "\n|  | 1 | 2 | 4 | 8 |\n" in table
+    assert f"\n| plain | {0.25 + 0.25 / 12.3457:.3f} |" in table
+    share = 8 / 12.3457
+    less = 0.25 * share
+    assert f"| {0.25 + 0.5 * share:.3f}: +{less:.3f} [+{less:.3f}, +{less:.3f}] |\n" in table
+
+
 def test_a_row_stands_for_its_run(experiment: Experiment) -> None:
     names = list(experiment.cells)
     finish(experiment, names[0], 0.5)

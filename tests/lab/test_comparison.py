@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from math import isnan, nan
 
 import numpy as np
@@ -37,11 +38,15 @@ def curve(final: float, kl: float = 0.3, start: float = 0.2) -> list[dict]:
 
 @pytest.fixture
 def make_runs(make_run, tmp_path):
-    """Return a function that writes runs of algorithms by their finals, and reads them."""
+    """Return a function that writes runs of algorithms by their finals, and reads them.
 
-    def make(**finals):
-        for name, values in finals.items():
-            for seed, (final, kl) in enumerate(values):
+    No seed has the same luck with two algorithms, unless they share it.
+    """
+
+    def make(*, shared_luck: bool = False, **finals):
+        for place, (name, values) in enumerate(finals.items()):
+            turn = 0 if shared_luck else 2 * place
+            for seed, (final, kl) in enumerate([*values[turn:], *values[:turn]]):
                 make_run(name, seed, curve(final, kl))
         return find_runs([tmp_path])
 
@@ -134,10 +139,33 @@ def test_two_that_do_not_differ_are_not_and_the_verdict_says_what_would_tell(mak
     runs = make_runs(grpo=spread(0.6, 0.3, width=0.1), opo=spread(0.62, 0.3, width=0.1))
     comparison = compare_runs(runs)
     needed = comparison.settings[0].pairs[0].seeds_needed
-    assert 20 < needed < 400
+    assert 20 < needed < 600
     assert verdict(comparison) == (
         f"opo and grpo cannot be told apart at 5 seeds: {needed - 5} more would be needed."
     )
+
+
+def test_the_luck_of_a_seed_is_taken_off_where_both_have_it(make_runs) -> None:
+    """Differences of 0.02 with a spread of 0.1, of which each seed has its own part."""
+    sizes = {"grpo": spread(0.6, 0.3, width=0.1), "opo": spread(0.62, 0.3, width=0.101)}
+    (pair,) = compare_runs(make_runs(shared_luck=True, **sizes)).settings[0].pairs
+    assert pair.final.is_certain
+    assert pair.seeds_needed == 2
+    assert pair.better.low < 0.5  # which of two runs with any seeds ends higher is a matter of luck
+
+
+@pytest.mark.parametrize("dropped", [0, 4])
+def test_runs_are_paired_only_if_all_seeds_are_there_and_there_are_four(
+    make_runs, tmp_path, dropped: int
+) -> None:
+    sizes = {"grpo": spread(0.6, 0.3, width=0.1), "opo": spread(0.62, 0.3, width=0.101)}
+    make_runs(shared_luck=True, **sizes)
+    for name in ("opo", "grpo") if dropped == 0 else ("opo",):
+        for seed in (dropped, 1):
+            shutil.rmtree(next(tmp_path.glob(f"{name}*{seed}")))
+    (pair,) = compare_runs(find_runs([tmp_path])).settings[0].pairs
+    assert pair.seeds == 3
+    assert pair.final.low < -0.09
 
 
 def test_of_three_the_verdict_says_who_is_clear_and_who_is_not(make_runs) -> None:
@@ -242,8 +270,9 @@ def test_tasks_are_averaged_and_are_no_tuning(make_run, tmp_path) -> None:
 
 def test_all_can_be_compared_with_one(make_run, tmp_path) -> None:
     finals = {"plain": 0.6, "better": 0.8, "worse": 0.4, "alike": 0.61}
-    for name, final in finals.items():
-        for seed, (own, kl) in enumerate(spread(final, 0.3, width=0.02)):
+    for place, (name, final) in enumerate(finals.items()):
+        luck = np.roll(spread(final, 0.3, width=0.02), 2 * place, axis=0)
+        for seed, (own, kl) in enumerate(luck.tolist()):
             settings = {"label": name} if name != "plain" else None
             make_run("isopo", seed, curve(own, kl), settings, name=f"{name}-seed{seed}")
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"vary": {}, "against": "isopo"}))

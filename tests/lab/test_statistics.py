@@ -6,6 +6,7 @@ from math import isnan, nan
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from proxstep.lab import statistics as ours
 
@@ -60,6 +61,46 @@ def test_few_runs_are_covered(runs: int) -> None:
     ]
     share = np.mean([estimate.low <= 0.6 <= estimate.high for estimate in found])
     assert 0.9 <= share <= 0.985
+
+
+def test_pairs_are_resampled_together_in_every_task() -> None:
+    """Where the second is the first and a constant, no resample has another difference."""
+    rng = np.random.default_rng(1)
+    tasks = [rng.normal(size=5), rng.normal(3, 2, size=8)]
+    other = [own - 0.25 for own in tasks]
+    found = ours.estimate(ours.difference(2), [*tasks, *other], paired=True)
+    assert (found.low, found.high) == (pytest.approx(0.25), pytest.approx(0.25))
+    assert ours.estimate(ours.difference(2), [*tasks, *other]).low < 0
+
+
+def test_an_interval_of_pairs_is_that_of_the_differences_for_a_mean() -> None:
+    """The bootstrap's spread of a mean is known: the differences', over sqrt(n)."""
+    rng = np.random.default_rng(2)
+    first, second = rng.normal(size=40), rng.normal(size=40)
+    mean = lambda one, other, axis=-1: one.mean(axis=axis) - other.mean(axis=axis)  # noqa: E731
+    found = ours.estimate(mean, [first, second], paired=True)
+    assert found.error == pytest.approx(np.std(first - second) / 40**0.5, rel=0.05)
+    critical = stats.t.ppf(0.975, 39)
+    assert found.high - found.low == pytest.approx(2 * critical * found.error, rel=0.05)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.8])
+def test_pairs_are_covered(correlation: float) -> None:
+    """All of it, with 1,000 draws: scripts/check_statistics.py."""
+    rng = np.random.default_rng(5)
+    hits = []
+    for _ in range(200):
+        luck = correlation**0.5 * rng.normal(size=5)
+        own = [luck + (1 - correlation) ** 0.5 * rng.normal(size=5) for _ in range(2)]
+        found = ours.estimate(ours.difference(1), own, paired=True)
+        hits.append(found.low <= 0 <= found.high)
+    assert 0.9 <= np.mean(hits) <= 0.985
+
+
+def test_pairs_need_more_seeds_for_the_same_error() -> None:
+    """A t test of one sample has half the degrees of freedom of one of two."""
+    assert ours.seeds_needed(0.75, 5**-0.5, 5, paired=True) == 16
+    assert ours.seeds_needed(0.75, 5**-0.5, 5) == 15
 
 
 @pytest.mark.parametrize(("effect", "textbook"), [(0.5, 64), (0.8, 26), (1.0, 17), (1.5, 9)])

@@ -52,6 +52,13 @@ class Chosen:
         """Return a measure of the reported runs of each task, in order of seeds, without NaN."""
         return [table_N[~np.isnan(table_N)] for table_N in self._reported(measure).values()]
 
+    def seeds(self, measure: Measure) -> dict[str, list[int]]:
+        """Return the seeds of `samples` by task, in order."""
+        return {
+            task: [self._seeds[n] for n in np.flatnonzero(~np.isnan(own_N))]
+            for task, own_N in self._reported(measure).items()
+        }
+
     def redraw(self, measure: Measure) -> Redraw | None:
         """Return how `samples` come out where resampled runs choose again; None for one value.
 

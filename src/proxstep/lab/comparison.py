@@ -20,6 +20,7 @@ from proxstep.lab.outcomes import (
 from proxstep.lab.plan import is_of_task
 from proxstep.lab.statistics import (
     CONFIDENCE,
+    FEWEST_PAIRED,
     Array,
     Estimate,
     Indices,
@@ -196,7 +197,7 @@ def _of(chosen: Chosen, measure: Measure) -> Estimate:
     return estimate(interquartile_mean, samples, redraw=chosen.redraw(measure))
 
 
-def _redraw_both(first: Chosen, second: Chosen, measure: Measure) -> Redraw | None:
+def redraw_both(first: Chosen, second: Chosen, measure: Measure) -> Redraw | None:
     """Return how two algorithms' samples come out where resampled runs choose again."""
     one, other = first.redraw(measure), second.redraw(measure)
     if one is None and other is None:
@@ -228,18 +229,9 @@ def _pair(
     strict = 1 - (1 - CONFIDENCE) / num_pairs  # Bonferroni: no pair is picked for being extreme
 
     def against(
-        statistic: Callable[[int], statistics.Statistic],
-        measure: Measure,
-        *,
-        flipped: bool = False,
-        confidence: float = CONFIDENCE,
+        statistic: Callable[[int], statistics.Statistic], measure: Measure, **options: float
     ) -> Estimate:
-        both = (theirs, ours) if flipped else (ours, theirs)
-        one, other = (chosen.samples(measure) for chosen in both)
-        if not one or len(one) != len(other):
-            return Estimate(nan)
-        redraw = _redraw_both(*both, measure)
-        return estimate(statistic(len(one)), [*one, *other], confidence=confidence, redraw=redraw)
+        return contrast(statistic, ours, theirs, measure, **options)
 
     target = _shared_score([*ours.outcomes, *theirs.outcomes])
     kl_at_target: Measure = lambda o: o.kl_at_score(target)  # noqa: E731
@@ -255,11 +247,55 @@ def _pair(
         against(statistics.difference, lambda o: o.score_at_kl(kl)),
         against(statistics.difference, lambda o: o.score_after(seconds)),
         against(statistics.saving, kl_at_target),
-        against(statistics.saving, kl_at_target, flipped=True),
+        contrast(statistics.saving, theirs, ours, kl_at_target),
         against(statistics.difference, lambda o: o.final, confidence=strict).is_certain,
         against(statistics.saving, kl_at_target, confidence=strict).is_certain,
-        statistics.seeds_needed(final.value, final.error, seeds, confidence=strict),
+        statistics.seeds_needed(
+            *(final.value, final.error, seeds),
+            confidence=strict,
+            paired=are_paired(ours, theirs, lambda o: o.final),
+        ),
     )
+
+
+def contrast(
+    statistic: Callable[[int], statistics.Statistic],
+    ours: Chosen,
+    theirs: Chosen,
+    measure: Measure,
+    *,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """Return a statistic of two algorithms' reported runs, NaN where one lacks a task.
+
+    Args:
+        statistic: Of both algorithms' samples, such as `statistics.difference`.
+        ours: The first algorithm's runs.
+        theirs: The second's.
+        measure: What is taken of a run.
+        confidence: The share of intervals that are to hold the truth.
+    """
+    one, other = (chosen.samples(measure) for chosen in (ours, theirs))
+    if not one or len(one) != len(other):
+        return Estimate(nan)
+    return estimate(
+        statistic(len(one)),
+        [*one, *other],
+        confidence=confidence,
+        redraw=redraw_both(ours, theirs, measure),
+        paired=are_paired(ours, theirs, measure),
+    )
+
+
+def are_paired(ours: Chosen, theirs: Chosen, measure: Measure) -> bool:
+    """Return whether runs of one seed are compared with each other.
+
+    They have the same prompts in the same order and the same random numbers, so that what one seed
+    has of luck both algorithms have.
+    """
+    seeds = ours.seeds(measure)
+    fewest = min(map(len, seeds.values()), default=0)
+    return seeds == theirs.seeds(measure) and fewest >= FEWEST_PAIRED
 
 
 def _shared(reached: Iterable[float]) -> float:
@@ -273,7 +309,7 @@ def _better(ours: Chosen, theirs: Chosen) -> Estimate:
     one, other = (chosen.samples(final) for chosen in (ours, theirs))
     if len(one) != len(other):
         return Estimate(nan)
-    return improvement_estimate(one, other, _redraw_both(ours, theirs, final))
+    return improvement_estimate(one, other, redraw_both(ours, theirs, final))
 
 
 def _shared_score(outcomes: Sequence[Outcome]) -> float:
