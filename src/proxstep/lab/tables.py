@@ -190,7 +190,8 @@ def _pairs(setting: Setting) -> TextTable:
     ]
     title = "Differences" + (f", each algorithm at its {setting.name}" if setting.name else "")
     caption = (
-        "Intervals are for one pair at a time; the verdict takes all pairs into account. Seeds "
+        "Intervals are for one pair at a time; the verdict takes all pairs into account. From "
+        "four seeds on runs of one seed are compared, which share prompts and luck. Seeds "
         "needed: of each algorithm, to tell a final difference as large as this one in four of "
         "five comparisons; a rough figure, as it rests on the seeds that there are."
     )
