@@ -9,7 +9,7 @@ REINFORCE with the embedded model, every learning rate with every control and se
 tasks: recipes/arithmetic.yaml for 15 steps (answers of 3 characters), or recipes/worked.yaml for 20
 (sums worked out, 22 to 88 characters). What an optimizer step really did is measured apart from
 what the control measures: KL(before || after) per sequence, on completions of the step's own batch
-that did not judge it, by the same estimate from sampled tokens.
+of which one in sixteen had judged it, by the same estimate from sampled tokens.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def watched(found: list[float]) -> Any:
-    """Measure each optimizer step from outside, on completions that did not judge it."""
+    """Measure each optimizer step from outside, on completions that hardly had a part in it."""
     step = Trainer._optimizer_step
 
     def measured(self: Trainer, losses: Any, minibatch: Any) -> dict[str, float]:
-        # Judges are every sixteenth or so; these lie between them.
+        # A sixteenth of the batch judges the step, and a sixteenth of these are among the judges.
         rows = torch.arange(3, len(minibatch), 4)
         completions = minibatch.rows(rows).trimmed().completions
         settings = (completions, 1.0, Cut())

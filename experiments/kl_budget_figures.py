@@ -166,7 +166,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axis.scatter(*zip(*pairs, strict=True), s=6, alpha=0.5, label=control)
     axis.axline((kl_budget.BUDGET, kl_budget.BUDGET), slope=1, color="black", linewidth=0.7)
     axis.set(xscale="log", yscale="log", xlabel="predicted KL of the step, nats", title="all steps")
-    axis.set(ylabel="KL of the step on other completions")
+    axis.set(ylabel="KL of the step on a quarter of its batch")
     axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -2,7 +2,7 @@
 
     python experiments/kl_budget_steps.py
 
-Each step was measured on other completions of its batch, and under `corrected` on the next step's
+Each step was measured on a quarter of its batch, and under `corrected` on the next step's
 samples as well.
 """
 
