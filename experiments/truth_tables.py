@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import comb, isnan
+from math import comb, isnan, nan
 from statistics import fmean
 
 from proxstep.lab.choosing import Chosen
@@ -38,7 +38,8 @@ def scores(comparison: Comparison) -> str:
     columns = ["", *([comparison.tuned.replace("_", " ")] if comparison.tuned else []), "seeds"]
     columns += ["final score", "KL(policy ‖ initial), mnat a token"]
     if against:
-        columns += [f"score - {against}'s", "at equal KL", "less KL at equal score"]
+        columns += [f"its KL - {against}'s", f"score - {against}'s"]
+        columns += ["at equal KL", "less KL at equal score"]
     rows = []
     for row in setting.standings:
         chosen = comparison.chosen[row.algorithm]
@@ -46,12 +47,14 @@ def scores(comparison: Comparison) -> str:
         if comparison.tuned:
             votes = [f"{_value(value)} ({number})" for value, number in chosen.votes.items()]
             cells.append(", ".join(votes))
-        kl = [1000 * outcome.kl[-1] for outcome in chosen.outcomes if outcome.kl]
+        kl = [drift for outcome in chosen.outcomes if not isnan(drift := _drift(outcome))]
         cells += [str(row.seeds), row.final.text(), _text(mean_interval(kl)) if kl else MISSING]
         if against:
-            cells += _against(pairs.get(row.algorithm))
+            pair = pairs.get(row.algorithm)
+            further = contrast(difference, chosen, comparison.chosen[against], _drift)
+            cells += [_text(further, "+"), *_against(pair)] if pair else [""] * 4
         rows.append(cells)
-    note = "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t."
+    note = "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t, its difference as the scores'."
     if comparison.tuned:
         note += (
             " Each seed is reported at the value that the other seeds chose (in brackets, how many "
@@ -65,9 +68,11 @@ def scores(comparison: Comparison) -> str:
     return f"{_table(columns, rows)}\n\n{note}"
 
 
-def _against(pair: Pair | None) -> list[str]:
-    if pair is None:
-        return ["", "", ""]
+def _drift(outcome: Outcome) -> float:
+    return 1000 * outcome.kl[-1] if outcome.kl else nan
+
+
+def _against(pair: Pair) -> list[str]:
     return [pair.final.text("+"), pair.at_kl.text("+"), pair.kl_saved.percent()]
 
 
@@ -199,6 +204,8 @@ def _value(text: str) -> str:
     return re.sub(r"e-0(\d)", r"e-\1", text.removeprefix("learning_rate "))
 
 
-def _text(found: Estimate) -> str:
-    ends = "" if isnan(found.low) else f" [{found.low:.1f}, {found.high:.1f}]"
-    return f"{found.value:.1f}{ends}"
+def _text(found: Estimate, sign: str = "") -> str:
+    if isnan(found.value):
+        return MISSING
+    ends = "" if isnan(found.low) else f" [{found.low:{sign}.1f}, {found.high:{sign}.1f}]"
+    return f"{found.value:{sign}.1f}{ends}"
