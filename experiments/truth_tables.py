@@ -54,7 +54,10 @@ def scores(comparison: Comparison) -> str:
             further = contrast(difference, chosen, comparison.chosen[against], _drift)
             cells += [_text(further, "+"), *_against(pair)] if pair else [""] * 4
         rows.append(cells)
-    note = "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t, its difference as the scores'."
+    note = (
+        "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t, its "
+        "difference like the scores'."
+    )
     if comparison.tuned:
         note += (
             " Each seed is reported at the value that the other seeds chose (in brackets, how many "
