@@ -2,6 +2,7 @@
 
     python experiments/kl_budget.py                        # what arithmetic.json lacks; two hours
     python experiments/kl_budget.py --task sums            # the longer task; three hours
+    python experiments/kl_budget.py --judges 16            # more completions that judge each step
     python experiments/kl_budget.py --seconds 500          # no new run after so many seconds
     python experiments/kl_budget_figures.py                # tables and plots of the rows
 
@@ -112,10 +113,18 @@ def trained(
 
 
 def run(
-    task: str, optimizer: str, rate: float, control: str, seed: int, budget: float
+    task: str,
+    optimizer: str,
+    rate: float,
+    control: str,
+    seed: int,
+    budget: float,
+    judges: int | None,
 ) -> dict[str, Any]:
     """Train once; return the score and what every step was."""
-    given = {"update.kl_budget": budget, "update.kl_control": control}
+    given: dict[str, Any] = {"update.kl_budget": budget, "update.kl_control": control}
+    if judges is not None:
+        given["update.kl_num_sequences"] = judges
     realized: list[float] = []
     start = time.process_time()
     with watched(realized):
@@ -131,6 +140,7 @@ def run(
         "learning_rate": rate,
         "control": control,
         "budget": budget,
+        **({} if judges is None else {"judges": judges}),
         "seed": seed,
         "first_score": records[0]["score"],
         "score": records[-1]["score"],
@@ -151,7 +161,7 @@ def written(task: str) -> list[dict[str, Any]]:
 
 def _key(result: dict[str, Any]) -> tuple[Any, ...]:
     names = ("optimizer", "learning_rate", "control", "seed", "budget")
-    return tuple(result[name] for name in names)
+    return (*(result[name] for name in names), result.get("judges"))
 
 
 def main() -> None:
@@ -165,6 +175,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=range(10))
     parser.add_argument("--budget", type=float, default=BUDGET, help="nats per sequence and step")
+    parser.add_argument("--judges", type=int, help="completions; a sixteenth, if left out")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new run after that")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -175,7 +186,7 @@ def main() -> None:
         for rate, control in itertools.product(rates, options.controls):
             if time.monotonic() - begin > options.seconds:
                 break
-            wanted = (optimizer, rate, control, seed, options.budget)
+            wanted = (optimizer, rate, control, seed, options.budget, options.judges)
             if wanted in {_key(r) for r in written(options.task)}:
                 continue
             made = run(options.task, *wanted)

@@ -34,7 +34,10 @@ NUM_RATES = 5
 """Rates of each optimizer that the goals are about: the first so many of `kl_budget.RATES`."""
 
 Row = dict[str, Any]
-ARMS = (*(f"`{control}`" for control in kl_budget.CONTROLS), "`predicted`, 0.015 nats")
+ARMS = (
+    *(f"`{control}`" for control in kl_budget.CONTROLS),
+    *("`predicted`, 0.015 nats", "`predicted`, 16 judges"),
+)
 
 
 def cells(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, float, str], list[Row]]]:
@@ -48,13 +51,14 @@ def cells(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, float, str], list[Ro
 
 
 def arm(row: Row) -> str:
-    """Return a run's control, with its budget where that is not the grid's.
+    """Return a run's control, with its budget and its judges where those are not the grid's.
 
     >>> arm({"control": "predicted", "budget": 0.01})
     '`predicted`, 0.01 nats'
     """
     other = row["control"] != "none" and row["budget"] != kl_budget.BUDGET
-    return f"`{row['control']}`" + (f", {row['budget']:g} nats" if other else "")
+    judges = f", {row['judges']} judges" if "judges" in row else ""
+    return f"`{row['control']}`" + (f", {row['budget']:g} nats" if other else "") + judges
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -61,7 +61,7 @@ def main() -> None:
     """Print them."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for task in TASKS:
-        runs = [run for run in written(task) if run["budget"] == BUDGET]
+        runs = [run for run in written(task) if run["budget"] == BUDGET and "judges" not in run]
         Console(width=120).out("\n".join([task, *lines(runs)]))
 
 

@@ -55,8 +55,8 @@ def scores(comparison: Comparison) -> str:
             cells += [_text(further, "+"), *_against(pair)] if pair else [""] * 4
         rows.append(cells)
     note = (
-        "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t, its "
-        "difference like the scores'."
+        "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t; "
+        "its difference like the scores'."
     )
     if comparison.tuned:
         note += (
