@@ -33,6 +33,7 @@ BEGIN, END = "<!-- {task}: made by experiments/kl_budget_figures.py -->", "<!-- 
 NUM_RATES = 5
 """Rates of each optimizer that the goals are about: the first so many of `kl_budget.RATES`."""
 
+LENGTHS = {"arithmetic": "3", "sums": "22 to 88"}
 Row = dict[str, Any]
 ARMS = (
     *(f"`{control}`" for control in kl_budget.CONTROLS),
@@ -195,7 +196,8 @@ def plot_rates(rows_of: Mapping[str, Sequence[Row]], path: Path) -> None:
         axis.axhline(start, color="#666666", linewidth=0.8, linestyle=":")
         place = {"xytext": (0, 3), "textcoords": "offset points"}
         axis.annotate("before training", (rates[0], start), **place)
-        axis.set(xscale="log", xlabel="learning rate of AdamW", ylim=(-0.02, 0.85), title=task)
+        axis.set(xscale="log", xlabel="learning rate of AdamW", ylim=(-0.02, 0.85))
+        axis.set(title=f"{task}, answers of {LENGTHS[task]} characters")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set(ylabel="greedy score")
     axes[0][-1].legend(frameon=False, loc="upper right")
