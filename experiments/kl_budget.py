@@ -40,8 +40,8 @@ from experiments.shared import POLICIES, stamp, words
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).with_suffix("")
-TASKS = {"arithmetic": ("arithmetic", 15), "sums": ("worked", 20)}
-"""The recipe and the steps of each."""
+TASKS = {"arithmetic": ("arithmetic", 15, 16), "sums": ("worked", 20, 8)}
+"""The recipe, the steps, and the completions that judge a step, which are the default number."""
 BUDGET = 0.03
 """Of the grid; `--budget` tries another one."""
 CONTROLS = ("none", "predicted", "corrected", "measured-backtracking", "adaptive-learning-rate")
@@ -96,9 +96,10 @@ def trained(
     optimizer: str, rate: float, seed: int, budget: dict[str, Any], task: str = "arithmetic"
 ) -> list[dict[str, Any]]:
     """Train once; return the run's records."""
-    name, steps = TASKS[task]
+    name, steps, judges = TASKS[task]
     keys = SETTINGS | {"model.name": POLICIES / task, "steps": steps, "evaluation.every": steps}
-    keys |= {"optimizer.name": optimizer, "optimizer.learning_rate": rate, "seed": seed, **budget}
+    keys |= {"optimizer.name": optimizer, "optimizer.learning_rate": rate, "seed": seed}
+    keys |= {"update.kl_num_sequences": judges, **budget} if budget else {}
     if optimizer == "sgd":
         keys["optimizer.momentum"] = 0.9
     with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +176,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=range(10))
     parser.add_argument("--budget", type=float, default=BUDGET, help="nats per sequence and step")
-    parser.add_argument("--judges", type=int, help="completions; a sixteenth, if left out")
+    parser.add_argument("--judges", type=int, help="completions; the task's, if left out")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new run after that")
     options = parser.parse_args()
     torch.set_num_threads(1)

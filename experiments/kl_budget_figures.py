@@ -37,7 +37,7 @@ LENGTHS = {"arithmetic": "3", "sums": "22 to 88"}
 Row = dict[str, Any]
 ARMS = (
     *(f"`{control}`" for control in kl_budget.CONTROLS),
-    *("`predicted`, 0.015 nats", "`predicted`, 16 judges"),
+    *("`predicted`, 0.015 nats", "`predicted`, 4 judges", "`predicted`, 16 judges"),
 )
 
 

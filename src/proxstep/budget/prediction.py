@@ -29,7 +29,7 @@ LogProbs = Callable[[], tuple[Tensor, Tensor]]
 """Scores a few sequences under the model as it is: the log-probabilities of their tokens in nats,
 (batch, tokens), and which of these count."""
 
-_SHARE, _FEWEST = 16, 4
+_SHARE, _FEWEST = 16, 8
 
 
 def judges(count: int, given: int | None) -> Tensor:
@@ -37,10 +37,10 @@ def judges(count: int, given: int | None) -> Tensor:
 
     Args:
         count: Sequences of the minibatch.
-        given: How many of them; None for a sixteenth, and 4 at least.
+        given: How many of them; None for a sixteenth, and 8 at least.
 
     >>> judges(64, None), judges(3, 8)
-    (tensor([ 0, 21, 42, 63]), tensor([0, 1, 2]))
+    (tensor([ 0,  9, 18, 27, 36, 45, 54, 63]), tensor([0, 1, 2]))
     """
     number = given or max(_FEWEST, count // _SHARE)
     return torch.linspace(0, count - 1, min(number, count)).round().long()

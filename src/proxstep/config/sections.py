@@ -334,7 +334,7 @@ class UpdateSection(Section):
     kl_num_sequences: Positive | None = Field(
         default=None,
         description="Completions of each minibatch on which the KL divergence is measured; null "
-        "for a sixteenth of them, and 4 at least.",
+        "for a sixteenth of them, and 8 at least.",
     )
 
     @cached_property
