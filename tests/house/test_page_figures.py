@@ -232,21 +232,21 @@ def test_pairs_of_the_five_seed_table() -> None:
 def test_learning_rates_with_and_without_a_budget() -> None:
     """Mean and worst seed, and the median share of the step that was taken."""
     cells: dict[Any, list[Any]] = defaultdict(list)
-    for run in results("kl_budget/arithmetic.json"):
-        if run["optimizer"] == "adamw" and run["budget"] == kl_budget.BUDGET:
-            cells[run["learning_rate"], run["control"]].append(run)
+    for task in kl_budget.TASKS:
+        for run in kl_budget.written(task):
+            own = run["budget"] == kl_budget.BUDGET and "judges" not in run
+            if own and run["optimizer"] == "adamw":
+                cells[task, run["learning_rate"], run["control"]].append(run)
 
     def shown(runs: list[Any]) -> str:
         scores = [run["score"] for run in runs]
         return f"{statistics.mean(scores):.3f} ({min(scores):.3f})"
 
-    table = [
-        cells for cells in rows("docs/findings.md", columns=4) if re.match(r"\de-\d", cells[0])
-    ]
-    assert table
-    for rate, without, budget, share in table:
-        assert without == shown(cells[float(rate), "none"]), rate
-        runs = cells[float(rate), "predicted"]
+    table = [row for row in rows("docs/findings.md", columns=5) if re.match(r"\de-\d", row[1])]
+    assert {row[0] for row in table} == set(kl_budget.TASKS)
+    for task, rate, without, budget, share in table:
+        assert without == shown(cells[task, float(rate), "none"]), rate
+        runs = cells[task, float(rate), "predicted"]
         assert budget == shown(runs), rate
         scale = statistics.median(scale for run in runs for scale in run["scale"] if scale)
         assert float(share) == pytest.approx(scale, abs=0.005 if scale > 0.05 else 0.0005), rate
