@@ -158,11 +158,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         1, len(optimizers) + 1, figsize=(4.5 * (len(optimizers) + 1), 3.6), squeeze=False
     )
     for axis, optimizer in zip(axes[0], optimizers, strict=False):
-        for control in ARMS:
+        for place, control in enumerate(ARMS):
             runs = [r for r in rows if (r["optimizer"], arm(r)) == (optimizer, control)]
-            rates, means = _by_rate(runs)
-            (line,) = axis.plot(rates, means, label=control.replace("`", ""))
-            rest = {"s": 10, "color": line.get_color(), "alpha": 0.6}
+            if not runs:
+                continue
+            color = f"C{place}"
+            axis.plot(*_by_rate(runs), color=color, label=control.replace("`", ""))
+            rest = {"s": 10, "color": color, "alpha": 0.6}
             axis.scatter([r["learning_rate"] for r in runs], [r["score"] for r in runs], **rest)
         axis.set(xscale="log", xlabel="learning rate", ylabel="greedy score", title=optimizer)
         axis.set_ylim(bottom=0)
