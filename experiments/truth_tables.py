@@ -204,7 +204,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _value(text: str) -> str:
     """Return a tuned value without its key: "learning_rate 3e-05" is "3e-5"."""
-    return re.sub(r"e-0(\d)", r"e-\1", text.removeprefix("learning_rate "))
+    return re.sub(r"e-0(\d)", r"e-\1", re.sub(r"^(learning_rate|kl_budget) ", "", text))
 
 
 def _text(found: Estimate, sign: str = "") -> str:
