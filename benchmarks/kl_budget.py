@@ -6,7 +6,7 @@
 An update is forward and backward of all microbatches, of 8 sequences each, and AdamW's step. The
 contestants alternate with the plain one in the same run, as in overhead.py; the peak of the second
 update, over what is held before it, comes from a process for each, as in memory.py. The first three
-judge the step on a sixteenth of the sequences:
+judge the step on as many sequences as a trainer does by default:
 
 - predicted, corrected: `KlBudget` with these controls.
 - slopes: exact derivatives of the log-probabilities in the step's direction (`slopes`).
@@ -36,12 +36,12 @@ from benchmarks.overhead import ratios_to
 from benchmarks.settings import DTYPES, add_options, prepare, shape_of, write_report
 from benchmarks.workload import Batch, Shape, build_model, completion_log_probs, draw_batch, twin_of
 from proxstep import PRESETS, Isopo, KlBudget
-from proxstep.budget.prediction import slopes
+from proxstep.budget.prediction import judges, slopes
 from proxstep.isopo.hooks import uses
 from proxstep.logprobs.tokens import token_log_probs
 from proxstep.typing import Tensor
 
-MICROBATCH, SHARE = 8, 16
+MICROBATCH = 8
 RATE = 1e-6
 
 Update = Callable[[], None]
@@ -62,7 +62,8 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def scored(model: nn.Module, batch: Batch) -> Callable[[], tuple[Tensor, Tensor]]:
     """Return the function that scores the sequences which judge."""
-    token_BT, first = batch.token_BT[::SHARE], batch.num_prompt
+    row_B = judges(len(batch.token_BT), None)
+    token_BT, first = batch.token_BT[row_B], batch.num_prompt
 
     def log_probs() -> tuple[Tensor, Tensor]:
         kept = token_BT.shape[1] - first + 1
@@ -210,7 +211,7 @@ def main() -> None:
         "length": arguments.length,
         "repeats": arguments.repeats,
         "microbatch": MICROBATCH,
-        "judges": len(batch.token_BT[::SHARE]),
+        "judges": len(judges(len(batch.token_BT), None)),
         "reinforce_growth_bytes": grown["reinforce"],
     }
     write_report(arguments, settings, figures=figures)
