@@ -54,20 +54,24 @@ def _looks(names: list[str]) -> Looks:
 
 
 def _results(left: Any, right: Any, comparison: Comparison, looks: Looks) -> None:
-    """Final scores, and the KL saved at equal score, arm by arm."""
+    """What each arm ends above the one all are compared with, and the KL saved at equal score."""
     setting, against = comparison.settings[0], comparison.against
     pairs = {pair.first: pair for pair in setting.pairs if pair.second == against}
     rows = setting.standings
     for place, row in enumerate(rows):
         color = looks[row.algorithm].color
-        _interval(left, place, row.final, 1.0, color)
         if row.algorithm in pairs:
+            _interval(left, place, pairs[row.algorithm].final, 1.0, color)
             _interval(right, place, pairs[row.algorithm].kl_saved, 100.0, color)
+        elif against is None:
+            _interval(left, place, row.final, 1.0, color)
     for axes in (left, right):
         axes.set_yticks(range(len(rows)), [row.algorithm for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
     right.set_yticklabels([])
-    left.set_title("Final score")
+    left.set_title("Final score" + (f" - {against}'s" if against else ""))
+    if against:
+        left.axvline(0, color="#9aa1ab", linewidth=1)
     right.set_title("Less KL at equal score, %")
     right.axvline(0, color="#9aa1ab", linewidth=1)
     right.set_xlim(max(right.get_xlim()[0], -150), min(right.get_xlim()[1], 100))
