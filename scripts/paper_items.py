@@ -139,9 +139,9 @@ ISOPO = (
         (*_GSM8K, "docs/findings/isopo-figures.md"),
         "With q = -1 and r = -2 the validation score on GSM8K (Qwen3-0.6B) is above REINFORCE's "
         "and GRPO's.",
-        "not run yet at its size; in small 0.009 [-0.027, 0.045] above REINFORCE at the best rates, "
-        "which is 0.044 [0.004, 0.085] above GRPO, five seeds; the best of three adds 0.02 to 0.04 "
-        "to every arm",
+        "not run yet at its size; in small 0.009 [-0.027, 0.045] above REINFORCE at the best "
+        "rates, which is 0.044 [0.004, 0.085] above GRPO, five seeds; the best of three adds 0.02 "
+        "to 0.04 to every arm",
     ),
     Item(
         "figure 5",
