@@ -10,7 +10,8 @@ REINFORCE with the embedded model, every learning rate with every control and se
 tasks: recipes/arithmetic.yaml for 15 steps (answers of 3 characters), or recipes/worked.yaml for 20
 (sums worked out, 22 to 88 characters). What an optimizer step really did is measured apart from
 what the control measures: KL(before || after) per sequence, on completions of the step's own batch
-of which one in sixteen had judged it, by the same estimate from sampled tokens.
+of which one in sixteen (on sums one in eight) had judged it, by the same estimate from sampled
+tokens.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def watched(found: list[float]) -> Any:
     step = Trainer._optimizer_step
 
     def measured(self: Trainer, losses: Any, minibatch: Any) -> dict[str, float]:
-        # A sixteenth of the batch judges the step, and a sixteenth of these are among the judges.
+        # Of these as large a share are judges as of the whole batch.
         rows = torch.arange(3, len(minibatch), 4)
         completions = minibatch.rows(rows).trimmed().completions
         settings = (completions, 1.0, Cut())
