@@ -94,7 +94,7 @@ def watched(found: list[float]) -> Any:
 
 
 def trained(
-    optimizer: str, rate: float, seed: int, budget: dict[str, Any], task: str = "arithmetic"
+    optimizer: str, rate: float, seed: int, budget: dict[str, Any], task: str
 ) -> list[dict[str, Any]]:
     """Train once; return the run's records."""
     name, steps, judges = TASKS[task]

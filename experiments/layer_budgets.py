@@ -122,7 +122,7 @@ def run(optimizer: str, rate: float, capped: bool, seed: int) -> dict[str, Any]:
     found: list[ByBlock] = []
     begun = time.process_time()
     with by_block(found, capped=capped):
-        records = trained(optimizer, rate, seed, {"update.kl_budget": BUDGET})
+        records = trained(optimizer, rate, seed, {"update.kl_budget": BUDGET}, "arithmetic")
     return {
         **{"optimizer": optimizer, "learning_rate": rate, "capped": capped, "seed": seed},
         **{"first_score": records[0]["score"], "score": records[-1]["score"]},

@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.shared import stamp
+from experiments.shared import batches, stamp, trainer_of
 
-from proxstep.config.loading import load_recipe
 from proxstep.isopo.diagnostics.noise_split import NoiseSplit, noise_split, pooled
-from proxstep.runs.console import make_progress
-from proxstep.runs.folder import RunFolder
-from proxstep.training import lifecycle
-from proxstep.training.batch import Batch, collect
-from proxstep.training.models import load_model, load_tokenizer
-from proxstep.training.prompts import load_prompts
-from proxstep.training.task import load_task
 from proxstep.training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic.yaml"
@@ -51,36 +42,17 @@ STEPS = (1, 4, 16)
 """Over how many steps a split is averaged before the batch size is chosen."""
 
 
-def trainer_of(prompts: int, generations: int, folder: Path) -> Trainer:
+def shaped(prompts: int, generations: int, folder: Path) -> Trainer:
     """Return the recipe's trainer for batches of one shape; it never takes a step."""
     keys = {
         "algorithm": "reinforce",
         "objective.advantage": "leave-one-out",
         "rollout.num_prompts": prompts,
         "rollout.num_generations": generations,
-        "evaluation.kl_policy_initial": "false",
+        "evaluation.kl_policy_initial": False,
         "device": "cpu",
-        "output_dir": str(folder),
     }
-    recipe = load_recipe(RECIPE, [(key, str(value)) for key, value in keys.items()])
-    progress = make_progress(Console())
-    source = lifecycle.prepared_source(recipe, progress)
-    tokenizer, model = load_tokenizer(source), load_model(source, "float32", torch.device("cpu"))
-    task = load_task(recipe, chat=False)
-    data = load_prompts(recipe, tokenizer, task, progress.note)
-    return Trainer(recipe, model, tokenizer, *data, RunFolder(folder), progress)
-
-
-def batches(trainer: Trainer, count: int) -> Iterator[Batch]:
-    """Yield one batch after another, of other prompts, from the same policy."""
-    for number in range(count):
-        torch.manual_seed(number)
-        batch, _ = collect(
-            *(trainer.recipe, trainer.objective, trainer.model, trainer.sampler),
-            *(trainer.tokenizer, trainer.train_prompts, number, trainer.clock.phase),
-        )
-        assert batch is not None
-        yield batch
+    return trainer_of(RECIPE, keys, folder)
 
 
 def gradient(trainer: Trainer) -> torch.Tensor:
@@ -93,7 +65,7 @@ def gradient(trainer: Trainer) -> torch.Tensor:
 def truth(trainer: Trainer) -> dict[str, float]:
     """Return the variance of the gradient, its standard error, and the square of its mean."""
     total, squares, start = torch.zeros(1), [], time.process_time()
-    for batch in batches(trainer, NUM_BATCHES):
+    for batch in batches(trainer, range(NUM_BATCHES)):
         trainer._accumulate(batch, {}, measure_entropy=False)
         grad = gradient(trainer)
         total = total + grad.double()
@@ -112,7 +84,7 @@ def truth(trainer: Trainer) -> dict[str, float]:
 def measured(trainer: Trainer) -> dict[str, Any]:
     """Return the split of each batch, in units of the batch gradient's squared length."""
     splits, start = [], time.process_time()
-    for batch in batches(trainer, NUM_SPLIT):
+    for batch in batches(trainer, range(NUM_SPLIT)):
         rows = []
         for b in range(len(batch)):
             completions = batch.rows(torch.tensor([b])).trimmed().completions
@@ -164,14 +136,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
         if "measured" not in results:
-            results["measured"] = {**made, **measured(trainer_of(*MEASURED, folder))}
+            results["measured"] = {**made, **measured(shaped(*MEASURED, folder))}
             RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
         mean = pooled([NoiseSplit(**each) for each in results["measured"]["splits"]])
         assert mean is not None
         for prompts, generations in dict.fromkeys((MEASURED, mean.cheapest(*MEASURED), *SPLITS)):
             label = f"{prompts} x {generations}"
             if label not in results["truth"]:
-                found = {**made, **truth(trainer_of(prompts, generations, folder))}
+                found = {**made, **truth(shaped(prompts, generations, folder))}
                 results["truth"][label] = found
                 RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
                 console.print(f"{label}: {found['seconds']} s")

@@ -1,16 +1,23 @@
-"""What several experiments use: initial policies, a silent progress, a row's date and machine."""
+"""What several experiments use: initial policies, trainers that take no step, a row's machine."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from proxstep.runs.folder import describe_machine
+from proxstep.config.loading import load_recipe
+from proxstep.runs.folder import RunFolder, describe_machine
 from proxstep.runs.waiting import UNSEEN
+from proxstep.training import lifecycle
+from proxstep.training.batch import Batch, collect
+from proxstep.training.models import load_model, load_tokenizer
+from proxstep.training.prompts import load_prompts
+from proxstep.training.task import load_task
+from proxstep.training.trainer import Trainer
 
 POLICIES = Path(__file__).parent / "policies"
 """The embedded model after its warm-up on a task, in float16. A warm-up ends elsewhere on every
@@ -45,3 +52,26 @@ def stamp(device: str | torch.device = "cpu") -> dict[str, str]:
     """Return when and on what a run is made."""
     machine = describe_machine(torch.device(device))
     return {"date": datetime.date.today().isoformat(), "machine": machine}
+
+
+def trainer_of(recipe: Path, keys: Mapping[str, Any], folder: Path) -> Trainer:
+    """Return a recipe's trainer, to sample and to take gradients with."""
+    given = [(key, str(value)) for key, value in {**keys, "output_dir": folder}.items()]
+    loaded, progress = load_recipe(recipe, given), Quiet()
+    source = lifecycle.prepared_source(loaded, progress)
+    tokenizer, model = load_tokenizer(source), load_model(source, "float32", torch.device("cpu"))
+    task = load_task(loaded, chat=False)
+    data = load_prompts(loaded, tokenizer, task, progress.note)
+    return Trainer(loaded, model, tokenizer, *data, RunFolder(folder), progress)
+
+
+def batches(trainer: Trainer, numbers: Iterable[int]) -> Iterator[Batch]:
+    """Yield one batch after another, of other prompts, from the same policy."""
+    for number in numbers:
+        torch.manual_seed(number)
+        batch, _ = collect(
+            *(trainer.recipe, trainer.objective, trainer.model, trainer.sampler),
+            *(trainer.tokenizer, trainer.train_prompts, number, trainer.clock.phase),
+        )
+        assert batch is not None
+        yield batch

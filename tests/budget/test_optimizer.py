@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_optimizer import ScheduleFreeAdamW
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import proxstep
 from proxstep import KlBudget, ProxstepError
@@ -144,11 +149,10 @@ def test_a_rollouts_steps_share_its_budget() -> None:
         budget.begin_rollout(4)
         spent = [m["predicted"] * m["scale"] ** 2 for m in loop.run(4)]
         assert spent == pytest.approx([0.0025] * 4, rel=1e-3)
-    budget.begin_rollout(2)
-    for group in budget.param_groups:
-        group["lr"] = 1e-5
+    loop = Loop("adamw", 1e-5, nats=0.01)
+    loop.optimizer.begin_rollout(2)  # type: ignore[union-attr]
     assert loop.run(1)[0]["scale"] == 1.0
-    for group in budget.param_groups:
+    for group in loop.optimizer.param_groups:
         group["lr"] = 0.1
     (last,) = loop.run(1)
     assert last["predicted"] * last["scale"] ** 2 == pytest.approx(0.01, rel=0.05)  # what was left
@@ -202,8 +206,51 @@ def test_a_schedule_is_the_budgets_too(control: Any) -> None:
         schedule.step()
 
 
-def test_a_step_that_is_not_finite_changes_no_parameter() -> None:
-    loop = Loop("sgd", 0.1, nats=0.1)
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "by hand": lambda optimizer: None,
+    "one cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=10.0, total_steps=10, cycle_momentum=False
+    ),
+    "up and down": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: [0.1, 1.0, 3.0, 0.5][step % 4]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_schedule_raises_the_budget(name: str) -> None:
+    """The rates that a schedule begins with may be far below its peak."""
+    loop = Loop("sgd", 1.0, nats=0.02)
+    schedule = SCHEDULES[name](loop.optimizer)
+    for step in range(9):
+        loop.backward(step)
+        before = loop.log_probs_without_dropout()
+        if schedule is None:
+            loop.inner.param_groups[0]["lr"] = 10.0 / (1 + abs(step - 4))
+        loop.optimizer.step(loop.log_probs)  # type: ignore[arg-type]
+        mask = torch.ones_like(before, dtype=torch.bool)
+        after = loop.log_probs_without_dropout()
+        assert sampled_kl(before, after, mask).mean() <= 1.3 * 0.02
+        if schedule is not None:
+            schedule.step()
+
+
+def test_a_rate_that_is_lowered_by_hand_lowers_the_budget() -> None:
+    loop = Loop("sgd", 10.0, nats=0.02)
+    (first,) = loop.run(1)
+    loop.optimizer.load_state_dict(copy.deepcopy(loop.optimizer.state_dict()))
+    loop.inner.param_groups[0]["lr"] *= 0.1
+    loop.backward(1)
+    before = loop.log_probs_without_dropout()
+    loop.optimizer.step(loop.log_probs)  # type: ignore[arg-type]
+    after = loop.log_probs_without_dropout()
+    assert first["scale"] < 1
+    assert sampled_kl(before, after, torch.ones_like(before).bool()).mean() <= 1.3 * 0.0002
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_step_that_is_not_finite_changes_no_parameter(control: Any) -> None:
+    loop = Loop("sgd", 0.1, nats=0.1, control=control)
     loop.backward(0)
     start = loop.weights()
     next(loop.model.parameters()).grad.fill_(torch.nan)  # type: ignore[union-attr]
@@ -211,6 +258,70 @@ def test_a_step_that_is_not_finite_changes_no_parameter() -> None:
         loop.optimizer.step(loop.log_probs)  # type: ignore[arg-type]
     for mine, old in zip(loop.weights(), start, strict=True):
         assert torch.equal(mine, old)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_an_error_of_any_kind_leaves_the_parameters_as_they_were(call: int, control: Any) -> None:
+    """Such as one of memory, after which a loop may go on."""
+    loop = Loop("adamw", 0.1, nats=0.01, control=control)
+    loop.run(1)
+    loop.backward(1)
+    start, calls = loop.weights(), 0
+
+    def score() -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise MemoryError
+        return loop.log_probs()
+
+    if call == 3 and control in ("predicted", "adaptive-learning-rate"):
+        loop.optimizer.step(score)  # type: ignore[arg-type]
+        assert calls == 2
+        return
+    with pytest.raises(MemoryError):
+        loop.optimizer.step(score)  # type: ignore[arg-type]
+    for mine, old in zip(loop.weights(), start, strict=True):
+        assert torch.equal(mine, old)
+
+
+def test_an_optimizer_that_fails_leaves_the_parameters_as_they_were() -> None:
+    loop = Loop("adamw", 0.1, nats=0.01)
+    loop.backward(0)
+    start = loop.weights()
+    step = loop.inner.step
+
+    def failing() -> None:
+        step()
+        raise MemoryError
+
+    loop.inner.step = failing  # type: ignore[assignment,method-assign]
+    with pytest.raises(MemoryError):
+        loop.optimizer.step(loop.log_probs)  # type: ignore[arg-type]
+    for mine, old in zip(loop.weights(), start, strict=True):
+        assert torch.equal(mine, old)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_sequences_without_a_token_that_counts_have_no_say(control: Any) -> None:
+    whole, some = (Loop("adamw", 0.1, nats=0.01, control=control) for _ in range(2))
+    for step in range(2):
+        for loop in (whole, some):
+            loop.backward(step)
+
+        def counted() -> tuple[Tensor, Tensor]:
+            log_prob, counts = some.log_probs()
+            return log_prob, counts & (torch.arange(16) % 2 == 0)[:, None]
+
+        def cut() -> tuple[Tensor, Tensor]:
+            log_prob, counts = whole.log_probs()
+            return log_prob[::2], counts[::2]
+
+        whole.optimizer.step(cut)  # type: ignore[arg-type]
+        some.optimizer.step(counted)  # type: ignore[arg-type]
+        expected = whole.optimizer.measured  # type: ignore[union-attr]
+        assert some.optimizer.measured == pytest.approx(expected)  # type: ignore[union-attr]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -403,6 +514,79 @@ def test_a_checkpoint_goes_on_with_a_budget_or_without() -> None:
             assert all(torch.equal(one[name], other[name]) for name in other)
     begun.run(1, first=2)
     left.run(1, first=2)
+
+
+def test_a_plain_state_begins_the_budget_anew() -> None:
+    """Else the next step would learn from weights of another run."""
+    used = Loop("adamw", 0.1, nats=0.01, control="corrected")
+    used.run(3)
+    used.optimizer.load_state_dict(copy.deepcopy(used.inner.state_dict()))
+    own = used.optimizer.state_dict()["kl_budget"]
+    fresh = Loop("adamw", 0.1, nats=0.01, control="corrected").optimizer.state_dict()["kl_budget"]
+    assert {**own, "last": None} == {**fresh, "last": None}
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    loop = Loop("adamw", 0.1, nats=0.01, control="corrected")
+    loop.run(2)
+    twin = copy.deepcopy(loop)
+    assert twin.run(1, first=2) == loop.run(1, first=2)
+    for mine, its in zip(loop.weights(), twin.weights(), strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_torchs_distributed_checkpoint_takes_its_state(given: bool) -> None:
+    """It fills a new optimizer's state by a step of rate 0 without a function."""
+    used, fresh = (Loop("adamw", 0.1, nats=0.01, control="corrected") for _ in range(2))
+    for loop in (used, fresh) if given else ():
+        loop.optimizer._log_probs = loop.log_probs  # type: ignore[union-attr]
+    used.run(3)
+    saved = get_optimizer_state_dict(used.model, used.optimizer)
+    saved = copy.deepcopy(saved)
+    start = fresh.weights()
+    set_optimizer_state_dict(fresh.model, fresh.optimizer, saved)
+    for mine, old in zip(fresh.weights(), start, strict=True):
+        assert torch.equal(mine, old)
+    assert fresh.inner.param_groups[0]["lr"] == 0.1
+    fresh.model.load_state_dict(used.model.state_dict())
+    for one, other in zip(
+        fresh.inner.state_dict()["state"].values(),
+        used.inner.state_dict()["state"].values(),
+        strict=True,
+    ):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+    (measured,) = fresh.run(1, first=3)
+    assert "realized" not in measured
+    assert measured["factor"] == 1.0
+
+
+class AcceleratedOptimizer(torch.optim.Optimizer):
+    """As accelerate's, which has both methods whatever it holds."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def train(self) -> None: ...
+    def eval(self) -> None: ...
+
+
+class FullyShardedDataParallel(nn.Sequential):
+    """Named as torch's."""
+
+
+def test_what_keeps_weights_of_its_own_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.1)
+    free = ScheduleFreeAdamW(model.parameters(), lr=0.1)
+    with pytest.raises(ProxstepError, match="ScheduleFreeAdamW keeps weights of its own"):
+        KlBudget(free, model, nats=0.1)
+    with pytest.raises(ProxstepError, match="ScheduleFreeAdamW"):
+        KlBudget(AcceleratedOptimizer(free), model, nats=0.1)
+    KlBudget(AcceleratedOptimizer(adamw), model, nats=0.1)
+    with pytest.raises(ProxstepError, match="fully_shard"):
+        KlBudget(adamw, FullyShardedDataParallel(model), nats=0.1)
 
 
 def test_what_is_given_is_checked() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +28,9 @@ from trl import GRPOTrainer
 from proxstep.budget import KlBudget
 from proxstep.budget.prediction import sampled_kl
 from proxstep.engines.trl import IsopoTrainer, OpoTrainer, PolicyTrainer
+from proxstep.engines.trl.budget import StepBudget
 from proxstep.engines.trl.launch import train
-from proxstep.engines.trl.policy import response_mask
+from proxstep.engines.trl.scoring import response_mask
 from proxstep.errors import ProxstepError
 
 NATS, LARGE = 0.02, {"learning_rate": 0.3, "optim": "sgd"}
@@ -117,10 +119,61 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("microbatches", "accumulated", "iterations", "steps"),
+    [(4, 2, 1, 2), (2, 4, 1, 1), (2, 4, 2, 1), (2, 4, 4, 2), (3, 2, 2, 3), (6, 4, 2, 3)],
+)
+def test_how_many_steps_share_a_rollout(
+    microbatches: int, accumulated: int, iterations: int, steps: int
+) -> None:
+    """TRL samples anew after so many microbatches, wherever a step begins."""
+    budget, _ = step_budget(
+        steps_per_generation=microbatches,
+        gradient_accumulation_steps=accumulated,
+        num_iterations=iterations,
+    )
+    budget.begin_rollout()
+    assert budget.optimizer is not None
+    assert budget.optimizer.state_dict()["kl_budget"]["rollout"] == (1 / steps, 0.0, steps)
+
+
+def step_budget(**options: Any) -> tuple[StepBudget, list[Tensor]]:
+    """The budget of a trainer, and the completions that it has scored."""
+    scored: list[Tensor] = []
+
+    def score(part: Any) -> tuple[Tensor, Tensor]:
+        scored.append(part["completion_ids"][:, 0])
+        return torch.zeros(part["completion_ids"].shape), response_mask(part)
+
+    given = {"kl_budget": 0.1, "kl_budget_per": "sequence", "kl_control": "predicted"}
+    args = SimpleNamespace(**given, kl_num_sequences=None, **options)
+    budget = StepBudget(args, score, lambda measured: None)
+    model = torch.nn.Linear(2, 2)
+    budget.around(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    return budget, scored
+
+
+@pytest.mark.parametrize("counting", [12, 3, 0])
+def test_completions_that_are_masked_do_not_judge(counting: int) -> None:
+    """As with mask_truncated_completions: eight judges evenly spaced could all be such."""
+    budget, scored = step_budget()
+    mask = torch.zeros(64, 5, dtype=torch.long)
+    mask[torch.randperm(64, generator=torch.Generator().manual_seed(3))[:counting]] = 1
+    ids = torch.arange(64)[:, None].expand(64, 5)
+    for part in range(4):
+        rows = slice(16 * part, 16 * part + 16)
+        budget.remember({"completion_ids": ids[rows], "completion_mask": mask[rows]})
+    budget._log_probs()
+    judged = torch.cat(scored)
+    assert len(judged) == {12: 8, 3: 3, 0: 8}[counting]
+    assert counting == 0 or mask[judged].all()
+
+
 REFUSED: dict[str, Any] = {
     "fp16": {"fp16": True},
     "fsdp": {"fsdp": "full_shard"},
     "optim": {"optim": "lomo"},
+    "weights of its own": {"optim": "schedule_free_adamw"},
     "kl_budget": {"kl_budget": -1.0},
     "kl_control": {"kl_control": "hope"},
     "kl_num_sequences": {"kl_budget": None, "kl_num_sequences": 4},

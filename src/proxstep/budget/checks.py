@@ -49,6 +49,19 @@ def check_trained(optimizer: Any, model: Any) -> None:
                 f"{name} is {type(value).__name__}: KlBudget(optimizer, model, nats=...) takes an "
                 "optimizer of torch first, and then the model"
             )
+    inmost = getattr(optimizer, "optimizer", optimizer)  # accelerate's has these methods of its own
+    if callable(getattr(inmost, "train", None)) and callable(getattr(inmost, "eval", None)):
+        raise ProxstepError(
+            f"{type(inmost).__name__} keeps weights of its own, which would take the whole step "
+            "where the model takes a part: a KL budget needs an optimizer without train() and "
+            "eval(), as torch.optim.AdamW"
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ProxstepError(
+            "the model is in a FullyShardedDataParallel, which keeps whole weights from one pass "
+            "to the next, so that a step cannot be measured: shard it with "
+            "torch.distributed.fsdp.fully_shard (FSDP2), or leave the KL budget out"
+        )
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     names = {name: p.dtype for name, p in model.named_parameters() if id(p) in stepped}
     if not names:

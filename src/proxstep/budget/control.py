@@ -91,15 +91,7 @@ def predict(measure: Measure, state: State, budget: float) -> float:
         ):
             return predicted
         trial = wanted
-    predicted = measure(trial) / trial**2
-    if not math.isfinite(predicted):
-        raise ProxstepError(
-            f"the KL divergence of {trial:g} of the optimizer's step is {predicted}: the "
-            "parameters were not changed. Look for gradients and log-probabilities that are not "
-            "finite; a gradient that is not spoils the optimizer's moments as well, so go back to "
-            "a checkpoint then"
-        )
-    return predicted
+    return _finite(measure(trial), trial) / trial**2
 
 
 def backtrack(measure: Measure, budget: float) -> tuple[float, float]:
@@ -108,7 +100,7 @@ def backtrack(measure: Measure, budget: float) -> tuple[float, float]:
     while True:
         measured = measure(scale)
         if measured <= budget or scale / 2 < LEAST_SCALE:
-            return scale, measured
+            return scale, _finite(measured, scale)
         scale /= 2
 
 
@@ -117,6 +109,18 @@ def adapt(state: State, measured: float, budget: float) -> float:
 
     Source: the adaptive learning rate of PPO's implementations (rsl_rl: factor 1.5, bounds 2).
     """
-    if not measured <= 2 * budget:  # NaN too
+    if _finite(measured, state.scale) > 2 * budget:
         return max(LEAST_SCALE, state.scale / 1.5)
     return min(1.0, state.scale * 1.5) if measured < budget / 2 else state.scale
+
+
+def _finite(measured: float, scale: float) -> float:
+    """Return a KL divergence that was measured at a share of the step, if it is a number."""
+    if not math.isfinite(measured):
+        raise ProxstepError(
+            f"the KL divergence of {scale:g} of the optimizer's step is {measured}: the "
+            "parameters were not changed. Look for gradients and log-probabilities that are not "
+            "finite; a gradient that is not spoils the optimizer's moments as well, so go back to "
+            "a checkpoint then"
+        )
+    return measured

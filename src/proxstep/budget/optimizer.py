@@ -23,7 +23,7 @@ from proxstep.budget.control import (
     predict,
     scale_for,
 )
-from proxstep.budget.prediction import LogProbs, sampled_kl
+from proxstep.budget.prediction import LogProbs, sampled_kl, wide
 from proxstep.errors import ProxstepError
 from proxstep.logprobs.evaluating import evaluating
 from proxstep.typing import Tensor
@@ -43,9 +43,9 @@ class KlBudget(torch.optim.Optimizer):
     predicted)). The step is scaled, not the gradient and not the moments: those are the same as
     without a budget. A step that needs no scaling is the optimizer's own to the bit.
 
-    A schedule of the learning rate is the budget's too: at half the rate that it began with a step
-    is half as long, a quarter of the nats. Else the schedule of a rate that is too large would do
-    nothing.
+    A schedule of the learning rate is the budget's too: at half of the peak rate a step is half as
+    long, a quarter of the nats. Else the schedule of a rate that is too large would do nothing. The
+    peak is what torch's schedules say of themselves, or the largest rate so far.
 
     `log_probs` is a function without arguments that scores a few of the minibatch's sequences with
     the model as it is: it returns their tokens' log-probabilities in nats, (batch, tokens), at the
@@ -105,8 +105,13 @@ class KlBudget(torch.optim.Optimizer):
         self._small, self._forwards, self._still = 0, 0, False
         self._before: list[Tensor] | None = None
         self._expected = (0.0, 1.0)
-        super().__init__(optimizer.param_groups, {})
+        self._peaks: list[float] = []
+        super().__init__(optimizer.param_groups, optimizer.defaults)
         self._be_one()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all of it: the base class would copy its own part alone."""
+        return dict(vars(self))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Let the optimizer train more parameters.
@@ -143,8 +148,13 @@ class KlBudget(torch.optim.Optimizer):
 
         Raises:
             ProxstepError: If there is none, it returns something else or scores other sequences at
-                each call, or the step's KL divergence is not finite at any size.
+                each call, or the step's KL divergence is not finite at any size. The parameters
+                are what they were then, as after any other error.
         """
+        self._be_one()
+        if all(float(group["lr"]) == 0.0 for group in self.param_groups):
+            self.inner.step()  # also how torch.distributed.checkpoint makes a new state
+            return
         closure = closure or self._log_probs
         if not callable(closure):
             raise ProxstepError(MISSING)
@@ -154,29 +164,29 @@ class KlBudget(torch.optim.Optimizer):
             log_prob_BT, response_BT = self._score(closure)
             budget, unit = self._budget(response_BT)
             before = [parameter.clone() for parameter in parameters]
-            realized = self._realized(closure, parameters, before, log_prob_BT, response_BT)
-            with torch.enable_grad():
-                self.inner.step()
-            proposed = [parameter.clone() for parameter in parameters]
 
             def measure(scale: float) -> float:
                 _place(parameters, before, proposed, scale)
                 other_BT, counts_BT = self._score(closure)
                 if not torch.equal(counts_BT, response_BT):
                     raise ProxstepError(f"{ANEW}: their number, length or mask is another one")
-                return _mean(sampled_kl(log_prob_BT, other_BT, response_BT))
+                return _mean(sampled_kl(log_prob_BT, other_BT, response_BT), response_BT)
 
             last = self._kl.scale
             try:
+                realized = self._realized(closure, parameters, before, log_prob_BT, response_BT)
+                with torch.enable_grad():
+                    self.inner.step()
+                proposed = [parameter.clone() for parameter in parameters]
                 scale, predicted, measured = self._choose(measure, budget)
                 if scale < 2 * LEAST_SCALE and (drift := measure(0.0)) > budget:
                     raise ProxstepError(f"{ANEW}: unchanged parameters are {drift:.3g} nats apart")
                 if predicted == 0.0:
                     self._tell_still(before, proposed, log_prob_BT[response_BT])
-                    if _mean(response_BT.sum(dim=1).double()) == 0.0:  # nothing was measured
+                    if _mean_length(response_BT) == 0.0:  # nothing was measured
                         scale = self._kl.scale = last
             except BaseException:
-                _place(parameters, before, proposed, 0.0)
+                _place(parameters, before, before, 0.0)
                 raise
             _place(parameters, before, proposed, scale)
         if self.control == "corrected":
@@ -238,14 +248,19 @@ class KlBudget(torch.optim.Optimizer):
         """Return this step's budget in nats per sequence, and the sequence's length in units."""
         unit = 1.0
         if self.per == "token":
-            unit = max(1.0, _mean(response_BT.sum(dim=1).double()))
+            unit = max(1.0, _mean_length(response_BT))
         nats = self.nats * self._schedule() ** 2
         return nats * unit * self._share + self._left, unit
 
     def _schedule(self) -> float:
-        """Return the first group's learning rate over the one that torch's schedules begin with."""
-        group = self.param_groups[0]
-        return float(group["lr"] / group["initial_lr"]) if group.get("initial_lr") else 1.0
+        """Return the learning rate over its peak, of the group with the largest such share."""
+        peaks = [*self._peaks, *[0.0] * len(self.param_groups)]
+        for place, group in enumerate(self.param_groups):
+            known = (group["lr"], group.get("initial_lr"), group.get("max_lr"))
+            peaks[place] = max(peaks[place], *(float(rate) for rate in known if rate is not None))
+        self._peaks = peaks[: len(self.param_groups)]
+        pairs = zip(self.param_groups, self._peaks, strict=True)
+        return max(float(group["lr"]) / peak for group, peak in pairs if peak)
 
     def _realized(
         self,
@@ -261,7 +276,7 @@ class KlBudget(torch.optim.Optimizer):
         _place(parameters, current, self._before, 1.0)
         earlier_BT, _ = self._score(log_probs)
         _place(parameters, current, self._before, 0.0)
-        realized = _mean(sampled_kl(log_prob_BT, earlier_BT, response_BT))
+        realized = _mean(sampled_kl(log_prob_BT, earlier_BT, response_BT), response_BT)
         self._kl.learn(realized, *self._expected)
         self._before = None
         return realized
@@ -300,6 +315,7 @@ class KlBudget(torch.optim.Optimizer):
             "kl": asdict(self._kl),
             "rollout": (self._share, self._left, self._steps),
             "last": (self._expected, self._small),
+            "peaks": self._peaks,
             "before": self._before,
         }
         return {**self.inner.state_dict(), _OWN: own}
@@ -312,12 +328,15 @@ class KlBudget(torch.optim.Optimizer):
         """
         self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != _OWN})
         self._be_one()
+        self._kl, self._before, self._peaks = State(), None, []
+        self.begin_rollout(1)
         own = state_dict.get(_OWN)
         if own is None:
             return
         self._kl = State(**own["kl"])
         self._share, self._left, self._steps = own["rollout"]
         self._expected, self._small = own["last"]
+        self._peaks = own.get("peaks", [])
         before = own["before"]
         if before is not None:
             device = self._parameters()[0].device
@@ -354,10 +373,16 @@ def _place(
             parameter.copy_(torch.lerp(old, new, scale))
 
 
-def _mean(value_B: Tensor) -> float:
-    """Return the mean over sequences, of all ranks where there are several; 0 of none."""
-    sums = torch.stack([value_B.sum(), value_B.new_tensor(float(len(value_B)))])
+def _mean(value_B: Tensor, response_BT: Tensor) -> float:
+    """Return the mean over sequences with a token that counts, of all ranks; 0 of none."""
+    value_N = value_B[response_BT.any(dim=1)]
+    sums = torch.stack([value_N.sum(), value_N.new_tensor(float(len(value_N)))])
     if dist.is_initialized():
         dist.all_reduce(sums)
     total, count = sums.tolist()
     return total / max(count, 1.0)
+
+
+def _mean_length(response_BT: Tensor) -> float:
+    """Return how many tokens count of a sequence, in the mean."""
+    return _mean(response_BT.sum(dim=1).to(wide(response_BT)), response_BT)

@@ -55,7 +55,8 @@ def quadratic_kl(
         slope_BT: x_bt, the derivative of each token's log-probability in the step's direction.
         response_BT: True at the tokens that count.
     """
-    return slope_BT.double().square().masked_fill(~response_BT, 0.0).sum(dim=1) / 2
+    slope_BT = slope_BT.to(wide(slope_BT))
+    return slope_BT.square().masked_fill(~response_BT, 0.0).sum(dim=1) / 2
 
 
 def sampled_kl(
@@ -75,9 +76,15 @@ def sampled_kl(
 
     Source: Schulman, "Approximating KL divergence" (2020), k3.
     """
-    difference_BT = other_log_prob_BT.double() - log_prob_BT.double()
+    precise = wide(log_prob_BT)
+    difference_BT = other_log_prob_BT.to(precise) - log_prob_BT.to(precise)
     difference_BT = difference_BT.masked_fill(~response_BT, 0.0)
     return (difference_BT.expm1() - difference_BT).sum(dim=1)
+
+
+def wide(value: Tensor) -> torch.dtype:
+    """Return the widest type that a tensor's device has."""
+    return torch.float32 if value.device.type == "mps" else torch.float64
 
 
 def slopes(

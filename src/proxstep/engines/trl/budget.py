@@ -3,11 +3,12 @@
 TRL steps its optimizer itself, so the budget gets its function beforehand. A step is judged by some
 completions of the microbatches that it was made of, which are remembered until it is over.
 
-Shapes: B sequences, T completion tokens.
+Shapes: B sequences, C those with a token that counts, J judges, T completion tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.functional import pad
 
 from proxstep.budget import KlBudget
 from proxstep.budget.prediction import judges
+from proxstep.engines.trl.scoring import response_mask
 from proxstep.errors import ProxstepError
 from proxstep.typing import Tensor
 
@@ -61,9 +63,9 @@ class StepBudget:
     def begin_rollout(self) -> None:
         """Let the optimizer steps of a rollout share its budget."""
         args = self._args
-        steps = args.steps_per_generation // args.gradient_accumulation_steps
+        microbatches = args.steps_per_generation * args.num_iterations
         if self.optimizer is not None:
-            self.optimizer.begin_rollout(max(1, steps) * args.num_iterations)
+            self.optimizer.begin_rollout(math.ceil(microbatches / args.gradient_accumulation_steps))
 
     def remember(self, microbatch: Mapping[str, Tensor]) -> None:
         """Keep a microbatch of the step that is being made."""
@@ -81,15 +83,20 @@ class StepBudget:
             self._log({f"kl_budget/{k}": x for k, x in self.optimizer.measured.items()})
 
     def _log_probs(self) -> tuple[Tensor, Tensor]:
-        """Score the step's judges: sequences spread evenly over its microbatches."""
-        sizes = [len(batch["completion_ids"]) for batch in self._microbatches]
-        row_B = judges(sum(sizes), self._args.kl_num_sequences)
+        """Score the step's judges: sequences spread evenly over its microbatches.
+
+        Those that TRL masks because they were cut off have no say.
+        """
+        counted_B = torch.cat([response_mask(b).any(dim=1).cpu() for b in self._microbatches])
+        row_C = counted_B.nonzero().flatten() if counted_B.any() else torch.arange(len(counted_B))
+        row_J = row_C[judges(len(row_C), self._args.kl_num_sequences)]
         found, first = [], 0
-        for batch, size in zip(self._microbatches, sizes, strict=True):
-            own_B = row_B[(row_B >= first) & (row_B < first + size)] - first
+        for batch in self._microbatches:
+            size = len(batch["completion_ids"])
+            own_J = row_J[(row_J >= first) & (row_J < first + size)] - first
             first += size
-            if len(own_B):
-                part = {k: v[own_B.to(v.device)] for k, v in batch.items() if _is_of_rows(v, size)}
+            if len(own_J):
+                part = {k: v[own_J.to(v.device)] for k, v in batch.items() if _is_of_rows(v, size)}
                 found.append(self._score(part))
         width = max(log_prob_BT.shape[1] for log_prob_BT, _ in found)  # rollouts differ in it
         log_prob_BT, response_BT = (

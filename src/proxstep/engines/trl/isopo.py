@@ -18,9 +18,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from proxstep.algorithms import sequence_coefficients
 from proxstep.engines.trl.configs import IsopoConfig, PolicyConfig
-from proxstep.engines.trl.policy import GROUP, KEY, PolicyTrainer, Scored, response_mask
+from proxstep.engines.trl.policy import GROUP, KEY, PolicyTrainer, Scored
 from proxstep.engines.trl.refusals import refuse_adapters, refuse_vision
-from proxstep.engines.trl.scoring import transform_head
+from proxstep.engines.trl.scoring import response_mask, transform_head
 from proxstep.isopo import Isopo
 from proxstep.training.objective import install_geometry
 from proxstep.typing import Tensor

@@ -22,7 +22,7 @@ from proxstep.algorithms import ADVANTAGES, Aggregation, OldPolicy, SignalInputs
 from proxstep.engines.trl.budget import StepBudget
 from proxstep.engines.trl.configs import IsopoConfig, OpoConfig, PolicyConfig
 from proxstep.engines.trl.release import SCORING_INPUTS
-from proxstep.engines.trl.scoring import rebind_forwards
+from proxstep.engines.trl.scoring import rebind_forwards, response_mask
 from proxstep.errors import ProxstepError
 from proxstep.training.rollout import vocabulary_size
 from proxstep.typing import Tensor
@@ -62,14 +62,6 @@ class Scored:
     old_log_prob_BT: Tensor
     response_BT: Tensor
     other_loss: Tensor
-
-
-def response_mask(batch: Mapping[str, Any]) -> Tensor:
-    """Return where the batch's completion tokens count, as booleans."""
-    mask_BT = batch["completion_mask"]
-    if "tool_mask" in batch:
-        mask_BT = mask_BT * batch["tool_mask"]
-    return mask_BT.bool()
 
 
 class PolicyTrainer(GRPOTrainer):

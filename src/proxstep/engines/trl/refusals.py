@@ -262,4 +262,9 @@ BUDGET: tuple[Refusal, ...] = (
         "it updates weights during backward, before there is a step to scale; use another "
         "optimizer",
     ),
+    (
+        "optim",
+        lambda args: "schedule_free" in str(args.optim).lower(),
+        "it keeps weights of its own, which would take the whole step; use another optimizer",
+    ),
 )

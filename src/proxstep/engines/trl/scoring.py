@@ -19,6 +19,7 @@ import copy
 import functools
 import logging
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ from proxstep.typing import Tensor
 
 _IGNORED = -100
 _FROM_ALL = "the output layer is transformed from all logits, in T x V memory"
+
+
+def response_mask(batch: Mapping[str, Any]) -> Tensor:
+    """Return where the batch's completion tokens count, as booleans."""
+    mask_BT = batch["completion_mask"]
+    if "tool_mask" in batch:
+        mask_BT = mask_BT * batch["tool_mask"]
+    return mask_BT.bool()
 
 
 def transform_head(core: Any, temperature: float, *, needs_full: bool) -> tuple[int, str]:

@@ -1,0 +1,254 @@
+"""What single steps of a method and an optimizer are worth, measured at one fixed policy.
+
+    python experiments/directions.py               # what directions.json lacks, then the tables
+    python experiments/directions.py --chains 2    # fewer batches, a first look
+
+The task and batches of experiments/truth/drift-fisher: long additions, 8 x 8 completions, gradients
+clipped at 1. From a policy that does not change, chains of 20 batches are sampled; each method's
+gradients of a chain go through each optimizer, whose step is taken back each time. A step's
+direction Delta is then held against three things:
+
+- <grad J, Delta>, the reward that it gains to first order, with grad J the mean of REINFORCE's
+  gradients over the batches of all other chains;
+- its KL divergence on completions that had no part in it, 1/2 mean_b sum_t <grad log pi_bt,
+  Delta>^2, exact by forward-mode derivatives;
+- the same on the batch that made it, which is what a KL budget sees.
+
+What chains have in common is signal, the rest is their batches' luck: the share of the divergence
+that is signal is the mean product of two chains' directions, in the Fisher metric, over the mean
+square.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.shared import POLICIES, batches, stamp, trainer_of
+
+from proxstep.budget.prediction import quadratic_kl, slopes
+from proxstep.lab.statistics import mean_interval
+from proxstep.training.batch import Batch
+from proxstep.training.optimizers import make_optimizer
+from proxstep.training.rollout import Cut, completion_log_probs
+from proxstep.training.trainer import Trainer
+from proxstep.typing import Float, Tensor
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).with_suffix(".json")
+RECIPE = ROOT / "experiments" / "truth" / "drift-fisher" / "plan.yaml"
+METHODS = ("reinforce", "isopo", "isopo-euclidean")
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"name": "sgd", "learning_rate": 1.0},
+    "sgd with momentum": {"name": "sgd", "learning_rate": 1.0, "momentum": 0.9},
+    "adamw without momentum": {"name": "adamw", "learning_rate": 1e-2, "betas": [0.0, 0.999]},
+    "adamw": {"name": "adamw", "learning_rate": 1e-2},
+    "muon": {"name": "muon", "learning_rate": 1e-2},
+}
+"""Rates do not matter here, so long as a step is far above the weights' rounding."""
+STEPS_BEFORE = (0, 10)
+"""Steps of REINFORCE with AdamW that the policies have behind them, at the rate best for it."""
+LENGTH, MEASURED = 20, (1, 20)
+"""Batches of a chain, and those whose steps are measured."""
+NUM_HELD_OUT = 3
+"""Batches on which divergences are measured."""
+BUDGET = 0.001
+Direction = list[Tensor]
+
+
+def trainers(folder: Path, steps_before: int) -> dict[str, Trainer]:
+    """Return a trainer for each method, all with the same policy."""
+    found = {}
+    for method in METHODS:
+        keys = {"algorithm": method, "model.name": POLICIES / "sums", "device": "cpu"}
+        keys |= {"optimizer.learning_rate": 4e-5, "optimizer.warmup_updates": 3}
+        found[method] = trainer_of(RECIPE, keys, folder / method)
+    first = found["reinforce"]
+    for _ in range(steps_before):
+        first._train_step()
+    for trainer in found.values():
+        trainer.model.load_state_dict(first.model.state_dict())
+        trainer.model.eval()
+    return found
+
+
+def gradient(trainer: Trainer, batch: Batch) -> tuple[Direction, float]:
+    """Return a method's gradient of a batch, and its norm; nothing is changed but ISOPO's past."""
+    trainer._measure_past(batch)
+    trainer._accumulate(batch, {}, measure_entropy=False)
+    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0).item()
+    if trainer.isopo is not None:
+        trainer.isopo.step()
+    grads = [p.grad.clone() for p in _parameters(trainer) if p.grad is not None]
+    trainer.model.zero_grad()
+    return grads, norm
+
+
+def steps_of(trainer: Trainer, section: Mapping[str, Any], grads: Sequence[Direction]) -> Any:
+    """Yield an optimizer's steps on a chain of gradients, each taken back."""
+    settings = trainer.recipe.optimizer.model_dump() | dict(section) | {"warmup_updates": 0}
+    optimizer = make_optimizer(type(trainer.recipe.optimizer)(**settings), trainer.model)
+    parameters = _parameters(trainer)
+    before = [p.detach().clone() for p in parameters]
+    for grad in grads:
+        for parameter, own in zip(parameters, grad, strict=True):
+            parameter.grad = own.clone()
+        optimizer.step()
+        with torch.no_grad():
+            delta = [p - old for p, old in zip(parameters, before, strict=True)]
+            for parameter, old in zip(parameters, before, strict=True):
+                parameter.copy_(old)
+        yield delta
+    trainer.model.zero_grad()
+
+
+def moved(trainer: Trainer, delta: Direction, batch: Batch) -> tuple[float, Float[Tensor, " n"]]:
+    """Return a direction's divergence in nats per completion, and each token's slope."""
+    completions = batch.completions
+    response_BT = completions.response_BT[:, 1:]
+    direction = dict(zip(_parameters(trainer), delta, strict=True))
+
+    def log_probs() -> tuple[Tensor, Tensor]:
+        return completion_log_probs(trainer.model, completions, 1.0, Cut()), response_BT
+
+    _, slope_BT, _ = slopes(trainer.model, log_probs, direction)
+    slope_N = slope_BT[response_BT].double() / (2 * len(batch)) ** 0.5
+    return quadratic_kl(slope_BT, response_BT).mean().item(), slope_N
+
+
+def measured(steps_before: int, chains: int, folder: Path) -> dict[str, Any]:
+    """Return what every direction is, by method, optimizer and step of the chain."""
+    start, found = time.process_time(), trainers(folder, steps_before)
+    first = found["reinforce"]
+    sampled = list(batches(first, range(1000, 1000 + chains * LENGTH + NUM_HELD_OUT)))
+    held_out = sampled[chains * LENGTH :]
+    chained = [sampled[i * LENGTH : (i + 1) * LENGTH] for i in range(chains)]
+    # The mean of a group is taken of all its rewards, the completion's own too: n / (n - 1).
+    n = first.recipe.rollout.num_generations
+    rows: dict[str, dict[str, Any]] = {}
+    sums: list[Direction] = []
+    for method, trainer in found.items():
+        made = [[gradient(trainer, batch) for batch in chain] for chain in chained]
+        if method == "reinforce":
+            for chain in made:
+                whole = [[g * max(norm, 1.0) for g in grads] for grads, norm in chain]
+                sums.append([torch.stack(parts).sum(0) for parts in zip(*whole, strict=True)])
+        for name, section in OPTIMIZERS.items():
+            at: dict[int, list[Direction]] = {step: [] for step in MEASURED}
+            for chain in made:
+                grads = [grads for grads, _ in chain]
+                for step, delta in enumerate(steps_of(trainer, section, grads), 1):
+                    if step in at:
+                        at[step].append(delta)
+            for step, deltas in at.items():
+                rows[f"{method}, {name}, {step}"] = _row(
+                    trainer, deltas, sums, [chain[step - 1] for chain in chained], held_out, n
+                )
+    seconds = round(time.process_time() - start, 1)
+    return {**stamp(), "chains": chains, "seconds": seconds, "rows": rows}
+
+
+def _row(
+    trainer: Trainer,
+    deltas: Sequence[Direction],
+    sums: Sequence[Direction],
+    own: Sequence[Batch],
+    held_out: Sequence[Batch],
+    n: int,
+) -> dict[str, Any]:
+    gains, slope_CN = [], []
+    for c, delta in enumerate(deltas):
+        others = [total for i, total in enumerate(sums) if i != c]
+        descent = sum(
+            float((d.double() * torch.stack(parts).double().sum(0)).sum())
+            for d, parts in zip(delta, zip(*others, strict=True), strict=True)
+        )
+        gains.append(-descent / (len(others) * LENGTH) * n / (n - 1))
+        slope_CN.append(torch.cat([moved(trainer, delta, batch)[1] for batch in held_out]))
+    stacked_CN = torch.stack(slope_CN) / len(held_out) ** 0.5
+    return {
+        "gain": gains,
+        "kl_own": [moved(trainer, d, b)[0] for d, b in zip(deltas, own, strict=True)],
+        "gram": (stacked_CN @ stacked_CN.mT).tolist(),
+    }
+
+
+def _parameters(trainer: Trainer) -> list[nn.Parameter]:
+    return [p for p in trainer.model.parameters() if p.requires_grad]
+
+
+def described(row: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return each chain's figures: reward by nats, what is luck, what its own batch sees."""
+    gram_CC = torch.tensor(row["gram"], dtype=torch.float64)
+    count = len(gram_CC)
+    gain_C, own_C = (torch.tensor(row[name], dtype=torch.float64) for name in ("gain", "kl_own"))
+    kl_C = gram_CC.diagonal()
+    others_C = (gram_CC.sum(1) - kl_C) / (count - 1)
+    found = {
+        "gain": gain_C * (BUDGET / own_C).sqrt(),
+        "kl": BUDGET * kl_C / own_C,
+        "own": own_C / kl_C,
+        "efficiency": gain_C / (2 * kl_C).sqrt(),
+        # Leave-one-out: a chain's direction against those of the others.
+        "signal": others_C / kl_C.mean(),
+    }
+    return {name: values.tolist() for name, values in found.items()}
+
+
+def table(result: Mapping[str, Any], step: int) -> Iterator[str]:
+    """Yield the table of one policy and one step of the chains."""
+    yield (
+        "| optimizer | method | reward by sqrt(nat) | less REINFORCE's | signal's share of the KL "
+        "| KL on its own batch over KL elsewhere "
+        f"| reward of a step of {BUDGET} nats on its batch |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    for name, method in itertools.product(OPTIMIZERS, METHODS):
+        own, plain = (
+            described(result["rows"][f"{m}, {name}, {step}"]) for m in (method, METHODS[0])
+        )
+        less = [a - b for a, b in zip(own["efficiency"], plain["efficiency"], strict=True)]
+        cells = [
+            *(name, method, mean_interval(own["efficiency"]).text()),
+            "" if method == METHODS[0] else mean_interval(less).text("+"),
+            mean_interval(own["signal"]).text(),
+            mean_interval(own["own"]).text(),
+            mean_interval([1000 * gain for gain in own["gain"]]).text() + " / 1000",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Measure what is missing, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chains", type=int, default=8)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for before in STEPS_BEFORE:
+        if str(before) not in results:
+            with tempfile.TemporaryDirectory() as name:
+                results[str(before)] = measured(before, options.chains, Path(name))
+            RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    console = Console()
+    for before, step in itertools.product(STEPS_BEFORE, MEASURED):
+        found = results[str(before)]
+        console.out(f"\nafter {before} steps, batch {step} of a chain, {found['seconds']} s\n")
+        console.out("\n".join(table(found, step)), highlight=False)
+
+
+if __name__ == "__main__":
+    main()
