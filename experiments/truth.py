@@ -112,11 +112,9 @@ class Experiment:
         return {name: rows[of] for name, of in self.digests.items() if of in rows}
 
     def restore(self) -> None:
-        """Make run folders of the rows that have none."""
+        """Make run folders of the rows, whatever an unfinished run has left there."""
         for name, row in self.done().items():
             folder = self.output / name
-            if (folder / "run.json").exists():
-                continue
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(dump_recipe(with_absolute_paths(self.recipe(name))))
             (folder / "metrics.jsonl").write_text("".join(_records(row["series"])))

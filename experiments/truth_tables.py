@@ -50,9 +50,10 @@ def scores(comparison: Comparison) -> str:
         kl = [drift for outcome in chosen.outcomes if not isnan(drift := _drift(outcome))]
         cells += [str(row.seeds), row.final.text(), _text(mean_interval(kl)) if kl else MISSING]
         if against:
-            pair = pairs.get(row.algorithm)
-            further = contrast(difference, chosen, comparison.chosen[against], _drift)
-            cells += [_text(further, "+"), *_against(pair)] if pair else [""] * 4
+            cells += [""] * 4
+            if pair := pairs.get(row.algorithm):
+                further = contrast(difference, chosen, comparison.chosen[against], _drift)
+                cells[-4:] = [_text(further, "+"), *_against(pair)]
         rows.append(cells)
     note = (
         "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t; "
@@ -63,10 +64,12 @@ def scores(comparison: Comparison) -> str:
             " Each seed is reported at the value that the other seeds chose (in brackets, how many "
             "chose it)."
         )
-    if against:
+    if pairs:
+        note += " Intervals are for one pair at a time."
+    if pairs and not isnan(setting.kl):
         note += (
             f" At equal KL: difference of the scores when {setting.kl * 1000:.3g} mnat a token "
-            "were first spent, the most that every run spent. Intervals are for one pair at a time."
+            "were first spent, the most that every run spent."
         )
     return f"{_table(columns, rows)}\n\n{note}"
 
@@ -104,7 +107,8 @@ def on_the_way(comparison: Comparison) -> Iterator[str]:
     """
     rows: dict[str, list[str]] = {name: [] for name in comparison.chosen}
     against = comparison.against
-    levels = [mnat for mnat in SPENT if against and _at_kl(comparison.chosen[against], mnat)]
+    ours = comparison.chosen.get(against or "")
+    levels = [mnat for mnat in SPENT if ours and _at_kl(ours, mnat)]
     for mnat in levels:
         found = {name: _at_kl(chosen, mnat) for name, chosen in comparison.chosen.items()}
         reference = found[against or ""]

@@ -25,8 +25,22 @@ def test_the_probability_of_improvement_counts_pairs_and_half_the_ties() -> None
 
 def test_the_saving_is_a_share_of_the_seconds() -> None:
     one, other = np.array([1.0, 1.0]), np.array([4.0, 4.0])
-    assert ours.saving(1)(one, other) == 0.75
-    assert ours.saving(1)(other, one) == -3.0
+    for samples, share in (((one, other), 0.75), ((other, one), -3.0)):
+        found = ours.share_saved(ours.Estimate(ours.log_ratio(1)(*samples)))
+        assert found.value == pytest.approx(share)
+
+
+def test_a_saving_is_as_sure_whichever_of_the_two_is_named_first() -> None:
+    """Shares were not: 1 - a/b is at most 1, and its inverse goes far below -1."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        one, other = np.exp(rng.normal(0.0, 0.6, 5)), np.exp(rng.normal(1.0, 0.6, 5))
+        found = ours.estimate(ours.log_ratio(1), [one, other])
+        turned = ours.estimate(ours.log_ratio(1), [other, one])
+        assert found.value == pytest.approx(-turned.value)
+        assert (found.low, found.high) == pytest.approx((-turned.high, -turned.low), abs=0.1)
+        assert ours.share_saved(found).is_certain == found.is_certain
+        assert ours.share_saved(found).high < 1
 
 
 def test_estimates_repeat_to_the_bit_and_one_run_has_no_interval() -> None:

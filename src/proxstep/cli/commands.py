@@ -359,7 +359,7 @@ def _summarize(paths: Sequence[str], page: Path, arguments: Namespace, console: 
     from proxstep.lab.tables import comma_separated, markdown, terminal_tables
     from proxstep.lab.verdict import verdict
     from proxstep.runs.folder import check_file
-    from proxstep.runs.reading import fairness_notes, find_runs
+    from proxstep.runs.reading import find_runs
 
     check_file(page, "--output")
     _check_files(arguments)
@@ -370,7 +370,7 @@ def _summarize(paths: Sequence[str], page: Path, arguments: Namespace, console: 
     for table in terminal_tables(comparison):
         console.print()
         console.print(table)
-    for note in fairness_notes(comparison.runs, comparison.varied):
+    for note in comparison.notes:
         console.out(note)
     write_report(runs, page)
     console.out(f"report: {page}")

@@ -48,6 +48,27 @@ class Chosen:
         """Each choice of values, with the number of seeds that are reported at it."""
         return dict(Counter(self._values[v] for _, v in self._choice).most_common())
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether there was a choice."""
+        return len(self._values) > 1
+
+    @property
+    def repeats(self) -> bool:
+        """Whether there are several runs of one task, seed and value; the last one counts."""
+        return len(self.pool) > sum(map(len, self._runs.values()))
+
+    @property
+    def unmeasured(self) -> list[tuple[int, str]]:
+        """Seeds without a score at the value that was chosen for them, with that value."""
+        found = [
+            (self._seeds[n], self._values[v])
+            for task in self._tasks
+            for n, v in self._choice
+            if np.isnan(self._table(task, lambda o: o.final)[n, v])
+        ]
+        return found if self.is_tuned else []
+
     def samples(self, measure: Measure) -> list[Array]:
         """Return a measure of the reported runs of each task, in order of seeds, without NaN."""
         return [table_N[~np.isnan(table_N)] for table_N in self._reported(measure).values()]
@@ -64,7 +85,7 @@ class Chosen:
 
         A run that nobody is left to choose for, or whose choice was not measured, stays as it is.
         """
-        if len(self._values) == 1:
+        if not self.is_tuned:
             return None
         reported = self._reported(measure)
         final = {task: self._table(task, lambda o: o.final) for task in reported}

@@ -29,7 +29,7 @@ from proxstep.lab.statistics import (
     improvement_estimate,
     interquartile_mean,
 )
-from proxstep.runs.reading import Run
+from proxstep.runs.reading import Run, fairness_notes
 
 BEST = "best of the grid"
 
@@ -74,7 +74,6 @@ class Pair:
         at_kl: Difference of the scores when the setting's KL was spent.
         after: Difference of the scores after the setting's seconds.
         kl_saved: Share of the KL that the first spends less at equal score.
-        kl_saved_by_second: The same of the second.
         adjusted: Whether the difference is told from chance when all pairs are looked at.
         kl_adjusted: The same of the KL.
         seeds_needed: Seeds that would tell a final difference as large as this.
@@ -89,10 +88,16 @@ class Pair:
     at_kl: Estimate
     after: Estimate
     kl_saved: Estimate
-    kl_saved_by_second: Estimate
     adjusted: bool
     kl_adjusted: bool
     seeds_needed: int
+
+    @property
+    def kl_saved_by_second(self) -> Estimate:
+        """The share of the KL that the second spends less at equal score."""
+        saved = self.kl_saved
+        value, high, low = (1 - 1 / (1 - x) for x in (saved.value, saved.low, saved.high))
+        return Estimate(value, low, high, saved.error)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,24 @@ class Comparison:
     def runs(self) -> list[Run]:
         """The runs of the first setting."""
         return [outcome.run for chosen in self.chosen.values() for outcome in chosen.outcomes]
+
+    @property
+    def repeated(self) -> list[str]:
+        """Algorithms with several runs of one task, seed and value, of which one is reported."""
+        return [algorithm for algorithm, chosen in self.chosen.items() if chosen.repeats]
+
+    @property
+    def notes(self) -> list[str]:
+        """What makes the runs less comparable than they look, one sentence for each thing."""
+        runs = self.runs
+        if self.repeated:
+            runs = [outcome.run for chosen in self.chosen.values() for outcome in chosen.pool]
+        unmeasured = [
+            f"{algorithm}, seed {seed}: no score at {value}, which the other seeds chose."
+            for algorithm, chosen in self.chosen.items()
+            for seed, value in chosen.unmeasured
+        ]
+        return [*fairness_notes(runs, self.varied), *unmeasured]
 
 
 def compare_runs(runs: Sequence[Run]) -> Comparison:
@@ -234,7 +257,10 @@ def _pair(
         return contrast(statistic, ours, theirs, measure, **options)
 
     target = _shared_score([*ours.outcomes, *theirs.outcomes])
-    kl_at_target: Measure = lambda o: o.kl_at_score(target)  # noqa: E731
+
+    def kl_at_target(outcome: Outcome) -> float:
+        return outcome.kl_at_score(target) or nan  # a policy that has not moved has spent nothing
+
     final = against(statistics.difference, lambda o: o.final)
     seeds = min(map(_num_seeds, (ours, theirs)))
     return Pair(
@@ -246,10 +272,9 @@ def _pair(
         against(statistics.difference, lambda o: o.area),
         against(statistics.difference, lambda o: o.score_at_kl(kl)),
         against(statistics.difference, lambda o: o.score_after(seconds)),
-        against(statistics.saving, kl_at_target),
-        contrast(statistics.saving, theirs, ours, kl_at_target),
+        statistics.share_saved(against(statistics.log_ratio, kl_at_target)),
         against(statistics.difference, lambda o: o.final, confidence=strict).is_certain,
-        against(statistics.saving, kl_at_target, confidence=strict).is_certain,
+        against(statistics.log_ratio, kl_at_target, confidence=strict).is_certain,
         statistics.seeds_needed(
             *(final.value, final.error, seeds),
             confidence=strict,
@@ -276,7 +301,7 @@ def contrast(
         confidence: The share of intervals that are to hold the truth.
     """
     one, other = (chosen.samples(measure) for chosen in (ours, theirs))
-    if not one or len(one) != len(other):
+    if not one or ours.seeds(measure).keys() != theirs.seeds(measure).keys():
         return Estimate(nan)
     return estimate(
         statistic(len(one)),
@@ -307,7 +332,7 @@ def _shared(reached: Iterable[float]) -> float:
 def _better(ours: Chosen, theirs: Chosen) -> Estimate:
     final: Measure = lambda o: o.final  # noqa: E731
     one, other = (chosen.samples(final) for chosen in (ours, theirs))
-    if len(one) != len(other):
+    if ours.seeds(final).keys() != theirs.seeds(final).keys():
         return Estimate(nan)
     return improvement_estimate(one, other, redraw_both(ours, theirs, final))
 

@@ -28,7 +28,6 @@ from proxstep.runs.reading import (
     Run,
     as_text,
     by_algorithm,
-    fairness_notes,
     flatten,
     shorten,
 )
@@ -93,7 +92,7 @@ def _page_content(runs: Sequence[Run]) -> dict[str, Any]:
         "band_note": band_note(runs),
         "most_points": MOST_POINTS,
         "drawn": list(by_algorithm(drawn_runs(comparison))),
-        "notes": fairness_notes(runs, comparison.varied),
+        "notes": comparison.notes,
         "differences": _differences(groups),
         "audit": audit(runs),
         "samples": {name: first_samples(members) for name, members in groups.items()},

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, isnan, nan, sqrt
+from math import exp, inf, isnan, nan, sqrt
 from typing import Any
 
 import numpy as np
@@ -117,17 +117,28 @@ def difference(num_first: int) -> Statistic:
     return statistic
 
 
-def saving(num_first: int) -> Statistic:
-    """Return the statistic of two algorithms' samples: the share that the first spends less.
+def log_ratio(num_first: int) -> Statistic:
+    """Return the statistic of two algorithms' samples, which are positive: how much more one has.
 
-    It is 1 - (interquartile mean of the first) / (that of the second).
+    It is log(interquartile mean of the second) - log(that of the first). Exchanged, they are as far
+    apart: a ratio and its inverse are not, so that one could be told from 1 and the other not.
     """
 
     def statistic(*samples: Array, axis: int = -1) -> Any:
         first = interquartile_mean(*samples[:num_first], axis=axis)
-        return 1 - first / interquartile_mean(*samples[num_first:], axis=axis)
+        return np.log(interquartile_mean(*samples[num_first:], axis=axis)) - np.log(first)
 
     return statistic
+
+
+def share_saved(found: Estimate) -> Estimate:
+    """Return the share that the first spends less, from a `log_ratio`; its error stays.
+
+    >>> share_saved(Estimate(0.0, -0.5, 0.5)).percent()
+    '0 % [-65, 39]'
+    """
+    value, low, high = (1 - exp(-x) for x in (found.value, found.low, found.high))
+    return Estimate(value, low, high, found.error)
 
 
 def improvement(num_first: int) -> Statistic:
@@ -261,7 +272,8 @@ def seeds_needed(
         critical = stats.t.ppf((1 + confidence) / 2, freedom)
         return bool(stats.nct.sf(critical, freedom, shift) >= POWER)
 
-    return bisect_left(range(MOST_SEEDS), True, lo=2, key=tells)
+    fewest = FEWEST_PAIRED if paired else 2
+    return bisect_left(range(MOST_SEEDS), True, lo=fewest, key=tells)
 
 
 def area_under_curve(steps: Sequence[float], values: Sequence[float]) -> float:

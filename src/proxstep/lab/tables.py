@@ -191,9 +191,10 @@ def _pairs(setting: Setting) -> TextTable:
     title = "Differences" + (f", each algorithm at its {setting.name}" if setting.name else "")
     caption = (
         "Intervals are for one pair at a time; the verdict takes all pairs into account. From "
-        "four seeds on runs of one seed are compared, which share prompts and luck. Seeds "
-        "needed: of each algorithm, to tell a final difference as large as this one in four of "
-        "five comparisons; a rough figure, as it rests on the seeds that there are."
+        "four seeds on, where both have the same ones, runs of one seed are compared, which share "
+        "prompts and luck (not in P). Seeds needed: of each algorithm, to tell a final difference "
+        "as large as this one in four of five comparisons; a rough figure, as it rests on the "
+        "seeds that there are."
     )
     return TextTable(title, columns, rows, caption, narrow=5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 
 from proxstep.lab.comparison import Comparison, Pair, Setting
 from proxstep.lab.statistics import MOST_SEEDS, Estimate
@@ -17,6 +18,15 @@ def verdict(comparison: Comparison) -> str:
     setting = comparison.settings[0]
     if len(setting.standings) < 2:
         return f"{setting.standings[0].algorithm} alone was run: there is nothing to compare it to."
+    if names := comparison.repeated:
+        return (
+            f"No verdict: {_listed(names)} has several runs of one seed, which are different "
+            "settings or the same one twice. Report one of them, or give each setting a label."
+        )
+    against = comparison.against
+    scored = [row.algorithm for row in setting.standings if not isnan(row.final.value)]
+    if against is not None and against not in scored:
+        return f"No verdict: {against}, which the others are compared with, has no score."
     if not setting.pairs:
         return "No verdict: fewer than two algorithms have a score."
     if any(pair.seeds < 2 for pair in setting.pairs):
@@ -24,9 +34,8 @@ def verdict(comparison: Comparison) -> str:
             "No verdict from one seed: what differs may be chance. Add seeds with --add-seeds 4 to "
             "the same command."
         )
-    against = comparison.against
     text = _of_scores(setting) if against is None else _of_reference(setting, against)
-    if comparison.tuned:
+    if any(chosen.is_tuned for chosen in comparison.chosen.values()):
         text = f"Each at its best {comparison.tuned}, chosen on other seeds: {text}"
     saved = _of_kl(setting.pairs)
     return f"{text}; {saved}." if saved else f"{text}."
@@ -73,17 +82,17 @@ def _of_reference(setting: Setting, against: str) -> str:
 
 def _at_seeds(pairs: Sequence[Pair]) -> str:
     seeds = min(pair.seeds for pair in pairs)
-    easiest = min(pairs, key=lambda pair: pair.seeds_needed)
+    easiest = min(pairs, key=lambda pair: pair.seeds_needed - pair.seeds)
     if easiest.seeds_needed >= MOST_SEEDS:
-        more = f"more than {MOST_SEEDS - seeds} more"
+        more = f"more than {MOST_SEEDS - easiest.seeds} more"
     else:
-        more = f"{max(easiest.seeds_needed - seeds, 1)} more"
+        more = f"{max(easiest.seeds_needed - easiest.seeds, 1)} more"
     which = f" for {easiest.first} against {easiest.second}" if len(pairs) > 1 else ""
     return f"at {seeds} seeds: {more} would be needed{which}"
 
 
 def _of_kl(pairs: Sequence[Pair]) -> str:
-    """Return the clearest saving of KL at equal score, nothing where none is clear."""
+    """Return the largest clear saving of KL at equal score, nothing where none is clear."""
     clear = [pair for pair in pairs if pair.kl_adjusted]
     if not clear:
         return ""
