@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from math import isnan, log
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments.shared import POLICIES, batches, stamp, trainer_of
 
 from proxstep.budget.prediction import quadratic_kl, slopes
-from proxstep.lab.statistics import mean_interval
+from proxstep.lab.statistics import Estimate, mean_interval, share_saved
 from proxstep.training.batch import Batch
 from proxstep.training.optimizers import make_optimizer
 from proxstep.training.rollout import Cut, completion_log_probs
@@ -65,7 +66,7 @@ LENGTH, MEASURED = 20, (1, 20)
 """Batches of a chain, and those whose steps are measured."""
 NUM_HELD_OUT = 3
 """Batches on which divergences are measured."""
-BUDGET = 0.001
+CROSSED = ("reinforce", "isopo")
 Direction = list[Tensor]
 
 
@@ -131,21 +132,14 @@ def moved(trainer: Trainer, delta: Direction, batch: Batch) -> tuple[float, Floa
 
 def measured(steps_before: int, chains: int, folder: Path) -> dict[str, Any]:
     """Return what every direction is, by method, optimizer and step of the chain."""
-    start, found = time.process_time(), trainers(folder, steps_before)
-    first = found["reinforce"]
-    sampled = list(batches(first, range(1000, 1000 + chains * LENGTH + NUM_HELD_OUT)))
-    held_out = sampled[chains * LENGTH :]
-    chained = [sampled[i * LENGTH : (i + 1) * LENGTH] for i in range(chains)]
-    # The mean of a group is taken of all its rewards, the completion's own too: n / (n - 1).
-    n = first.recipe.rollout.num_generations
+    found = trainers(folder, steps_before)
+    sampled, held_out, n = _sampled(found["reinforce"], chains)
     rows: dict[str, dict[str, Any]] = {}
     sums: list[Direction] = []
     for method, trainer in found.items():
-        made = [[gradient(trainer, batch) for batch in chain] for chain in chained]
+        made = [[gradient(trainer, batch) for batch in chain] for chain in sampled]
         if method == "reinforce":
-            for chain in made:
-                whole = [[g * max(norm, 1.0) for g in grads] for grads, norm in chain]
-                sums.append([torch.stack(parts).sum(0) for parts in zip(*whole, strict=True)])
+            sums = [_sum(chain) for chain in made]
         for name, section in OPTIMIZERS.items():
             at: dict[int, list[Direction]] = {step: [] for step in MEASURED}
             for chain in made:
@@ -154,11 +148,24 @@ def measured(steps_before: int, chains: int, folder: Path) -> dict[str, Any]:
                     if step in at:
                         at[step].append(delta)
             for step, deltas in at.items():
-                rows[f"{method}, {name}, {step}"] = _row(
-                    trainer, deltas, sums, [chain[step - 1] for chain in chained], held_out, n
-                )
-    seconds = round(time.process_time() - start, 1)
-    return {**stamp(), "chains": chains, "seconds": seconds, "rows": rows}
+                own = [chain[step - 1] for chain in sampled]
+                row = _row(trainer, deltas, sums, own, held_out, n)
+                rows[f"{method}, {name}, {step}"] = row
+    return rows
+
+
+def _sampled(trainer: Trainer, chains: int) -> tuple[list[list[Batch]], list[Batch], int]:
+    """Return the chains' batches, those held out, and how many completions a prompt has."""
+    numbers = range(1000, 1000 + chains * LENGTH + NUM_HELD_OUT)
+    sampled = list(batches(trainer, numbers))
+    chained = [sampled[i * LENGTH : (i + 1) * LENGTH] for i in range(chains)]
+    return chained, sampled[chains * LENGTH :], trainer.recipe.rollout.num_generations
+
+
+def _sum(chain: Sequence[tuple[Direction, float]]) -> Direction:
+    """Return the sum of a chain's gradients as they were before clipping."""
+    whole = [[g * max(norm, 1.0) for g in grads] for grads, norm in chain]
+    return [torch.stack(parts).sum(0) for parts in zip(*whole, strict=True)]
 
 
 def _row(
@@ -176,6 +183,7 @@ def _row(
             float((d.double() * torch.stack(parts).double().sum(0)).sum())
             for d, parts in zip(delta, zip(*others, strict=True), strict=True)
         )
+        # A group's mean is of all its rewards, the completion's own too: hence n / (n - 1).
         gains.append(-descent / (len(others) * LENGTH) * n / (n - 1))
         slope_CN.append(torch.cat([moved(trainer, delta, batch)[1] for batch in held_out]))
     stacked_CN = torch.stack(slope_CN) / len(held_out) ** 0.5
@@ -190,45 +198,104 @@ def _parameters(trainer: Trainer) -> list[nn.Parameter]:
     return [p for p in trainer.model.parameters() if p.requires_grad]
 
 
+def crossed(steps_before: int, chains: int, folder: Path) -> dict[str, Any]:
+    """Return AdamW's last direction with one method's average and another's average square."""
+    found = trainers(folder, steps_before)
+    reinforce = found["reinforce"]
+    sampled, held_out, n = _sampled(reinforce, chains)
+    made = {m: [[gradient(found[m], b) for b in chain] for chain in sampled] for m in CROSSED}
+    sums = [_sum(chain) for chain in made["reinforce"]]
+    rows = {}
+    for first, second in itertools.product(CROSSED, repeat=2):
+        deltas = [
+            _adam([g for g, _ in one], [g for g, _ in other])
+            for one, other in zip(made[first], made[second], strict=True)
+        ]
+        last = [chain[-1] for chain in sampled]
+        rows[f"{first}, {second}"] = _row(reinforce, deltas, sums, last, held_out, n)
+    return rows
+
+
+def _adam(average: Sequence[Direction], squares: Sequence[Direction]) -> Direction:
+    """Return AdamW's direction after a chain, its two averages from gradients of their own."""
+    beta1, beta2, steps = 0.9, 0.999, len(average)
+    found = []
+    for ours, theirs in zip(zip(*average, strict=True), zip(*squares, strict=True), strict=True):
+        ages = range(steps - 1, -1, -1)
+        m = sum((beta1**age * g for age, g in zip(ages, ours, strict=True)), torch.zeros(()))
+        v = sum((beta2**age * g**2 for age, g in zip(ages, theirs, strict=True)), torch.zeros(()))
+        m, v = m * (1 - beta1) / (1 - beta1**steps), v * (1 - beta2) / (1 - beta2**steps)
+        found.append(-m / (v.sqrt() + 1e-8))
+    return found
+
+
 def described(row: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Return each chain's figures: reward by nats, what is luck, what its own batch sees."""
+    """Return each chain's figures; NaN where its batch had no signal, so that no step was taken."""
     gram_CC = torch.tensor(row["gram"], dtype=torch.float64)
-    count = len(gram_CC)
     gain_C, own_C = (torch.tensor(row[name], dtype=torch.float64) for name in ("gain", "kl_own"))
     kl_C = gram_CC.diagonal()
-    others_C = (gram_CC.sum(1) - kl_C) / (count - 1)
+    others_C = (gram_CC.sum(1) - kl_C) / (len(gram_CC) - 1)
     found = {
-        "gain": gain_C * (BUDGET / own_C).sqrt(),
-        "kl": BUDGET * kl_C / own_C,
-        "own": own_C / kl_C,
         "efficiency": gain_C / (2 * kl_C).sqrt(),
-        # Leave-one-out: a chain's direction against those of the others.
         "signal": others_C / kl_C.mean(),
+        "own": own_C / kl_C,
     }
     return {name: values.tolist() for name, values in found.items()}
 
 
-def table(result: Mapping[str, Any], step: int) -> Iterator[str]:
-    """Yield the table of one policy and one step of the chains."""
+def estimated(values: Sequence[float]) -> Estimate:
+    """Return the mean of what is known with its interval."""
+    return mean_interval([value for value in values if not isnan(value)])
+
+
+def lines(rows: Mapping[str, Any], names: Mapping[str, str], plain: str) -> Iterator[str]:
+    """Yield a table of directions.
+
+    Args:
+        rows: The directions.
+        names: Those to show, with their headings.
+        plain: The one that the others are compared with.
+    """
     yield (
-        "| optimizer | method | reward by sqrt(nat) | less REINFORCE's | signal's share of the KL "
-        "| KL on its own batch over KL elsewhere "
-        f"| reward of a step of {BUDGET} nats on its batch |"
+        "| | reward by sqrt(nat) | against the first | less KL for as much reward "
+        "| the batches' common part of the KL | KL on its own batch, over that elsewhere |"
     )
-    yield "|---|---|---|---|---|---|---|"
-    for name, method in itertools.product(OPTIMIZERS, METHODS):
-        own, plain = (
-            described(result["rows"][f"{m}, {name}, {step}"]) for m in (method, METHODS[0])
+    yield "|---|---|---|---|---|---|"
+    reference = described(rows[plain])["efficiency"]
+    for name, heading in names.items():
+        own = described(rows[name])
+        pairs = list(zip(own["efficiency"], reference, strict=True))
+        ratio = estimated([log(a / b) for a, b in pairs if a > 0 and b > 0])
+        saved = share_saved(Estimate(*(2 * x for x in (ratio.value, ratio.low, ratio.high))))
+        cells = [heading, estimated(own["efficiency"]).text()]
+        cells += (
+            ["", ""]
+            if name == plain
+            else [estimated([a - b for a, b in pairs]).text("+"), saved.percent()]
         )
-        less = [a - b for a, b in zip(own["efficiency"], plain["efficiency"], strict=True)]
-        cells = [
-            *(name, method, mean_interval(own["efficiency"]).text()),
-            "" if method == METHODS[0] else mean_interval(less).text("+"),
-            mean_interval(own["signal"]).text(),
-            mean_interval(own["own"]).text(),
-            mean_interval([1000 * gain for gain in own["gain"]]).text() + " / 1000",
-        ]
+        cells += [estimated(own["signal"]).text(), estimated(own["own"]).text()]
         yield f"| {' | '.join(cells)} |"
+
+
+def tables(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the tables of all policies."""
+    for before, step in itertools.product(STEPS_BEFORE, MEASURED):
+        rows = results[str(before)]["rows"]
+        own = OPTIMIZERS if step > 1 else [name for name in OPTIMIZERS if "momentum" not in name]
+        names = {
+            f"{method}, {name}, {step}": f"{method}, {name}"
+            for name, method in itertools.product(own, METHODS)
+        }
+        yield f"After {before} steps, batch {step} of a chain:"
+        yield "\n".join(lines(rows, names, f"reinforce, adamw, {step}"))
+    for before in STEPS_BEFORE:
+        rows = results[str(before)]["crossed"]
+        names = {
+            f"{first}, {second}": f"{first} over the root of {second}'s squares"
+            for first, second in itertools.product(CROSSED, repeat=2)
+        }
+        yield f"After {before} steps, AdamW's averages apart, batch {LENGTH} of a chain:"
+        yield "\n".join(lines(rows, names, "reinforce, reinforce"))
 
 
 def main() -> None:
@@ -238,16 +305,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    for before in STEPS_BEFORE:
-        if str(before) not in results:
+    for before, (part, measure) in itertools.product(
+        STEPS_BEFORE, {"rows": measured, "crossed": crossed}.items()
+    ):
+        found = results.setdefault(str(before), {})
+        if part not in found:
+            start = time.process_time()
             with tempfile.TemporaryDirectory() as name:
-                results[str(before)] = measured(before, options.chains, Path(name))
+                found[part] = measure(before, options.chains, Path(name))
+            found |= {**stamp(), "chains": options.chains}
+            found[f"seconds_{part}"] = round(time.process_time() - start, 1)
             RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
-    console = Console()
-    for before, step in itertools.product(STEPS_BEFORE, MEASURED):
-        found = results[str(before)]
-        console.out(f"\nafter {before} steps, batch {step} of a chain, {found['seconds']} s\n")
-        console.out("\n".join(table(found, step)), highlight=False)
+    Console().out("\n\n".join(tables(results)), highlight=False)
 
 
 if __name__ == "__main__":
