@@ -1,6 +1,6 @@
 """What single steps of a method and an optimizer are worth, measured at one fixed policy.
 
-    python experiments/directions.py               # what directions.json lacks, then the tables
+    python experiments/directions.py               # what is missing, then the page
     python experiments/directions.py --chains 2    # fewer batches, a first look
 
 The task and batches of experiments/truth/drift-fisher: long additions, 8 x 8 completions, gradients
@@ -32,6 +32,7 @@ from math import isnan, log
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from rich.console import Console
 from torch import nn
@@ -48,8 +49,14 @@ from proxstep.training.rollout import Cut, completion_log_probs
 from proxstep.training.trainer import Trainer
 from proxstep.typing import Float, Tensor
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_suffix(".json")
+PAGE = ROOT / "docs" / "findings" / "directions.md"
+FIGURE = ROOT / "docs" / "figures" / "findings" / "directions.svg"
+BEGIN, END = "<!-- results: python experiments/directions.py -->", "<!-- end of the results -->"
 RECIPE = ROOT / "experiments" / "truth" / "drift-fisher" / "plan.yaml"
 METHODS = ("reinforce", "isopo", "isopo-euclidean")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -278,15 +285,18 @@ def lines(rows: Mapping[str, Any], names: Mapping[str, str], plain: str) -> Iter
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the tables of all policies."""
+    """Yield what was run, and the tables of all policies."""
+    made = [found for found in results.values() if "machine" in found]
+    machines, dates = (sorted({found[key] for found in made}) for key in ("machine", "date"))
+    yield f"{'; '.join(machines)}; {' to '.join(dates)}; {made[0]['chains']} chains."
     for before, step in itertools.product(STEPS_BEFORE, MEASURED):
         rows = results[str(before)]["rows"]
-        own = OPTIMIZERS if step > 1 else [name for name in OPTIMIZERS if "momentum" not in name]
+        own = OPTIMIZERS if step > 1 else [name for name in OPTIMIZERS if "with" not in name]
         names = {
             f"{method}, {name}, {step}": f"{method}, {name}"
             for name, method in itertools.product(own, METHODS)
         }
-        yield f"After {before} steps, batch {step} of a chain:"
+        yield f"{_policy(before)}, batch {step} of a chain:"
         yield "\n".join(lines(rows, names, f"reinforce, adamw, {step}"))
     for before in STEPS_BEFORE:
         rows = results[str(before)]["crossed"]
@@ -294,8 +304,37 @@ def tables(results: Mapping[str, Any]) -> Iterator[str]:
             f"{first}, {second}": f"{first} over the root of {second}'s squares"
             for first, second in itertools.product(CROSSED, repeat=2)
         }
-        yield f"After {before} steps, AdamW's averages apart, batch {LENGTH} of a chain:"
+        yield f"{_policy(before)}, AdamW's two averages apart, batch {LENGTH} of a chain:"
         yield "\n".join(lines(rows, names, "reinforce, reinforce"))
+
+
+def _policy(before: int) -> str:
+    return f"The policy after {before} steps" if before else "The initial policy"
+
+
+def plot(results: Mapping[str, Any]) -> None:
+    """Draw what a step's direction is worth, by optimizer and method."""
+    figure, panels = plt.subplots(
+        1, len(STEPS_BEFORE), figsize=(9, 3.2), layout="constrained", sharey=True
+    )
+    own = [name for name in OPTIMIZERS if "without" not in name and name != "sgd"]
+    looks = dict(zip(METHODS, ("#6b7280", "#0072b2", "#d55e00"), strict=True))
+    for panel, before in zip(panels, STEPS_BEFORE, strict=True):
+        rows = results[str(before)]["rows"]
+        for place, method in enumerate(METHODS):
+            found = [described(rows[f"{method}, {name}, {LENGTH}"])["efficiency"] for name in own]
+            means = [estimated(values) for values in found]
+            at = [column + 0.2 * (place - 1) for column in range(len(own))]
+            errors = [[m.value - m.low for m in means], [m.high - m.value for m in means]]
+            panel.errorbar(
+                at, [m.value for m in means], errors, fmt="o", color=looks[method], label=method
+            )
+        panel.set_xticks(range(len(own)), [name.replace(" with", "\nwith") for name in own])
+        panel.set(title=_policy(before), ylim=(0, None))
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="reward gained by sqrt(nat)")
+    panels[-1].legend(frameon=False, loc="lower right")
+    figure.savefig(FIGURE, metadata={"Date": None})
 
 
 def main() -> None:
@@ -316,7 +355,12 @@ def main() -> None:
             found |= {**stamp(), "chains": options.chains}
             found[f"seconds_{part}"] = round(time.process_time() - start, 1)
             RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
-    Console().out("\n\n".join(tables(results)), highlight=False)
+    text = "\n\n".join(tables(results))
+    before, after = PAGE.read_text(encoding="utf-8").split(BEGIN)[0], END
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{after}\n", encoding="utf-8")
+    with matplotlib.rc_context({"svg.hashsalt": "proxstep"}):
+        plot(results)
+    Console().out(text, highlight=False)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,11 @@ def sampled_kl(
 
 
 def wide(value: Tensor) -> torch.dtype:
-    """Return the widest type that a tensor's device has."""
+    """Return the widest type that a tensor's device has.
+
+    Args:
+        value: On the device; nothing else of it matters.
+    """
     return torch.float32 if value.device.type == "mps" else torch.float64
 
 
