@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,6 +130,37 @@ def test_noise_is_no_sign(seed: int) -> None:
     rows = history(60, noise=0.15, seed=seed, reward=(0.3, 0.3))
     for end in range(2, len(rows)):
         assert verdict(rows[:end]).state != "collapsing"
+
+
+def plateau(num_prompts: int, steps: int, seed: int, **fields: float) -> list[Any]:
+    """A run's rows: rewards are 0 or 1, the mean rises to 0.6 in a fifth of the steps and stays."""
+    draw = random.Random(seed)
+    rows: list[Any] = [{"step": 0, "kl_initial_policy": 0.0}]
+    for step in range(1, steps + 1):
+        level = 0.3 + 0.3 * min(1.0, 5 * step / steps)
+        chances = [draw.betavariate(level, 1 - level) for _ in range(num_prompts)]
+        rewards = [statistics.mean(draw.random() < p for _ in range(8)) for p in chances]
+        spreads = [math.sqrt(mean * (1 - mean) * 8 / 7) for mean in rewards]
+        row = {"step": step, "entropy": 0.5, **(fields if 5 * step > steps else {})}
+        row |= {"reward": statistics.mean(rewards), "reward_std": statistics.mean(spreads)}
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("num_prompts", [8, 16, 64])
+@pytest.mark.parametrize("field", [{"entropy": 0.12}, {"kl_initial_policy": 0.8}])
+def test_a_long_healthy_run_gives_hardly_an_alarm(
+    num_prompts: int, field: dict[str, float]
+) -> None:
+    """One sign is there for good; of hundreds of rewards some are low by chance."""
+    rows = plateau(num_prompts, 400, seed=1, **field)
+    states = [verdict(rows[:end]).state for end in range(100, len(rows) + 1)]
+    assert states.count("collapsing") <= 3
+
+
+def test_a_long_run_that_collapses_gives_one() -> None:
+    rows = jump(plateau(16, 400, seed=1, kl_initial_policy=0.8), 390, reward=0.1)
+    assert verdict(rows[:393]).state == "collapsing"
 
 
 @pytest.mark.parametrize("shift", [-5.0, 3.0])

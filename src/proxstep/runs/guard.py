@@ -125,9 +125,15 @@ class Series:
 
     @property
     def best(self) -> float:
-        """The highest level before: of one value in the middle of three, or the first."""
-        threes = zip(self.before, self.before[1:], self.before[2:], strict=False)
-        return max([self.before[0], *map(statistics.median, threes)])
+        """The highest level before that lasted for a tenth of the values, or the first.
+
+        A level is the median of as many neighbors, three at least. Of hundreds of medians of three
+        the highest is chance, and an ordinary value is far below it.
+        """
+        count = max(3, len(self.before) // 10)
+        starts = range(len(self.before) - count + 1)
+        levels = (statistics.median(self.before[start : start + count]) for start in starts)
+        return max([self.before[0], *levels])
 
 
 def verdict(rows: Rows) -> Verdict:
@@ -175,11 +181,11 @@ def _reward(rows: Rows, window: int) -> Sign | None:
     spread = max(Series.of(rows, "reward_std").values, default=0.0)
     if not reward.last or not spread:
         return None
-    lost = reward.best - max(reward.last)
+    best, now = reward.best, statistics.mean(reward.last)
+    lost = best - max(reward.last)
     if lost < HARM * spread or lost <= NOISE * reward.noise:
         return None
-    now = statistics.mean(reward.last)
-    return Sign("reward", f"the reward fell from {reward.best:.3g} to {now:.3g}", harm=True)
+    return Sign("reward", f"the reward fell from {best:.3g} to {now:.3g}", harm=True)
 
 
 def _score(rows: Rows, window: int) -> Sign | None:
