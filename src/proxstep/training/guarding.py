@@ -125,7 +125,7 @@ class Guarding(Resumable):
     def _scale_budget(self) -> None:
         budget = self.recipe.update.kl_budget
         if isinstance(self.optimizer, KlBudget) and budget is not None:
-            self.optimizer.nats = budget / 2 ** len(self.returns)
+            self.optimizer.rescale(budget / 2 ** len(self.returns))
 
     def _write_down(self, found: Verdict | None) -> None:
         self.folder.update_info(
