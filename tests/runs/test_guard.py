@@ -101,6 +101,28 @@ def test_every_pair_of_signs_has_its_remedy(values: dict[str, float], remedy: st
     assert remedy in found.remedy
 
 
+def test_a_sudden_collapse_is_none_of_the_score_alone() -> None:
+    """One evaluation is a sign, and three rewards: at the first alarm the newest one must do."""
+    rows = jump(history(), 16, reward=0.0, score=0.02, kl_initial_policy=3.0)[:17]
+    assert {sign.kind for sign in signs(rows)} == {"score", "drift"}
+    assert verdict(rows).remedy.startswith("the steps are too large; lower ")
+
+
+def test_a_wrong_sign_is_named_first_where_all_rewards_are_equal_as_well() -> None:
+    rows = history(reward=(-0.3, 0.0))
+    rows = jump(rows, 10, reward=0.0, score=0.0, frac_reward_zero_std=1.0, kl_initial_policy=1.0)
+    remedy = verdict(rows).remedy
+    assert 0 < remedy.index("the sign of rewards/") < remedy.index("learned by heart")
+
+
+def test_rewards_that_neither_rise_nor_fall_are_first_of_all_those_of_another_policy() -> None:
+    rows = jump(history(reward=(0.3, 0.3)), 10, score=0.0, kl_initial_policy=1.0)
+    remedy = verdict(rows).remedy
+    assert remedy.startswith("the completions are not the newest policy's, or the steps are too")
+    assert "lower optimizer.learning_rate" in remedy
+    assert "the sign of rewards/" in remedy
+
+
 @pytest.mark.parametrize(
     "values",
     [{"reward": 0.0}, {"entropy": 0.01}, {"grad_norm": 50.0}, {"kl_initial_policy": 3.0}],

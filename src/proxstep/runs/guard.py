@@ -306,26 +306,43 @@ def _remedy(found: Mapping[str, Sign], rows: Rows) -> str:
             "the old policy is too old; lower update.num_iterations or update.num_minibatches, and "
             "see that the sampler has the newest weights"
         )
-    if "score" in found and "reward" not in found:
-        if "equal" in found:
+    # A score counts after one evaluation, a reward after three steps: one low reward is enough.
+    if "score" in found and "reward" not in found and _reward(rows, window=1) is None:
+        if _rises(Series.of(rows, "reward")):
             return (
-                "training's prompts are learned by heart; train on more and different ones "
-                "(task.num_train)"
+                "what is learned is not what the score grades; look at the sign of rewards/ and of "
+                "task.reward_weights, and if that is right, training's prompts may be learned by "
+                "heart: train on more and different ones (task.num_train)"
             )
         return (
-            "what is learned is not what the score grades; look at the sign of rewards/ and of "
-            "task.reward_weights, and see that the completions are the newest policy's"
+            "the completions are not the newest policy's, or the steps are too large, or what is "
+            "learned is not what the score grades; see that the sampler has the newest weights, "
+            f"{_smaller(rows)}, and look at the sign of rewards/ and of task.reward_weights"
         )
     if "length" in found and not {"entropy", "gradient", "drift"} & set(found):
         return (
             "completions grow without an end; set rollout.overlong_buffer, or "
             "rollout.mask_truncated_completions"
         )
+    return f"the steps are too large; {_smaller(rows)}"
+
+
+def _smaller(rows: Rows) -> str:
+    """Return how to make steps smaller."""
     if Series.of(rows, "kl_budget/predicted").values:
-        return "the steps are too large; halve update.kl_budget"
+        return "halve update.kl_budget"
     rates = Series.of(rows, "learning_rate").values
     lower = f" from {rates[-1]:.2g} to {rates[-1] / 3:.1g}" if rates else ""
-    return f"the steps are too large; lower optimizer.learning_rate{lower}, or set update.kl_budget"
+    return f"lower optimizer.learning_rate{lower}, or set update.kl_budget"
+
+
+def _rises(series: Series) -> bool:
+    """Whether the newest level is above the first, and keeps more than half of the best gain."""
+    if not series.last:
+        return False
+    first = series.before[0]
+    gained = statistics.mean(series.last) - first
+    return gained > max(NOISE * series.noise, (series.best - first) / 2)
 
 
 def _learned(rows: Rows) -> str | None:
