@@ -123,6 +123,37 @@ def test_rewards_that_neither_rise_nor_fall_are_first_of_all_those_of_another_po
     assert "the sign of rewards/" in remedy
 
 
+def test_an_entropy_that_rises_is_no_harm_where_reward_and_score_rise() -> None:
+    """A policy that begins narrow and learns to look around."""
+    rows = history(reward=(0.3, 0.8), entropy=(0.05, 0.17))
+    rows = jump(rows, 15, kl_initial_policy=0.6)
+    assert {sign.kind for sign in signs(rows)} == {"entropy", "drift"}
+    assert verdict(rows).state == "learning"
+    assert verdict(jump(rows, 20, score=0.25)).state == "collapsing"
+    assert verdict(history(reward=(0.3, 0.3), entropy=(0.05, 0.17))).state == "not learning"
+
+
+def scored(scores: Sequence[float], error: float | None = None) -> list[Any]:
+    """The rows of a run that is evaluated at every fifth step, far from the initial policy."""
+    rows = jump(history(score=(0.0, 0.0)), 0, score=math.nan, kl_initial_policy=0.6)
+    for place, score in enumerate(scores):
+        rows[5 * place] |= {"score": score, "score_standard_error": error}
+    return rows
+
+
+def test_a_few_prompts_of_the_validation_are_no_collapse() -> None:
+    few = [4 / 128, 5 / 128, 6 / 128, 3 / 128]
+    assert verdict(scored(few, error=0.018)).state == "learning"
+    assert verdict(scored([100 * s for s in few], error=0.018)).state == "collapsing"
+
+
+def test_scores_below_0_are_held_against_the_lowest() -> None:
+    assert verdict(scored([-0.4, -0.3, -0.1, -1.0])).state == "collapsing"
+    assert verdict(scored([-0.4, -0.3, -0.1, -0.2])).state == "learning"
+    assert verdict(scored([0.3, 0.4, 0.5, 0.3])).state == "learning"
+    assert verdict(scored([0.3, 0.4, 0.5, 0.2])).state == "collapsing"
+
+
 @pytest.mark.parametrize(
     "values",
     [{"reward": 0.0}, {"entropy": 0.01}, {"grad_norm": 50.0}, {"kl_initial_policy": 3.0}],

@@ -26,7 +26,7 @@ NOISE = 2.0
 HARM = 0.25
 """Harm, in standard deviations of the rewards of a prompt's completions (reward_std)."""
 HALF = 0.5
-"""A validation score that is lost: a share of the best."""
+"""A validation score that is lost: a share of the best, or of what it gained where negative."""
 NARROW, WIDE = 1 / 3, 2.0
 """Entropy beside the initial policy's: learning a task takes it down too, hardly ever up."""
 STEEP = 4.0
@@ -191,10 +191,12 @@ def _reward(rows: Rows, window: int) -> Sign | None:
 def _score(rows: Rows, window: int) -> Sign | None:
     del window  # evaluations are many steps apart
     scores = Series.of(rows, "score", 1)
-    if not scores.last or max(scores.before) <= 0:
+    if not scores.last:
         return None
     best, now = max(scores.before), scores.last[0]
-    if now > HALF * best:
+    floor = min(0.0, *scores.before)
+    error = max(Series.of(rows, "score_standard_error").values, default=0.0)
+    if best == floor or best - now < max(HALF * (best - floor), NOISE * error):
         return None
     return Sign("score", f"the validation score fell from {best:.3g} to {now:.3g}", harm=True)
 
@@ -208,7 +210,7 @@ def _entropy(rows: Rows, window: int) -> Sign | None:
     if max(entropy.last) < NARROW * first:
         return Sign("entropy", f"the entropy fell {text}")
     if min(entropy.last) > WIDE * first:
-        return Sign("entropy", f"the entropy rose {text}", harm=True)
+        return Sign("entropy", f"the entropy rose {text}", harm=not _improves(rows))
     return None
 
 
@@ -308,7 +310,8 @@ def _remedy(found: Mapping[str, Sign], rows: Rows) -> str:
         )
     # A score counts after one evaluation, a reward after three steps: one low reward is enough.
     if "score" in found and "reward" not in found and _reward(rows, window=1) is None:
-        if _rises(Series.of(rows, "reward")):
+        reward = Series.of(rows, "reward")
+        if _rises(reward, reward.noise):
             return (
                 "what is learned is not what the score grades; look at the sign of rewards/ and of "
                 "task.reward_weights, and if that is right, training's prompts may be learned by "
@@ -336,13 +339,19 @@ def _smaller(rows: Rows) -> str:
     return f"lower optimizer.learning_rate{lower}, or set update.kl_budget"
 
 
-def _rises(series: Series) -> bool:
+def _improves(rows: Rows) -> bool:
+    """Whether the reward rises, and the score too where it was measured."""
+    reward, score = Series.of(rows, "reward"), Series.of(rows, "score", 1)
+    return _rises(reward, reward.noise) and (not score.last or _rises(score))
+
+
+def _rises(series: Series, noise: float = 0.0) -> bool:
     """Whether the newest level is above the first, and keeps more than half of the best gain."""
     if not series.last:
         return False
     first = series.before[0]
     gained = statistics.mean(series.last) - first
-    return gained > max(NOISE * series.noise, (series.best - first) / 2)
+    return gained > max(NOISE * noise, (series.best - first) / 2)
 
 
 def _learned(rows: Rows) -> str | None:
