@@ -261,6 +261,23 @@ def test_not_learning_and_why(rows: Sequence[Any], reason: str, remedy: str) -> 
     assert str(found).startswith(f"not learning: {found.reason}")
 
 
+def test_rewards_whose_spread_nobody_measured_can_fall_too() -> None:
+    """As in the rows of verl."""
+    rows = [{k: v for k, v in row.items() if k != "reward_std"} for row in history()]
+    assert verdict(jump(rows, 14, entropy=0.05)).state == "learning"
+    assert verdict(jump(rows, 14, entropy=0.05, reward=0.42)).state == "learning"
+    found = verdict(jump(rows, 14, entropy=0.05, reward=0.2))
+    assert found.state == "collapsing"
+    assert "the reward fell from 0.4" in found.reason
+
+
+def test_rewards_that_are_missing_for_three_steps_are_told() -> None:
+    missing: dict[str, Any] = {"reward": None, "skipped": 1, "frac_invalid_reward": 1.0}
+    assert verdict(jump(history(), STEPS - 1, **missing)).state == "learning"
+    found = verdict(jump(history(), STEPS - 2, **missing))
+    assert str(found).startswith(f"not learning: no reward since step {STEPS - 2}: look at rewards")
+
+
 def test_what_is_not_finite_or_missing_is_left_out() -> None:
     rows = history()
     rows[5]["reward"], rows[6]["reward"], rows[7]["grad_norm"] = math.nan, None, math.inf

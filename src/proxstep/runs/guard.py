@@ -24,7 +24,8 @@ WINDOW = 3
 NOISE = 2.0
 """A level is another one where it is so many times the noise away in each of those steps."""
 HARM = 0.25
-"""Harm, in standard deviations of the rewards of a prompt's completions (reward_std)."""
+"""Harm, in standard deviations of the rewards of a prompt's completions (reward_std), or where a
+trainer does not measure that, a share of the best reward."""
 HALF = 0.5
 """A validation score that is lost: a share of the best, or of what it gained where negative."""
 NARROW, WIDE = 1 / 3, 2.0
@@ -146,6 +147,9 @@ def verdict(rows: Rows) -> Verdict:
     found = {sign.kind: sign for sign in signs(rows)}
     if len(found) >= 2 and any(sign.harm for sign in found.values()):
         return Verdict("collapsing", _told(found), _remedy(found, rows), step)
+    if (last := _unrewarded(rows)) is not None:
+        remedy = "look at rewards/ in metrics.jsonl and at the completions in samples.jsonl"
+        return Verdict("not learning", f"no reward since step {last}", remedy, step)
     learned = _learned(rows)
     if learned is not None and "score" not in found:
         return Verdict("learning", learned, "", step)
@@ -178,12 +182,13 @@ def after_returns(rows: Rows, returns: Sequence[Mapping[str, int]]) -> list[Mapp
 
 def _reward(rows: Rows, window: int) -> Sign | None:
     reward = Series.of(rows, "reward", window)
-    spread = max(Series.of(rows, "reward_std").values, default=0.0)
-    if not reward.last or not spread:
+    if not reward.last:
         return None
     best, now = reward.best, statistics.mean(reward.last)
+    spreads = Series.of(rows, "reward_std").values
+    spread = max(spreads) if spreads else best - min(0.0, *reward.before)
     lost = best - max(reward.last)
-    if lost < HARM * spread or lost <= NOISE * reward.noise:
+    if not spread or lost < HARM * spread or lost <= NOISE * reward.noise:
         return None
     return Sign("reward", f"the reward fell from {best:.3g} to {now:.3g}", harm=True)
 
@@ -352,6 +357,16 @@ def _rises(series: Series, noise: float = 0.0) -> bool:
     first = series.before[0]
     gained = statistics.mean(series.last) - first
     return gained > max(NOISE * noise, (series.best - first) / 2)
+
+
+def _unrewarded(rows: Rows) -> int | None:
+    """Return the first of the last steps without a finite reward, if there are enough of them."""
+    steps: list[int] = []
+    for row in reversed(rows):
+        if not row["step"] or math.isfinite(_finite(row.get("reward"))):
+            break
+        steps.append(row["step"])
+    return steps[-1] if len(steps) >= WINDOW else None
 
 
 def _learned(rows: Rows) -> str | None:
