@@ -68,9 +68,18 @@ def test_too_large_steps() -> None:
     assert found.state == "collapsing"
     assert "the reward fell from 0.4" in found.reason
     assert " to 2.1 nats a token in 19 steps" in found.reason
-    assert "lower optimizer.learning_rate from 0.001 to 0.0003" in found.remedy
+    assert "lower optimizer.learning_rate to a third (it was 0.001" in found.remedy
+    assert "or set update.kl_budget" in found.remedy
     budget = {"kl_budget/predicted": 0.1, "kl_budget/scale": 0.5}
     assert "halve update.kl_budget" in verdict(jump(rows, 1, **budget)).remedy
+    loose = verdict(jump(rows, 1, **budget | {"kl_budget/scale": 1.0})).remedy
+    assert loose.endswith("lower optimizer.learning_rate to a third (it was 0.001 at most)")
+
+
+def test_the_rate_that_is_lowered_is_the_peak_and_not_what_a_schedule_ends_with() -> None:
+    rows = history(reward=(0.3, 0.3), learning_rate=(1e-3, 0.0), noise=0.0)
+    found = verdict(jump(rows, 15, reward=0.0, entropy=2.0))
+    assert "to a third (it was 0.001 at most)" in found.remedy
 
 
 @pytest.mark.parametrize(

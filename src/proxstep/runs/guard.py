@@ -337,11 +337,13 @@ def _remedy(found: Mapping[str, Sign], rows: Rows) -> str:
 
 def _smaller(rows: Rows) -> str:
     """Return how to make steps smaller."""
-    if Series.of(rows, "kl_budget/predicted").values:
+    scales = Series.of(rows, "kl_budget/scale").values
+    if scales and min(scales[-WINDOW:]) < 1:  # else the budget limited nothing
         return "halve update.kl_budget"
     rates = Series.of(rows, "learning_rate").values
-    lower = f" from {rates[-1]:.2g} to {rates[-1] / 3:.1g}" if rates else ""
-    return f"lower optimizer.learning_rate{lower}, or set update.kl_budget"
+    lower = "lower optimizer.learning_rate to a third"
+    lower += f" (it was {max(rates):.2g} at most)" if rates else ""
+    return lower if scales else f"{lower}, or set update.kl_budget"
 
 
 def _improves(rows: Rows) -> bool:
