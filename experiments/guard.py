@@ -53,6 +53,13 @@ FIGURES = RUNS.with_name("figures.json")
 DESIGN = ("learning rate", "stale sampler", "wrong sign")
 TEST = ("leaked advantages", "one prompt", "bfloat16 weights")
 CAUSES = (*DESIGN, *TEST)
+NAMED = {
+    "learning rate": "the steps are too large",
+    "stale sampler": "not the newest policy's",
+    "wrong sign": "the sign of rewards/",
+    "one prompt": "learned by heart",
+}
+"""What a remedy calls a cause; the others are faults of a program, which none names."""
 NUM_BAD = 100
 MILD = 18
 """Runs before which two causes were planted more mildly: none of those collapsed."""
@@ -238,6 +245,36 @@ def guard_alarm(one: dict[str, Any]) -> int | None:
     return None
 
 
+def remedies(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return how often a remedy names the planted cause of an alarm.
+
+    "first" is where it names that one before any other, "named" where it names it at all.
+    """
+    out: dict[str, Any] = {}
+    for cause, words_of in NAMED.items():
+        told: dict[str, list[str]] = {"first alarm": [], "last row": []}
+        for one in runs:
+            if one["cause"] == cause and (step := guard_alarm(one)) is not None:
+                rows = rows_of(one, EVERY)
+                early = [row for row in rows if row["step"] <= step]
+                told["first alarm"].append(verdict(early).remedy)
+                told["last row"].append(verdict(rows).remedy)
+        out[cause] = {
+            when: {
+                "alarms": len(texts),
+                "first": sum(_first_named(text) == cause for text in texts),
+                "named": sum(words_of in text for text in texts),
+            }
+            for when, texts in told.items()
+        }
+    return out
+
+
+def _first_named(remedy: str) -> str | None:
+    places = {remedy.find(text): cause for cause, text in NAMED.items() if text in remedy}
+    return places[min(places)] if places else None
+
+
 def levels(one: dict[str, Any], field: str, lasting: int) -> list[tuple[float, int]]:
     """Return the highest level that lasted so many steps up to each step, with the step.
 
@@ -295,7 +332,7 @@ def at_equal_recall(field: str, lasting: int, runs: Any, found: int) -> tuple[fl
 
 def figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return everything that is compared, by part of the causes."""
-    out: dict[str, Any] = {"runs": len(runs), "by cause": {}}
+    out: dict[str, Any] = {"runs": len(runs), "by cause": {}, "remedies": remedies(runs)}
     for cause in ("healthy", *CAUSES):
         own = [one for one in runs if one["cause"] == cause]
         bad = [one for one in own if collapse(one) is not None]

@@ -248,6 +248,24 @@ def test_a_rate_that_is_lowered_by_hand_lowers_the_budget() -> None:
     assert sampled_kl(before, after, torch.ones_like(before).bool()).mean() <= 1.3 * 0.0002
 
 
+def test_a_budget_that_is_halved_with_the_rates_is_halved_once() -> None:
+    """As the guard does it, from one checkpoint again and again."""
+    loop = Loop("adamw", 1e-2, nats=0.04)
+    optimizer: Any = loop.optimizer
+    mask = torch.ones(16, 1, dtype=torch.bool)
+    loop.run(1)
+    kept = copy.deepcopy(optimizer.state_dict())
+    for returns in (1, 2, 3):
+        optimizer.load_state_dict(copy.deepcopy(kept))
+        for group in optimizer.param_groups:
+            group |= {"lr": 1e-2 / 2**returns, "initial_lr": 1e-2 / 2**returns}
+        optimizer.rescale(0.04 / 2**returns)
+        optimizer.begin_rollout(1)
+        assert optimizer._budget(mask)[0] == pytest.approx(0.04 / 2**returns)
+        optimizer.param_groups[0]["lr"] /= 2
+        assert optimizer._budget(mask)[0] == pytest.approx(0.01 / 2**returns)
+
+
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_step_that_is_not_finite_changes_no_parameter(control: Any) -> None:
     loop = Loop("sgd", 0.1, nats=0.1, control=control)

@@ -236,3 +236,15 @@ def test_keys_may_come_before_the_recipe(capsys: pytest.CaptureFixture[str]) -> 
         ["--dry-run", "--engine", "local", "--seed", "3", "--steps=5", "tiny.yaml"],
     ):
         assert run(capsys, "train", *arguments) == after
+
+
+@pytest.mark.parametrize("held", ["", '{"step": 10, "su'], ids=["empty", "cut off"])
+def test_diagnose_ends_with_a_verdict_where_no_diagnostics_are_whole(
+    tmp_path: Path, held: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    (tmp_path / "diagnostics.jsonl").write_text(held)
+    assert cli.main(["diagnose", str(tmp_path)]) == 0
+    assert "not learning: 1 steps are too few to tell" in capsys.readouterr().out
+    assert cli.main(["diagnose", str(tmp_path), "--step", "10"]) == 2

@@ -342,6 +342,13 @@ def test_the_guards_figures() -> None:
     assert warning
     said = " ".join(warning[2].split())
     one = next(o for o in everything if (o["cause"], o["number"]) == ("learning rate", 0))
+    for cause, told in committed["remedies"].items():
+        early, late = told["first alarm"], told["last row"]
+        figures = [
+            early["alarms"],
+            *(each[n] for each in (early, late) for n in ("first", "named")),
+        ]
+        assert [cause, *map(str, figures)] in rows("docs/diagnostics.md", columns=6)
     step = guard.guard_alarm(one)
     assert step == int(warning[1])
     assert said in str(guard.verdict(guard.rows_of(one, guard.EVERY)[: step + 1]))

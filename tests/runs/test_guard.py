@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,9 +68,18 @@ def test_too_large_steps() -> None:
     assert found.state == "collapsing"
     assert "the reward fell from 0.4" in found.reason
     assert " to 2.1 nats a token in 19 steps" in found.reason
-    assert "lower optimizer.learning_rate from 0.001 to 0.0003" in found.remedy
+    assert "lower optimizer.learning_rate to a third (it was 0.001" in found.remedy
+    assert "or set update.kl_budget" in found.remedy
     budget = {"kl_budget/predicted": 0.1, "kl_budget/scale": 0.5}
     assert "halve update.kl_budget" in verdict(jump(rows, 1, **budget)).remedy
+    loose = verdict(jump(rows, 1, **budget | {"kl_budget/scale": 1.0})).remedy
+    assert loose.endswith("lower optimizer.learning_rate to a third (it was 0.001 at most)")
+
+
+def test_the_rate_that_is_lowered_is_the_peak_and_not_what_a_schedule_ends_with() -> None:
+    rows = history(reward=(0.3, 0.3), learning_rate=(1e-3, 0.0), noise=0.0)
+    found = verdict(jump(rows, 15, reward=0.0, entropy=2.0))
+    assert "to a third (it was 0.001 at most)" in found.remedy
 
 
 @pytest.mark.parametrize(
@@ -98,6 +108,59 @@ def test_every_pair_of_signs_has_its_remedy(values: dict[str, float], remedy: st
     found = verdict(jump(rows, 14, **values))
     assert found.state == "collapsing"
     assert remedy in found.remedy
+
+
+def test_a_sudden_collapse_is_none_of_the_score_alone() -> None:
+    """One evaluation is a sign, and three rewards: at the first alarm the newest one must do."""
+    rows = jump(history(), 16, reward=0.0, score=0.02, kl_initial_policy=3.0)[:17]
+    assert {sign.kind for sign in signs(rows)} == {"score", "drift"}
+    assert verdict(rows).remedy.startswith("the steps are too large; lower ")
+
+
+def test_a_wrong_sign_is_named_first_where_all_rewards_are_equal_as_well() -> None:
+    rows = history(reward=(-0.3, 0.0))
+    rows = jump(rows, 10, reward=0.0, score=0.0, frac_reward_zero_std=1.0, kl_initial_policy=1.0)
+    remedy = verdict(rows).remedy
+    assert 0 < remedy.index("the sign of rewards/") < remedy.index("learned by heart")
+
+
+def test_rewards_that_neither_rise_nor_fall_are_first_of_all_those_of_another_policy() -> None:
+    rows = jump(history(reward=(0.3, 0.3)), 10, score=0.0, kl_initial_policy=1.0)
+    remedy = verdict(rows).remedy
+    assert remedy.startswith("the completions are not the newest policy's, or the steps are too")
+    assert "lower optimizer.learning_rate" in remedy
+    assert "the sign of rewards/" in remedy
+
+
+def test_an_entropy_that_rises_is_no_harm_where_reward_and_score_rise() -> None:
+    """A policy that begins narrow and learns to look around."""
+    rows = history(reward=(0.3, 0.8), entropy=(0.05, 0.17))
+    rows = jump(rows, 15, kl_initial_policy=0.6)
+    assert {sign.kind for sign in signs(rows)} == {"entropy", "drift"}
+    assert verdict(rows).state == "learning"
+    assert verdict(jump(rows, 20, score=0.25)).state == "collapsing"
+    assert verdict(history(reward=(0.3, 0.3), entropy=(0.05, 0.17))).state == "not learning"
+
+
+def scored(scores: Sequence[float], error: float | None = None) -> list[Any]:
+    """The rows of a run that is evaluated at every fifth step, far from the initial policy."""
+    rows = jump(history(score=(0.0, 0.0)), 0, score=math.nan, kl_initial_policy=0.6)
+    for place, score in enumerate(scores):
+        rows[5 * place] |= {"score": score, "score_standard_error": error}
+    return rows
+
+
+def test_a_few_prompts_of_the_validation_are_no_collapse() -> None:
+    few = [4 / 128, 5 / 128, 6 / 128, 3 / 128]
+    assert verdict(scored(few, error=0.018)).state == "learning"
+    assert verdict(scored([100 * s for s in few], error=0.018)).state == "collapsing"
+
+
+def test_scores_below_0_are_held_against_the_lowest() -> None:
+    assert verdict(scored([-0.4, -0.3, -0.1, -1.0])).state == "collapsing"
+    assert verdict(scored([-0.4, -0.3, -0.1, -0.2])).state == "learning"
+    assert verdict(scored([0.3, 0.4, 0.5, 0.3])).state == "learning"
+    assert verdict(scored([0.3, 0.4, 0.5, 0.2])).state == "collapsing"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +192,37 @@ def test_noise_is_no_sign(seed: int) -> None:
     rows = history(60, noise=0.15, seed=seed, reward=(0.3, 0.3))
     for end in range(2, len(rows)):
         assert verdict(rows[:end]).state != "collapsing"
+
+
+def plateau(num_prompts: int, steps: int, seed: int, **fields: float) -> list[Any]:
+    """A run's rows: rewards are 0 or 1, the mean rises to 0.6 in a fifth of the steps and stays."""
+    draw = random.Random(seed)
+    rows: list[Any] = [{"step": 0, "kl_initial_policy": 0.0}]
+    for step in range(1, steps + 1):
+        level = 0.3 + 0.3 * min(1.0, 5 * step / steps)
+        chances = [draw.betavariate(level, 1 - level) for _ in range(num_prompts)]
+        rewards = [statistics.mean(draw.random() < p for _ in range(8)) for p in chances]
+        spreads = [math.sqrt(mean * (1 - mean) * 8 / 7) for mean in rewards]
+        row = {"step": step, "entropy": 0.5, **(fields if 5 * step > steps else {})}
+        row |= {"reward": statistics.mean(rewards), "reward_std": statistics.mean(spreads)}
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("num_prompts", [8, 16, 64])
+@pytest.mark.parametrize("field", [{"entropy": 0.12}, {"kl_initial_policy": 0.8}])
+def test_a_long_healthy_run_gives_hardly_an_alarm(
+    num_prompts: int, field: dict[str, float]
+) -> None:
+    """One sign is there for good; of hundreds of rewards some are low by chance."""
+    rows = plateau(num_prompts, 400, seed=1, **field)
+    states = [verdict(rows[:end]).state for end in range(100, len(rows) + 1)]
+    assert states.count("collapsing") <= 3
+
+
+def test_a_long_run_that_collapses_gives_one() -> None:
+    rows = jump(plateau(16, 400, seed=1, kl_initial_policy=0.8), 390, reward=0.1)
+    assert verdict(rows[:393]).state == "collapsing"
 
 
 @pytest.mark.parametrize("shift", [-5.0, 3.0])
@@ -174,6 +268,23 @@ def test_not_learning_and_why(rows: Sequence[Any], reason: str, remedy: str) -> 
     assert reason in found.reason
     assert remedy in found.remedy
     assert str(found).startswith(f"not learning: {found.reason}")
+
+
+def test_rewards_whose_spread_nobody_measured_can_fall_too() -> None:
+    """As in the rows of verl."""
+    rows = [{k: v for k, v in row.items() if k != "reward_std"} for row in history()]
+    assert verdict(jump(rows, 14, entropy=0.05)).state == "learning"
+    assert verdict(jump(rows, 14, entropy=0.05, reward=0.42)).state == "learning"
+    found = verdict(jump(rows, 14, entropy=0.05, reward=0.2))
+    assert found.state == "collapsing"
+    assert "the reward fell from 0.4" in found.reason
+
+
+def test_rewards_that_are_missing_for_three_steps_are_told() -> None:
+    missing: dict[str, Any] = {"reward": None, "skipped": 1, "frac_invalid_reward": 1.0}
+    assert verdict(jump(history(), STEPS - 1, **missing)).state == "learning"
+    found = verdict(jump(history(), STEPS - 2, **missing))
+    assert str(found).startswith(f"not learning: no reward since step {STEPS - 2}: look at rewards")
 
 
 def test_what_is_not_finite_or_missing_is_left_out() -> None:

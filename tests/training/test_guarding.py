@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.engine import (
     weights,
 )
 
+from proxstep.budget import KlBudget
 from proxstep.cli import commands
 from proxstep.engines.keys import refuse
 from proxstep.engines.verl.table import REFUSED
@@ -36,7 +38,7 @@ WRITE = Trainer._write
 def _collapse(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written down is a run that learns, and collapses from a step on at its first rate."""
 
-    def told(self: Trainer, log: Any, tracker: Any, record: dict[str, Any]) -> None:
+    def written(self: Trainer, log: Any, tracker: Any, record: dict[str, Any]) -> None:
         bad = self.step >= COLLAPSES_AT and not self.returns
         if "score" in record:
             record["score"] = 0.1 if bad else 0.5
@@ -45,7 +47,7 @@ def _collapse(monkeypatch: pytest.MonkeyPatch) -> None:
             record["reward_std"] = 0.5
         WRITE(self, log, tracker, record)
 
-    monkeypatch.setattr(Trainer, "_write", told)
+    monkeypatch.setattr(Trainer, "_write", written)
 
 
 def recipe_in(folder: Path, guard: str, **changes: Any) -> Any:
@@ -89,6 +91,68 @@ def test_stop_keeps_the_last_good_checkpoint(
     assert said.endswith(info["guard"]["verdict"])
 
 
+def told(patch: pytest.MonkeyPatch, values: Callable[[int], dict[str, float]]) -> None:
+    """Let a run write down these values for a step, and no score where it did not evaluate."""
+
+    def write(self: Trainer, log: Any, tracker: Any, record: dict[str, Any]) -> None:
+        given = values(self.step)
+        if "score" not in record:
+            given.pop("score", None)
+        record |= given
+        WRITE(self, log, tracker, record)
+
+    patch.setattr(Trainer, "_write", write)
+
+
+def kept(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(folder)]
+
+
+def test_what_a_healthy_run_acquires_for_good_does_not_hold_the_good_checkpoint_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A far policy, as of a long run, is no harm; its entropy and its reward are from step 5 on."""
+
+    def values(step: int) -> dict[str, float]:
+        bad = {"reward": 0.0, "entropy": 9.0} if step >= 5 else {"reward": 0.5, "entropy": 1.0}
+        far = {"kl_initial_policy": 0.8 if step >= 2 else 0.0}
+        return {"score": 0.3 + 0.1 * min(step, 4), "reward_std": 0.5, **far, **bad}
+
+    told(monkeypatch, values)
+    assert trained(tmp_path / "run", "stop")[0] == "stopped"
+    assert kept(tmp_path / "run")[-1] == 4
+
+
+def test_stop_keeps_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step's low reward at the best score, and the collapse two steps later."""
+
+    def values(step: int) -> dict[str, float]:
+        low = {"reward": 0.0 if step == 4 or step >= 6 else 0.5, "entropy": 9.0 * (step >= 6) + 1.0}
+        return {"score": 0.6 if step == 4 else 0.5, "reward_std": 0.5, **low}
+
+    told(monkeypatch, values)
+    changes: dict[str, Any] = {"logging": {"checkpoint_every": 1}}
+    changes["evaluation"] = {"every": 2, "num_probe_prompts": 1, "patience": 9}
+    assert trained(tmp_path / "run", "stop", **changes)[0] == "stopped"
+    assert kept(tmp_path / "run") == [2, 4]
+
+
+def test_stop_deletes_nothing_where_the_good_checkpoint_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = Trainer.keep_last_good
+
+    def without(self: Trainer) -> None:
+        (self.folder.path / "checkpoints" / "step-000002" / "model.safetensors").unlink()
+        keep(self)
+
+    monkeypatch.setattr(Trainer, "keep_last_good", without)
+    status, progress = trained(tmp_path / "run", "stop", logging={"checkpoint_every": 1})
+    assert status == "stopped"
+    assert kept(tmp_path / "run") == [2, 4, 5]
+    assert any("step-000002 was the last good one and is damaged" in n for n in progress.notes)
+
+
 def test_a_stopped_run_has_a_status_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,9 +181,9 @@ def test_halve_goes_back_with_half_the_rate(tmp_path: Path, changes: dict[str, A
         seen["before"] = self.schedule.get_last_lr()
         go_back(self, good, found)
         seen["rates"] = [group["lr"] for group in self.optimizer.param_groups]
-        seen["nats"] = getattr(self.optimizer, "nats", None)
-        first = [group["initial_lr"] for group in self.optimizer.param_groups]
-        seen["shares"] = [r / f for r, f in zip(seen["rates"], first, strict=True)]
+        if isinstance(self.optimizer, KlBudget):
+            self.optimizer.begin_rollout(1)
+            seen["budget"], _ = self.optimizer._budget(torch.ones(4, 1, dtype=torch.bool))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_go_back", watched)
@@ -127,8 +191,7 @@ def test_halve_goes_back_with_half_the_rate(tmp_path: Path, changes: dict[str, A
     assert status == "finished"
     assert seen["rates"] == [rate / 2 for rate in seen["before"]]
     if "update" in changes:
-        assert seen["nats"] == 0.25
-        assert seen["shares"] == [1.0]  # of the schedule, which cuts the budget too
+        assert seen["budget"] == 0.25
     assert [row["step"] for row in records(folder)] == list(range(10))
     rates = [row["learning_rate"] for row in records(folder)[1:]]
     assert rates[SEEN_AT] < 0.6 * rates[SEEN_AT - 1]

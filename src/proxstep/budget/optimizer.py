@@ -138,6 +138,15 @@ class KlBudget(torch.optim.Optimizer):
         check_number("num_steps", num_steps, 1.0)
         self._share, self._left, self._steps = 1.0 / num_steps, 0.0, num_steps
 
+    def rescale(self, nats: float) -> None:
+        """Go on with another budget and other learning rates, which are at their peak anew.
+
+        Args:
+            nats: The budget, as the class takes it.
+        """
+        check_number("nats", nats, above=True)
+        self.nats, self._peaks = nats, []
+
     # The base class's annotation has overloads for closures that return a loss.
     def step(self, closure: LogProbs | None = None) -> None:  # type: ignore[override]
         """Take the optimizer's step, or as much of it as the budget allows.

@@ -305,10 +305,11 @@ def _report(arguments: Namespace, overrides: Overrides, console: Any) -> int:
 
 def _diagnose(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     from proxstep.runs.folder import RunFolder
+    from proxstep.runs.reading import read_rows
 
     del overrides
     folder = RunFolder(arguments.run_folder)
-    if arguments.step is not None or folder.diagnostics.exists():
+    if arguments.step is not None or read_rows(folder.diagnostics):
         record = folder.find_diagnostics(arguments.step)
         console.out(f"step {record['step']}\n{record['summary']}\n", highlight=False)
     if found := folder.noise_split():

@@ -111,10 +111,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:06d}"
 
 
-def drop_later_checkpoints(folder: Path, step: int) -> None:
-    """Delete a run's checkpoints of later steps."""
+def drop_later_checkpoints(folder: Path, step: int, besides: Collection[int] = ()) -> None:
+    """Delete a run's checkpoints of later steps, but those of some."""
+    kept = [checkpoint_path(folder, other) for other in besides]
     for path in checkpoints(folder):
-        if path.name > checkpoint_path(folder, step).name:
+        if path.name > checkpoint_path(folder, step).name and path not in kept:
             shutil.rmtree(path)
 
 

@@ -24,9 +24,10 @@ WINDOW = 3
 NOISE = 2.0
 """A level is another one where it is so many times the noise away in each of those steps."""
 HARM = 0.25
-"""Harm, in standard deviations of the rewards of a prompt's completions (reward_std)."""
+"""Harm, in standard deviations of the rewards of a prompt's completions (reward_std), or where a
+trainer does not measure that, a share of the best reward."""
 HALF = 0.5
-"""A validation score that is lost: a share of the best."""
+"""A validation score that is lost: a share of the best, or of what it gained where negative."""
 NARROW, WIDE = 1 / 3, 2.0
 """Entropy beside the initial policy's: learning a task takes it down too, hardly ever up."""
 STEEP = 4.0
@@ -125,9 +126,15 @@ class Series:
 
     @property
     def best(self) -> float:
-        """The highest level before: of one value in the middle of three, or the first."""
-        threes = zip(self.before, self.before[1:], self.before[2:], strict=False)
-        return max([self.before[0], *map(statistics.median, threes)])
+        """The highest level before that lasted for a tenth of the values, or the first.
+
+        A level is the median of as many neighbors, three at least. Of hundreds of medians of three
+        the highest is chance, and an ordinary value is far below it.
+        """
+        count = max(3, len(self.before) // 10)
+        starts = range(len(self.before) - count + 1)
+        levels = (statistics.median(self.before[start : start + count]) for start in starts)
+        return max([self.before[0], *levels])
 
 
 def verdict(rows: Rows) -> Verdict:
@@ -140,6 +147,9 @@ def verdict(rows: Rows) -> Verdict:
     found = {sign.kind: sign for sign in signs(rows)}
     if len(found) >= 2 and any(sign.harm for sign in found.values()):
         return Verdict("collapsing", _told(found), _remedy(found, rows), step)
+    if (last := _unrewarded(rows)) is not None:
+        remedy = "look at rewards/ in metrics.jsonl and at the completions in samples.jsonl"
+        return Verdict("not learning", f"no reward since step {last}", remedy, step)
     learned = _learned(rows)
     if learned is not None and "score" not in found:
         return Verdict("learning", learned, "", step)
@@ -172,23 +182,26 @@ def after_returns(rows: Rows, returns: Sequence[Mapping[str, int]]) -> list[Mapp
 
 def _reward(rows: Rows, window: int) -> Sign | None:
     reward = Series.of(rows, "reward", window)
-    spread = max(Series.of(rows, "reward_std").values, default=0.0)
-    if not reward.last or not spread:
+    if not reward.last:
         return None
-    lost = reward.best - max(reward.last)
-    if lost < HARM * spread or lost <= NOISE * reward.noise:
+    best, now = reward.best, statistics.mean(reward.last)
+    spreads = Series.of(rows, "reward_std").values
+    spread = max(spreads) if spreads else best - min(0.0, *reward.before)
+    lost = best - max(reward.last)
+    if not spread or lost < HARM * spread or lost <= NOISE * reward.noise:
         return None
-    now = statistics.mean(reward.last)
-    return Sign("reward", f"the reward fell from {reward.best:.3g} to {now:.3g}", harm=True)
+    return Sign("reward", f"the reward fell from {best:.3g} to {now:.3g}", harm=True)
 
 
 def _score(rows: Rows, window: int) -> Sign | None:
     del window  # evaluations are many steps apart
     scores = Series.of(rows, "score", 1)
-    if not scores.last or max(scores.before) <= 0:
+    if not scores.last:
         return None
     best, now = max(scores.before), scores.last[0]
-    if now > HALF * best:
+    floor = min(0.0, *scores.before)
+    error = max(Series.of(rows, "score_standard_error").values, default=0.0)
+    if best == floor or best - now < max(HALF * (best - floor), NOISE * error):
         return None
     return Sign("score", f"the validation score fell from {best:.3g} to {now:.3g}", harm=True)
 
@@ -202,7 +215,7 @@ def _entropy(rows: Rows, window: int) -> Sign | None:
     if max(entropy.last) < NARROW * first:
         return Sign("entropy", f"the entropy fell {text}")
     if min(entropy.last) > WIDE * first:
-        return Sign("entropy", f"the entropy rose {text}", harm=True)
+        return Sign("entropy", f"the entropy rose {text}", harm=not _improves(rows))
     return None
 
 
@@ -300,26 +313,62 @@ def _remedy(found: Mapping[str, Sign], rows: Rows) -> str:
             "the old policy is too old; lower update.num_iterations or update.num_minibatches, and "
             "see that the sampler has the newest weights"
         )
-    if "score" in found and "reward" not in found:
-        if "equal" in found:
+    # A score counts after one evaluation, a reward after three steps: one low reward is enough.
+    if "score" in found and "reward" not in found and _reward(rows, window=1) is None:
+        reward = Series.of(rows, "reward")
+        if _rises(reward, reward.noise):
             return (
-                "training's prompts are learned by heart; train on more and different ones "
-                "(task.num_train)"
+                "what is learned is not what the score grades; look at the sign of rewards/ and of "
+                "task.reward_weights, and if that is right, training's prompts may be learned by "
+                "heart: train on more and different ones (task.num_train)"
             )
         return (
-            "what is learned is not what the score grades; look at the sign of rewards/ and of "
-            "task.reward_weights, and see that the completions are the newest policy's"
+            "the completions are not the newest policy's, or the steps are too large, or what is "
+            "learned is not what the score grades; see that the sampler has the newest weights, "
+            f"{_smaller(rows)}, and look at the sign of rewards/ and of task.reward_weights"
         )
     if "length" in found and not {"entropy", "gradient", "drift"} & set(found):
         return (
             "completions grow without an end; set rollout.overlong_buffer, or "
             "rollout.mask_truncated_completions"
         )
-    if Series.of(rows, "kl_budget/predicted").values:
-        return "the steps are too large; halve update.kl_budget"
+    return f"the steps are too large; {_smaller(rows)}"
+
+
+def _smaller(rows: Rows) -> str:
+    """Return how to make steps smaller."""
+    scales = Series.of(rows, "kl_budget/scale").values
+    if scales and min(scales[-WINDOW:]) < 1:  # else the budget limited nothing
+        return "halve update.kl_budget"
     rates = Series.of(rows, "learning_rate").values
-    lower = f" from {rates[-1]:.2g} to {rates[-1] / 3:.1g}" if rates else ""
-    return f"the steps are too large; lower optimizer.learning_rate{lower}, or set update.kl_budget"
+    lower = "lower optimizer.learning_rate to a third"
+    lower += f" (it was {max(rates):.2g} at most)" if rates else ""
+    return lower if scales else f"{lower}, or set update.kl_budget"
+
+
+def _improves(rows: Rows) -> bool:
+    """Whether the reward rises, and the score too where it was measured."""
+    reward, score = Series.of(rows, "reward"), Series.of(rows, "score", 1)
+    return _rises(reward, reward.noise) and (not score.last or _rises(score))
+
+
+def _rises(series: Series, noise: float = 0.0) -> bool:
+    """Whether the newest level is above the first, and keeps more than half of the best gain."""
+    if not series.last:
+        return False
+    first = series.before[0]
+    gained = statistics.mean(series.last) - first
+    return gained > max(NOISE * noise, (series.best - first) / 2)
+
+
+def _unrewarded(rows: Rows) -> int | None:
+    """Return the first of the last steps without a finite reward, if there are enough of them."""
+    steps: list[int] = []
+    for row in reversed(rows):
+        if not row["step"] or math.isfinite(_finite(row.get("reward"))):
+            break
+        steps.append(row["step"])
+    return steps[-1] if len(steps) >= WINDOW else None
 
 
 def _learned(rows: Rows) -> str | None:

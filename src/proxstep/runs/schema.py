@@ -33,6 +33,7 @@ FIELDS: dict[str, str] = {
     "advantage_range": "Largest minus smallest advantage of the step.",
     "score": "Greedy validation score: mean of the first reward function over the validation "
     "prompts.",
+    "score_standard_error": "Standard error of it, from the spread over the validation prompts.",
     "score_mean_length": "Mean length of the greedy validation completions, in tokens.",
     "score_clipped_ratio": "Share of them cut off at max_completion_length.",
     "score_top_answer_share": "Share of them that give the most frequent answer: a policy that "

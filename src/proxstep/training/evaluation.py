@@ -6,6 +6,7 @@ Legend for shape suffixes: B sequences, T token positions.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,9 +61,11 @@ class GreedyResult:
 
     @property
     def standard_error(self) -> float:
-        """Of the score; NaN where fewer than two rewards are given."""
+        """Of the score; NaN where fewer than two rewards are given, or one is not finite."""
         given = [reward for reward in self.rewards if reward is not None]
-        return statistics.stdev(given) / len(given) ** 0.5 if len(given) > 1 else float("nan")
+        if len(given) < 2 or not all(map(math.isfinite, given)):
+            return math.nan
+        return statistics.stdev(given) / len(given) ** 0.5
 
     @property
     def clipped_ratio(self) -> float:
@@ -73,6 +76,7 @@ class GreedyResult:
         """Return what a step's record holds of it."""
         return {
             "score": self.score,
+            "score_standard_error": self.standard_error,
             "score_mean_length": self.mean_length,
             "score_clipped_ratio": self.clipped_ratio,
             "score_top_answer_share": self.narrowness.share,

@@ -58,7 +58,7 @@ class Guarding(Resumable):
         if guard == "warn":
             return
         if not collapses:
-            if "score" in row and not signs(self._history(), window=1):
+            if "score" in row and not any(sign.harm for sign in signs(self._history(), window=1)):
                 self.good = self.step
                 self.save()
         elif guard == "halve" and self.good is not None and len(self.returns) < MOST_RETURNS:
@@ -67,10 +67,22 @@ class Guarding(Resumable):
             self.stopped = found
 
     def keep_last_good(self) -> None:
-        """After a stop, let the last good checkpoint be the newest, and write down why."""
-        if self.good is not None:
-            drop_later_checkpoints(self.folder.path, self.good)
+        """After a stop, write down why, and delete what is later than the last good checkpoint.
+
+        The best one stays. Where the good one is damaged or missing, so does everything.
+        """
         self._write_down(self.stopped)
+        if self.good is None:
+            return
+        if self.at_best:
+            self.save()
+        checkpoint = checkpoint_path(self.folder.path, self.good)
+        if complaint := damage(checkpoint):
+            self.progress.note(
+                f"{checkpoint} was the last good one and is damaged ({complaint}): later ones stay"
+            )
+            return
+        drop_later_checkpoints(self.folder.path, self.good, self.besides)
 
     def _history(self) -> list[Mapping[str, Any]]:
         return after_returns(self._rows, self.returns)
@@ -113,7 +125,7 @@ class Guarding(Resumable):
     def _scale_budget(self) -> None:
         budget = self.recipe.update.kl_budget
         if isinstance(self.optimizer, KlBudget) and budget is not None:
-            self.optimizer.nats = budget / 2 ** len(self.returns)
+            self.optimizer.rescale(budget / 2 ** len(self.returns))
 
     def _write_down(self, found: Verdict | None) -> None:
         self.folder.update_info(

@@ -79,6 +79,18 @@ class Resumable:
         """Whether the validation's score has not risen for as long as the recipe waits."""
         return is_stale(self.recipe, self.best)
 
+    @property
+    def at_best(self) -> bool:
+        """Whether the recipe keeps the best policy, and this step's is the best so far."""
+        best = self.best if self.recipe.evaluation.patience else None
+        return best is not None and best["step"] == self.step
+
+    @property
+    def besides(self) -> list[int]:
+        """The steps whose checkpoints stay beside the newest: the best and the last good one."""
+        best = [self.best["step"]] if self.recipe.evaluation.patience and self.best else []
+        return [*best, *([] if self.good is None else [self.good])]
+
     def judge(self, score: float) -> None:
         """Compare an evaluation's score, which is recorded by now, with the best one."""
         if self.best is None or score > self.best["score"]:
@@ -104,7 +116,7 @@ class Resumable:
         section = self.recipe.logging
         if self.step == 0:
             return
-        if self.recipe.evaluation.patience and self.best and self.best["step"] == self.step:
+        if self.at_best:
             self.save()
             return
         by_steps = section.checkpoint_every and self.step % section.checkpoint_every == 0
@@ -122,14 +134,11 @@ class Resumable:
             return
         kept = self.recipe.logging.checkpoints_kept
         path = self.folder.path
-        besides = [self.best["step"]] if self.recipe.evaluation.patience and self.best else []
-        if self.good is not None:
-            besides.append(self.good)
         try:
             if self.unrecorded is not None:
                 self.folder.drop_later_steps(self.step - 1)
             saved = (path, self.step, self.model, self.tokenizer, self._state())
-            save_checkpoint(*saved, kept, besides)
+            save_checkpoint(*saved, kept, self.besides)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own
             raise ProxstepError(
                 f"step {self.step}: the checkpoint cannot be written below {path} ({error}); those "

@@ -227,8 +227,10 @@ class Trainer(Guarding):
         minibatches = list(batch.minibatches(section.num_minibatches))
         if isinstance(self.optimizer, KlBudget):
             self.optimizer.begin_rollout(len(minibatches) * section.num_iterations)
+        rate = 0.0
         for iteration in range(section.num_iterations):
             for minibatch in minibatches:
+                rate = float(self.optimizer.param_groups[0]["lr"])
                 self._measure_past(minibatch)
                 taken = self._accumulate(minibatch, sequences, measure_entropy=iteration == 0)
                 taken |= self._optimizer_step(taken, minibatch)
@@ -237,7 +239,7 @@ class Trainer(Guarding):
                     steps.setdefault(name, []).append(value)
         self.model.eval()
         return {
-            "learning_rate": self.schedule.get_last_lr()[0],
+            "learning_rate": rate,
             **{name: sum(values) / len(values) for name, values in steps.items()},
             **{name: torch.cat(parts).float().mean().item() for name, parts in sequences.items()},
         }
