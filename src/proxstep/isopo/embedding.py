@@ -87,7 +87,7 @@ def routed_embedding(
     Positions are often looked up once, as (1, columns) or (columns,), and broadcast over the rows
     of the grid; each row needs its own, and the result has them.
     """
-    if owner.grid is not None and token.dim() in (1, 2) and token.numel() == owner.grid[1]:
+    if owner.grid is not None and tuple(token.shape) in (owner.grid[1:], (1, *owner.grid[1:])):
         token = token.expand(owner.grid)
     return _Embedding.apply(token, weight, padding_idx, owner.microbatch_id, owner.number, key)
 
