@@ -206,7 +206,10 @@ COVERED = {
     "linear, bias alone": (8, lambda x, w: F.linear(x, torch.eye(8).double(), w).tanh()),
     "layer_norm": (8, lambda x, w: F.layer_norm(x, (8,), w)),
     "layer_norm, bias alone": (8, lambda x, w: F.layer_norm(x, (8,), None, w)),
+    "layer_norm, 1 + w": (8, lambda x, w: F.layer_norm(x, (8,), 1 + w, w)),
+    "layer_norm, bias of its own": (8, lambda x, w: F.layer_norm(x, (8,), None, 2 * w)),
     "rms_norm": (8, lambda x, w: F.rms_norm(x, (8,), w)),
+    "rms_norm, 1 + w": (8, lambda x, w: F.rms_norm(x, (8,), w + 1)),
 }
 
 
@@ -228,6 +231,49 @@ def test_uses_in_a_forward_of_ones_own(name: str) -> None:
             for c, g in zip(COEFFICIENTS, wanted, strict=True)
         ]
         assert_close(found[key], -sum(s * g[key] for s, g in zip(scales, wanted, strict=True)))
+
+
+class RMSNorm(nn.Module):
+    """Of the name of transformers' classes, and not one of them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+
+
+class SumRMSNorm(RMSNorm):
+    """Whose result would change if the weight were repeated over the positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight / self.weight.detach().norm()
+
+
+class ZeroRMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight + 1, self.eps)
+
+
+class NamedOtherwise(nn.RMSNorm):
+    """With torch's own forward."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", [RMSNorm, SumRMSNorm, ZeroRMSNorm, NamedOtherwise])
+def test_a_norm_is_known_by_its_forward(kind: type[nn.Module], seed: int) -> None:
+    """Its name says nothing of what it computes."""
+    torch.manual_seed(seed)
+    model = Uses(torch.randn(8), lambda x, w: x * w).double()
+    model.inner = kind(8).double()
+    nn.init.normal_(model.inner.weight)
+    wanted, log_prob = plain_gradient(model), log_probs(model).detach()
+    with Isopo(model).microbatch(IDS, COEFFICIENTS):
+        assert torch.allclose(log_probs(model), log_prob, rtol=1e-13)
+    for name, value in isopo_gradient(model, "reinforce").items():
+        assert_close(value, wanted[name])
 
 
 REFUSED = {

@@ -120,7 +120,10 @@ def routed_layer_norm(
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and _names_of_vectors(module) == {"weight"}
+    forward = type(module).forward
+    theirs = forward.__module__.startswith("transformers.")
+    named = theirs and type(module).__name__.endswith("RMSNorm")
+    return (named or forward is nn.RMSNorm.forward) and _names_of_vectors(module) == {"weight"}
 
 
 @covers(_is_rms_norm)
@@ -131,8 +134,8 @@ def _rms_norm_forward(self: nn.Module, x: Tensor) -> Tensor:
     weight = per_position(self, "weight", x, *found)
     if isinstance(self, nn.RMSNorm):
         return nn.functional.rms_norm(x, self.normalized_shape, None, self.eps) * weight
-    # The families' classes differ in where they cast and whether they add 1: run theirs, with the
-    # weight repeated.
+    # The classes of transformers differ in where they cast and whether they add 1: run theirs, with
+    # the weight repeated.
     self.__dict__["weight"] = weight
     try:
         return type(self).forward(self, x)
