@@ -15,7 +15,7 @@ import torch
 from tests import models
 from tests.families import FAMILIES, MORE, build
 from tests.isopo.rules import paper
-from tests.isopo.test_install import COEFFICIENTS, IDS, gradients, log_probs
+from tests.isopo.test_install import COEFFICIENTS, IDS, TOKENS, gradients, log_probs
 from tests.models import tiny_qwen3
 from tests.selection import square
 from torch import Tensor, nn
@@ -89,15 +89,42 @@ def test_reentrant_checkpointing_is_refused_outside() -> None:
         total.backward()
 
 
-def test_other_checkpointing_is_right_outside() -> None:
+@pytest.mark.parametrize("family", ["qwen3-untied", "gpt2", "nano-gpt"])
+def test_other_checkpointing_is_right_outside(family: str) -> None:
+    results = []
+    for wrapped in (False, True):
+        model = build(family, 0).train()
+        if wrapped:
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        isopo = Isopo(model)
+        torch.manual_seed(0)  # of GPT-2's dropout
+        with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            total = microbatch.objective(log_probs(model))
+        total.backward()
+        results.append(gradients(model))
+    assert_same(*results)
+
+
+def test_positions_are_looked_up_within_a_checkpointed_part() -> None:
+    """Of shape (columns,), outside the block, where the shape of the token grid is not known."""
     torch.manual_seed(0)
-    model = tiny_qwen3().train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    isopo = Isopo(model)
-    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
-        total = microbatch.objective(log_probs(model))
-    total.backward()
-    assert_same(gradients(model), one_gradient())
+    parts = nn.ModuleList([nn.Embedding(19, 8), nn.Embedding(5, 8), nn.Linear(8, 19)]).double()
+
+    def forward(token: Tensor) -> Tensor:
+        return parts[2](parts[0](token) + parts[1](torch.arange(5)))
+
+    results = []
+    for wrapped in (False, True):
+        parts.zero_grad()
+        isopo = Isopo(parts, "isopo-natural")
+        with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            y = checkpoint(forward, TOKENS, use_reentrant=False) if wrapped else forward(TOKENS)
+            assert isinstance(y, Tensor)
+            total = microbatch.objective(y.log_softmax(-1)[..., 0])
+        total.backward()
+        results.append(gradients(parts))
+        isopo.remove()
+    assert_same(*results)
 
 
 def test_a_checkpointed_layer_alone() -> None:

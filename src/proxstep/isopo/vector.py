@@ -43,13 +43,15 @@ class _LayerNorm(torch.autograd.Function):
         owner: int,
         keys: tuple[str, str],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, microbatch_id)
+        ctx.save_for_backward(x, weight)
+        ctx.microbatch_id = microbatch_id  # not saved: checkpointing would replace it
         ctx.eps, ctx.shape, ctx.owner, ctx.keys = eps, (*shape, weight.shape[0]), owner, keys
         return nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, microbatch_id = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
+        microbatch_id = ctx.microbatch_id
         features, wide = list(weight.shape), wide_dtype(x.dtype)
         grad, wide_x = grad.to(wide), x.to(wide)
         normalized, mean, rstd = torch.native_layer_norm(wide_x, features, None, None, ctx.eps)
