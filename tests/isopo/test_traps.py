@@ -339,6 +339,48 @@ def test_a_prompt_that_is_called_padding_is_refused() -> None:
                 objective.backward()
 
 
+def test_a_prompt_that_is_called_padding_is_refused_later_too() -> None:
+    """In the first microbatches every prompt may have had a token."""
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    completion = torch.arange(5).expand(2, 5) >= 3
+    for attended, fits in ((torch.ones(2, 5), True), (completion, False)):
+        with isopo.microbatch(sequence_ids(attended > 0), torch.ones(2)) as microbatch:
+            log_prob = completion_log_probs(model(input_ids=tokens).logits, tokens, completion)
+            objective = microbatch.objective(log_prob)
+            with nullcontext() if fits else pytest.raises(ProxstepError, match="attention_mask"):
+                objective.backward()
+
+
+LATER: dict[str, tuple[Any, Any]] = {
+    "a ratio": (
+        lambda log_prob: (log_prob - log_prob.detach()).exp(),
+        lambda log_prob: (log_prob - log_prob.detach() + 0.1).exp(),
+    ),
+    "advantages": (lambda log_prob: 0 * log_prob, lambda log_prob: -2 * log_prob),
+    "a mean": (lambda log_prob: log_prob[:1, :1].mean(), lambda log_prob: log_prob.mean()),
+}
+"""What is the sum of log-probabilities, or 0, in a first microbatch, and what it is later."""
+
+
+@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_another_objective_is_refused_later_too(name: str, stepped: bool) -> None:
+    first, later = LATER[name]
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(first(log_probs(model))).backward()
+    if stepped:
+        isopo.step()
+    with (
+        pytest.raises(ProxstepError, match="something else than log-probabilities"),
+        isopo.microbatch(IDS, COEFFICIENTS) as microbatch,
+    ):
+        microbatch.objective(later(log_probs(model))).backward()
+
+
 def test_a_mixture_with_frozen_experts_is_covered() -> None:
     model = build("qwen3-moe", 0)
     for name, parameter in model.named_parameters():
@@ -532,6 +574,63 @@ def test_a_backward_after_the_step_is_refused() -> None:
     isopo.step()
     with pytest.raises(ProxstepError, match="earlier optimizer step"):
         total.backward()
+
+
+class Multiply(torch.autograd.Function):
+    """A product with a backward of its own, as fused kernels have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        return x * gain
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, gain = ctx.saved_tensors
+        return grad * gain, (grad * x).sum((0, 1))
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Multiply.apply(x, self.gain)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_gradient_by_an_autograd_function_is_found(late: bool) -> None:
+    """Also where the backward follows after the block, and others came in between."""
+    model = nn.Sequential(nn.Embedding(19, 8), Fused(), nn.Linear(8, 19)).double()
+    isopo = Isopo(model)
+    found = pytest.raises(ProxstepError, match=r"1\.gain received a gradient without its layer's")
+    with nullcontext() if late else found, isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(model(TOKENS).log_softmax(-1)[..., 0])
+        if not late:
+            total.backward()
+    if late:
+        with isopo.off():
+            model[1].gain.square().sum().backward()
+        with found:
+            total.backward()
+
+
+def test_a_late_backward_minds_its_own_gradients_alone() -> None:
+    """Not those of a loss of its own, nor what clipping does to them."""
+    model = nn.Sequential(nn.Embedding(19, 8), nn.Linear(8, 19), nn.Linear(8, 1)).double()
+    isopo = Isopo(model)
+    totals = []
+    for _ in range(2):
+        with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            totals.append(microbatch.objective(model[:2](TOKENS).log_softmax(-1)[..., 0]))
+        with isopo.off():
+            model[2](model[0](TOKENS)).square().sum().backward()
+    for total in totals:
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    isopo.step()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_shared_samples_need_keys() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -239,7 +240,7 @@ class Isopo:
                 measuring=self._measuring,
                 running=self._running,
             )
-            microbatch.before_backward = self._before_backward(sequence_ids)
+            microbatch.before_backward = self._before_backward(sequence_ids, microbatch.reduced)
             self._diagnosing |= self.diagnose
             before = gradient_stamps(self._modules)
             self._microbatch += 1
@@ -402,7 +403,9 @@ class Isopo:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: tuple(parameter.shape) for key, parameter in uses(self._modules)}
 
-    def _before_backward(self, sequence_ids: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def _before_backward(
+        self, sequence_ids: Tensor, reduced: set[str]
+    ) -> Callable[[Tensor, Tensor], None]:
         """Return what is to be done with the log-probabilities before their backward."""
         owner = weakref.ref(self)
 
@@ -410,14 +413,17 @@ class Isopo:
             isopo = owner()
             if isopo is None:
                 return
+            _check_prompts(log_prob, sequence_ids)
             if not isopo._graph_is_checked:
-                _check_prompts(log_prob, sequence_ids)
                 check_graph(log_prob, isopo._modules, isopo._router)
             if isopo._router.rescue is not None:
                 isopo._router.rescue.measure(log_prob, sequence_ids, coefficient_B)
-            if not isopo._graph_is_checked:
-                check_sum(log_prob)
-                isopo._graph_is_checked = True
+            check_sum(log_prob)
+            isopo._graph_is_checked = True
+            if not isinstance(isopo._router.active, Microbatch):  # whose end would check it
+                modules, before = isopo._modules, gradient_stamps(isopo._modules)
+                check = partial(check_bypassed, modules, reduced, before, isopo._router)
+                torch.autograd.Variable._execution_engine.queue_callback(check)
 
         return prepare
 
