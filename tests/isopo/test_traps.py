@@ -633,6 +633,52 @@ def test_a_late_backward_minds_its_own_gradients_alone() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_measuring_pass_that_fails_leaves_nothing_behind() -> None:
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    keys = torch.arange(2)
+
+    def measure(fails: bool) -> None:
+        with isopo.measuring():
+            with isopo.microbatch(IDS, COEFFICIENTS, sequence_keys=keys) as microbatch:
+                microbatch.objective(log_probs(model)).backward()
+            if fails:
+                raise MemoryError
+
+    for fails in (False, True, False):
+        with pytest.raises(MemoryError) if fails else nullcontext():
+            measure(fails)
+    assert not isopo.needs_past
+    once = Isopo(tiny := copy.deepcopy(model))
+    for _ in range(2):
+        with once.measuring(), once.microbatch(IDS, COEFFICIENTS, sequence_keys=keys) as microbatch:
+            microbatch.objective(log_probs(tiny)).backward()
+    assert isopo.state_dict()["trailing"] == once.state_dict()["trailing"]
+
+
+def test_a_removed_isopo_says_so() -> None:
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    isopo.remove()
+    with (
+        pytest.raises(ProxstepError, match=r"was removed.*Isopo\(model\)"),
+        isopo.microbatch(IDS, COEFFICIENTS),
+    ):
+        pass
+
+
+def test_flattened_parameters_of_fsdp1_are_refused() -> None:
+    """As FullyShardedDataParallel makes one of all parameters of a module."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._flat_param = nn.Parameter(torch.ones(5))
+
+    with pytest.raises(ProxstepError, match=r"_flat_param.*use_orig_params=True.*fully_shard"):
+        Isopo(nn.Sequential(Flat(), nn.Linear(3, 3)))
+
+
 def test_shared_samples_need_keys() -> None:
     isopo = Isopo(tiny_qwen3(), overlap_source="ranks")
     refused = pytest.raises(ProxstepError, match="needs sequence_keys")

@@ -378,14 +378,14 @@ class Router:
         if self.rescue is not None:
             self.rescue.off = not on
 
-    def forget(self) -> None:
+    def forget(self, *, failed: bool = False) -> None:
         """End the optimizer step: no backward is still to come.
 
         Raises:
             ProxstepError: As `end`.
         """
         pending, self._pending, self.accumulated = self._pending, {}, False
-        for microbatch in pending.values():
+        for microbatch in () if failed else pending.values():
             self._check_reached(microbatch)
 
     def _check_reached(self, microbatch: Microbatch) -> None:

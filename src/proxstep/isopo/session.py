@@ -208,6 +208,11 @@ class Isopo:
         """
         if self._router.active is not None:
             raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
+        if not self._modules:
+            raise ProxstepError(
+                "this Isopo was removed from its model by remove(): install another one, "
+                "Isopo(model)"
+            )
         model = parts_of(self.model)
         if model != self._covered:  # it was changed since the last microbatch
             check_coverage(self.model, self._modules, self._router)
@@ -285,12 +290,17 @@ class Isopo:
             raise ProxstepError("measuring() comes before the first microbatch of a step")
         collecting = self._drawing.carries and not self._passes
         devices = {p.device for _, p in uses(self._modules) if p.device.type == "cuda"}
-        self._measuring = True
+        self._measuring, failed = True, True
         try:
             with torch.random.fork_rng(sorted(device.index for device in devices)):
                 yield
+            failed = False
         finally:
             self._measuring = False
+            if failed:
+                self._forget_microbatches()
+                self._drawing.end_step(keep=False)
+                self._router.forget(failed=True)
         self._passes += 1
         measured = [] if collecting and self._settings.needs.fisher else self._log
         for key, record in measured:
@@ -339,9 +349,7 @@ class Isopo:
 
     def _end_step(self) -> None:
         """Fold what was measured into what the next step builds on."""
-        self._log, self._diagnosing, self._microbatch = [], False, 0
-        self._running.clear()
-        self._memory.release()
+        self._forget_microbatches()
         broken = self.trailing.fold(self.process_group)
         self._drawing.end_step(keep=broken is None)
         self._router.forget()
@@ -351,6 +359,11 @@ class Isopo:
                 "be multiplied: nothing of it was kept. Do not take the step, and look for "
                 "parameters and activations that are not finite"
             )
+
+    def _forget_microbatches(self) -> None:
+        self._log, self._diagnosing, self._microbatch = [], False, 0
+        self._running.clear()
+        self._memory.release()
 
     def remove(self) -> None:
         """Give every module its own forward back, and thaw what was frozen."""
