@@ -78,10 +78,17 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 # -- layers without their casts to float32, which put a floor of 4e-7 under every comparison -------
 
 
+def _theirs(forward: Any) -> Any:
+    """Have a forward count as one of transformers' own: what covers a module tells by that."""
+    forward.__module__ = "transformers.models"
+    return forward
+
+
 class _ScalesByWeight:
     weight: Tensor
     variance_epsilon: float
 
+    @_theirs
     def forward(self, hidden_states: Tensor) -> Tensor:
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
@@ -91,6 +98,7 @@ class _ScalesByOnePlusWeight:
     weight: Tensor
     eps: float
 
+    @_theirs
     def forward(self, x: Tensor) -> Tensor:
         variance = x.pow(2).mean(-1, keepdim=True)
         return x * torch.rsqrt(variance + self.eps) * (1.0 + self.weight)

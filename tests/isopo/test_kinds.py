@@ -206,7 +206,10 @@ COVERED = {
     "linear, bias alone": (8, lambda x, w: F.linear(x, torch.eye(8).double(), w).tanh()),
     "layer_norm": (8, lambda x, w: F.layer_norm(x, (8,), w)),
     "layer_norm, bias alone": (8, lambda x, w: F.layer_norm(x, (8,), None, w)),
+    "layer_norm, 1 + w": (8, lambda x, w: F.layer_norm(x, (8,), 1 + w, w)),
+    "layer_norm, bias of its own": (8, lambda x, w: F.layer_norm(x, (8,), None, 2 * w)),
     "rms_norm": (8, lambda x, w: F.rms_norm(x, (8,), w)),
+    "rms_norm, 1 + w": (8, lambda x, w: F.rms_norm(x, (8,), w + 1)),
 }
 
 
@@ -228,6 +231,49 @@ def test_uses_in_a_forward_of_ones_own(name: str) -> None:
             for c, g in zip(COEFFICIENTS, wanted, strict=True)
         ]
         assert_close(found[key], -sum(s * g[key] for s, g in zip(scales, wanted, strict=True)))
+
+
+class RMSNorm(nn.Module):
+    """Of the name of transformers' classes, and not one of them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+
+
+class SumRMSNorm(RMSNorm):
+    """Whose result would change if the weight were repeated over the positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight / self.weight.detach().norm()
+
+
+class ZeroRMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight + 1, self.eps)
+
+
+class NamedOtherwise(nn.RMSNorm):
+    """With torch's own forward."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", [RMSNorm, SumRMSNorm, ZeroRMSNorm, NamedOtherwise])
+def test_a_norm_is_known_by_its_forward(kind: type[nn.Module], seed: int) -> None:
+    """Its name says nothing of what it computes."""
+    torch.manual_seed(seed)
+    model = Uses(torch.randn(8), lambda x, w: x * w).double()
+    model.inner = kind(8).double()
+    nn.init.normal_(model.inner.weight)
+    wanted, log_prob = plain_gradient(model), log_probs(model).detach()
+    with Isopo(model).microbatch(IDS, COEFFICIENTS):
+        assert torch.allclose(log_probs(model), log_prob, rtol=1e-13)
+    for name, value in isopo_gradient(model, "reinforce").items():
+        assert_close(value, wanted[name])
 
 
 REFUSED = {
@@ -353,6 +399,62 @@ def test_cross_attention_is_refused() -> None:
         pytest.raises(ProxstepError, match=r"in_proj_weight: .*self-attention"),
     ):
         inner(x, x + 1, x)
+
+
+class Encodes(nn.Module):
+    """One of torch's own transformer layers, which are columns first unless told otherwise."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(19, 8), nn.Linear(8, 19)
+        self.inner = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+        self.rows_first = batch_first
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: object) -> SimpleNamespace:
+        x, size = self.table(input_ids), input_ids.shape[1]
+        mask = torch.ones(size, size, dtype=torch.bool).triu(1)
+        x = x if self.rows_first else x.transpose(0, 1)
+        x = self.inner(x, src_mask=mask, src_key_padding_mask=attention_mask == 0)
+        return SimpleNamespace(logits=self.head(x if self.rows_first else x.transpose(0, 1)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_torchs_own_layer_is_right_rows_first(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Encodes(True).double()
+    wanted = plain_gradient(model)
+    for name, value in isopo_gradient(model, "reinforce").items():
+        assert_close(value, wanted[name])
+
+
+def test_torchs_own_layer_is_refused_columns_first() -> None:
+    """Read as rows, they would mix the sequences, and nothing else would show it."""
+    model = Encodes(False).double()
+    with Isopo(model).microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(log_probs(model))
+        with pytest.raises(ProxstepError, match=r"inner\.norm2\.\w+ saw .* batch_first=True"):
+            total.backward()
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 8), (5, 2, 2, 4)])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_are_refused_columns_first(shape: tuple[int, ...], kind: type[nn.Module]) -> None:
+    """Two heads are as many as rows: the number of positions then fits."""
+    norm = kind(shape[-1]).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    with Isopo(norm).microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(norm(x).sin())
+        with pytest.raises(ProxstepError, match=r"weight saw positions as \(columns, rows\)"):
+            total.backward()
+
+
+def test_positions_of_another_shape_are_refused() -> None:
+    """Of shape (columns, 1), as models have them that are columns first."""
+    table = nn.Embedding(5, 8).double()
+    with Isopo(table).microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(table(torch.arange(5)[:, None]).expand(5, 2, 8).sin())
+        with pytest.raises(ProxstepError, match="weight saw 5 token positions"):
+            total.backward()
 
 
 # -- another kind ----------------------------------------------------------------------------------

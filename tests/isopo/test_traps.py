@@ -5,6 +5,7 @@ What installing alone can find (fused heads, adapters added later, padding) is i
 
 from __future__ import annotations
 
+import copy
 import io
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 import torch
 from tests import models
 from tests.families import FAMILIES, MORE, build
-from tests.isopo.test_install import COEFFICIENTS, IDS, gradients, log_probs
+from tests.isopo.rules import paper
+from tests.isopo.test_install import COEFFICIENTS, IDS, TOKENS, gradients, log_probs
 from tests.models import tiny_qwen3
 from tests.selection import square
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from proxstep import (
     completion_log_probs,
     sequence_ids,
 )
+from proxstep.isopo import Rule
 
 RULES = ["isopo", "isopo-figure4", "isopo-natural"]
 
@@ -86,15 +89,42 @@ def test_reentrant_checkpointing_is_refused_outside() -> None:
         total.backward()
 
 
-def test_other_checkpointing_is_right_outside() -> None:
+@pytest.mark.parametrize("family", ["qwen3-untied", "gpt2", "nano-gpt"])
+def test_other_checkpointing_is_right_outside(family: str) -> None:
+    results = []
+    for wrapped in (False, True):
+        model = build(family, 0).train()
+        if wrapped:
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        isopo = Isopo(model)
+        torch.manual_seed(0)  # of GPT-2's dropout
+        with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            total = microbatch.objective(log_probs(model))
+        total.backward()
+        results.append(gradients(model))
+    assert_same(*results)
+
+
+def test_positions_are_looked_up_within_a_checkpointed_part() -> None:
+    """Of shape (columns,), outside the block, where the shape of the token grid is not known."""
     torch.manual_seed(0)
-    model = tiny_qwen3().train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    isopo = Isopo(model)
-    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
-        total = microbatch.objective(log_probs(model))
-    total.backward()
-    assert_same(gradients(model), one_gradient())
+    parts = nn.ModuleList([nn.Embedding(19, 8), nn.Embedding(5, 8), nn.Linear(8, 19)]).double()
+
+    def forward(token: Tensor) -> Tensor:
+        return parts[2](parts[0](token) + parts[1](torch.arange(5)))
+
+    results = []
+    for wrapped in (False, True):
+        parts.zero_grad()
+        isopo = Isopo(parts, "isopo-natural")
+        with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            y = checkpoint(forward, TOKENS, use_reentrant=False) if wrapped else forward(TOKENS)
+            assert isinstance(y, Tensor)
+            total = microbatch.objective(y.log_softmax(-1)[..., 0])
+        total.backward()
+        results.append(gradients(parts))
+        isopo.remove()
+    assert_same(*results)
 
 
 def test_a_checkpointed_layer_alone() -> None:
@@ -309,6 +339,48 @@ def test_a_prompt_that_is_called_padding_is_refused() -> None:
                 objective.backward()
 
 
+def test_a_prompt_that_is_called_padding_is_refused_later_too() -> None:
+    """In the first microbatches every prompt may have had a token."""
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    completion = torch.arange(5).expand(2, 5) >= 3
+    for attended, fits in ((torch.ones(2, 5), True), (completion, False)):
+        with isopo.microbatch(sequence_ids(attended > 0), torch.ones(2)) as microbatch:
+            log_prob = completion_log_probs(model(input_ids=tokens).logits, tokens, completion)
+            objective = microbatch.objective(log_prob)
+            with nullcontext() if fits else pytest.raises(ProxstepError, match="attention_mask"):
+                objective.backward()
+
+
+LATER: dict[str, tuple[Any, Any]] = {
+    "a ratio": (
+        lambda log_prob: (log_prob - log_prob.detach()).exp(),
+        lambda log_prob: (log_prob - log_prob.detach() + 0.1).exp(),
+    ),
+    "advantages": (lambda log_prob: 0 * log_prob, lambda log_prob: -2 * log_prob),
+    "a mean": (lambda log_prob: log_prob[:1, :1].mean(), lambda log_prob: log_prob.mean()),
+}
+"""What is the sum of log-probabilities, or 0, in a first microbatch, and what it is later."""
+
+
+@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_another_objective_is_refused_later_too(name: str, stepped: bool) -> None:
+    first, later = LATER[name]
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(first(log_probs(model))).backward()
+    if stepped:
+        isopo.step()
+    with (
+        pytest.raises(ProxstepError, match="something else than log-probabilities"),
+        isopo.microbatch(IDS, COEFFICIENTS) as microbatch,
+    ):
+        microbatch.objective(later(log_probs(model))).backward()
+
+
 def test_a_mixture_with_frozen_experts_is_covered() -> None:
     model = build("qwen3-moe", 0)
     for name, parameter in model.named_parameters():
@@ -372,6 +444,63 @@ def test_adapters_that_are_added_later_are_found() -> None:
         isopo.microbatch(IDS, COEFFICIENTS),
     ):
         pass
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("rule", [*RULES, "isopo-npg", "isopo-euclidean", paper("isopo")])
+def test_a_parameter_begins_with_its_first_gradient(rule: str | Rule, measured: bool) -> None:
+    """LoRA's A has none while B is 0: as a past that is 0 it would be the scale of what follows."""
+    model = build("qwen3-lora", 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_("lora_B" not in name)
+    isopo = Isopo(model, rule)
+    while measured and isopo.needs_past:
+        with isopo.measuring(), isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            microbatch.objective(log_probs(model)).backward()
+    one_step(model, isopo)
+    assert all(not p.grad.any() for n, p in model.named_parameters() if "lora_A" in n)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1 * ("lora_B" in name))
+        if seed == 0:
+            twin = copy.deepcopy(model)
+            fresh = Isopo(twin, rule)
+        twin.load_state_dict(model.state_dict())
+        found, wanted = one_step(model, isopo), one_step(twin, fresh)
+        names = [name for name in found if "lora_A" in name]
+        assert names
+        for name in names:
+            assert (found[name] - wanted[name]).norm() <= 1e-10 * wanted[name].norm() > 0, name
+
+
+def test_a_step_without_any_gradient_changes_nothing_that_is_carried() -> None:
+    """No token of it counted."""
+    model = tiny_qwen3()
+    isopo = Isopo(model, "isopo-figure4")
+    one_step(model, isopo)
+    before = copy.deepcopy(isopo.state_dict())
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model), torch.zeros(2, 4, dtype=torch.bool)).backward()
+    isopo.step()
+    after = isopo.state_dict()
+    assert after["trailing"].keys() == before["trailing"].keys()
+    for name, mean in before["trailing"].items():
+        assert abs(after["trailing"][name] - mean) <= 1e-12 * mean, name
+    for key, of in before["samples"].items():
+        same = zip(of["rows"], after["samples"][key]["rows"], strict=True)
+        assert all(torch.equal(*pair) for pair in same)
+
+
+def one_step(model: nn.Module, isopo: Isopo) -> dict[str, Tensor]:
+    """One optimizer step's gradient, of the usual microbatch."""
+    model.zero_grad()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model)).backward()
+    isopo.step()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -445,6 +574,109 @@ def test_a_backward_after_the_step_is_refused() -> None:
     isopo.step()
     with pytest.raises(ProxstepError, match="earlier optimizer step"):
         total.backward()
+
+
+class Multiply(torch.autograd.Function):
+    """A product with a backward of its own, as fused kernels have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        return x * gain
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, gain = ctx.saved_tensors
+        return grad * gain, (grad * x).sum((0, 1))
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Multiply.apply(x, self.gain)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_gradient_by_an_autograd_function_is_found(late: bool) -> None:
+    """Also where the backward follows after the block, and others came in between."""
+    model = nn.Sequential(nn.Embedding(19, 8), Fused(), nn.Linear(8, 19)).double()
+    isopo = Isopo(model)
+    found = pytest.raises(ProxstepError, match=r"1\.gain received a gradient without its layer's")
+    with nullcontext() if late else found, isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        total = microbatch.objective(model(TOKENS).log_softmax(-1)[..., 0])
+        if not late:
+            total.backward()
+    if late:
+        with isopo.off():
+            model[1].gain.square().sum().backward()
+        with found:
+            total.backward()
+
+
+def test_a_late_backward_minds_its_own_gradients_alone() -> None:
+    """Not those of a loss of its own, nor what clipping does to them."""
+    model = nn.Sequential(nn.Embedding(19, 8), nn.Linear(8, 19), nn.Linear(8, 1)).double()
+    isopo = Isopo(model)
+    totals = []
+    for _ in range(2):
+        with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            totals.append(microbatch.objective(model[:2](TOKENS).log_softmax(-1)[..., 0]))
+        with isopo.off():
+            model[2](model[0](TOKENS)).square().sum().backward()
+    for total in totals:
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    isopo.step()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_measuring_pass_that_fails_leaves_nothing_behind() -> None:
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    keys = torch.arange(2)
+
+    def measure(fails: bool) -> None:
+        with isopo.measuring():
+            with isopo.microbatch(IDS, COEFFICIENTS, sequence_keys=keys) as microbatch:
+                microbatch.objective(log_probs(model)).backward()
+            if fails:
+                raise MemoryError
+
+    for fails in (False, True, False):
+        with pytest.raises(MemoryError) if fails else nullcontext():
+            measure(fails)
+    assert not isopo.needs_past
+    once = Isopo(tiny := copy.deepcopy(model))
+    for _ in range(2):
+        with once.measuring(), once.microbatch(IDS, COEFFICIENTS, sequence_keys=keys) as microbatch:
+            microbatch.objective(log_probs(tiny)).backward()
+    assert isopo.state_dict()["trailing"] == once.state_dict()["trailing"]
+
+
+def test_a_removed_isopo_says_so() -> None:
+    model = tiny_qwen3()
+    isopo = Isopo(model)
+    isopo.remove()
+    with (
+        pytest.raises(ProxstepError, match=r"was removed.*Isopo\(model\)"),
+        isopo.microbatch(IDS, COEFFICIENTS),
+    ):
+        pass
+
+
+def test_flattened_parameters_of_fsdp1_are_refused() -> None:
+    """As FullyShardedDataParallel makes one of all parameters of a module."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._flat_param = nn.Parameter(torch.ones(5))
+
+    with pytest.raises(ProxstepError, match=r"_flat_param.*use_orig_params=True.*fully_shard"):
+        Isopo(nn.Sequential(Flat(), nn.Linear(3, 3)))
 
 
 def test_shared_samples_need_keys() -> None:

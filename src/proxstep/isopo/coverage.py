@@ -30,9 +30,15 @@ def install(model: nn.Module, owner: Owner) -> dict[nn.Module, str]:
         owner: The `Isopo`, which may spare parameters that no kind of layer covers.
 
     Raises:
-        ProxstepError: If one of them is of a kind that is not covered, by name, or there is none.
+        ProxstepError: If one of them is of a kind that is not covered, by name, or there is none,
+            or FSDP has flattened them.
     """
     missing = _missing(model, None)
+    if any("_flat_param" in name for name in missing):
+        raise ProxstepError(
+            "FullyShardedDataParallel made one _flat_param of a module's parameters, and ISOPO "
+            "needs each of them: give it use_orig_params=True, or use FSDP2's fully_shard"
+        )
     missing = {n: p for n, p in missing.items() if p is None or not owner.spare(n, p)}
     _refuse(missing, _BEFORE)
     modules = {}

@@ -41,20 +41,22 @@ class _Embedding(torch.autograd.Function):
         microbatch_id: Tensor,
         owner: int,
         key: str,
+        lead: tuple[int, ...],
     ) -> Tensor:
-        ctx.save_for_backward(token)
+        ctx.save_for_backward(token)  # as it is given: a second forward may not know the grid
+        ctx.lead = lead
         ctx.shape, ctx.place = list(weight.shape), (microbatch_id, owner, key)
         ctx.padding_idx = padding_idx
-        return nn.functional.embedding(token, weight, padding_idx)
+        return nn.functional.embedding(token.expand(lead), weight, padding_idx)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (token,) = ctx.saved_tensors
+        token = ctx.saved_tensors[0].expand(ctx.lead)
         if ctx.padding_idx is not None:
             grad = grad.masked_fill((token == ctx.padding_idx)[..., None], 0.0)
         values, numbers = [grad, token[..., None]], [ctx.shape[0]]
         grad_weight = parameter_gradient("LookupGradients", values, numbers, ctx.shape, *ctx.place)
-        return None, grad_weight, None, None, None, None
+        return None, grad_weight, None, None, None, None, None
 
 
 def _is_embedding(module: nn.Module) -> bool:
@@ -87,9 +89,11 @@ def routed_embedding(
     Positions are often looked up once, as (1, columns) or (columns,), and broadcast over the rows
     of the grid; each row needs its own, and the result has them.
     """
-    if owner.grid is not None and token.dim() in (1, 2) and token.numel() == owner.grid[1]:
-        token = token.expand(owner.grid)
-    return _Embedding.apply(token, weight, padding_idx, owner.microbatch_id, owner.number, key)
+    lead = tuple(token.shape)
+    if owner.grid is not None and lead in (owner.grid[1:], (1, *owner.grid[1:])):
+        lead = owner.grid
+    place = (owner.microbatch_id, owner.number, key)
+    return _Embedding.apply(token, weight, padding_idx, *place, lead)
 
 
 @dataclass(frozen=True)

@@ -165,10 +165,19 @@ class Microbatch:
             A row for each position that is not padding.
 
         Raises:
-            ProxstepError: If the layer saw another number of positions than sequence_ids has.
+            ProxstepError: If the layer saw another number of positions than sequence_ids has, or
+                saw them columns first.
         """
         flat = value.reshape(-1, value.shape[-1])
         rows, columns = self.layout.grid
+        lead = tuple(size for size in value.shape[:-1] if size != 1)
+        if lead == (columns, rows) != (rows, columns):
+            raise ProxstepError(
+                f"{key} saw positions as (columns, rows) = ({columns}, {rows}), but sequence_ids "
+                f"has {rows} rows of {columns} columns: each sequence's gradient would be made of "
+                "other sequences' positions. Give the layer (rows, columns, features): torch's "
+                "own transformer layers have batch_first=True for it"
+            )
         if flat.shape[0] != rows * columns:
             raise ProxstepError(
                 f"{key} saw {flat.shape[0]} token positions, but sequence_ids has "
@@ -369,14 +378,14 @@ class Router:
         if self.rescue is not None:
             self.rescue.off = not on
 
-    def forget(self) -> None:
+    def forget(self, *, failed: bool = False) -> None:
         """End the optimizer step: no backward is still to come.
 
         Raises:
             ProxstepError: As `end`.
         """
         pending, self._pending, self.accumulated = self._pending, {}, False
-        for microbatch in pending.values():
+        for microbatch in () if failed else pending.values():
             self._check_reached(microbatch)
 
     def _check_reached(self, microbatch: Microbatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -207,6 +208,11 @@ class Isopo:
         """
         if self._router.active is not None:
             raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
+        if not self._modules:
+            raise ProxstepError(
+                "this Isopo was removed from its model by remove(): install another one, "
+                "Isopo(model)"
+            )
         model = parts_of(self.model)
         if model != self._covered:  # it was changed since the last microbatch
             check_coverage(self.model, self._modules, self._router)
@@ -239,7 +245,7 @@ class Isopo:
                 measuring=self._measuring,
                 running=self._running,
             )
-            microbatch.before_backward = self._before_backward(sequence_ids)
+            microbatch.before_backward = self._before_backward(sequence_ids, microbatch.reduced)
             self._diagnosing |= self.diagnose
             before = gradient_stamps(self._modules)
             self._microbatch += 1
@@ -284,12 +290,17 @@ class Isopo:
             raise ProxstepError("measuring() comes before the first microbatch of a step")
         collecting = self._drawing.carries and not self._passes
         devices = {p.device for _, p in uses(self._modules) if p.device.type == "cuda"}
-        self._measuring = True
+        self._measuring, failed = True, True
         try:
             with torch.random.fork_rng(sorted(device.index for device in devices)):
                 yield
+            failed = False
         finally:
             self._measuring = False
+            if failed:
+                self._forget_microbatches()
+                self._drawing.end_step(keep=False)
+                self._router.forget(failed=True)
         self._passes += 1
         measured = [] if collecting and self._settings.needs.fisher else self._log
         for key, record in measured:
@@ -338,9 +349,7 @@ class Isopo:
 
     def _end_step(self) -> None:
         """Fold what was measured into what the next step builds on."""
-        self._log, self._diagnosing, self._microbatch = [], False, 0
-        self._running.clear()
-        self._memory.release()
+        self._forget_microbatches()
         broken = self.trailing.fold(self.process_group)
         self._drawing.end_step(keep=broken is None)
         self._router.forget()
@@ -350,6 +359,11 @@ class Isopo:
                 "be multiplied: nothing of it was kept. Do not take the step, and look for "
                 "parameters and activations that are not finite"
             )
+
+    def _forget_microbatches(self) -> None:
+        self._log, self._diagnosing, self._microbatch = [], False, 0
+        self._running.clear()
+        self._memory.release()
 
     def remove(self) -> None:
         """Give every module its own forward back, and thaw what was frozen."""
@@ -402,7 +416,9 @@ class Isopo:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: tuple(parameter.shape) for key, parameter in uses(self._modules)}
 
-    def _before_backward(self, sequence_ids: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def _before_backward(
+        self, sequence_ids: Tensor, reduced: set[str]
+    ) -> Callable[[Tensor, Tensor], None]:
         """Return what is to be done with the log-probabilities before their backward."""
         owner = weakref.ref(self)
 
@@ -410,14 +426,17 @@ class Isopo:
             isopo = owner()
             if isopo is None:
                 return
+            _check_prompts(log_prob, sequence_ids)
             if not isopo._graph_is_checked:
-                _check_prompts(log_prob, sequence_ids)
                 check_graph(log_prob, isopo._modules, isopo._router)
             if isopo._router.rescue is not None:
                 isopo._router.rescue.measure(log_prob, sequence_ids, coefficient_B)
-            if not isopo._graph_is_checked:
-                check_sum(log_prob)
-                isopo._graph_is_checked = True
+            check_sum(log_prob)
+            isopo._graph_is_checked = True
+            if not isinstance(isopo._router.active, Microbatch):  # whose end would check it
+                modules, before = isopo._modules, gradient_stamps(isopo._modules)
+                check = partial(check_bypassed, modules, reduced, before, isopo._router)
+                torch.autograd.Variable._execution_engine.queue_callback(check)
 
         return prepare
 

@@ -43,13 +43,15 @@ class _LayerNorm(torch.autograd.Function):
         owner: int,
         keys: tuple[str, str],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, microbatch_id)
+        ctx.save_for_backward(x, weight)
+        ctx.microbatch_id = microbatch_id  # not saved: checkpointing would replace it
         ctx.eps, ctx.shape, ctx.owner, ctx.keys = eps, (*shape, weight.shape[0]), owner, keys
         return nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, microbatch_id = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
+        microbatch_id = ctx.microbatch_id
         features, wide = list(weight.shape), wide_dtype(x.dtype)
         grad, wide_x = grad.to(wide), x.to(wide)
         normalized, mean, rstd = torch.native_layer_norm(wide_x, features, None, None, ctx.eps)
@@ -120,7 +122,10 @@ def routed_layer_norm(
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and _names_of_vectors(module) == {"weight"}
+    forward = type(module).forward
+    theirs = forward.__module__.startswith("transformers.")
+    named = theirs and type(module).__name__.endswith("RMSNorm")
+    return (named or forward is nn.RMSNorm.forward) and _names_of_vectors(module) == {"weight"}
 
 
 @covers(_is_rms_norm)
@@ -131,8 +136,8 @@ def _rms_norm_forward(self: nn.Module, x: Tensor) -> Tensor:
     weight = per_position(self, "weight", x, *found)
     if isinstance(self, nn.RMSNorm):
         return nn.functional.rms_norm(x, self.normalized_shape, None, self.eps) * weight
-    # The families' classes differ in where they cast and whether they add 1: run theirs, with the
-    # weight repeated.
+    # The classes of transformers differ in where they cast and whether they add 1: run theirs, with
+    # the weight repeated.
     self.__dict__["weight"] = weight
     try:
         return type(self).forward(self, x)

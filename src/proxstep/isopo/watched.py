@@ -126,7 +126,9 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         """Route a call that one of the parameters takes part in."""
         kwargs = dict(kwargs or {})
-        if not torch.is_grad_enabled() or not any(map(self._is_ours, _tensors(args, kwargs))):
+        ours = any(map(self._is_ours, _tensors(args, kwargs)))
+        ours = ours or (func in _NORMS and _is_by_position(*args, **kwargs))
+        if not torch.is_grad_enabled() or not ours:
             return func(*args, **kwargs)
         try:
             return self._route(func, args, kwargs)
@@ -287,6 +289,7 @@ class _Watch(TorchFunctionMode):
         )
 
 
+_NORMS = (nn.functional.layer_norm, torch.layer_norm, nn.functional.rms_norm, torch.rms_norm)
 _ROUTES: dict[Any, Callable[..., Tensor]] = {
     nn.functional.linear: _Watch.linear,
     nn.functional.embedding: _Watch.embedding,
@@ -312,6 +315,15 @@ def _position_axes(x: Tensor, grid: tuple[int, int] | None) -> tuple[int, ...] |
     if heads_first:
         return (0, 2)
     return (0,) if shape[:1] == (grid[0] * grid[1],) else None
+
+
+def _is_by_position(
+    input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any
+) -> bool:
+    """Whether a norm's weight or bias was made of one that is repeated over the positions."""
+    del input
+    of = [value.dim() for value in (weight, bias) if isinstance(value, Tensor)]
+    return max(of, default=0) > len(normalized_shape)
 
 
 def _name_of(func: Any) -> str:
