@@ -152,9 +152,10 @@ ISOPO = (
         ("isopo.settings.PRESETS",),
         (*_GSM8K, "docs/findings/isopo-figures.md"),
         "At step 50, p = -1 and q = -1 both raise the score; only p = -1 lowers the KL drift.",
-        "not run yet at its size; in small, when 4 mnat a token are spent, p = -1 has a score 0.088 "
-        "[0.060, 0.116] above REINFORCE's and q = -1 0.079 [0.047, 0.111]; at the end of the runs "
-        "at the best rate neither score nor p = -1's drift differs from REINFORCE's, ten seeds",
+        "not run yet at its size; in small, when 4 mnat a token are spent, p = -1 has a score "
+        "0.088 [0.060, 0.116] above REINFORCE's and q = -1 0.079 [0.047, 0.111]; at the end of the "
+        "runs at the best rate neither score nor p = -1's drift differs from REINFORCE's, ten "
+        "seeds",
     ),
     Item(
         "section 3",

@@ -123,7 +123,7 @@ def routed_layer_norm(
 
 def _is_rms_norm(module: nn.Module) -> bool:
     forward = type(module).forward
-    theirs = forward.__module__.startswith("transformers.")
+    theirs = str(getattr(forward, "__module__", "")).startswith("transformers.")
     named = theirs and type(module).__name__.endswith("RMSNorm")
     return (named or forward is nn.RMSNorm.forward) and _names_of_vectors(module) == {"weight"}
 
