@@ -51,9 +51,6 @@ class TrailingMeans:
     def fold(self, group: dist.ProcessGroup | None = None) -> str | None:
         """End the optimizer step: fold its measurements into the averages.
 
-        A sum of exactly 0 is no measurement: no gradient reached the parameter, as with LoRA's A
-        while B is still 0. As a past it would be the scale of all that follow.
-
         Args:
             group: The ranks over which measurements are averaged, where torch.distributed is
                 initialized; None for all. All of them end up with the same averages, whatever each
@@ -66,13 +63,13 @@ class TrailingMeans:
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             self._pending = _sum_over_ranks(self._pending, self.means, group)
         pending, self._pending = self._pending, {}
-        broken, empty = _not_measured(pending)
+        broken = _not_finite(pending)
         if broken is not None:
             return broken
         for key, measured in pending.items():
             means = self.means.setdefault(key, {})
             for name, (total, count) in measured.items():
-                if not count or (key, name) in empty:
+                if not count:
                     continue
                 new = total / count
                 means[name] = (
@@ -101,19 +98,14 @@ class TrailingMeans:
             self.means.setdefault(key, {})[name] = mean
 
 
-def _not_measured(pending: Pending) -> tuple[str | None, set[Place]]:
-    """Return the first parameter of which a sum is not finite, and which sums are 0.
-
-    With one copy from the device.
-    """
-    places = [(key, name) for key, measured in pending.items() for name in measured]
+def _not_finite(pending: Pending) -> str | None:
+    """Return the first parameter of which a sum is not finite, with one copy from the device."""
+    keys = [key for key, measured in pending.items() for _ in measured]
     totals = [total for measured in pending.values() for total, _ in measured.values()]
     if not totals:
-        return None, set()
-    every = torch.stack([total.to(totals[0].device) for total in totals])
-    found = torch.stack([every.isfinite(), every == 0]).tolist()
-    broken = next((key for (key, _), ok in zip(places, found[0], strict=True) if not ok), None)
-    return broken, {place for place, zero in zip(places, found[1], strict=True) if zero}
+        return None
+    finite = torch.stack([total.to(totals[0].device) for total in totals]).isfinite()
+    return None if bool(finite.all()) else keys[finite.tolist().index(False)]
 
 
 def step_means(records: Sequence[LayerRecord]) -> dict[str, float]:

@@ -198,8 +198,6 @@ class SampleStore:
     def fold(self, group: Group, keys: frozenset[int] = frozenset()) -> None:
         """End the optimizer step: what was kept is the sample from now on.
 
-        A sample of zeros would measure every sequence as 0: an earlier one stays, or there is none.
-
         Args:
             group: The ranks.
             keys: The sequences that this rank had, where the caller numbered them.
@@ -210,7 +208,7 @@ class SampleStore:
         kept = self.pending
         if dist.is_initialized():
             kept = gathering.merge(kept, self.count, group, keys)
-        self.current |= {key: kept[key] for key in _not_zero(kept)}
+        self.current |= kept
         self.pending = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -402,15 +400,6 @@ def _predicting(completion_mask: Tensor) -> Tensor:
     following = torch.zeros_like(completion_mask)
     following[:, :-1] = completion_mask[:, 1:]
     return following
-
-
-def _not_zero(kept: Kept) -> list[str]:
-    """Return the parameters whose sample is not all zeros, with one copy from the device."""
-    any_K = [rows.weight_K.any() for rows, _ in kept.values()]
-    if not any_K:
-        return []
-    found = torch.stack([one.to(any_K[0].device) for one in any_K]).tolist()
-    return [key for key, some in zip(kept, found, strict=True) if some]
 
 
 def _mix(*numbers: int) -> int:
