@@ -82,15 +82,15 @@ class Recipe(Section):
         description="A Python file, or a module's name, that registers algorithms of your own: it "
         "is imported before the recipe is read. See docs/howto/objective.md.",
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Of everything random.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of all random numbers.")
     steps: Positive = Field(default=100, description="Rollout steps.")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")
     output_dir: str = Field(default="runs/latest", description="The run folder.")
     guard: Literal["off", "warn", "halve", "stop"] = Field(
         default="warn",
-        description="Where the metrics show a collapse: warn in a line, stop and keep the last "
-        "good checkpoint, or halve: go back to it with half the learning rate, three times at "
-        "most. See docs/diagnostics.md.",
+        description="What to do when the metrics show a collapse. warn: print a line. stop: end "
+        "the run and keep the last good checkpoint. halve: go back to it with half the learning "
+        "rate, three times at most. See docs/diagnostics.md.",
     )
     model: ModelSection = Field(default_factory=ModelSection)
     task: TaskSection = Field(default_factory=TaskSection)

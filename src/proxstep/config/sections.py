@@ -89,15 +89,16 @@ class ModelSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Of the weights. Small learning rates get lost in bfloat16 weights. With lora, "
-        "of the frozen ones: the adapters are always in float32, as in TRL and peft.",
+        description="Type of the weights. In bfloat16, updates with a small learning rate are lost "
+        "to rounding. With lora, of the frozen weights alone: adapters are in float32, as in TRL "
+        "and peft.",
     )
     autocast: Literal["bfloat16", "auto"] | None = Field(
         default=None,
         description="Compute in bfloat16 under torch.autocast; weights, gradients, optimizer and "
         "log-softmax stay in float32. It holds for sampling and evaluation too, so that the policy "
         "that samples is the one that is updated. auto: bfloat16 where the hardware has it and a "
-        "measurement at the start finds it faster; the run folder keeps what that gave.",
+        "measurement at the start finds it faster; the run folder keeps the result.",
     )
     head: Literal["full", "chunked"] = Field(
         default="full",
@@ -121,7 +122,9 @@ class ModelSection(Section):
         "training solutions first (svamp and table have none), once and cached; null for none.",
     )
     warmup_learning_rate: float = Field(
-        default=5e-5, gt=0, description="Of that warm-up: AdamW, 16 solutions a step, one pass."
+        default=5e-5,
+        gt=0,
+        description="Learning rate of that warm-up: AdamW, 16 solutions a step, one pass.",
     )
 
 
@@ -156,9 +159,9 @@ class TaskSection(Section):
     num_validation: Positive = Field(default=256, description="Number of validation rows.")
     prompt_format: Literal["auto", "chat", "plain"] = Field(
         default="auto",
-        description='Of prompts that are texts: "chat" makes each a user\'s message, '
-        '"plain" leaves it as it is, "auto" is chat where the tokenizer has a template (but never '
-        "for code that a completion goes on with).",
+        description='How a prompt that is a text is sent: "chat", as a user\'s message; "plain", '
+        'as it is; "auto", as a chat where the tokenizer has a template (but never code that a '
+        "completion continues).",
     )
     instruction: str | None = Field(
         default=None,
@@ -175,7 +178,7 @@ class TaskSection(Section):
         "which are then left out of training, with their solution or else their answer.",
     )
     few_shot_seed: int = Field(
-        default=0, ge=0, lt=2**31, description="Which rows; `seed` does not change them."
+        default=0, ge=0, lt=2**31, description="Chooses these rows, and `seed` does not."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None,
@@ -233,7 +236,7 @@ class RolloutSection(Section):
         default="transformers",
         description="What samples: transformers on the policy itself, or vLLM on the same GPU, "
         "which sleeps between rollouts and gets the weights anew for each. vllm has not run on a "
-        "card yet. Evaluation samples with transformers. verl always samples with vLLM.",
+        "GPU yet. Evaluation samples with transformers. verl always samples with vLLM.",
     )
     gpu_memory_utilization: float = Field(
         default=0.3,
@@ -248,10 +251,10 @@ class RolloutSection(Section):
         "Other sizes draw other samples. TRL and verl have batches of their own.",
     )
     temperature: float = Field(
-        default=1.0, gt=0, description="Also of the log-probabilities in the loss."
+        default=1.0, gt=0, description="Of sampling, and of the loss's log-probabilities."
     )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus; below 1 is off-policy.")
-    top_k: int = Field(default=0, ge=0, description="0 for the whole vocabulary; else off-policy.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus; off-policy below 1.")
+    top_k: int = Field(default=0, ge=0, description="0 for the whole vocabulary; off-policy above.")
     stop: list[Text] | None = Field(
         default=None,
         min_length=1,
@@ -267,7 +270,7 @@ class RolloutSection(Section):
     dynamic_sampling_max_batches: Positive | None = Field(
         default=None,
         description="Learn only from prompts whose completions' rewards differ: sample up to this "
-        "many batches of num_prompts until there are num_prompts such (DAPO; verl's "
+        "many batches of num_prompts until there are num_prompts of them (DAPO; verl's "
         "filter_groups.max_num_gen_batches); null to take one batch as it is.",
     )
     mask_truncated_completions: bool = Field(
@@ -309,9 +312,10 @@ class UpdateSection(Section):
     )
     microbatch_tokens: Positive | None = Field(
         default=None,
-        description="Tokens per forward and backward, prompts and padding included, instead: the "
-        "longest sequences first, each with others of its length. verl's ppo_max_token_len_per_gpu."
-        " Not for rules that depend on which sequences share a microbatch.",
+        description="In place of microbatch_size: tokens per forward and backward, prompts and "
+        "padding included. Sequences of similar length go together, the longest first. verl's "
+        "ppo_max_token_len_per_gpu. Not for rules that depend on which sequences share a "
+        "microbatch.",
     )
     kl_budget: float | None = Field(
         default=None,
@@ -322,14 +326,14 @@ class UpdateSection(Section):
     )
     kl_budget_per: Literal["sequence", "token"] = Field(
         default="sequence",
-        description="What the budget is of: a completion, on average, or a token.",
+        description="The budget is per completion, on average, or per token.",
     )
     kl_control: Control = Field(
         default=default_of(KlBudget, "control"),
-        description="predicted: by the KL divergence that is predicted. corrected: with a factor "
-        "that is learned from what earlier steps did. measured-backtracking: halve the step until "
-        "the measured KL divergence is within the budget. adaptive-learning-rate: PPO's, from the "
-        "step before.",
+        description="How a step is scaled. predicted: by its predicted KL divergence. corrected: "
+        "that times a factor learned from what earlier steps did. measured-backtracking: halve the "
+        "step until the measured KL divergence is within the budget. adaptive-learning-rate: PPO's "
+        "rule, from the KL divergence of the step before.",
     )
     kl_num_sequences: Positive | None = Field(
         default=None,
@@ -358,12 +362,13 @@ class EvaluationSection(Section):
     num_probe_prompts: Positive = Field(default=64, description="Prompts that measure KL drift.")
     kl_policy_initial: bool = Field(
         default=True,
-        description="KL(policy || initial); keeps a copy of the initial weights, except with LoRA.",
+        description="Measure KL(policy || initial); keeps a copy of the initial weights, except "
+        "with LoRA.",
     )
     remember_first: bool = Field(
         default=False,
-        description="Keep the greedy completions before step 1 in the cache, and take them from "
-        "there: the runs of a comparison begin with the same policy.",
+        description="Cache the greedy completions before step 1 and reuse them, since the runs of "
+        "a comparison begin with the same policy.",
     )
     num_samples: int = Field(
         default=0,
@@ -371,11 +376,11 @@ class EvaluationSection(Section):
         description="Completions sampled for each validation prompt beside the greedy one, for "
         "avg@n and pass@k (arXiv 2107.03374); 0 for none.",
     )
-    temperature: float = Field(default=1.0, gt=0, description="Of those samples.")
+    temperature: float = Field(default=1.0, gt=0, description="Temperature of these samples.")
     baselines: bool = Field(
         default=True,
         description="Grade the best constant answer and numbers copied from the prompt, once, by "
-        "the first reward function: what a score must be held against.",
+        "the first reward function: scores that need no skill.",
     )
 
 
@@ -394,17 +399,17 @@ class LoggingSection(Section):
     )
     checkpoint_last: bool = Field(
         default=True,
-        description="Whether the last step writes one. Without it a finished run keeps what it "
-        "measured, and not the policy.",
+        description="Whether the last step writes a checkpoint. Without one a finished run keeps "
+        "its measurements, but not the policy.",
     )
     checkpoint_minutes: float | None = Field(
         default=10.0,
         gt=0,
-        description="Minutes after which a step's end writes one anyway; null for never.",
+        description="Minutes after which a step's end writes a checkpoint anyway; null for never.",
     )
     checkpoints_kept: int = Field(
         default=2,
         ge=2,
-        description="Checkpoints kept, the newest: where one is damaged, the one "
+        description="How many of the newest checkpoints are kept: where one is damaged, the one "
         "before it is used.",
     )
