@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from experiments.shared import Quiet
 from experiments.truth_plots import draw
-from experiments.truth_tables import tables
+from experiments.truth_tables import parts_of, reference, tables
 
 ROOT = Path(__file__).parents[1]
 TRUTH = ROOT / "experiments" / "truth"
@@ -161,18 +161,19 @@ class Experiment:
 
     def publish(self) -> None:
         """Write figure and page from the rows."""
-        parts = [f"None of {self._plan_text()} has run yet."]
+        found = [f"None of {self._plan_text()} has run yet."]
         if rows := self.done():
             self.restore()
             comparison = compare_runs(find_runs([self.output / name for name in rows]))
+            parts = parts_of(comparison, self.name)
             self.figure.parent.mkdir(parents=True, exist_ok=True)
             with mpl.rc_context({**STYLE, "svg.hashsalt": "proxstep"}):
-                draw(comparison).savefig(self.figure, metadata={"Date": None})
-            parts = list(self._results(comparison, rows))
+                draw(comparison, parts).savefig(self.figure, metadata={"Date": None})
+            found = list(self._results(comparison, parts, rows))
         text = self.page.read_text(encoding="utf-8") if self.page.exists() else self._empty_page()
         begin = BEGIN.format(self.name)
         before, after = text.split(begin)[0], text.split(END)[1]
-        own = "\n\n".join(parts)
+        own = "\n\n".join(found)
         self.page.parent.mkdir(parents=True, exist_ok=True)
         self.page.write_text(f"{before}{begin}\n\n{own}\n\n{END}{after}", encoding="utf-8")
 
@@ -183,15 +184,17 @@ class Experiment:
         plan = f"[`plan.yaml`](../../experiments/truth/{self.name}/plan.yaml)"
         return f"{len(self.cells)} runs of {plan}"
 
-    def _results(self, comparison: Comparison, rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    def _results(
+        self, comparison: Comparison, parts: list[Comparison], rows: dict[str, dict[str, Any]]
+    ) -> Iterator[str]:
         machines = sorted({row["info"]["machine"] for row in rows.values()})
         dates = sorted({row["info"]["started"][:10] for row in rows.values()})
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
         yield f"{len(rows)} of {self._plan_text()}; {'; '.join(machines)}; {when}."
         yield verdict(comparison)
-        if comparison.against:
-            yield f"![Each arm against {comparison.against}](../figures/findings/{self.name}.svg)"
-        yield from tables(comparison, self.name)
+        if whose := reference(parts):
+            yield f"![Each arm's score less {whose}](../figures/findings/{self.name}.svg)"
+        yield from tables(comparison, parts, self.name)
 
 
 def digest(recipe: Recipe) -> str:

@@ -7,6 +7,7 @@ from math import isnan
 from typing import Any
 
 import numpy as np
+from experiments.truth_tables import reference
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.spatial import ConvexHull, QhullError
@@ -22,13 +23,18 @@ NUM_BINS = 5
 """Of the rewards against which gradient norms are drawn: each holds as many steps."""
 
 
-def draw(comparison: Comparison) -> Figure:
-    """Return the arms' results above, and what their runs were like below."""
+def draw(comparison: Comparison, parts: list[Comparison]) -> Figure:
+    """Return the arms' results above, and what their runs were like below.
+
+    Args:
+        comparison: Of all arms.
+        parts: Those that the differences are of: see `parts_of`.
+    """
     names = [row.algorithm for row in comparison.settings[0].standings]
     looks, chosen = _looks(names), comparison.chosen
     figure = Figure(figsize=(12, 4.6 + 0.26 * len(names)), layout="constrained")
     panels = figure.subplots(2, 3)
-    _results(panels[0, 0], panels[0, 1], comparison, looks)
+    _results(panels[0, 0], panels[0, 1], parts, looks)
     _hulls(panels[0, 2], chosen, looks)
     _curves(panels[1, 0], chosen, looks, "score")
     panels[1, 0].set_title("Greedy score by step")
@@ -53,24 +59,29 @@ def _looks(names: list[str]) -> Looks:
     }
 
 
-def _results(left: Any, right: Any, comparison: Comparison, looks: Looks) -> None:
-    """What each arm ends above the one all are compared with, and the KL saved at equal score."""
-    setting, against = comparison.settings[0], comparison.against
-    pairs = {pair.first: pair for pair in setting.pairs if pair.second == against}
-    rows = setting.standings
+def _results(left: Any, right: Any, parts: list[Comparison], looks: Looks) -> None:
+    """What each arm ends above the one it is compared with, and the KL saved at equal score."""
+    whose = reference(parts)
+    pairs = {
+        pair.first: pair
+        for part in parts
+        for pair in part.settings[0].pairs
+        if pair.second == part.against
+    }
+    rows = [row for part in parts for row in part.settings[0].standings]
     for place, row in enumerate(rows):
         color = looks[row.algorithm].color
         if row.algorithm in pairs:
             _interval(left, place, pairs[row.algorithm].final, 1.0, color)
             _interval(right, place, pairs[row.algorithm].kl_saved, 100.0, color)
-        elif against is None:
+        elif not whose:
             _interval(left, place, row.final, 1.0, color)
     for axes in (left, right):
         axes.set_yticks(range(len(rows)), [row.algorithm for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
     right.set_yticklabels([])
-    left.set_title("Final score" + (f" - {against}'s" if against else ""))
-    if against:
+    left.set_title("Final score" + (f" - {whose}" if whose else ""))
+    if whose:
         left.axvline(0, color="#9aa1ab", linewidth=1)
     right.set_title("Less KL at equal score, %")
     right.axvline(0, color="#9aa1ab", linewidth=1)

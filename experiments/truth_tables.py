@@ -9,37 +9,80 @@ from math import comb, isnan, nan
 from statistics import fmean
 
 from proxstep.lab.choosing import Chosen
-from proxstep.lab.comparison import Comparison, Pair, contrast
+from proxstep.lab.comparison import Comparison, Pair, compare_runs, contrast
 from proxstep.lab.outcomes import Outcome
 from proxstep.lab.statistics import Estimate, difference, interquartile_mean, mean_interval
-from proxstep.runs.reading import MISSING
+from proxstep.runs.reading import MISSING, Run
 
 SPENT = (1, 2, 4, 8, 16)
 """Milli-nats a token, at which scores are compared on the way."""
 BEST_OF = {"isopo-figures": 3}
 """Experiments whose figure in the paper shows the best of so many runs."""
+PARTED = {"optimizers": "reinforce"}
+"""Experiments of arms METHOD-OPTIMIZER: each is compared with this method under its optimizer."""
 
 
-def tables(comparison: Comparison, name: str) -> Iterator[str]:
+def parts_of(comparison: Comparison, name: str) -> list[Comparison]:
+    """Return the comparisons that an experiment's page is made of, mostly the whole one."""
+    if name not in PARTED:
+        return [comparison]
+    runs: dict[str, list[Run]] = {}
+    for arm, chosen in comparison.chosen.items():
+        runs.setdefault(arm.rpartition("-")[2], []).extend(outcome.run for outcome in chosen.pool)
+    return [compare_runs(own, f"{PARTED[name]}-{part}") for part, own in runs.items()]
+
+
+def tables(comparison: Comparison, parts: Sequence[Comparison], name: str) -> Iterator[str]:
     """Yield the tables of an experiment's page."""
-    yield scores(comparison)
+    yield scores(parts)
     if number := BEST_OF.get(name):
         yield best_of_table(comparison, number)
-    if len(comparison.settings) > 1:
-        yield at_equal_values(comparison)
-        yield from on_the_way(comparison)
+    for part in parts:
+        if len(part.settings) > 1:
+            yield at_equal_values(part)
+            yield from on_the_way(part)
     yield training(comparison)
 
 
-def scores(comparison: Comparison) -> str:
-    """Return each arm at its best values, and against the one that all are compared with."""
+def reference(parts: Sequence[Comparison]) -> str:
+    """Return whose figures the others' are compared with, in the genitive; empty for nobody's."""
+    names = [part.against for part in parts if part.against]
+    return "reinforce's of its optimizer" if len(names) > 1 else "".join(f"{n}'s" for n in names)
+
+
+def scores(parts: Sequence[Comparison]) -> str:
+    """Return each arm at its best values, and against the one that it is compared with."""
+    whose, tuned = reference(parts), parts[0].tuned
+    columns = ["", *([tuned.replace("_", " ")] if tuned else []), "seeds"]
+    columns += ["final score", "KL(policy ‖ initial), mnat a token"]
+    if whose:
+        columns += [f"its KL - {whose}", f"score - {whose}"]
+        columns += ["at equal KL", "less KL at equal score"]
+    rows = [cells for part in parts for cells in _score_rows(part)]
+    note = (
+        "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t; "
+        "its difference like the scores'."
+    )
+    if tuned:
+        note += (
+            " Each seed is reported at the value that the other seeds chose (in brackets, how many "
+            "chose it)."
+        )
+    settings = [part.settings[0] for part in parts]
+    if any(setting.pairs for setting in settings) and whose:
+        note += " Intervals are for one pair at a time."
+        if levels := [f"{s.kl * 1000:.3g}" for s in settings if not isnan(s.kl)]:
+            note += (
+                f" At equal KL: difference of the scores when {', '.join(levels)} mnat a token "
+                "were first spent, the most that every run spent"
+                + (", in the optimizers' order." if len(levels) > 1 else ".")
+            )
+    return f"{_table(columns, rows)}\n\n{note}"
+
+
+def _score_rows(comparison: Comparison) -> list[list[str]]:
     setting, against = comparison.settings[0], comparison.against
     pairs = {pair.first: pair for pair in setting.pairs if pair.second == against}
-    columns = ["", *([comparison.tuned.replace("_", " ")] if comparison.tuned else []), "seeds"]
-    columns += ["final score", "KL(policy ‖ initial), mnat a token"]
-    if against:
-        columns += [f"its KL - {against}'s", f"score - {against}'s"]
-        columns += ["at equal KL", "less KL at equal score"]
     rows = []
     for row in setting.standings:
         chosen = comparison.chosen[row.algorithm]
@@ -55,23 +98,7 @@ def scores(comparison: Comparison) -> str:
                 further = contrast(difference, chosen, comparison.chosen[against], _drift)
                 cells[-4:] = [_text(further, "+"), *_against(pair)]
         rows.append(cells)
-    note = (
-        "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t; "
-        "its difference like the scores'."
-    )
-    if comparison.tuned:
-        note += (
-            " Each seed is reported at the value that the other seeds chose (in brackets, how many "
-            "chose it)."
-        )
-    if pairs:
-        note += " Intervals are for one pair at a time."
-    if pairs and not isnan(setting.kl):
-        note += (
-            f" At equal KL: difference of the scores when {setting.kl * 1000:.3g} mnat a token "
-            "were first spent, the most that every run spent."
-        )
-    return f"{_table(columns, rows)}\n\n{note}"
+    return rows
 
 
 def _drift(outcome: Outcome) -> float:

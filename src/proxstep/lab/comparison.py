@@ -164,14 +164,19 @@ class Comparison:
         return [*fairness_notes(runs, self.varied), *unmeasured]
 
 
-def compare_runs(runs: Sequence[Run]) -> Comparison:
-    """Return the figures of all runs, tuned values read from the plans beside them."""
+def compare_runs(runs: Sequence[Run], against: str | None = None) -> Comparison:
+    """Return the figures of all runs, tuned values read from the plans beside them.
+
+    Args:
+        runs: Of any number of algorithms.
+        against: The algorithm that all others are compared with; by default the plan's, if any.
+    """
     groups = outcomes_by_algorithm(runs)
     varied = varied_keys(runs)
     chosen = {algorithm: Chosen(outcomes) for algorithm, outcomes in groups.items()}
     values = list(dict.fromkeys(o.tuned for outcomes in groups.values() for o in outcomes))
     tuned = [key.rpartition(".")[2] for key in varied if not is_of_task(key)]
-    against = reference_of(runs)
+    against = against or reference_of(runs)
     settings = [_setting(BEST if tuned else "", chosen, against)]
     for value in values if len(values) > 1 else ():
         alike = {name: [o for o in group if o.tuned == value] for name, group in groups.items()}
