@@ -57,6 +57,16 @@ def test_a_microbatch_without_sequences_changes_no_average() -> None:
     assert trailing.of("a")["norm_sq"] == 3.0
 
 
+@pytest.mark.parametrize("before", [[], [2.0]])
+def test_a_sum_of_0_is_no_measurement(before: list[float]) -> None:
+    """No gradient reached the parameter; some zeros beside others are lengths."""
+    trailing = TrailingMeans(0.5)
+    for values in (before, [0.0, 0.0], [0.0, 4.0]):
+        trailing.add("a", {"norm_sq": torch.tensor(values)})
+        trailing.fold()
+    assert trailing.of("a")["norm_sq"] == 2.0
+
+
 # -- over ranks ------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tests import models
 from tests.families import FAMILIES, MORE, build
+from tests.isopo.rules import paper
 from tests.isopo.test_install import COEFFICIENTS, IDS, TOKENS, gradients, log_probs
 from tests.models import tiny_qwen3
 from tests.selection import square
@@ -28,6 +29,7 @@ from proxstep import (
     completion_log_probs,
     sequence_ids,
 )
+from proxstep.isopo import Rule
 
 RULES = ["isopo", "isopo-figure4", "isopo-natural"]
 
@@ -442,6 +444,63 @@ def test_adapters_that_are_added_later_are_found() -> None:
         isopo.microbatch(IDS, COEFFICIENTS),
     ):
         pass
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("rule", [*RULES, "isopo-npg", "isopo-euclidean", paper("isopo")])
+def test_a_parameter_begins_with_its_first_gradient(rule: str | Rule, measured: bool) -> None:
+    """LoRA's A has none while B is 0: as a past that is 0 it would be the scale of what follows."""
+    model = build("qwen3-lora", 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_("lora_B" not in name)
+    isopo = Isopo(model, rule)
+    while measured and isopo.needs_past:
+        with isopo.measuring(), isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+            microbatch.objective(log_probs(model)).backward()
+    one_step(model, isopo)
+    assert all(not p.grad.any() for n, p in model.named_parameters() if "lora_A" in n)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1 * ("lora_B" in name))
+        if seed == 0:
+            twin = copy.deepcopy(model)
+            fresh = Isopo(twin, rule)
+        twin.load_state_dict(model.state_dict())
+        found, wanted = one_step(model, isopo), one_step(twin, fresh)
+        names = [name for name in found if "lora_A" in name]
+        assert names
+        for name in names:
+            assert (found[name] - wanted[name]).norm() <= 1e-10 * wanted[name].norm() > 0, name
+
+
+def test_a_step_without_any_gradient_changes_nothing_that_is_carried() -> None:
+    """No token of it counted."""
+    model = tiny_qwen3()
+    isopo = Isopo(model, "isopo-figure4")
+    one_step(model, isopo)
+    before = copy.deepcopy(isopo.state_dict())
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model), torch.zeros(2, 4, dtype=torch.bool)).backward()
+    isopo.step()
+    after = isopo.state_dict()
+    assert after["trailing"].keys() == before["trailing"].keys()
+    for name, mean in before["trailing"].items():
+        assert abs(after["trailing"][name] - mean) <= 1e-12 * mean, name
+    for key, of in before["samples"].items():
+        same = zip(of["rows"], after["samples"][key]["rows"], strict=True)
+        assert all(torch.equal(*pair) for pair in same)
+
+
+def one_step(model: nn.Module, isopo: Isopo) -> dict[str, Tensor]:
+    """One optimizer step's gradient, of the usual microbatch."""
+    model.zero_grad()
+    with isopo.microbatch(IDS, COEFFICIENTS) as microbatch:
+        microbatch.objective(log_probs(model)).backward()
+    isopo.step()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -63,10 +63,10 @@ def train(
                 microbatch.objective(log_probs(model, grid)).backward()
 
     try:
-        while isopo.needs_past:
-            with isopo.measuring():
-                backward(0)
         for step in range(STEPS):
+            while isopo.needs_past:
+                with isopo.measuring():
+                    backward(step)
             model.zero_grad()
             backward(step)
             found += [p.grad.clone() for p in model.parameters() if p.grad is not None]

@@ -28,11 +28,15 @@ class TrailingMeans:
 
     Args:
         decay: Share of the past that is kept at each step. The paper uses 0.9 (figure 7).
+
+    Attributes:
+        unmeasured: What was 0 in the last step, and has no average.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.means: dict[str, dict[str, Tensor]] = {}
+        self.unmeasured: set[Place] = set()
         self._pending: Pending = {}
 
     def of(self, key: str) -> Mapping[str, Float[Tensor, ""]]:
@@ -48,13 +52,17 @@ class TrailingMeans:
                 total, count = pending[name][0] + total, pending[name][1] + count
             pending[name] = (total, count)
 
-    def fold(self, group: dist.ProcessGroup | None = None) -> str | None:
-        """End the optimizer step: fold its measurements into the averages.
+    def fold(self, group: dist.ProcessGroup | None = None, *, missing: bool = False) -> str | None:
+        """End the optimizer step, or a measuring pass: fold its measurements into the averages.
+
+        A sum of exactly 0 is no measurement: no gradient reached the parameter, as with LoRA's A
+        while B is still 0. As a past it would be the scale of all that follow.
 
         Args:
             group: The ranks over which measurements are averaged, where torch.distributed is
                 initialized; None for all. All of them end up with the same averages, whatever each
                 of them has measured.
+            missing: Keep only what has no average yet.
 
         Returns:
             A parameter of which something measured is not finite, so that nothing was folded; None
@@ -63,13 +71,14 @@ class TrailingMeans:
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             self._pending = _sum_over_ranks(self._pending, self.means, group)
         pending, self._pending = self._pending, {}
-        broken = _not_finite(pending)
+        broken, empty = _not_measured(pending)
         if broken is not None:
             return broken
+        self.unmeasured = {place for place in empty if place[1] not in self.of(place[0])}
         for key, measured in pending.items():
             means = self.means.setdefault(key, {})
             for name, (total, count) in measured.items():
-                if not count:
+                if not count or (key, name) in empty or (missing and name in means):
                     continue
                 new = total / count
                 means[name] = (
@@ -98,14 +107,19 @@ class TrailingMeans:
             self.means.setdefault(key, {})[name] = mean
 
 
-def _not_finite(pending: Pending) -> str | None:
-    """Return the first parameter of which a sum is not finite, with one copy from the device."""
-    keys = [key for key, measured in pending.items() for _ in measured]
+def _not_measured(pending: Pending) -> tuple[str | None, set[Place]]:
+    """Return the first parameter of which a sum is not finite, and which sums are 0.
+
+    With one copy from the device.
+    """
+    places = [(key, name) for key, measured in pending.items() for name in measured]
     totals = [total for measured in pending.values() for total, _ in measured.values()]
     if not totals:
-        return None
-    finite = torch.stack([total.to(totals[0].device) for total in totals]).isfinite()
-    return None if bool(finite.all()) else keys[finite.tolist().index(False)]
+        return None, set()
+    every = torch.stack([total.to(totals[0].device) for total in totals])
+    found = torch.stack([every.isfinite(), every == 0]).tolist()
+    broken = next((key for (key, _), ok in zip(places, found[0], strict=True) if not ok), None)
+    return broken, {place for place, zero in zip(places, found[1], strict=True) if zero}
 
 
 def step_means(records: Sequence[LayerRecord]) -> dict[str, float]:

@@ -105,25 +105,22 @@ class CarriedSamples(Samples):
     few positions make up most of F: 32 are as good as 250 that are drawn evenly.
 
     A sequence is not measured by its own positions, which lie in its direction more than others do,
-    where the sample holds some: in the first step, of which the sample was drawn beforehand, and
-    where the same sequences make several steps. In the first step its prompt's do not count either,
-    since in later ones they will not be there.
+    where the sample holds some: where it was drawn beforehand from the step itself, by a measuring
+    pass, and where the same sequences make several steps. Drawn beforehand, its prompt's do not
+    count either, since in later steps they will not be there.
 
     Args:
         store: Where they are kept.
         own: The microbatch's positions, with the random numbers that their priorities come from.
         count: How many of them may be drawn.
         whose: The microbatch's sequences.
-        first: Whether this is the first step.
     """
 
     same_positions = False
 
-    def __init__(
-        self, store: SampleStore, own: Rows, count: int, whose: Rows, *, first: bool
-    ) -> None:
+    def __init__(self, store: SampleStore, own: Rows, count: int, whose: Rows) -> None:
         self._store, self._own, self._count = store, own, min(count, store.count)
-        self._whose, self._first = whose, first
+        self._whose = whose
 
     def of(self, key: str, every: PositionGradients) -> Sample:
         """Return what was kept of the previous step, and keep this microbatch's for the next."""
@@ -138,12 +135,13 @@ class CarriedSamples(Samples):
         self._store.add(key, rows, own)
         if kept is None:
             return Sample(own, None, self._store.weights(rows))
-        return Sample(kept[1], self._own_rows(kept[0]), self._store.weights(kept[0]))
+        own_KB = self._own_rows(kept[0], of_step=key in self._store.of_step)
+        return Sample(kept[1], own_KB, self._store.weights(kept[0]))
 
-    def _own_rows(self, rows: Rows) -> Bool[Tensor, "samples batch"]:
+    def _own_rows(self, rows: Rows, *, of_step: bool) -> Bool[Tensor, "samples batch"]:
         """Return which sampled position is which sequence's own."""
         own_KB = rows.key_K[:, None] == self._whose.key_K
-        if self._first:
+        if of_step:
             own_KB |= rows.group_K[:, None] == self._whose.group_K
         return own_KB & ~own_KB.all(dim=0)  # where there are no others, its own have to do
 
@@ -153,12 +151,18 @@ class SampleStore:
 
     Args:
         count: K.
+
+    Attributes:
+        of_step: Whose sample is of the step that is to come, by a measuring pass.
+        unmeasured: Whose gradients were 0 in the last step, and who have no sample.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.current: Kept = {}
         self.pending: Kept = {}
+        self.of_step: frozenset[str] = frozenset()
+        self.unmeasured: frozenset[str] = frozenset()
 
     def add(self, key: str, rows: Rows, gradients: PositionGradients) -> None:
         """Keep the K smallest priorities of those kept before and these."""
@@ -195,21 +199,31 @@ class SampleStore:
         self.current[key] = (moved, sample.map(lambda value: value.to(device)))
         return self.current[key]
 
-    def fold(self, group: Group, keys: frozenset[int] = frozenset()) -> None:
-        """End the optimizer step: what was kept is the sample from now on.
+    def fold(
+        self, group: Group, keys: frozenset[int] = frozenset(), *, missing: bool = False
+    ) -> None:
+        """End the optimizer step, or a measuring pass: what was kept is the sample from now on.
+
+        A sample of zeros would measure every sequence as 0: an earlier one stays, or there is none.
 
         Args:
             group: The ranks.
             keys: The sequences that this rank had, where the caller numbered them.
+            missing: Keep only those of parameters that have no sample yet.
 
         Raises:
             ProxstepError: If ranks kept samples of different parameters, or of the same sequence.
         """
         kept = self.pending
+        if missing:
+            kept = {key: sample for key, sample in kept.items() if key not in self.current}
         if dist.is_initialized():
             kept = gathering.merge(kept, self.count, group, keys)
-        self.current |= kept
+        found = {key: kept[key] for key in _not_zero(kept)}
+        self.current |= found
         self.pending = {}
+        self.unmeasured = frozenset(kept.keys() - self.current.keys())
+        self.of_step = self.of_step | found.keys() if missing else frozenset()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs: each parameter's sample, as tensors and numbers."""
@@ -225,6 +239,7 @@ class SampleStore:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the sample by that of `state_dict`, and forget what is pending."""
         self.pending, self.current = {}, {}
+        self.of_step = self.unmeasured = frozenset()
         for key, of in state.items():
             fields = {name: value for name, value in of.items() if name not in ("kind", "rows")}
             self.current[key] = (Rows(*of["rows"]), KINDS[of["kind"]](**fields))
@@ -300,7 +315,7 @@ class Drawing:
             own = Rows(priority_T, key_T, group_T, none)
             whose = Rows(none, key_B, group_B, none)
             count = int(priority_T.isfinite().sum())
-            return CarriedSamples(self._store, own, count, whose, first=step == 0)
+            return CarriedSamples(self._store, own, count, whose)
         if self._source == "ranks" and dist.is_initialized():
             return GatheredSamples(priority_T, self._count, self._group)
         return Samples(smallest(priority_T, self._count))
@@ -310,10 +325,18 @@ class Drawing:
         """Whether samples are carried over from one step to the next."""
         return self._store is not None
 
-    def end_step(self, *, keep: bool = True) -> None:
-        """End the optimizer step: its sample is carried over, its sequences are forgotten."""
+    @property
+    def unmeasured(self) -> frozenset[str]:
+        """Parameters whose gradients were 0 in the last step, and that have no sample."""
+        return frozenset() if self._store is None else self._store.unmeasured
+
+    def end_step(self, *, keep: bool = True, missing: bool = False) -> None:
+        """End the optimizer step, or a measuring pass, which adds only what is `missing`.
+
+        Its sample is carried over, its sequences are forgotten.
+        """
         if self._store is not None and keep:
-            self._store.fold(self._group, frozenset(self._seen))
+            self._store.fold(self._group, frozenset(self._seen), missing=missing)
         elif self._store is not None:
             self._store.pending = {}
         self._seen.clear()
@@ -400,6 +423,15 @@ def _predicting(completion_mask: Tensor) -> Tensor:
     following = torch.zeros_like(completion_mask)
     following[:, :-1] = completion_mask[:, 1:]
     return following
+
+
+def _not_zero(kept: Kept) -> list[str]:
+    """Return the parameters whose sample is not all zeros, with one copy from the device."""
+    any_K = [rows.weight_K.any() for rows, _ in kept.values()]
+    if not any_K:
+        return []
+    found = torch.stack([one.to(any_K[0].device) for one in any_K]).tolist()
+    return [key for key, some in zip(kept, found, strict=True) if some]
 
 
 def _mix(*numbers: int) -> int:

@@ -154,7 +154,7 @@ class Isopo:
         self._log: Log = []
         self._diagnosing = self._graph_is_checked = False
         self._step, self._microbatch = 0, 0
-        self._measuring, self._passes = False, 0
+        self._measuring, self._passes, self._late = False, 0, False
         self._running: dict[str, Tensor] = {}
         self._versions: dict[nn.Parameter, int] = {}
         self._values: tuple[list[int], Tensor] | None = None
@@ -268,20 +268,21 @@ class Isopo:
         passes = 2 if sampled and self._drawing.carries else 0
         denominators = sampled and self._settings.fisher_denominator == "trailing"
         passes = passes or int(bool(self.rule.averages or denominators))
-        return self._step == 0 and self._passes < passes
+        return (self._step == 0 or self._late) and self._passes < passes
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measure what the very first update builds on, and leave its gradients zero.
+        """Measure what an update builds on that has no past, and leave its gradients zero.
 
-            while isopo.needs_past:
+            while isopo.needs_past:  # before each step
                 with isopo.measuring():
-                    ...  # forward and backward of all microbatches of the first optimizer step
+                    ...  # forward and backward of all microbatches of the optimizer step
 
-        Trailing means, and the positions of a previous step, have no past in the first step: by
-        itself each microbatch would make its own, and the gradient would depend on how the step was
-        cut. One pass or two are needed, or none; torch's random numbers go on as if there had been
-        none. Leave losses inside `off()` out: their gradients would be added.
+        Trailing means, and the positions of a previous step, have no past in the first step, nor in
+        the second those of a parameter that had no gradient in the first (LoRA's A, while B is 0):
+        by itself each microbatch would make its own, and the gradient would depend on how the step
+        was cut. One pass or two are needed, or none; torch's random numbers go on as if there had
+        been none. Leave losses inside `off()` out: their gradients would be added.
 
         Raises:
             ProxstepError: If a microbatch of the step came before.
@@ -305,7 +306,7 @@ class Isopo:
         measured = [] if collecting and self._settings.needs.fisher else self._log
         for key, record in measured:
             self.trailing.add(key, record.moments)
-        self._end_step()
+        self._end_step(missing=True)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -344,14 +345,15 @@ class Isopo:
             self.diagnostics = diagnose(kept)
             measured |= self.diagnostics.scalars()
         self._end_step()
-        self._step += 1
+        self._late = self._step == 0 and bool(self.trailing.unmeasured or self._drawing.unmeasured)
+        self._step, self._passes = self._step + 1, 0
         return measured
 
-    def _end_step(self) -> None:
-        """Fold what was measured into what the next step builds on."""
+    def _end_step(self, *, missing: bool = False) -> None:
+        """Fold what was measured into what the next step builds on, or only what is `missing`."""
         self._forget_microbatches()
-        broken = self.trailing.fold(self.process_group)
-        self._drawing.end_step(keep=broken is None)
+        broken = self.trailing.fold(self.process_group, missing=missing)
+        self._drawing.end_step(keep=broken is None, missing=missing)
         self._router.forget()
         if broken is not None:
             raise ProxstepError(
@@ -380,6 +382,7 @@ class Isopo:
         """Return what a checkpoint needs: trailing means, carried samples, the number of steps."""
         return {
             "step": self._step,
+            "late": self._late,
             "trailing": self.trailing.state_dict(),
             "samples": self._drawing.state_dict(),
             "shapes": self._shapes(),
@@ -408,6 +411,7 @@ class Isopo:
                 f"there, here {own.get(name, 'it is not trained')}"
             )
         self._step, self._microbatch, self._log = state["step"], 0, []
+        self._late, self._passes = state.get("late", False), 0
         self._running.clear()
         self._router.forget()
         self.trailing.load_state_dict(state["trailing"])

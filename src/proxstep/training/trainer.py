@@ -289,7 +289,7 @@ class Trainer(Guarding):
         return taken
 
     def _measure_past(self, minibatch: Batch) -> None:
-        """Before the very first update, let the geometry measure what it starts from."""
+        """Let the geometry measure what it builds on and has no past: see `Isopo.measuring`."""
         while self.isopo is not None and self.isopo.needs_past:
             self.torn = True
             with self.isopo.measuring():

@@ -92,7 +92,7 @@ class IsopoTrainer(PolicyTrainer):
         return backpropagated if self._value is None else self._value
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """Give ISOPO a past before the first update, which needs the step's microbatches."""
+        """Give ISOPO a past that it lacks, which needs the step's microbatches."""
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training and self._open is not None:
             while self.isopo.needs_past:
@@ -100,15 +100,16 @@ class IsopoTrainer(PolicyTrainer):
         return inputs
 
     def _measure(self) -> None:
-        """Run the first optimizer step's microbatches for ISOPO's statistics alone.
+        """Run the optimizer step's microbatches for ISOPO's statistics alone.
 
         Where a step accumulates over several generations, only the first of them is there.
         """
         logged = {name: list(values) for name, values in self._metrics["train"].items()}
         model, buffered = self.model_wrapped, self._buffered_inputs
         assert buffered is not None  # the step that measures has generated
+        start = self._step % self.args.steps_per_generation
         with self.isopo.measuring(), self.accelerator.no_sync(model):
-            for inputs in buffered[: self.current_gradient_accumulation_steps]:
+            for inputs in buffered[start:][: self.current_gradient_accumulation_steps]:
                 counted_B = response_mask(inputs).any(dim=1)
                 with ExitStack() as opened:
                     with self.compute_loss_context_manager():

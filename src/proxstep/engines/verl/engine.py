@@ -99,7 +99,7 @@ class IsopoEngine(BudgetEngine):
             data[GROUP] = numbered(list(tu.get(data, "uid")))
         terms = split_terms(loss_function)
         try:
-            while self.isopo.needs_past:  # before the very first update; its gradients are zero
+            while self.isopo.needs_past:  # its gradients are zero
                 with self.isopo.measuring():
                     policy_alone = replace(terms, has_others=False)
                     super().forward_backward_batch(data, policy_alone, forward_only=False)
