@@ -23,9 +23,10 @@ from proxstep.budget.control import (
     predict,
     scale_for,
 )
-from proxstep.budget.prediction import LogProbs, sampled_kl, wide
+from proxstep.budget.prediction import LogProbs, sampled_kl
 from proxstep.errors import ProxstepError
 from proxstep.logprobs.evaluating import evaluating
+from proxstep.logprobs.tokens import widest_dtype
 from proxstep.typing import Tensor
 
 _SMALL, _MANY = 0.05, 20
@@ -394,4 +395,5 @@ def _mean(value_B: Tensor, response_BT: Tensor) -> float:
 
 def _mean_length(response_BT: Tensor) -> float:
     """Return how many tokens count of a sequence, in the mean."""
-    return _mean(response_BT.sum(dim=1).to(wide(response_BT)), response_BT)
+    length_B = response_BT.sum(dim=1).to(widest_dtype(response_BT.device))
+    return _mean(length_B, response_BT)
