@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain, repeat
 from typing import Any, Literal
 
 import torch
@@ -264,11 +265,11 @@ class KlBudget(torch.optim.Optimizer):
 
     def _schedule(self) -> float:
         """Return the learning rate over its peak, of the group with the largest such share."""
-        peaks = [*self._peaks, *[0.0] * len(self.param_groups)]
-        for place, group in enumerate(self.param_groups):
-            known = (group["lr"], group.get("initial_lr"), group.get("max_lr"))
-            peaks[place] = max(peaks[place], *(float(rate) for rate in known if rate is not None))
-        self._peaks = peaks[: len(self.param_groups)]
+        earlier = chain(self._peaks, repeat(0.0))  # new groups have none
+        self._peaks = [
+            max(peak, *(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr")))
+            for group, peak in zip(self.param_groups, earlier, strict=False)
+        ]
         pairs = zip(self.param_groups, self._peaks, strict=True)
         return max(float(group["lr"]) / peak for group, peak in pairs if peak)
 
