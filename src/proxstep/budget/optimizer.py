@@ -196,7 +196,7 @@ class KlBudget(torch.optim.Optimizer):
                     self._tell_still(before, proposed, log_prob_BT[response_BT])
                     if _mean_length(response_BT) == 0.0:  # nothing was measured
                         scale = self._kl.scale = last
-            except BaseException:
+            except BaseException:  # an interrupt too: no trial step may stay
                 _place(parameters, before, before, 0.0)
                 raise
             _place(parameters, before, proposed, scale)
