@@ -77,15 +77,7 @@ def escort_weights(
         )
     if not 0 <= alpha <= 1:
         raise ProxstepError(f"alpha is {alpha}; it must be in [0, 1] (1 is uniform weights).")
-    check_finite("advantages", advantages)
-    if isinstance(tau, Tensor):
-        check_finite("tau", tau)
-    check_positive("tau", tau.min().item() if isinstance(tau, Tensor) else tau)
-    tilt_B = advantages.detach() / tau
-    check_finite("advantages / tau", tilt_B)
-    if correction is not None:
-        check_finite("correction", correction)
-        tilt_B = tilt_B - correction.detach()
+    tilt_B = _tilt(advantages, tau, correction)
     groups = _groups(group_ids, normalize, importance)
     exponent_B = (1 - alpha) * tilt_B
     unnormalized_B = (exponent_B - groups.max(exponent_B)[groups.index_B]).exp()
@@ -148,6 +140,20 @@ def centered_weights(
     unbiased_P = size_P / (size_P - 1)
     std_P = (_mean(center_B.square(), groups, importance) * unbiased_P).sqrt()
     return center_B / (std_P + _STD_EPS)[groups.index_B]
+
+
+def _tilt(advantage_B: Tensor, tau: float | Tensor, correction_B: Tensor | None) -> Tensor:
+    """Return A_b / tau_b - s_b, all of them finite."""
+    check_finite("advantages", advantage_B)
+    if isinstance(tau, Tensor):
+        check_finite("tau", tau)
+    check_positive("tau", tau.min().item() if isinstance(tau, Tensor) else tau)
+    tilt_B = advantage_B.detach() / tau
+    check_finite("advantages / tau", tilt_B)
+    if correction_B is None:
+        return tilt_B
+    check_finite("correction", correction_B)
+    return tilt_B - correction_B.detach()
 
 
 def _mean(value_B: Tensor, groups: Groups, importance_B: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain, repeat
 from typing import Any, Literal
 
 import torch
@@ -23,9 +24,10 @@ from proxstep.budget.control import (
     predict,
     scale_for,
 )
-from proxstep.budget.prediction import LogProbs, sampled_kl, wide
+from proxstep.budget.prediction import LogProbs, sampled_kl
 from proxstep.errors import ProxstepError
 from proxstep.logprobs.evaluating import evaluating
+from proxstep.logprobs.tokens import widest_dtype
 from proxstep.typing import Tensor
 
 _SMALL, _MANY = 0.05, 20
@@ -194,7 +196,7 @@ class KlBudget(torch.optim.Optimizer):
                     self._tell_still(before, proposed, log_prob_BT[response_BT])
                     if _mean_length(response_BT) == 0.0:  # nothing was measured
                         scale = self._kl.scale = last
-            except BaseException:
+            except BaseException:  # an interrupt too: no trial step may stay
                 _place(parameters, before, before, 0.0)
                 raise
             _place(parameters, before, proposed, scale)
@@ -263,11 +265,11 @@ class KlBudget(torch.optim.Optimizer):
 
     def _schedule(self) -> float:
         """Return the learning rate over its peak, of the group with the largest such share."""
-        peaks = [*self._peaks, *[0.0] * len(self.param_groups)]
-        for place, group in enumerate(self.param_groups):
-            known = (group["lr"], group.get("initial_lr"), group.get("max_lr"))
-            peaks[place] = max(peaks[place], *(float(rate) for rate in known if rate is not None))
-        self._peaks = peaks[: len(self.param_groups)]
+        earlier = chain(self._peaks, repeat(0.0))  # new groups have none
+        self._peaks = [
+            max(peak, *(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr")))
+            for group, peak in zip(self.param_groups, earlier, strict=False)
+        ]
         pairs = zip(self.param_groups, self._peaks, strict=True)
         return max(float(group["lr"]) / peak for group, peak in pairs if peak)
 
@@ -394,4 +396,5 @@ def _mean(value_B: Tensor, response_BT: Tensor) -> float:
 
 def _mean_length(response_BT: Tensor) -> float:
     """Return how many tokens count of a sequence, in the mean."""
-    return _mean(response_BT.sum(dim=1).to(wide(response_BT)), response_BT)
+    length_B = response_BT.sum(dim=1).to(widest_dtype(response_BT.device))
+    return _mean(length_B, response_BT)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from proxstep.logprobs.tokens import widest_dtype
 from proxstep.typing import Bool, Float, Tensor
 
 LogProbs = Callable[[], tuple[Tensor, Tensor]]
@@ -55,7 +56,7 @@ def quadratic_kl(
         slope_BT: x_bt, the derivative of each token's log-probability in the step's direction.
         response_BT: True at the tokens that count.
     """
-    slope_BT = slope_BT.to(wide(slope_BT))
+    slope_BT = slope_BT.to(widest_dtype(slope_BT.device))
     return slope_BT.square().masked_fill(~response_BT, 0.0).sum(dim=1) / 2
 
 
@@ -76,19 +77,10 @@ def sampled_kl(
 
     Source: Schulman, "Approximating KL divergence" (2020), k3.
     """
-    precise = wide(log_prob_BT)
+    precise = widest_dtype(log_prob_BT.device)
     difference_BT = other_log_prob_BT.to(precise) - log_prob_BT.to(precise)
     difference_BT = difference_BT.masked_fill(~response_BT, 0.0)
     return (difference_BT.expm1() - difference_BT).sum(dim=1)
-
-
-def wide(value: Tensor) -> torch.dtype:
-    """Return the widest type that a tensor's device has.
-
-    Args:
-        value: On the device; nothing else of it matters.
-    """
-    return torch.float32 if value.device.type == "mps" else torch.float64
 
 
 def slopes(

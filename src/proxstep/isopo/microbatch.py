@@ -16,7 +16,7 @@ from proxstep.algorithms.aggregate import as_mask
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.records import LayerRecord, joined
 from proxstep.isopo.hooks import OWNERS, UNBOUND, PositionGradients
-from proxstep.isopo.plan import Layout, Memory, Needs, Statistics
+from proxstep.isopo.plan import Layout, Memory, Needs, Part, Statistics
 from proxstep.isopo.proma import IntraProjectingRule
 from proxstep.isopo.rescue import Rescue
 from proxstep.isopo.rule import Means, NaturalRule, fisher_squares, kernel_fisher_squares
@@ -226,9 +226,9 @@ class Microbatch:
         by_sequences = self.settings.fisher == "sequences"
         wanted = {"fisher_sq", *self._averages} if needs.fisher else self._averages
         separable = not (rule.interacting or by_sequences) and wanted <= past.keys()
-        sample, sample_sq_B, own_KB, weight_K, moments = None, None, None, None, {}
+        sample, sample_sq_B, moments = None, None, {}
         if needs.fisher:
-            (sample, own_KB, weight_K), sample_sq_B, moments = self._sample(key, gradients, past)
+            sample, sample_sq_B, moments = self._sample(key, gradients, past)
         dtype = torch.promote_types(sequences.coefficient_B.dtype, torch.float32)
         along_B = None
         if needs.along and key not in self._running:  # nothing to project
@@ -240,22 +240,16 @@ class Microbatch:
         if self.diagnose:
             length_B = torch.tensor(self.layout.lengths, device=self.layout.sequence_T.device)
         total, records = None, []
-        for part in gradients.parts(self.layout, needs, sample, self._memory, separable=separable):
-            fisher_B, filled_B = None if given_B is None else given_B[part.sequences], None
-            if part.cross_KB is not None and sample_sq_B is not None:
-                cross_KB = part.cross_KB
-                if own_KB is not None:
-                    cross_KB = cross_KB.masked_fill(own_KB[:, part.sequences], 0.0)
-                fisher_B, filled_B = fisher_squares(
-                    cross_KB,
-                    weight_K,
-                    sample_sq_B[part.sequences],
-                    past,
-                    self.samples.over_ranks,
-                )
+        drawn = None if sample is None else sample.gradients
+        for part in gradients.parts(self.layout, needs, drawn, self._memory, separable=separable):
+            fisher_B, filled_B = None, None
+            if given_B is not None:
+                fisher_B = given_B[part.sequences]
+            elif sample is not None and sample_sq_B is not None:
+                fisher_B, filled_B = self._estimate(part, sample, sample_sq_B, past)
+            elif by_sequences and part.ntk_BB is not None:
+                fisher_B = kernel_fisher_squares(part.ntk_BB)
             ntk_BB = part.ntk_BB
-            if by_sequences and given_B is None and ntk_BB is not None:
-                fisher_B = kernel_fisher_squares(ntk_BB)
             if ntk_BB is not None and self._related_BB is not None:
                 ntk_BB = ntk_BB * self._related_BB
             coefficient_B = sequences.coefficient_B[part.sequences]
@@ -288,6 +282,17 @@ class Microbatch:
             self._running[key] = total + self._running.get(key, 0.0)
         self._log.append((key, records[0] if len(records) == 1 else joined(records)))
         return total if intra is None else intra.project(total, gradients, self.layout)
+
+    def _estimate(
+        self, part: Part, sample: Sample, sample_sq_B: Tensor, past: Means
+    ) -> tuple[Tensor, Tensor]:
+        """Return F_b^2 of a part's sequences by the sample, and which were 0 and are filled in."""
+        assert part.cross_KB is not None
+        cross_KB = part.cross_KB
+        if sample.own_KB is not None:
+            cross_KB = cross_KB.masked_fill(sample.own_KB[:, part.sequences], 0.0)
+        square_B = sample_sq_B[part.sequences]
+        return fisher_squares(cross_KB, sample.weight_K, square_B, past, self.samples.over_ranks)
 
     def _sample(
         self, key: str, gradients: PositionGradients, past: Means

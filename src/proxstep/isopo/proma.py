@@ -29,7 +29,7 @@ from proxstep.algorithms.aggregate import check_number
 from proxstep.errors import ProxstepError
 from proxstep.isopo.hooks import PositionGradients
 from proxstep.isopo.plan import Layout, Needs, Statistics
-from proxstep.logprobs.tokens import wide
+from proxstep.logprobs.tokens import wide, widest_dtype
 from proxstep.typing import Float, Tensor
 
 _EXACT = 512
@@ -79,8 +79,8 @@ class ProjectingRule:
         if found.along_B is None or found.ntk_BB is None:  # the first microbatch of the step
             return found.coefficient_B, {}, {}
         # As in the natural rule, a matter of small eigenvalues.
-        wide = torch.float32 if found.ntk_BB.device.type == "mps" else torch.float64
-        ntk_BB, along_B = found.ntk_BB.to(wide), found.along_B.to(wide)
+        precise = widest_dtype(found.ntk_BB.device)
+        ntk_BB, along_B = found.ntk_BB.to(precise), found.along_B.to(precise)
         norm_B = ntk_BB.diagonal().clamp(min=0).sqrt()
         inverse_B = torch.where(norm_B > 0, 1 / norm_B, 0.0)
         normalized_BB = inverse_B[:, None] * ntk_BB * inverse_B
@@ -204,7 +204,7 @@ def main_directions(value_RD: Float[Tensor, "rows features"], rank: int) -> Tens
 
 def _exact_directions(value_RD: Tensor, rank: int) -> Tensor:
     """By the eigenvectors of the Gram matrix of the shorter side."""
-    precise = torch.float32 if value_RD.device.type == "mps" else torch.float64
+    precise = widest_dtype(value_RD.device)
     is_tall = value_RD.shape[0] >= value_RD.shape[1]
     blocks = (value_RD if is_tall else value_RD.mT).split(_BLOCK)
     gram_NN = torch.stack([block.to(precise).mT @ block.to(precise) for block in blocks]).sum(0)

@@ -18,6 +18,7 @@ import torch
 from proxstep.algorithms.aggregate import check_choice, check_literal, check_number
 from proxstep.errors import ProxstepError
 from proxstep.isopo.plan import Needs, Statistics
+from proxstep.logprobs.tokens import widest_dtype
 from proxstep.typing import Bool, Float, Tensor
 
 GUARD = 1e-8  # the paper's additive guard under the root (figure 3)
@@ -195,7 +196,7 @@ class NaturalRule:
         """
         assert found.ntk_BB is not None
         # Small, and a matter of small eigenvalues: in double precision where there is one.
-        wide = torch.float32 if found.ntk_BB.device.type == "mps" else torch.float64
+        wide = widest_dtype(found.ntk_BB.device)
         ntk_BB = found.ntk_BB.to(wide)
         diagonal_B, total = ntk_BB.diagonal().clone(), ntk_BB.abs().sum()
         mean = past.get("eigenvalue")

@@ -125,15 +125,7 @@ class Isopo:
         check_literal("fisher", fisher, Fisher)
         check_literal("overlap_positions", overlap_positions, OverlapPositions)
         check_literal("fisher_denominator", fisher_denominator, Denominator)
-        if overlap_source is None:
-            carries = fisher == "positions" and num_overlap_positions is not None
-            overlap_source = "previous_step" if carries else "microbatch"
-        check_literal("overlap_source", overlap_source, OverlapSource)
-        if fisher == "sequences" and overlap_source != "microbatch":
-            raise ProxstepError(
-                f'overlap_source="{overlap_source}" chooses positions, and fisher="sequences" uses '
-                "none: leave one of them out"
-            )
+        overlap_source = _source_of(overlap_source, fisher, num_overlap_positions)
         if self.rule.needs.along and dist.is_initialized() and dist.get_world_size() > 1:
             raise ProxstepError(
                 "PROMA projects the gradient that one process accumulates: on several ranks (DDP, "
@@ -206,18 +198,7 @@ class Isopo:
             ProxstepError: If the arguments do not fit, a trainable parameter is not covered, or a
                 layer was bypassed (a fused head).
         """
-        if self._router.active is not None:
-            raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
-        if not self._modules:
-            raise ProxstepError(
-                "this Isopo was removed from its model by remove(): install another one, "
-                "Isopo(model)"
-            )
-        model = parts_of(self.model)
-        if model != self._covered:  # it was changed since the last microbatch
-            check_coverage(self.model, self._modules, self._router)
-            self._covered = model
-        self._check_step_was_called()
+        self._check_ready()
         sequence_ids = as_integers("sequence_ids", sequence_ids)
         sequences = Sequences.of(coefficients, groups, fisher_squares, sequence_ids)
         layout = make_layout(sequence_ids, len(sequences.coefficient_B))
@@ -444,6 +425,21 @@ class Isopo:
 
         return prepare
 
+    def _check_ready(self) -> None:
+        """Refuse a microbatch inside another one, or of a model that is not as it was left."""
+        if self._router.active is not None:
+            raise ProxstepError("microbatch() inside microbatch() or off(): they do not nest")
+        if not self._modules:
+            raise ProxstepError(
+                "this Isopo was removed from its model by remove(): install another one, "
+                "Isopo(model)"
+            )
+        model = parts_of(self.model)
+        if model != self._covered:  # it was changed since the last microbatch
+            check_coverage(self.model, self._modules, self._router)
+            self._covered = model
+        self._check_step_was_called()
+
     def _check_sequences(self, sequences: Sequences) -> None:
         groups = sequences.group_B
         if groups is None and isinstance(self.rule, NaturalRule) and self.rule.interact == "group":
@@ -484,6 +480,20 @@ class Isopo:
             drawn()
 
         return undo
+
+
+def _source_of(given: OverlapSource | None, fisher: Fisher, num: int | None) -> OverlapSource:
+    """Return where the sample of positions is from, as it was given or else by default."""
+    if given is None:
+        carries = fisher == "positions" and num is not None
+        return "previous_step" if carries else "microbatch"
+    check_literal("overlap_source", given, OverlapSource)
+    if fisher == "sequences" and given != "microbatch":
+        raise ProxstepError(
+            f'overlap_source="{given}" chooses positions, and fisher="sequences" uses none: leave '
+            "one of them out"
+        )
+    return given
 
 
 def _check_prompts(log_prob: Tensor, sequence_ids: Tensor) -> None:

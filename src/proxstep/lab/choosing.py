@@ -61,13 +61,15 @@ class Chosen:
     @property
     def unmeasured(self) -> list[tuple[int, str]]:
         """Seeds without a score at the value that was chosen for them, with that value."""
-        found = [
+        if not self.is_tuned:
+            return []
+        final = [self._at_choice(task, lambda o: o.final) for task in self._tasks]
+        return [
             (self._seeds[n], self._values[v])
-            for task in self._tasks
-            for n, v in self._choice
-            if np.isnan(self._table(task, lambda o: o.final)[n, v])
+            for own_N in final
+            for (n, v), score in zip(self._choice, own_N, strict=True)
+            if np.isnan(score)
         ]
-        return found if self.is_tuned else []
 
     def samples(self, measure: Measure) -> list[Array]:
         """Return a measure of the reported runs of each task, in order of seeds, without NaN."""
@@ -142,10 +144,14 @@ class Chosen:
             table_NV[place] = measure(outcome)
         return table_NV
 
+    def _at_choice(self, task: str, measure: Measure) -> Array:
+        """Return a measure of a task's reported runs, of shape N, NaN where there is none."""
+        rows, columns = np.array(self._choice).T
+        return self._table(task, measure)[rows, columns]
+
     def _reported(self, measure: Measure) -> dict[str, Array]:
         """Return a measure of the reported runs, of shape N, by task; no task without any."""
-        rows, columns = np.array(self._choice).T
-        found = {task: self._table(task, measure)[rows, columns] for task in self._tasks}
+        found = {task: self._at_choice(task, measure) for task in self._tasks}
         return {task: own_N for task, own_N in found.items() if not np.isnan(own_N).all()}
 
 

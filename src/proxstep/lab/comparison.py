@@ -283,7 +283,7 @@ def _pair(
         statistics.seeds_needed(
             *(final.value, final.error, seeds),
             confidence=strict,
-            paired=are_paired(ours, theirs, lambda o: o.final),
+            paired=are_paired(*(each.seeds(lambda o: o.final) for each in (ours, theirs))),
         ),
     )
 
@@ -306,26 +306,26 @@ def contrast(
         confidence: The share of intervals that are to hold the truth.
     """
     one, other = (chosen.samples(measure) for chosen in (ours, theirs))
-    if not one or ours.seeds(measure).keys() != theirs.seeds(measure).keys():
+    seeds, their_seeds = ours.seeds(measure), theirs.seeds(measure)
+    if not seeds or seeds.keys() != their_seeds.keys():
         return Estimate(nan)
     return estimate(
         statistic(len(one)),
         [*one, *other],
         confidence=confidence,
         redraw=redraw_both(ours, theirs, measure),
-        paired=are_paired(ours, theirs, measure),
+        paired=are_paired(seeds, their_seeds),
     )
 
 
-def are_paired(ours: Chosen, theirs: Chosen, measure: Measure) -> bool:
-    """Return whether runs of one seed are compared with each other.
+def are_paired(seeds: dict[str, list[int]], their_seeds: dict[str, list[int]]) -> bool:
+    """Return whether runs of one seed are compared with each other, from each task's seeds.
 
     They have the same prompts in the same order and the same random numbers, so that what one seed
     has of luck both algorithms have.
     """
-    seeds = ours.seeds(measure)
     fewest = min(map(len, seeds.values()), default=0)
-    return seeds == theirs.seeds(measure) and fewest >= FEWEST_PAIRED
+    return seeds == their_seeds and fewest >= FEWEST_PAIRED
 
 
 def _shared(reached: Iterable[float]) -> float:

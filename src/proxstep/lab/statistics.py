@@ -191,24 +191,7 @@ def estimate(
     if fewest < 2 or isnan(value):
         return Estimate(value)
     drawn_apart = samples[: len(samples) // 2] if paired else samples
-
-    def of_places(*places: Indices, axis: int) -> Any:
-        if paired:
-            places = (*places, *places)
-        if redraw is not None:
-            return statistic(*redraw(*places), axis=axis)
-        return statistic(*(one[i] for one, i in zip(samples, places, strict=True)), axis=axis)
-
-    resampled = stats.bootstrap(
-        [np.arange(len(sample)) for sample in drawn_apart],
-        of_places,
-        n_resamples=_NUM_RESAMPLES,
-        method="percentile",
-        vectorized=True,
-        axis=-1,
-        rng=np.random.default_rng(0),
-    )
-    drawn = resampled.bootstrap_distribution
+    drawn = _resampled(statistic, samples, drawn_apart, redraw)
     small = sqrt(fewest / (fewest - 1)) if fewest < _FEWEST_TRIMMED else 1.0
     error = small * float(np.std(drawn))
     level = (1 + CONFIDENCE) / 2 if widened else (1 + confidence) / 2
@@ -220,6 +203,36 @@ def estimate(
         low, high = factor * (np.quantile(drawn, [1 - level, level]) - value)
     ends = max(value + float(low), limits[0]), min(value + float(high), limits[1])
     return Estimate(value, *ends, error)
+
+
+def _resampled(
+    statistic: Statistic, samples: Samples, drawn_apart: Samples, redraw: Redraw | None
+) -> Array:
+    """Return the statistic of each resample.
+
+    Args:
+        statistic: As in `estimate`.
+        samples: As in `estimate`.
+        drawn_apart: All of the samples, or their first half where the second is drawn with it.
+        redraw: As in `estimate`.
+    """
+
+    def of_places(*places: Indices, axis: int) -> Any:
+        if len(drawn_apart) < len(samples):
+            places = (*places, *places)
+        if redraw is not None:
+            return statistic(*redraw(*places), axis=axis)
+        return statistic(*(one[i] for one, i in zip(samples, places, strict=True)), axis=axis)
+
+    return stats.bootstrap(
+        [np.arange(len(sample)) for sample in drawn_apart],
+        of_places,
+        n_resamples=_NUM_RESAMPLES,
+        method="percentile",
+        vectorized=True,
+        axis=-1,
+        rng=np.random.default_rng(0),
+    ).bootstrap_distribution
 
 
 def improvement_estimate(first: Samples, second: Samples, redraw: Redraw | None = None) -> Estimate:

@@ -201,6 +201,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return the type with the most digits that a device has: float64, or float32 on mps."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def wide(value: Tensor) -> Tensor:
     """Return the value in float32, or as it is where it has more digits."""
     return value.to(wide_dtype(value.dtype))

@@ -190,7 +190,7 @@ def run_tests(channel: Channel, job: dict[str, Any]) -> bool:
         try:
             exec(compile((job["prompt"] or "") + body, "prompt.py", "exec"), namespace)
             break
-        except Exception:  # noqa: BLE001  a prompt need not be Python
+        except Exception:  # noqa: BLE001  a prompt need not be Python, nor run
             namespace = {"__name__": "tests"}
     for source in job["setup"]:
         exec(compile(source, "setup.py", "exec"), namespace)

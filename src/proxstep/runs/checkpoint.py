@@ -72,8 +72,8 @@ def save_checkpoint(
         tokenizer.save_pretrained(scratch)
         torch.save(state, scratch / STATE_FILE)
         return publish(scratch, folder, step, kept, besides)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)  # a full disk needs the room
+    except BaseException:  # an interrupt too: a full disk needs the room
+        shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 

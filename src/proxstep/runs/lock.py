@@ -95,7 +95,7 @@ def _acquire(path: Path, name: str, patience: float, on_wait: Callable[[], None]
                 os.write(descriptor, str(os.getpid()).encode())
                 os.fsync(descriptor)
                 return descriptor
-        except BaseException:
+        except BaseException:  # an interrupt too, while it waits: the file would stay open
             os.close(descriptor)
             raise
         os.close(descriptor)

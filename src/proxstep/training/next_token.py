@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from proxstep.errors import ProxstepError
+from proxstep.logprobs.tokens import widest_dtype
 from proxstep.typing import Float, Int, Tensor
 
 _BLOCK = 256
@@ -40,8 +41,7 @@ class Choice:
         """
         if self.greedy:
             return torch.zeros(num_rows, limit, device=device)
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        return torch.rand(num_rows, limit, dtype=wide, device=device)
+        return torch.rand(num_rows, limit, dtype=widest_dtype(device), device=device)
 
     def choose(
         self, logits_NV: Float[Tensor, "rows vocab"], uniform_N: Float[Tensor, " rows"]
