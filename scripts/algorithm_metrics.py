@@ -15,28 +15,28 @@ EACH_UPDATE, EACH_ROLLOUT = "each update", "each rollout"
 COMMON = {
     "ratio": "Mean ratio of the policy to the old one, over the tokens.",
     "kl_old_policy": "Estimate of KL(old || policy), in nats per token.",
-    "alpha": "The key in effect.",
+    "alpha": "The value of `objective.alpha`.",
     "tau": "The temperature in effect; the mean where each sequence has its own.",
     "mu": "The curvature in effect.",
     "divergence": "The tokens' divergence from the sampler, mean over tokens.",
     "gate": "How far the gate is open, mean over tokens; 1 where the policy is the old one.",
-    "effective_sample_size": "Sequences of a group that the escort weights leave, mean over "
-    "groups.",
-    "effective_sample_size_min": "The smallest of them.",
+    "effective_sample_size": "Effective number of a group's sequences under the escort weights, "
+    "mean over groups.",
+    "effective_sample_size_min": "The smallest of any group.",
     "weight_max": "The largest escort weight.",
     "frac_negative_target": "Share of targets v* below -1, before `target_min`.",
     "frac_over_positivity_bound": "Share of targets v* above 1.",
-    "tv_bound": "Bound on the total variation that follows from `chi_square`.",
+    "tv_bound": "Upper bound on the total variation, from `chi_square`.",
     "frac_target_at_bound": "Share of targets at -1.",
     "abs_delta": "Absolute log-ratio of the sequence, in nats.",
     "chi_square": "v^2, the squared deviation of the sequence's ratio from 1.",
     "delta_clamped": "1 where the log-ratio is beyond 20 nats.",
     "weight_spread": "Standard deviation over mean of the factors on the sequences' gradients, "
-    "mean over layers.",
-    "frac_filled_fisher": "Share of Fisher estimates that were exactly 0 and filled in.",
-    "ntk_off_diagonal": "Share of the kernel's absolute sum off its diagonal.",
+    "averaged over layers.",
+    "frac_filled_fisher": "Share of Fisher estimates that were exactly 0 and were replaced.",
+    "ntk_off_diagonal": "Off-diagonal share of the sum of the kernel's absolute values.",
 }
-"""What is said of a metric; of another one, what the loss's docstring has in brackets."""
+"""Descriptions of metrics; others have theirs in brackets in the loss's docstring."""
 OF_RATIO = {
     "gspo": "The ratio s_b of the sequence.",
     "gmpo": "The mean ratio R_b of the sequence.",

@@ -217,7 +217,7 @@ def _keys(algorithm: Algorithm) -> str:
     table = _table(_HEAD, rows) if rows else "None of its own."
     return (
         f"## Keys\n\n{table}\n\nEvery objective also has `objective.advantage` and "
-        "`objective.loss_agg_mode`: [what they may be](../advantages-and-kl.md)."
+        "`objective.loss_agg_mode`: [their values](../advantages-and-kl.md)."
     )
 
 
@@ -258,17 +258,17 @@ def _metrics(found: Mapping[str, tuple[str, str]], prefix: str) -> str:
 
 
 _CAPTION = (
-    "Left: the push -dL / d log pi on a completion of one token, by its ratio to the old policy "
-    "(which gave it 0.3), for an advantage of 1 (solid) and of -1 (dashed) in a group of two; "
-    "REINFORCE's in gray."
+    "Left: the gradient -dL / d log pi of a completion of one token, by its ratio to the old "
+    "policy (which gave it 0.3), for an advantage of 1 (solid) and of -1 (dashed) in a group of "
+    "two; REINFORCE's in gray."
 )
 _RULE_CAPTION = (
-    "Left: what multiplies a sequence's gradient, against its length, both over an average "
-    "sequence's."
+    "Left: the factor on a sequence's gradient, by the gradient's length, both relative to an "
+    "average sequence."
 )
 _NATURAL_CAPTION = (
-    "What multiplies the coefficients along one direction of the kernel, against its eigenvalue, "
-    "both over an average direction's."
+    "The factor on the coefficients along one direction of the kernel, by its eigenvalue, both "
+    "relative to an average direction."
 )
 _RUNS = " Right: where the five runs of the table below ended, among all runs of that experiment."
 
@@ -354,7 +354,7 @@ def _python(value: Any) -> str:
 def _rule_engines(name: str, rule: Rule) -> str:
     kind, options = _trl_loss(name)
     told = f'rule="{options["rule"]}", loss_type="{options["loss_type"]}"'
-    alone = " On one rank: several are refused." if rule.needs.along else ""
+    alone = " On one rank only." if rule.needs.along else ""
     tokens = (
         " `update.microbatch_tokens` is refused." if not isinstance(rule, IsometricRule) else ""
     )

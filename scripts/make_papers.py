@@ -28,14 +28,14 @@ INTRODUCTION = """\
 # The papers, item by item
 
 Made by `make reference` from `scripts/paper_items.py` and `tests/theory`. Everything that is
-numbered or named in the two papers, in their order: where it is computed, what checks it, and what
-became of it.
+numbered or named in the two papers, in their order: where it is computed, what checks it, and its
+status.
 
 - **exact**: computed, and checked on random instances by `test_statement` in
-  [`tests/theory/test_statements.py`](../tests/theory/test_statements.py). The corrections stand in
-  [theory](theory.md), a remark for each.
-- **reproduced in small**, **not reproduced in small**: an experiment of a size that a CPU takes did
-  or did not show it.
+  [`tests/theory/test_statements.py`](../tests/theory/test_statements.py). Corrections are
+  remarks in [theory](theory.md).
+- **reproduced in small**, **not reproduced in small**: an experiment of a size for a CPU did or
+  did not show it.
 - **not run yet**: it takes a GPU. The recipe with the paper's settings is named.
 
 Functions of `maths` are exact mathematics of small categorical policies, in `tests/theory/maths`;
@@ -51,7 +51,7 @@ def papers_page() -> str:
         lines += [
             f"## {paper} ({source})",
             "",
-            f"What is said of each statement: [theory]({theory}).",
+            f"Remarks on each statement: [theory]({theory}).",
             "",
         ]
         lines += ["| item | what it says | code | checked by | status |", "|---|---|---|---|---|"]

@@ -60,8 +60,9 @@ the parameters, F the Fisher matrix and |v|_F the length in its metric.
 
 - *Centering.* Theorem 4.3 subtracts the mean; proposition A.2, algorithm 1 and the descent of
   section 8.2 do not. Without it the target omega / mu belongs to no policy, eq. 20 is off by eta
-  in every step, and the log-ratio surrogate gains a term KL(pi_k, pi), which turns mu into mu + 1
-  to first order. `drive: center` (omega - 1) is the default; `none` is algorithm 1 as printed.
+  in every step, and the log-ratio surrogate gains a term KL(pi_k, pi), which acts like mu + 1
+  in place of mu to first order. `drive: center` (omega - 1) is the default; `none` is algorithm 1
+  as printed.
 - *Positivity.* Proposition 8.4's condition bounds v* from the wrong side. The true one is
   mu + min omega >= 1, which mu >= 1 always satisfies; both are logged. Projecting the update
   onto the simplex (`simplex.project`) is the exact optimum under v >= -1.
@@ -73,9 +74,9 @@ the parameters, F the Fisher matrix and |v|_F the length in its metric.
   right, for the oracles e^A and pi_k e^A; the second is the default (`anchor_correction:
   absorbed`).
 - *The surrogate.* Lemma A.1's bounds hold, for every delta; its conclusion does not. The losses
-  differ at second order, by E[drive Delta^2] / 2, and constant curvature is eq. 10's alone.
+  differ at second order, by E[drive Delta^2] / 2, and only eq. 10 has constant curvature.
   `surrogate: ratio` is eq. 10.
-- *mu.* It is twice the multiplier of the printed trust region, and it does change the target: its
+- *mu* is twice the multiplier of the printed trust region, and it does change the target: its
   length.
 - *Saturation.* The linear gradient of section 8.3 is the one with respect to v. With respect to a
   logit the exact objective saturates like the others.
@@ -88,7 +89,7 @@ the parameters, F the Fisher matrix and |v|_F the length in its metric.
   and is at most |v|^2. proxstep follows eq. 3; `scale: preserved` removes the unit that is left.
 - *Position-wise gradients* are uncorrelated only if each position moves its own token alone;
   `experiments/exact_fisher.py` and the [diagnostics](diagnostics.md) measure the difference.
-- *Figures 2 and 3* do not run as printed; their formulas are what proxstep computes.
+- *The code of figures 2 and 3* does not run as printed; proxstep computes its formulas.
 
 """
 
@@ -102,8 +103,8 @@ def theory_page() -> str:
         "",
         f"{len(STATEMENTS)} statements: {verdicts}.",
         "Each is checked on random instances by the test `test_statement` of its name in",
-        "`tests/theory/test_statements.py`, and each check fails when a formula that it is about",
-        "is changed. Where a statement is wrong the check shows what the remark says.",
+        "`tests/theory/test_statements.py`. Each check fails when a formula that it is about is",
+        "changed. Where a statement is wrong the check shows what the remark says.",
     ]
     for paper, source in PAPERS.items():
         lines += ["", f"### {paper} ({source})", ""]

@@ -55,7 +55,7 @@ ISOPO = (
         (_RULE, "isopo.hooks.parameter_gradient"),
         ("tests/isopo/test_matrix.py::test_gradients_equal_the_oracle",),
         "It acts on the batch dimension of each layer, before the advantages.",
-        "a picture; the code does so, exactly",
+        "an illustration; the code does exactly this",
     ),
     Item(
         "section 1.1, optimizers",
@@ -205,7 +205,7 @@ OPO = (
             "::test_equation_seven_read_literally_gives_one_sequence_the_group",
             _FIVE_SEEDS,
         ),
-        status="read literally it un-learns: 0.091 from 0.299, five seeds",
+        status="read literally it makes the policy worse: 0.091 from 0.299, five seeds",
     ),
     Item(
         "section 4.1, batch normalization",
@@ -248,7 +248,7 @@ OPO = (
         ("algorithms.opo.prepare", "algorithms.opo.opo"),
         ("tests/algorithms/test_preparation.py",),
         "The flow of one iteration: escort weight, penalty, update.",
-        "a picture; the code does so",
+        "an illustration; the code does this",
     ),
     Item(
         "algorithm 1",
@@ -267,8 +267,8 @@ OPO = (
         "figure 3",
         ("lab.saturation.make_curves",),
         ("tests/lab/test_saturation.py", "docs/toy.md"),
-        status="drawn anew: the clips' cliffs and the rates of SFT and DPO are there, OPO's growth "
-        "only over both outcomes",
+        status="redrawn: where clipping acts and the rates of SFT and DPO agree, OPO's growth only "
+        "over both outcomes",
     ),
     Item("proposition 8.3", ("maths.trust_region.multiplier", "maths.trust_region.optimum")),
     Item(
@@ -302,7 +302,7 @@ OPO = (
         (*_MATH, "docs/findings/opo-table.md"),
         "OPO has the highest mean reward (0.756) and gradient norm (0.90) of the four.",
         "not run yet at its size; not reproduced in small: with tuned rates the four end at 0.422 "
-        "to 0.427; OPO's gradient norm is the largest, by the scale of its loss",
+        "to 0.427; OPO's gradient norm is the largest, because of its loss's scale",
     ),
     Item(
         "figure 4",
@@ -324,7 +324,7 @@ OPO = (
         (_FIVE_SEEDS, "docs/findings/opo-table.md"),
         "The gradient norm over half the range of the advantages is about five times GRPO's.",
         "reproduced in small as a number, 2.7 and 25 times GRPO's; not as evidence: REINFORCE's is "
-        "twice OPO's, for it measures the loss's scale",
+        "twice OPO's, since the ratio measures the loss's scale",
     ),
     Item(
         "figure 7",
@@ -340,7 +340,7 @@ OPO = (
         (),
         (),
         "Sampling and optimization geometry of PPO, GRPO, DPO and OPO.",
-        "words; nothing to compute",
+        "text; nothing to compute",
     ),
     Item("section 10, entropy preservation", ("maths.categorical.kl",)),
     Item(
@@ -368,7 +368,7 @@ OPO = (
             "::test_another_sampler_gives_the_anchors_loss_and_gradient",
         ),
         "Off-policy, importance sampling stands for the anchor's samples.",
-        "exact where the weight's cap does not act",
+        "exact where the cap on the weight does not act",
     ),
     Item("lemma A.1, eq. 21", ("maths.surrogate.deviation_error_bound",)),
     Item("lemma A.1, consequence", ("maths.surrogate.loss_error",)),

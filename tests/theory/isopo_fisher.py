@@ -54,7 +54,7 @@ def fisher_metric(seed: int) -> None:
     ("maths.categorical.kl", "xlogy(prob_V, other_V)", "2 * xlogy(prob_V, other_V)"),
     ("maths.categorical.chi_square", "inner(v_V, v_V, anchor_V)", "v_V.square().mean()"),
     holds=CORRECTED,
-    remark="The chi-square it is; the KL divergence, either way round, is half of it.",
+    remark="True of the chi-square; the KL divergence, in either direction, is half of it.",
 )
 def divergences(seed: int) -> None:
     model = Model(seed)

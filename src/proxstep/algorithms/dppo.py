@@ -106,10 +106,10 @@ def dppo(
     (the weight); thresholds from its stability test, C from verl 0.9.1. Equation numbers counted
     in the source of version 3.
     Differs: the paper runs C = 5 in its scaling experiments and without it in its stability test,
-    and warns of the truncation (section 5.4); 20, the value that verl's code names (its
-    configuration puts 3 there), rarely acts. The log-ratio is bounded at 20 nats. The top-k
-    divergences (equations 15 and 16) need more of the sampler than the token's own probability and
-    are not here; the paper finds no gain in them.
+    and warns of the truncation (section 5.4); 20, the default in verl's code (its configuration
+    sets 3), rarely acts. The log-ratio is bounded at 20 nats. The top-k divergences (equations 15
+    and 16) need more from the sampler than the token's own probability and are not implemented; the
+    paper finds no gain in them.
     """
     check_inputs(log_probs, old_log_probs, advantages, response_mask)
     for name, value in (

@@ -70,6 +70,6 @@ DRO = Algorithm(
     dro,
     level="token",
     about="Quadratic penalty on each token's log-ratio, as verl ships it.",
-    keys={"beta": Key("Weight of the penalty.", gt=0)},
+    keys={"beta": Key("Weight of the penalty on squared log-ratios.", gt=0)},
     on_policy="has no penalty to pay: objective.beta changes nothing",
 )

@@ -59,7 +59,7 @@ def gmpo(
 
     Source: arXiv 2507.20673; formula as in verl 0.9.1 (`geo_mean`) and TRL 1.16's `GMPOTrainer`,
     which agree; 0.4 (ratios from exp(-0.4) to exp(0.4)) from both. The paper itself was not
-    reached: its equation numbers are not checked.
+    available, so its equation numbers are not checked.
     Differs: the mean log-ratio is bounded at 20 nats, so that neither loss nor gradient overflows.
     verl averages over the rows of a microbatch whatever their number, and its clip_ratio's own
     default of 0.2 acts unless both widths are set.

@@ -70,8 +70,8 @@ def gopo(
     Source: arXiv 2602.21269, equations 23 and 24, counted in the author's source, a revision after
     version 1 of the paper; the numbers of version 1 are not checked. mu from the experiments there.
     Differs: the log-ratio is bounded at 20 nats; a sequence beyond has no gradient. The author's
-    code bounds the mean log-ratio at 5 nats, and in an earlier form cut the loss off below 0, which
-    took the gradient of every good sequence near rho = 1.
+    code bounds the mean log-ratio at 5 nats; an earlier version cut the loss off below 0, which
+    removed the gradient of every good sequence near rho = 1.
     """
     check_inputs(log_probs, old_log_probs, advantages, response_mask)
     check_positive("mu", mu)
@@ -164,9 +164,9 @@ GOPO = Algorithm(
     about="Squared distance of the sequence's ratio to a bounded target (arXiv 2602.21269).",
     keys={
         "mu": Key(
-            "Curvature of the loss; where an advantage is below -mu a target is at its bound.", gt=0
+            "Curvature of the loss; a target is at its bound where an advantage is below -mu.", gt=0
         ),
-        "length_normalize": Key("Log-ratios per token."),
+        "length_normalize": Key("Take a sequence's log-ratio per token."),
     },
     prepare=prepare,
     advantage="group-centered",

@@ -124,6 +124,6 @@ DR_GRPO = Algorithm(
     keys=CLIP_KEYS,
     advantage="group-centered",
     on_policy="clips nothing",
-    source="arXiv 2503.20783, section 3.2: a sum over tokens, over a constant, takes the length "
-    "bias away, and no division by the group's deviation the bias of difficulty.",
+    source="arXiv 2503.20783, section 3.2: dividing the sum over tokens by a constant removes the "
+    "length bias, and not dividing by the group's standard deviation the difficulty bias.",
 )

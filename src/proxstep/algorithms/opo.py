@@ -155,21 +155,27 @@ OPO = Algorithm(
     level="sequence",
     about="Escort-weighted drive with a quadratic penalty (arXiv 2601.12415).",
     keys={
-        "alpha": Key("Escort exponent: 1 is uniform (conservative), 0 aggressive.", ge=0, le=1),
+        "alpha": Key(
+            "Escort exponent: 1 weights all alike (conservative), 0 is aggressive.", ge=0, le=1
+        ),
         "tau": Key("Temperature of the advantage in the escort weight.", ge=1e-6),
         **TEMPERATURE_KEYS,
         **SAFEGUARD_KEYS,
-        "surrogate": Key("Eq. 19 (log) or eq. 10 (ratio).", choices=SURROGATES),
-        "drive": Key("omega - 1, z-scored omega, or omega as in algorithm 1.", choices=DRIVES),
+        "surrogate": Key(
+            "The loss acts on the log-ratio (eq. 19) or on the ratio (eq. 10).", choices=SURROGATES
+        ),
+        "drive": Key(
+            "The drive: omega - 1, z-scored omega, or omega as in algorithm 1.", choices=DRIVES
+        ),
         "normalize": Key(
             "The escort weights have mean 1 in each prompt's group, or in the whole rollout.",
             choices=NORMALIZATIONS,
         ),
         "anchor_correction": Key(
-            "The old policy's factor in eq. 7; see docs/algorithms/opo.md.",
+            "How the old policy's factor in eq. 7 is treated; see docs/algorithms/opo.md.",
             choices=ANCHOR_CORRECTIONS,
         ),
-        "length_normalize": Key("Log-ratios per token."),
+        "length_normalize": Key("Take a sequence's log-ratio per token."),
     },
     prepare=prepare,
     on_policy="has no penalty to pay: objective.mu changes nothing",

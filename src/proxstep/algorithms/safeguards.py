@@ -164,12 +164,12 @@ def tv_bound(chi_square: float) -> float:
 
 SAFEGUARD_KEYS = {
     "mu": Key(
-        'Curvature of the chi-square penalty; "auto" is the largest drive of the rollout, at least '
-        "1: no target is more than one old probability away.",
+        'Curvature of the chi-square penalty; "auto" is the largest drive of the rollout, and at '
+        "least 1, so that targets lie between 0 and twice the old probability.",
         gt=0,
     ),
     "target_min": Key(
-        "Smallest target drive / mu, such as -0.999; null for no bound.", ge=-1, lt=0
+        "Lower bound of the targets drive / mu, such as -0.999; null for none.", ge=-1, lt=0
     ),
 }
 

@@ -56,8 +56,8 @@ def sapo(
         ProxstepError: The tensors do not fit together, or a tau is not above 0.
 
     Source: arXiv 2511.20347; formula and values as in verl 0.9.1 (`sapo`) and TRL 1.16
-    (`loss_type="sapo"`), which agree. The paper itself was not reached: its equation numbers are
-    not checked.
+    (`loss_type="sapo"`), which agree. The paper itself was not available, so its equation numbers
+    are not checked.
     Differs: the log-ratio is bounded at 20 nats, as in verl; verl ignores its own loss_agg_mode
     here and always takes seq-mean-token-mean.
     """
@@ -83,7 +83,7 @@ SAPO = Algorithm(
     about="Token ratios through a smooth gate (arXiv 2511.20347).",
     keys={
         "tau_pos": Key("How sharply the gate closes for advantages above 0.", gt=0),
-        "tau_neg": Key("How sharply the gate closes for the others.", gt=0),
+        "tau_neg": Key("How sharply the gate closes for advantages of 0 and below.", gt=0),
     },
     on_policy="has its gate wide open: objective.tau_pos and objective.tau_neg change nothing",
 )

@@ -118,17 +118,17 @@ def adaptive_temperature(
 
 TEMPERATURE_KEYS = {
     "adaptive_tau": Key(
-        "Each sequence's own temperature, from how likely the old policy found its tokens and from "
-        "its advantage; tau is the base."
+        "Gives each sequence its own temperature, from how likely the old policy found its tokens "
+        "and from its advantage; tau is the base."
     ),
-    "tau_min": Key("adaptive_tau: the smallest.", ge=1e-6),
-    "tau_max": Key("adaptive_tau: the largest.", gt=0),
+    "tau_min": Key("Smallest temperature of adaptive_tau.", ge=1e-6),
+    "tau_max": Key("Largest temperature of adaptive_tau.", gt=0),
     "tau_entropy_coef": Key(
-        "adaptive_tau: how far the old policy's entropy raises the temperature.", ge=0
+        "How far the old policy's entropy raises the temperature of adaptive_tau.", ge=0
     ),
     "tau_confidence_coef": Key(
-        "adaptive_tau: how far being confident and wrong raises it, and being confident and right "
-        "lowers it.",
+        "How far being confident and wrong raises the temperature of adaptive_tau, and being "
+        "confident and right lowers it.",
         ge=0,
     ),
 }

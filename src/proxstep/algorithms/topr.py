@@ -47,8 +47,9 @@ def topr(
 
     Source: arXiv 2503.14286, the update with weight 1 where the reward is at least 0, and with the
     ratio cut to [0, 1] where it is below; the equation's number is not checked.
-    Differs: the sign that decides is the advantage's. It is the reward's where rewards are 1 and -1
-    with a baseline in between, as in the paper; the default baseline here is the prompt's mean.
+    Differs: the weight depends on the advantage's sign, not the reward's. They agree where rewards
+    are 1 and -1 with a baseline in between, as in the paper; the default baseline here is the
+    prompt's mean.
     """
     check_inputs(log_probs, old_log_probs, advantages, response_mask)
     log_ratio_BT = token_log_ratio(log_probs, old_log_probs, response_mask)

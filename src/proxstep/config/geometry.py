@@ -22,19 +22,35 @@ class GeometrySection(Section):
 
     rule: RuleName = Field(
         default="none",
-        description='"none" or a preset of ISOPO; null keys below are the preset\'s.',
+        description='"none" or a preset of ISOPO, which sets those keys below that are null.',
     )
-    fisher_power: float | None = Field(default=None, description="p, isometric rule.")
-    norm_power: float | None = Field(default=None, description="q, isometric rule.")
-    relative_fisher_power: float | None = Field(default=None, description="r, isometric rule.")
-    damping: float | None = Field(default=None, ge=0, description="c, isometric rule.")
-    ntk_damping: float | None = Field(default=None, gt=0, description="c, natural rule.")
+    fisher_power: float | None = Field(
+        default=None, description="p, the power of the Fisher norm (isometric rule)."
+    )
+    norm_power: float | None = Field(
+        default=None, description="q, the power of the Euclidean norm (isometric rule)."
+    )
+    relative_fisher_power: float | None = Field(
+        default=None, description="r, the power of Fisher over Euclidean norm (isometric rule)."
+    )
+    damping: float | None = Field(
+        default=None,
+        ge=0,
+        description="c, damping in units of the norms' trailing mean squares (isometric rule).",
+    )
+    ntk_damping: float | None = Field(
+        default=None,
+        gt=0,
+        description="c, damping in units of the kernel's trailing mean eigenvalue (natural rule).",
+    )
     interact: Literal["microbatch", "group"] | None = Field(
         default=None,
-        description="Natural rule: mix all sequences of a microbatch, or a prompt's completions.",
+        description="The natural rule mixes all sequences of a microbatch, or each prompt's alone.",
     )
     damping_form: Literal["additive", "relative"] | None = Field(
-        default=None, description="As printed in the paper, or as in its author's code."
+        default=None,
+        description="Damping as printed in the paper (additive) or as in its author's code "
+        "(relative).",
     )
     scale: Literal["paper", "preserved"] = Field(
         default=IsometricRule.scale,
@@ -42,7 +58,9 @@ class GeometrySection(Section):
         'learning rate and clipping carry over; "paper" does not.',
     )
     other_parameters: Literal["transform", "reinforce", "freeze"] = Field(
-        default="transform", description="For what is not a linear layer's weight."
+        default="transform",
+        description="What parameters other than linear layers' weights get: the rule, the plain "
+        "policy gradient, or no update.",
     )
     fisher: Literal["positions", "sequences"] = Field(
         default=default_of(Isopo, "fisher"),
@@ -51,24 +69,29 @@ class GeometrySection(Section):
     )
     num_overlap_positions: Positive | None = Field(
         default=default_of(Isopo, "num_overlap_positions"),
-        description="K, positions that estimate the Fisher norm; null for all.",
+        description="K, the number of positions that estimate the Fisher norm; null for all.",
     )
     overlap_positions: Literal["all", "completion"] = Field(
         default="all",
-        description="Where they lie: anywhere, or where a token of the completion is predicted.",
+        description="Where these positions lie: anywhere, or where a token of the completion is "
+        "predicted.",
     )
     overlap_source: Literal["previous_step", "microbatch", "ranks"] | None = Field(
         default=default_of(Isopo, "overlap_source"),
-        description="Whose positions: the last step's, with which the result does not depend on "
-        "microbatch_size, the microbatch's, or all ranks'; null for the last step's where a number "
-        "of positions is sampled, else the microbatch's.",
+        description="Whose positions estimate the Fisher norm: the previous step's, so that the "
+        "result does not depend on microbatch_size, the microbatch's, or all ranks'; null for the "
+        "previous step's where a number of positions is sampled, else the microbatch's.",
     )
     fisher_denominator: Literal["sample", "trailing"] = Field(
         default=default_of(Isopo, "fisher_denominator"),
-        description="Divide by the sample's own sum of squares or by its trailing mean.",
+        description="The Fisher estimate is divided by the sample's own sum of squares or by the "
+        "trailing mean of that.",
     )
     decay: float = Field(
-        default=default_of(Isopo, "decay"), ge=0, lt=1, description="Of the trailing means."
+        default=default_of(Isopo, "decay"),
+        ge=0,
+        lt=1,
+        description="Decay of the trailing means per optimizer step.",
     )
     memory_mib: Positive = Field(
         default=default_of(Isopo, "memory_budget") // 2**20,

@@ -31,21 +31,30 @@ class OptimizerSection(Section):
         description="muon: peak learning rate of its matrices, in the units of adamw's (a step's "
         "RMS is 0.2 times it); null for learning_rate.",
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, except sgd's.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="Weight decay; decoupled, except sgd's."
+    )
     betas: list[Share] | None = Field(
         default=None,
         min_length=2,
         max_length=2,
-        description=f"adamw (null for {_ADAMW['betas']}), muon's adamw, soap.",
+        description=f"Decay of the moments in adamw (null for {_ADAMW['betas']}), muon's adamw "
+        "and soap.",
     )
     eps: float | None = Field(
-        default=None, gt=0, description=f"adamw (null for {_ADAMW['eps']}), muon's adamw, soap."
+        default=None,
+        gt=0,
+        description=f"Numerical guard of adamw (null for {_ADAMW['eps']}), muon's adamw and soap.",
     )
-    momentum: Share | None = Field(default=None, description="sgd (null for none), muon, kron.")
+    momentum: Share | None = Field(
+        default=None, description="Momentum of sgd (null for none), muon and kron."
+    )
     max_grad_norm: float | None = Field(
-        default=1.0, gt=0, description="Clip the gradient; null for never."
+        default=1.0, gt=0, description="Norm at which the gradient is clipped; null for never."
     )
-    warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer steps.")
+    warmup_updates: int = Field(
+        default=0, ge=0, description="Linear warm-up of the learning rate, in optimizer steps."
+    )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
         description="What the learning rate does after the warm-up: stay, or fall to min_lr_rate "
@@ -55,7 +64,7 @@ class OptimizerSection(Section):
         default=0.0,
         ge=0,
         le=1,
-        description="linear, cosine: the lowest learning rate, as a share of the peak.",
+        description="Lowest learning rate of linear and cosine, as a share of the peak.",
     )
 
     def options(self) -> dict[str, Any]:

@@ -26,8 +26,8 @@ class RegularizerSection(Section):
         default=0.0,
         ge=0,
         le=1e6,
-        description="Price of a nat of KL(policy || initial); above 0 it keeps a copy of the "
-        "initial weights, except with LoRA. TRL's beta, verl's kl_loss_coef.",
+        description="Weight of a penalty on KL(policy || initial), per nat; above 0 the run keeps "
+        "a copy of the initial weights, except with LoRA. TRL's beta, verl's kl_loss_coef.",
     )
     kl_estimator: Literal["exact", "k1", "k2", "k3"] = Field(
         default="exact",

@@ -128,11 +128,12 @@ class IntraProjectingRule:
         defaults are those of the author's public code (github.com/nilin/proma, February 2026) and
         of its launch scripts.
 
-    Differs: the author's singular vectors are randomized, by one power iteration without spare
-        directions, and anew each time. Embeddings and norms get the policy gradient, where that
-        code leaves the one without advantages, and biases get it too, where it has 0. Its variants
-        that sample positions, or project the accumulated gradient, are not here. The code was
-        read, and not run against this; the paper's algorithm boxes were not read.
+    Differs: the author's code computes the singular vectors by one randomized power iteration
+        without oversampling, drawn anew each time. Embeddings, norms and biases get the policy
+        gradient here; in that code embeddings and norms keep a gradient without advantages, and
+        biases get 0. Its variants that sample positions, or project the accumulated gradient, are
+        not implemented. The code was read, but not run for comparison; the paper's algorithm boxes
+        were not read.
     """
 
     rank: int = 10

@@ -1,6 +1,6 @@
 """vLLM samples the rollout, in this process and on the policy's GPU.
 
-It has not run on a card. It is written against vLLM 0.31.0's sources (the wheel on PyPI) and tested
+It has not run on a GPU. It is written against vLLM 0.31.0's sources (the wheel on PyPI) and tested
 with a stand-in for its classes (tests/training/vllm_stub.py). What it uses of them:
 
 - `vllm.LLM`, entrypoints/llm.py: the constructor, whose other keywords are those of `EngineArgs`;
