@@ -24,6 +24,8 @@ from proxstep.engines.verl.prompt_files import messages, plan, prepare
 from proxstep.engines.verl.run_metrics import FIELDS, record
 from proxstep.engines.verl.seams import config_name, find_obstacle, loss_mode
 from proxstep.errors import ProxstepError
+from proxstep.runs.folder import RunFolder
+from proxstep.runs.reading import read_rows
 from proxstep.runs.schema import unknown_fields
 from proxstep.training.prompts import batch_rows
 
@@ -558,3 +560,21 @@ def test_the_printed_script_is_a_script(tmp_path: Path, monkeypatch: pytest.Monk
     arguments = overrides(recipe, prepared, TWO)
     assert said[3:] == ["-m", "verl.trainer.main_ppo", *arguments]
     assert load_recipe(folder / "recipe.yaml") == recipe
+
+
+def test_completions_of_a_validation_are_waited_for(tmp_path: Path) -> None:
+    """verl writes them in a thread of its own: later than its metrics, or only a part at first."""
+    recipe = resolve({"algorithm": "grpo", "logging": {"num_samples": 2}}, {}, "test")
+    folder = RunFolder(tmp_path)
+    path = tmp_path / "verl" / "validation" / "4.jsonl"
+    path.parent.mkdir(parents=True)
+    row = json.dumps({"input": "1+1=", "output": "2", "gts": "2", "acc": 1.0})
+    assert launch.add_samples(recipe, folder, [0, 4]) == [0, 4]
+    path.write_text(row + "\n" + row[:9])
+    assert launch.add_samples(recipe, folder, [0, 4]) == [0, 4]
+    path.write_text((row + "\n") * 3)
+    assert launch.add_samples(recipe, folder, [0, 4]) == [0]
+    path.with_stem("0").write_text(row + "\n")
+    assert launch.add_samples(recipe, folder, [0], ended=True) == []
+    found = read_rows(folder.samples)
+    assert [sample["step"] for sample in found] == [4, 4, 0]

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -144,7 +144,7 @@ def _run(
     before = folder.info().get("elapsed_seconds", 0.0)
     began = time.monotonic()
     with stop_on_signal() as stop, log.open("wb") as output:
-        sink = MetricsLog(folder.metrics)
+        sink, validated = MetricsLog(folder.metrics), []
         process = subprocess.Popen(
             [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
             stdout=output,
@@ -161,11 +161,14 @@ def _run(
                 full = record(recipe, line["step"], line["data"]) | {"elapsed_seconds": elapsed}
                 sink.write(full)
                 progress.record(full)
-                _add_samples(recipe, folder, line["step"])
+                if full.get("score") is not None:
+                    validated.append(line["step"])
+                validated = add_samples(recipe, folder, validated)
                 folder.update_info(elapsed_seconds=elapsed)
         finally:
             _end(process)
             sink.close()
+            add_samples(recipe, folder, validated, ended=True)
     return _conclude(folder, process.returncode, stop, log)
 
 
@@ -229,10 +232,28 @@ def _reason(log: Path) -> str:
     return re.sub(r"^.*?((\w+\.)*\w*(Error|Exception): )", r"\1", chosen).strip()
 
 
-def _add_samples(recipe: Recipe, folder: RunFolder, step: int) -> None:
-    path = folder.path / "verl" / "validation" / f"{step}.jsonl"
-    if recipe.logging.num_samples and path.exists():
-        folder.add_samples(list(samples(path, step, recipe.logging.num_samples)))
+def add_samples(
+    recipe: Recipe, folder: RunFolder, steps: Sequence[int], *, ended: bool = False
+) -> list[int]:
+    """Add what was sampled in validations, which verl writes beside its training.
+
+    Args:
+        recipe: Its `logging.num_samples` is how many of each.
+        folder: The run's.
+        steps: Of the validations.
+        ended: Whether verl writes no more.
+
+    Returns:
+        The steps of which there is too little yet.
+    """
+    count, missing = recipe.logging.num_samples, []
+    for step in steps if count else ():
+        found = list(samples(folder.path / "verl" / "validation" / f"{step}.jsonl", step, count))
+        if found and (ended or len(found) == count):
+            folder.add_samples(found)
+        else:
+            missing.append(step)
+    return missing
 
 
 def _last_checkpoint(folder: RunFolder) -> int:

@@ -71,9 +71,16 @@ def _entropy(recipe: Recipe, measured: Mapping[str, Any]) -> float | None:
 
 
 def samples(path: Path, step: int, count: int) -> Iterator[dict[str, Any]]:
-    """Yield the first lines of verl's file of validation completions, as samples.jsonl has them."""
+    """Yield the first lines of verl's file of validation completions, as samples.jsonl has them.
+
+    verl writes it in a thread of its own, so that it may not be there yet, or end within a line.
+    """
+    if not path.exists():
+        return
     with path.open(encoding="utf-8") as file:
         for _, line in zip(range(count), file, strict=False):
+            if not line.endswith("\n"):
+                return
             row = json.loads(line)
             yield {
                 "step": step,
