@@ -356,8 +356,9 @@ def main() -> None:
             found[f"seconds_{part}"] = round(time.process_time() - start, 1)
             RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
     text = "\n\n".join(tables(results))
-    before = PAGE.read_text(encoding="utf-8").split(BEGIN)[0]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
     with matplotlib.rc_context({"svg.hashsalt": "proxstep"}):
         plot(results)
     Console().out(text, highlight=False)

@@ -65,7 +65,7 @@ ISOPO = (
             "experiments/scale.py",
         ),
         "It can be combined with optimizers that act on the parameter dimension.",
-        "AdamW, SGD and Muon run under it, three short seeds; K-FAC and Shampoo are not here",
+        "AdamW, SGD, Muon and SOAP (a form of Shampoo) run under it; K-FAC is not here",
     ),
     Item("section 1.2, eq. 1", ("maths.fisher.fisher_square",), ("experiments/exact_fisher.py",)),
     Item("section 1.2, divergences", ("maths.categorical.kl", "maths.categorical.chi_square")),

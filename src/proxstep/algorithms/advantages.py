@@ -242,7 +242,7 @@ def spread_metrics(reward_B: Float[Tensor, " batch"], groups: Groups) -> dict[st
     """Return how far the rewards of a group are apart: the metrics of every kind of advantage."""
     is_flat_P = groups.max(reward_B) == groups.min(reward_B)
     return {
-        "frac_reward_zero_std": is_flat_P.double().mean().item(),
+        "frac_reward_zero_std": is_flat_P.cpu().double().mean().item(),
         "reward_std": groups.std(reward_B).mean().item(),
         "num_groups": float(len(groups.size_P)),
     }

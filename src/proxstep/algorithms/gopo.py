@@ -153,7 +153,7 @@ def prepare(inputs: SignalInputs, *, mu: float = PAPER_MU) -> Signal:
     target_B = bounded_target(
         inputs.advantage_B, inputs.group_B, mu=mu, importance=inputs.importance_B
     )
-    at_bound = (target_B == -1).double().mean().item()
+    at_bound = (target_B == -1).cpu().double().mean().item()
     return Signal(target_B, inputs.importance_B, metrics={"frac_target_at_bound": at_bound})
 
 

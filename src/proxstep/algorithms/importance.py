@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from proxstep.algorithms.aggregate import check_positive
-from proxstep.logprobs.tokens import bounded, kl_estimate, masked_sum, token_log_ratio
+from proxstep.logprobs.tokens import bounded, kl_estimate, masked_sum, token_log_ratio, widest_dtype
 from proxstep.typing import Bool, Float, Tensor
 
 
@@ -53,7 +53,7 @@ def importance_weights(
     return weight_B, {
         "importance_mean": weight_B.mean().item(),
         "importance_max": weight_B.max().item(),
-        "importance_truncated": (ratio_B > cap).double().mean().item(),
+        "importance_truncated": (ratio_B > cap).cpu().double().mean().item(),
         "importance_sample_size": (weight_B.sum().square() / weight_B.square().sum()).item(),
     }
 
@@ -75,7 +75,8 @@ def sampler_mismatch(
         `log_ratio_p999`, the smallest that 99.9 % of the tokens do not exceed; `kl`, the mean of
         the k3 estimate of KL(sampler || policy) a token. Nothing where there is no token.
     """
-    drawn, own = sampler_log_probs[response_mask].double(), log_probs[response_mask].double()
+    digits = widest_dtype(log_probs.device)
+    drawn, own = (of[response_mask].to(digits) for of in (sampler_log_probs, log_probs))
     if not len(drawn):
         return {}
     ratio = (own - drawn).abs()

@@ -81,8 +81,8 @@ def target_shares(target_B: Float[Tensor, " batch"]) -> dict[str, float]:
         `frac_over_positivity_bound`, the share above 1 (`positivity` says what that is).
     """
     return {
-        "frac_negative_target": (target_B < -1).double().mean().item(),
-        "frac_over_positivity_bound": (target_B > 1).double().mean().item(),
+        "frac_negative_target": (target_B < -1).cpu().double().mean().item(),
+        "frac_over_positivity_bound": (target_B > 1).cpu().double().mean().item(),
     }
 
 

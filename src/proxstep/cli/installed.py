@@ -98,5 +98,5 @@ def device() -> str:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return f"device auto: cuda ({', '.join(names)})"
     if torch.backends.mps.is_available():
-        return "device auto: mps"
+        return "device auto: cpu; mps is there, but nothing was tried on it"
     return "device auto: cpu; torch sees no accelerator"

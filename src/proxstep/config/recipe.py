@@ -84,7 +84,10 @@ class Recipe(Section):
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of all random numbers.")
     steps: Positive = Field(default=100, description="Rollout steps.")
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")
+    device: str = Field(
+        default="auto",
+        description="auto: cuda if it is there, else cpu. Or cpu, cuda, cuda:1, mps.",
+    )
     output_dir: str = Field(default="runs/latest", description="The run folder.")
     guard: Literal["off", "warn", "halve", "stop"] = Field(
         default="warn",

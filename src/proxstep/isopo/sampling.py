@@ -24,6 +24,7 @@ from proxstep.isopo.gathering import Group, Kept
 from proxstep.isopo.hooks import KINDS, PositionGradients
 from proxstep.isopo.plan import Layout, Rows, smallest
 from proxstep.isopo.rule import OverRanks
+from proxstep.logprobs.tokens import widest_dtype
 from proxstep.typing import Bool, Float, Int, Tensor
 
 OverlapPositions = Literal["all", "completion"]
@@ -414,7 +415,8 @@ def sample_priorities(
     for seed, (start, end) in zip(seeds, layout.bounds, strict=True):
         generator.manual_seed(seed % 2**63)
         priority_T[start:end] = torch.rand(end - start, generator=generator, dtype=torch.float64)
-    priority_T = priority_T.to(layout.sequence_T.device)
+    device = layout.sequence_T.device
+    priority_T = priority_T.to(device, widest_dtype(device))
     return priority_T if eligible_T is None else priority_T.masked_fill(~eligible_T, torch.inf)
 
 

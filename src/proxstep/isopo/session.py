@@ -79,8 +79,8 @@ class Isopo:
             number of microbatches. None for "previous_step", or for "microbatch" where all of its
             positions are taken, or its sequences.
         fisher_denominator: Divide by the "sample"'s own sum of squares or by its "trailing" mean.
-        decay: Of the trailing means, per optimizer step.
-        seed: Of the sample of positions.
+        decay: Share of the past that trailing means keep at each optimizer step.
+        seed: Seed of the sample of positions.
         diagnose: Measure everything at each step and put it into `diagnostics`. It costs as much as
             the natural rule; it can be switched between steps.
         memory_budget: Bytes that the statistics of one layer may take at a time.

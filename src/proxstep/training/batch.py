@@ -139,7 +139,7 @@ class Graded:
 
     def describe(self) -> dict[str, Any]:
         """Return what is measured of all completions, those that teach nothing included."""
-        lengths = self.completions.lengths().double()
+        lengths = self.completions.lengths().cpu().double()
         finite = self.reward_B[self.reward_B.isfinite()]
         informative = informative_groups(self.reward_B, self.group_B)
         measured = {
@@ -148,7 +148,7 @@ class Graded:
             "frac_informative_groups": len(informative) / self.num_groups,
             "completions_mean_length": lengths.mean().item(),
             "completions_max_length": int(lengths.max()),
-            "completions_clipped_ratio": self.completions.truncated_B.double().mean().item(),
+            "completions_clipped_ratio": self.completions.truncated_B.cpu().double().mean().item(),
         }
         for name, values in self.per_function.items():
             given = [value for value in values if value is not None and math.isfinite(value)]
@@ -262,7 +262,7 @@ def _batch(
         measured |= {f"sampler/{name}": value for name, value in old_policy.mismatch().items()}
     measured["advantage_range"] = (advantage_B.max() - advantage_B.min()).item()
     if recipe.leaves_out_idle:
-        measured["frac_left_out_sequences"] = (signal.value_B == 0).double().mean().item()
+        measured["frac_left_out_sequences"] = (signal.value_B == 0).cpu().double().mean().item()
     measured |= {f"objective/{name}": value for name, value in signal.metrics.items()}
     device = completions.token_BT.device
     importance_B = signal.importance_B

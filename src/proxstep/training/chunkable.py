@@ -12,6 +12,7 @@ from torch import nn
 
 from proxstep.errors import ProxstepError
 from proxstep.logprobs.evaluating import evaluating
+from proxstep.logprobs.tokens import widest_dtype
 from proxstep.training.output_layer import REMEDY, forward_with_head, output_head, unwrapped
 from proxstep.typing import Tensor
 
@@ -63,13 +64,14 @@ def check_chunkable(model: nn.Module) -> None:
         changed_BTV = forward_with_head(model, ramp, *inputs)
         logits_BTV = forward_with_head(model, observe, *inputs)
     ramp_BTV, product_BTV = expected
-    if not torch.equal(changed_BTV.double(), ramp_BTV.double()):
+    digits = widest_dtype(ramp_BTV.device)
+    if not torch.equal(changed_BTV.to(digits), ramp_BTV.to(digits)):
         raise ProxstepError(
             f"{name} changes what its output layer returns{_culprits(model)}, so its "
             f"logits are not hidden states times a weight; {REMEDY}"
         )
-    error = (logits_BTV.double() - product_BTV.double()).abs().max()
-    tolerance = 8 * torch.finfo(product_BTV.dtype).eps * product_BTV.double().abs().max()
+    error = (logits_BTV.to(digits) - product_BTV.to(digits)).abs().max()
+    tolerance = 8 * torch.finfo(product_BTV.dtype).eps * product_BTV.to(digits).abs().max()
     if not error <= tolerance:
         raise ProxstepError(
             f"the output layer of {name} does not return hidden states times its "

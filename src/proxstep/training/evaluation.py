@@ -19,7 +19,7 @@ from torch import nn
 
 from proxstep.config.recipe import Recipe
 from proxstep.logprobs.evaluating import evaluating
-from proxstep.logprobs.tokens import entropy, kl_divergence, kl_estimate
+from proxstep.logprobs.tokens import entropy, kl_divergence, kl_estimate, widest_dtype
 from proxstep.rewards import Narrowness, narrowness
 from proxstep.rewards.pass_at_k import sampled_scores
 from proxstep.runs.waiting import UNSEEN, Waits
@@ -360,7 +360,8 @@ def drift_from_initial(
                 initial_logits = response_logits(policy, part, 1.0, first)
             counts_BT = part.response_BT[:, first:]
             kl_BT = by_chunks(kl_divergence, logits, initial_logits)
-            kl += kl_BT[counts_BT].double().sum().item()
-            spread += by_chunks(entropy, logits)[counts_BT].double().sum().item()
+            digits = widest_dtype(kl_BT.device)
+            kl += kl_BT[counts_BT].to(digits).sum().item()
+            spread += by_chunks(entropy, logits)[counts_BT].to(digits).sum().item()
     num_tokens = int(completions.response_BT.sum())
     return Drift(kl / num_tokens, spread / num_tokens)

@@ -18,15 +18,13 @@ from proxstep.hub import hub_or_cache
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that a recipe names; "auto" is cuda, else mps, else cpu.
+    """Return the device that a recipe names; "auto" is cuda, else cpu: nothing was tried on mps.
 
     Raises:
         ProxstepError: If it is not a device of this machine.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
