@@ -191,7 +191,7 @@ class Experiment:
         dates = sorted({row["info"]["started"][:10] for row in rows.values()})
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
         yield f"{len(rows)} of {self._plan_text()}; {'; '.join(machines)}; {when}."
-        yield verdict(comparison)
+        yield from map(verdict, parts)
         if whose := reference(parts):
             yield f"![Each arm's score less {whose}](../figures/findings/{self.name}.svg)"
         yield from tables(comparison, parts, self.name)

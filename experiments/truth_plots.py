@@ -30,9 +30,9 @@ def draw(comparison: Comparison, parts: list[Comparison]) -> Figure:
         comparison: Of all arms.
         parts: Those that the differences are of: see `parts_of`.
     """
-    names = [row.algorithm for row in comparison.settings[0].standings]
+    names = [[row.algorithm for row in part.settings[0].standings] for part in parts]
     looks, chosen = _looks(names), comparison.chosen
-    figure = Figure(figsize=(12, 4.6 + 0.26 * len(names)), layout="constrained")
+    figure = Figure(figsize=(12, 4.6 + 0.26 * len(looks)), layout="constrained")
     panels = figure.subplots(2, 3)
     _results(panels[0, 0], panels[0, 1], parts, looks)
     _hulls(panels[0, 2], chosen, looks)
@@ -43,19 +43,36 @@ def draw(comparison: Comparison, parts: list[Comparison]) -> Figure:
     panels[1, 1].set_visible(panels[1, 1].has_data())
     _gradients(panels[1, 2], chosen, looks)
     handles, labels = panels[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 7))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=len(parts) if len(parts) > 1 else min(len(looks), 7),
+    )
     return figure
 
 
-def _looks(names: list[str]) -> Looks:
-    """Return each algorithm's own color; arms that would share one are colored in their order."""
-    own = strokes(names)
-    if len({look.color for look in own.values()}) == len(names):
+DASHES: tuple[tuple[float, ...], ...] = ((), (3.6, 1.7), (1.0, 1.3), (6.0, 1.5, 1.0, 1.5))
+
+
+def _looks(parts: list[list[str]]) -> Looks:
+    """Return each arm's color and dash.
+
+    Algorithms have their own color; arms that would share one are colored in their order. Of
+    several parts, each has a dash, and the arms of one place in them a color.
+    """
+    own = strokes(parts[0])
+    if len(parts) == 1 and len({look.color for look in own.values()}) == len(parts[0]):
         return own
-    dashes: tuple[tuple[float, ...], ...] = ((), (3.6, 1.7))
+    rows = [
+        part[start : start + len(COLORS)]
+        for part in parts
+        for start in range(0, len(part), len(COLORS))
+    ]
     return {
-        name: Stroke(place % len(COLORS), dashes[place // len(COLORS) % len(dashes)])
-        for place, name in enumerate(names)
+        name: Stroke(place, DASHES[number % len(DASHES)])
+        for number, row in enumerate(rows)
+        for place, name in enumerate(row)
     }
 
 
