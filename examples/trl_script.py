@@ -41,7 +41,6 @@ def main() -> None:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            bf16=False,
             use_cpu=not torch.cuda.is_available(),
         )
         trainer = IsopoTrainer(  # GRPOTrainer(

@@ -109,14 +109,14 @@ def test_doctor_names_what_is_missing(
         line.startswith("engine trl: trl 1.15.0 is not !=1.15.*,<1.17,>=1.14.2; pip install ")
         for line in printed
     )
-    assert 'engine verl: verl is missing; pip install "proxstep[verl]"' in printed
+    assert 'engine verl: no verl; pip install "proxstep[verl]"' in printed
     has["verl"] = "0.9.1"
     printed = run(capsys, "doctor").splitlines()
-    (line,) = (line for line in printed if line.startswith("engine verl: vLLM is missing"))
+    (line,) = (line for line in printed if line.startswith("engine verl: torch sees no GPU"))
     assert 'pip install "verl[vllm]==0.9.1"' in line
     del has["rich"]
     printed = run(capsys, "doctor").splitlines()
-    assert 'engine local: rich is missing; pip install "proxstep[train]"' in printed
+    assert 'engine local: no rich; pip install "proxstep[train]"' in printed
     assert any(
         line.startswith("engine trl: what engine local misses, trl 1.15") for line in printed
     )
@@ -146,8 +146,8 @@ def test_doctor_says_that_trl_and_verl_do_not_go_together(
         assert "environment of its own, or pip uninstall trl\n" in printed
     del has["trl"]
     printed = run(capsys, "doctor")
-    assert "\nengine verl: vLLM is missing" in printed
-    assert "engine trl: trl is missing" in printed
+    assert "\nengine verl: torch sees no GPU" in printed
+    assert "engine trl: no trl" in printed
     assert "in an environment of its own, since verl 0.9" in printed
 
 

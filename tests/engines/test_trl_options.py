@@ -98,12 +98,20 @@ def test_isopo_takes_sequence_level_algorithms(tmp_path: Path, loss_type: str) -
         config(IsopoConfig, tmp_path, loss_type=loss_type)
 
 
-@pytest.mark.parametrize("loss_type", ["", "dr_grpo", "bnpo"])
-def test_a_loss_type_of_trl_s_alone(tmp_path: Path, loss_type: str) -> None:
+@pytest.mark.parametrize(
+    ("loss_type", "message"),
+    [
+        ("", "loss_type is missing, the algorithm's name: one of reinforce, grpo"),
+        ("dr_grpo", "loss_type is 'dr_grpo'.*Choices"),
+        ("bnpo", "loss_type is 'bnpo'.*Choices"),
+        ("isopo", r'loss_type is \'isopo\', which is a rule.*IsopoConfig\(rule="isopo"\)'),
+    ],
+)
+def test_a_loss_type_that_is_no_algorithm(tmp_path: Path, loss_type: str, message: str) -> None:
     """No default takes its place."""
-    with pytest.raises(ProxstepError, match=f"loss_type is {loss_type!r}.*Choices"):
+    with pytest.raises(ProxstepError, match=message):
         config(PolicyConfig, tmp_path, loss_type=loss_type)
-    with pytest.raises(ProxstepError, match=r"loss_type is ''\. Choices"), quiet():
+    with pytest.raises(ProxstepError, match="loss_type is missing"), quiet():
         PolicyTrainer("some/model", text_reward)
 
 

@@ -49,6 +49,7 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
             "input_ids": TOKENS,
             "attention_mask": (IDS >= 0).long(),
             "completion_mask": (IDS >= 0) & (torch.arange(5) >= 2),
+            "advantages": advantages,
             "coefficients": advantages / 2,
         }
         exec(code, names)

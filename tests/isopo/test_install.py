@@ -185,8 +185,8 @@ def test_two_installations_are_refused_and_remove_allows_another() -> None:
     [
         (IDS.double(), COEFFICIENTS, "must be integers"),
         (IDS[0], COEFFICIENTS, "must be integers"),
-        (IDS, COEFFICIENTS[:1], "name each of the 1 sequences"),
-        (IDS, torch.ones(3), "name each of the 3 sequences"),
+        (IDS, COEFFICIENTS[:1], "coefficients has 1 numbers"),
+        (IDS, torch.ones(3), "coefficients has 3 numbers"),
         (IDS, torch.tensor([1.0, float("nan")]), "finite"),
     ],
 )

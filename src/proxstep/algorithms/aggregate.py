@@ -61,8 +61,9 @@ def check_literal(name: str, value: object, literal: Any) -> None:
 
 def check_number(name: str, value: Any, low: float = 0.0, *, above: bool = False) -> None:
     """Raise ProxstepError unless a value is a finite number, of a least size."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < low or (above and value == low):
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ProxstepError(f"{name} is {value!r}, a {type(value).__name__}; it must be a number.")
+    if not math.isfinite(value) or value < low or (above and value == low):
         limit = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
         raise ProxstepError(f"{name} is {value!r}; it must be a finite number{limit}.")
 

@@ -16,12 +16,13 @@ MISSING = (
     "calls step()"
 )
 RETURNS = (
-    "log_probs() must return two tensors of shape (batch, tokens), the log-probabilities of tokens "
-    "and a mask of those that count, as completion_log_probs(logits, input_ids, mask), mask[:, 1:]"
+    "the function given to step() must return two tensors of shape (batch, tokens), the "
+    "log-probabilities of tokens and a mask of those that count, as "
+    "completion_log_probs(logits, input_ids, mask), mask[:, 1:]"
 )
 ANEW = (
-    "log_probs() must give the same numbers while the parameters are the same: draw its sequences "
-    "before optimizer.step, and leave the model in evaluation mode"
+    "the function given to step() must give the same numbers while the parameters are the same: "
+    "draw its sequences before optimizer.step, and leave the model in evaluation mode"
 )
 
 

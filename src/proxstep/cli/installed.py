@@ -33,7 +33,7 @@ def missing_for(extra: str) -> list[str]:
             below = re.findall(r"\[(.*)\]", wanted)
             found += [text for part in below[0].split(",") for text in missing_for(part)]
         elif (has := installed(name)) is None:
-            found.append(f"{name} is missing")
+            found.append(f"no {name}")
         elif not _fits(has, wanted):
             found.append(f"{name} {has} is not {wanted}")
     return list(dict.fromkeys(found))
@@ -83,10 +83,10 @@ def _verl_needs() -> list[str]:
     import torch
 
     found = []
-    if installed("vllm") is None:
-        found.append('vLLM is missing, with which verl samples; pip install "verl[vllm]==0.9.1"')
     if not torch.cuda.is_available():
-        found.append("torch sees no GPU")
+        found.append("torch sees no GPU (a checkout's tests run verl on a CPU: docs/verl-cpu.md)")
+    if installed("vllm") is None:
+        found.append('no vLLM, with which verl samples; pip install "verl[vllm]==0.9.1"')
     return found
 
 

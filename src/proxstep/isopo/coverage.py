@@ -221,7 +221,8 @@ def patch(module: nn.Module, kind: Coverage, site: Site) -> None:
     installed: Site | None = getattr(module, SITE, None)
     if installed is not None and installed.owner is not None:
         raise ProxstepError(
-            f"{site.name}: an Isopo is installed on this model already; call its remove() first"
+            f"an Isopo is installed on this model already, at its layer {site.name!r}: call that "
+            "one's remove() first, in a notebook before the cell that makes another"
         )
     replaced = module.__dict__.get("forward")
     # What copies of a patched module carry.

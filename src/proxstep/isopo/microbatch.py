@@ -181,9 +181,9 @@ class Microbatch:
         if flat.shape[0] != rows * columns:
             raise ProxstepError(
                 f"{key} saw {flat.shape[0]} token positions, but sequence_ids has "
-                f"{rows * columns} ({rows} x {columns}): turn off logits_to_keep and fused heads, "
-                "run the forward inside isopo.microbatch(...), and freeze experts that see only "
-                "their own tokens"
+                f"{rows * columns} ({rows} x {columns}): make sequence_ids from the mask of the "
+                "same input_ids, turn off logits_to_keep and fused heads, run the forward inside "
+                "isopo.microbatch(...), and freeze experts that see only their own tokens"
             )
         return flat if self.layout.order_T is None else flat[self.layout.order_T]
 

@@ -172,8 +172,9 @@ def _check_ids(sequence_ids: Tensor, num_sequences: int) -> None:
     rows_of_B = present_RB.sum(dim=0)
     if lowest < -1 or highest >= num_sequences or bool((rows_of_B == 0).any()):
         raise ProxstepError(
-            f"sequence_ids must name each of the {num_sequences} sequences that have a "
-            f"coefficient, 0 to {num_sequences - 1}, and no other; -1 is padding. "
+            f"coefficients has {num_sequences} numbers and sequence_ids {lowest} to {highest}: it "
+            f"must name each sequence that has a coefficient, 0 to {num_sequences - 1}, and no "
+            "other; -1 is padding. "
             "sequence_ids(attention_mask) makes them from a mask"
         )
     if bool((rows_of_B > 1).any()):

@@ -32,7 +32,7 @@ from proxstep.engines.trl.refusals import (
     refuse_without_effect,
 )
 from proxstep.errors import ProxstepError
-from proxstep.isopo import Isopo, Rule
+from proxstep.isopo import PRESETS, Isopo, Rule
 
 TRL_OPTIONS = frozenset(field.name for field in dataclasses.fields(GRPOConfig))
 """The names that an algorithm's key cannot have; `option_name` gives it another one."""
@@ -99,7 +99,7 @@ class PolicyConfig(_AlgorithmOptions, _BudgetOptions, GRPOConfig):
         """
         if not self.taken:
             raise ProxstepError(
-                f"a {type(self).__name__} was given to a trainer of TRL's, which would train by "
+                f"{type(self).__name__} was given to a trainer of TRL's, which would train by "
                 "its own loss and leave kl_budget and every other option of ours out: make a "
                 "PolicyTrainer, an OpoTrainer or an IsopoTrainer with it"
             )
@@ -148,6 +148,14 @@ class PolicyConfig(_AlgorithmOptions, _BudgetOptions, GRPOConfig):
         return list(ALGORITHMS)
 
     def _refuse_loss_type(self) -> None:
+        if not self.loss_type:
+            names = ", ".join(self._algorithms())
+            raise ProxstepError(f"loss_type is missing, the algorithm's name: one of {names}")
+        if self.loss_type in PRESETS and self.loss_type not in ALGORITHMS:
+            raise ProxstepError(
+                f"loss_type is {self.loss_type!r}, which is a rule for gradients and not a loss: "
+                f'use IsopoTrainer with IsopoConfig(rule="{self.loss_type}")'
+            )
         check_choice("loss_type", self.loss_type, self._algorithms())
 
 

@@ -93,13 +93,13 @@ class PolicyTrainer(GRPOTrainer):
             args = ours(f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
         if not isinstance(args, ours):
             raise ProxstepError(
-                f"args is a {type(args).__name__}: give {type(self).__name__} a {ours.__name__}, "
-                "which takes the same options"
+                f"args is of type {type(args).__name__}: give {type(self).__name__} its own, "
+                f"{ours.__name__}, which takes the same options"
             )
         if isinstance(args, IsopoConfig) and not issubclass(ours, IsopoConfig):
             raise ProxstepError(
-                f"args is a {type(args).__name__}, and {type(self).__name__} would leave its "
-                f"geometry out: use IsopoTrainer, or give it a {ours.__name__}"
+                f"args is of type {type(args).__name__}, and {type(self).__name__} would leave its "
+                f"geometry out: use IsopoTrainer, or give it {ours.__name__}"
             )
         args.check()
         args.taken = True

@@ -53,8 +53,8 @@ def refuse_without_effect(args: Any, own_advantage: str | None) -> None:
         if getattr(args, name) != _DEFAULTS[name]:
             has = OURS.get(name) if OURS.get(name) in args.objective().options() else None
             raise ProxstepError(
-                f"{name} is an option of {whose} and has no effect on {ours}, which docs/trl.md "
-                f"explains: " + (f"set {has} instead" if has else "leave it out")
+                f"{name} is an option of {whose} and has no effect on {ours}: "
+                + (f"set {has} instead" if has else "leave it out")
             )
 
 
