@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 demo demo-real docs figure reference test test-all trust test-trl-oldest test-verl test-verl-quick lint \
+.PHONY: help setup smollm2 verl demo demo-real docs figure reference test test-all trust test-trl-oldest test-verl test-verl-quick lint \
   audit dist truth-experiments bench gpu clean
 
 help:  ## List the targets
@@ -48,6 +48,8 @@ $(VERL)/.installed: pyproject.toml tests/verl/requirements.txt
 	$(VERL_PIP) -r tests/verl/requirements.txt
 	$(VERL_PIP) --no-deps -e .
 	touch $@
+
+verl: $(VERL)/.installed  ## Create .venv-verl with verl, for its tests on a CPU
 
 $(TRL_OLDEST)/.installed: Makefile $(VENV)/.installed
 	rm -rf $(TRL_OLDEST)

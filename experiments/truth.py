@@ -1,6 +1,6 @@
 """The papers' claims, each tested by a plan, as `proxstep compare` would work through it.
 
-    python experiments/truth.py --list                    # what there is, and the minutes left
+    python experiments/truth.py --list                    # what there is, and its minutes
     python experiments/truth.py drift-fisher              # goes on where it was stopped
     python experiments/truth.py drift-fisher --minutes 20 # a piece of it
     python experiments/truth.py drift-fisher --page       # table, figure and page, from the rows
@@ -145,19 +145,19 @@ class Experiment:
         with self.rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def guess(self) -> float:
-        """Return the minutes that the runs without a row will take on one core."""
+    def minutes(self) -> tuple[float, float]:
+        """Return the minutes of one core that the runs took, and that those without a row will."""
         rows = self.done()
         known: dict[str, list[float]] = {}
         for name, row in rows.items():
             seconds = row["series"]["elapsed_seconds"][1][-1] + SECONDS_A_START
             known.setdefault(self.cells[name].variant.algorithm, []).append(seconds)
-        total = 0.0
+        total, taken = 0.0, sum(seconds for of in known.values() for seconds in of)
         for name, cell in self.cells.items():
             if name not in rows:
                 measured = known.get(cell.variant.algorithm)
                 total += median(measured) if measured else _guess(cell)
-        return total / 60
+        return taken / 60, total / 60
 
     def publish(self) -> None:
         """Write figure and page from the rows."""
@@ -239,13 +239,17 @@ def _records(series: dict[str, list[list[Any]]]) -> Iterator[str]:
 
 
 def listing() -> Iterator[str]:
-    """Yield a line for each experiment."""
+    """Yield a line for each experiment, and one for all; several may share runs."""
+    all_taken = all_left = 0.0
     for path in sorted(TRUTH.glob("*/plan.yaml")):
         found = Experiment(path.parent.name)
         first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         done, all_runs = len(found.done()), len(found.cells)
-        left = f"{done:3d} of {all_runs:3d} runs, {found.guess():4.0f} min left"
-        yield f"{found.name:24} {left}  {first}"
+        taken, left = found.minutes()
+        text = f"{done:3d} of {all_runs:3d} runs, {taken:4.0f} min taken, {left:4.0f} left"
+        yield f"{found.name:24} {text}  {first}"
+        all_taken, all_left = all_taken + taken, all_left + left
+    yield f"{'all':24} {all_taken / 60:.1f} hours of one core taken, {all_left / 60:.1f} left"
 
 
 def main() -> int:

@@ -191,7 +191,8 @@ def test_a_run_is_the_same_wherever_the_house_stands(
 
 def test_the_list_says_what_is_left(experiment: Experiment) -> None:
     finish(experiment, next(iter(experiment.cells)), 0.5)
-    (line,) = truth.listing()
+    line, everything = truth.listing()
     assert line.startswith("one ")
     assert "1 of   8 runs" in line
     assert line.endswith("A question.")
+    assert everything.startswith("all ")
