@@ -18,6 +18,7 @@ from proxstep.lab.comparison import BEST, Comparison, compare_runs, contrast
 from proxstep.lab.outcomes import Outcome
 from proxstep.lab.report import write_report
 from proxstep.lab.statistics import difference
+from proxstep.lab.summary import summarize
 from proxstep.lab.tables import comma_separated, markdown, terminal_tables
 from proxstep.lab.verdict import verdict
 from proxstep.runs.reading import find_runs, load_run
@@ -93,6 +94,44 @@ def test_what_one_evaluation_did_not_measure_is_not_interpolated(make_run) -> No
     (setting,) = compare_runs([run]).settings
     assert isnan(setting.kl)
     assert isnan(setting.standings[0].at_kl.value)
+
+
+def without_score(records: list[dict], place: int) -> list[dict]:
+    """The same, but of one evaluation no score is a number."""
+    for record in records:
+        record["score_mean_length"] = 3.0
+    records[place]["score"] = None
+    return records
+
+
+def test_the_score_of_the_last_evaluation_is_none_of_the_ones_before(make_run) -> None:
+    run = load_run(make_run(records=without_score(curve(0.8), -1)))
+    outcome = Outcome.of(run, [])
+    assert isnan(outcome.final)
+    assert isnan(outcome.area)
+    assert outcome.best == pytest.approx(0.6)
+    assert isnan(outcome.score_at_kl(0.3))
+    assert outcome.score_at_kl(0.15) == pytest.approx(0.5)
+    assert outcome.kl_at_score(0.4) == pytest.approx(0.1)
+    between = Outcome.of(load_run(make_run("b", records=without_score(curve(0.8), 1))), [])
+    assert (between.final, between.kl_at_score(0.6)) == pytest.approx((0.8, 0.2))
+    assert isnan(between.score_after(10.0))
+
+
+def test_a_run_without_a_last_score_does_not_win(make_run, tmp_path) -> None:
+    """It was the best of all, up to its last evaluation."""
+    for seed in range(2):
+        make_run("grpo", seed, curve(0.4 + seed / 100))
+        make_run("opo", seed, without_score(curve(0.9), -1))
+    runs = find_runs([tmp_path])
+    comparison = compare_runs(runs)
+    assert verdict(comparison) == "No verdict: fewer than two algorithms have a score."
+    notes = [f"opo, seed {seed}: no score at its last evaluation." for seed in range(2)]
+    assert [note for note in comparison.notes if "no score" in note] == notes
+    grpo, opo = summarize(runs)
+    assert (opo.final_score, opo.gain) == (None, None)
+    assert grpo.final_score is not None
+    assert "opo ends without a value for 0.3 nats" in write_report(runs, tmp_path / "x").read_text()
 
 
 def fake(tuned: str, seed: int, final: float, make_run) -> Outcome:

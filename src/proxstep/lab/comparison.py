@@ -344,6 +344,7 @@ def _better(ours: Chosen, theirs: Chosen) -> Estimate:
 
 def _shared_score(outcomes: Sequence[Outcome]) -> float:
     """Return the highest score that every run reached, NaN where one of them never rose to it."""
-    highest = _shared(max(o.scores, default=nan) for o in outcomes)
-    lowest = max((o.scores[0] for o in outcomes if o.scores), default=nan)
+    measured = [[score for score in o.scores if not isnan(score)] for o in outcomes]
+    highest = _shared(max(scores, default=nan) for scores in measured)
+    lowest = max((scores[0] for scores in measured if scores), default=nan)
     return highest if highest > lowest else nan

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ class Outcome:
         run: The run.
         tuned: Its values of the tuned keys, as text; empty where none is tuned.
         task: Its values of the varied keys of task and model, as text.
-        final: The last score after step 0.
+        final: The score of the last evaluation after step 0.
         best: The highest of them, which is an optimist's figure: it is chosen by its own score.
-        area: The mean score over all steps.
+        area: The mean score over all steps; NaN where an evaluation gave no score.
         kl: KL(policy || initial) at the evaluations, in nats per token; empty where one of them did
             not measure it.
         seconds: Seconds since the beginning at the evaluations, likewise.
-        scores: The scores at the evaluations.
+        scores: The scores at the evaluations, NaN where one gave none.
     """
 
     run: Run
@@ -50,8 +50,8 @@ class Outcome:
     @classmethod
     def of(cls, run: Run, varied: Sequence[str]) -> Outcome:
         """Return a run's outcome."""
-        measured = [record for record in run.records if record.get("score") is not None]
-        scores = [float(record["score"]) for record in measured]
+        measured = run.evaluations
+        scores = [nan if (score := row.get("score")) is None else float(score) for row in measured]
         steps = [record["step"] for record in measured]
         trained = [score for step, score in zip(steps, scores, strict=True) if step > 0]
         own = dict(flatten(run.recipe))
@@ -61,7 +61,7 @@ class Outcome:
             label(values, of_task=False),
             label(values, of_task=True),
             trained[-1] if trained else nan,
-            max(trained, default=nan),
+            max((score for score in trained if not isnan(score)), default=nan),
             area_under_curve(steps, scores),
             _series(measured, "kl_policy_initial", at_start=0.0),
             _series(measured, "elapsed_seconds"),

@@ -204,6 +204,7 @@ def _describe(panel: Panel) -> str:
     told = []
     for name, points in ends.items():
         x, y = (sum(values) / len(values) for values in zip(*points, strict=True))
-        told.append(f"{name} ends at {y:.3g}" + (f" for {x:.3g} nats" if panel.by_run else ""))
+        at = f"at {y:.3g}" if isfinite(y) else "without a value"
+        told.append(f"{name} ends {at}" + (f" for {x:.3g} nats" if panel.by_run else ""))
     listed = ", ".join(told) if told else "not measured"
     return f"{panel.title} by {panel.x_label}, {panel.y_label}: {listed}."

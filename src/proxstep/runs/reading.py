@@ -8,7 +8,7 @@ A run folder holds `recipe.yaml` (the resolved recipe), `run.json` (status, vers
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
@@ -54,6 +54,16 @@ class Run:
         measured = [record for record in self.records if record.get(name) is not None]
         return [record["step"] for record in measured], [float(record[name]) for record in measured]
 
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The records of its evaluations, also of those that gave no score."""
+        return [record for record in self.records if is_evaluation(record)]
+
+    @property
+    def lacks_last_score(self) -> bool:
+        """Whether its last evaluation gave no score: no reward applied, or one was not finite."""
+        return bool(self.evaluations) and self.evaluations[-1].get("score") is None
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -73,6 +83,11 @@ class Spread:
         if any(map(isnan, values)):
             return cls(nan, nan, nan)
         return cls(sum(values) / len(values), min(values), max(values))
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of an evaluation; its score is null where that is not a number."""
+    return any(record.get(name) is not None for name in ("score", "score_mean_length"))
 
 
 def load_run(path: str | Path) -> Run:
@@ -174,6 +189,8 @@ def _unfinished_notes(runs: Sequence[Run]) -> Iterator[str]:
                 f"{run.algorithm}, seed {run.seed}: no step learned anything; its rewards were "
                 "missing, not finite or equal."
             )
+        if run.lacks_last_score:
+            yield f"{run.algorithm}, seed {run.seed}: no score at its last evaluation."
         if run.info.get("stopped_early"):
             best = f"its best score was at step {run.info.get('best_step')}"
             yield f"{run.algorithm}, seed {run.seed}: stopped early, {best} (evaluation.patience)."
