@@ -21,7 +21,7 @@ from proxstep.config.loading import dump_recipe, load_recipe, with_absolute_path
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.noise_split import NoiseSplit, pooled
-from proxstep.runs.durable import sha256, sync, write_file
+from proxstep.runs.durable import finite, sha256, sync, write_file
 from proxstep.runs.guard import Verdict, after_returns, verdict
 from proxstep.runs.lock import LOCK, is_locked, locked
 from proxstep.runs.reading import read_metrics, read_rows
@@ -158,11 +158,12 @@ class RunFolder:
             )
 
     def update_info(self, **changes: Any) -> None:
-        """Change fields of run.json, all or nothing."""
+        """Change fields of run.json, all or nothing; what is not finite is null."""
         self._write_info({**self.info(), **changes})
 
     def _write_info(self, info: Mapping[str, Any]) -> None:
-        write_file(self._info, (json.dumps(info, indent=2) + "\n").encode())
+        text = json.dumps(finite(info), indent=2, allow_nan=False) + "\n"
+        write_file(self._info, text.encode())
 
     def conclude(self, status: str) -> None:
         """Write how a run ended; on a full disk into the room that run.json has already."""

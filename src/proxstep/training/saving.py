@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +43,7 @@ class Resumable:
         unrecorded: What the last step measured, while it is not in metrics.jsonl yet. Step 0 is the
             evaluation before any training.
         best: The validation's best score, its step, and how many evaluations ago that was; None
-            before the first.
+            before the first score that is finite.
         good: The step of the checkpoint that the guard would go back to, if any.
         returns: Where the guard went back: after step "from" to the policy of step "to".
         torn: Whether parameters or optimizer are in the middle of a step, which nothing can
@@ -93,9 +94,9 @@ class Resumable:
 
     def judge(self, score: float) -> None:
         """Compare an evaluation's score, which is recorded by now, with the best one."""
-        if self.best is None or score > self.best["score"]:
+        if math.isfinite(score) and (self.best is None or score > self.best["score"]):
             self.best = {"score": score, "step": self.step, "ago": 0}
-        else:
+        elif self.best is not None:
             self.best = {**self.best, "ago": self.best["ago"] + 1}
 
     def tell_best(self) -> None:
