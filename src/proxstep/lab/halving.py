@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isnan, nan
 from pathlib import Path
 from statistics import mean
 from time import monotonic
@@ -27,7 +27,7 @@ CLOCK = "clock.json"
 _SAVE_SECONDS = 5.0
 
 Scores = Mapping[str, float]
-"""The final score of each finished run by the name of its folder."""
+"""The final score of each finished run by the name of its folder, NaN where it has none."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Round:
     Attributes:
         algorithm: Its name.
         seeds: Number of seeds so far, those of the rounds before included.
-        scores: Mean score of each value that took part, best first; those that did not run are
-            not in it.
+        scores: Mean score of each value that took part, best first; those that did not run, or
+            have no score, are not in it.
         kept: The values that went on.
     """
 
@@ -110,7 +110,7 @@ def rounds(plan: Plan, number: int, scores: Scores) -> list[Round]:
 def _mean(plan: Plan, algorithm: str, tuned: str, seeds: list[int], scores: Scores) -> float | None:
     variants = [v for v in plan.variants if (v.algorithm, v.tuned) == (algorithm, tuned)]
     names = [Cell(variant, seed).name for variant in variants for seed in seeds]
-    measured = [scores[name] for name in names if name in scores]
+    measured = [score for name in names if not isnan(score := scores.get(name, nan))]
     return mean(measured) if measured else None
 
 
