@@ -16,7 +16,7 @@ from proxstep.config.loading import with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo
-from proxstep.runs.checkpoint import save_checkpoint
+from proxstep.runs.checkpoint import checkpoints, save_checkpoint
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.tracking import Progress
 from proxstep.training.evaluation import Probe
@@ -142,8 +142,8 @@ class Resumable:
             save_checkpoint(*saved, kept, self.besides)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own
             raise ProxstepError(
-                f"step {self.step}: the checkpoint cannot be written below {path} ({error}); those "
-                f"before it are whole. Make room, then proxstep train --resume {path}"
+                f"step {self.step}: the checkpoint cannot be written below {path} ({error}): make "
+                f"room, then {self._way_on()}"
             ) from error
         self._saved_step, self._saved_time = self.step, time.monotonic()
 
@@ -166,9 +166,16 @@ class Resumable:
             path = self.folder.path
             return ProxstepError(
                 f"{step}: {error.filename or path} cannot be written ({error.strerror}): make "
-                f"room or mend the folder, then proxstep train --resume {path}"
+                f"room or mend the folder, then {self._way_on()}"
             )
         return None
+
+    def _way_on(self) -> str:
+        """Return how a run goes on that could not write something."""
+        path = self.folder.path
+        if checkpoints(path):
+            return f"go on from the last checkpoint: proxstep train --resume {path}"
+        return "begin again with --overwrite: there is no checkpoint yet"
 
     def _state(self) -> dict[str, Any]:
         return {
