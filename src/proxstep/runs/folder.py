@@ -23,8 +23,8 @@ from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.noise_split import NoiseSplit, pooled
 from proxstep.runs.durable import finite, sha256, sync, write_file
 from proxstep.runs.guard import Verdict, after_returns, verdict
-from proxstep.runs.lock import LOCK, is_locked, locked
-from proxstep.runs.reading import read_metrics, read_rows
+from proxstep.runs.lock import LOCK, locked
+from proxstep.runs.reading import read_metrics, read_rows, true_status
 from proxstep.runs.tracking import drop_later_steps, lines_until
 
 
@@ -198,8 +198,7 @@ class RunFolder:
 
     def status(self) -> str | None:
         """Return how the run ended, "running" or "killed"; None where there is none."""
-        status = self.info().get("status")
-        return "killed" if status == "running" and not is_locked(self.path) else status
+        return true_status(self.path, self.info().get("status"))
 
     def log_sums(self) -> dict[str, str]:
         """Return the SHA-256 sums of the files of JSON lines, once they are on disk."""

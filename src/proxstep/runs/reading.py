@@ -16,6 +16,7 @@ from typing import Any
 
 from proxstep.config.yamlfile import read_yaml
 from proxstep.errors import ProxstepError
+from proxstep.runs.lock import is_locked
 from proxstep.runs.schema import FIELDS, PREFIXES
 from proxstep.tasks.data import json_object
 
@@ -38,7 +39,8 @@ class Run:
         algorithm: The recipe's `label`, else its `algorithm`.
         seed: The recipe's `seed`.
         recipe: The resolved recipe.
-        info: The content of `run.json`.
+        info: The content of `run.json`; its status is "killed" where it says "running" and no
+            process writes there.
         records: The lines of `metrics.jsonl` in order of their step.
     """
 
@@ -100,9 +102,16 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     recipe = _read_recipe(folder / "recipe.yaml")
     info = _read_json(folder / "run.json")
+    if "status" in info:
+        info["status"] = true_status(folder, info["status"])
     records = read_metrics(folder / "metrics.jsonl")
     name = recipe.get("label") or recipe["algorithm"]
     return Run(folder, name, recipe["seed"], recipe, info, records)
+
+
+def true_status(folder: Path, status: str | None) -> str | None:
+    """Return a run's status as its file has it, but "killed" where no process writes any more."""
+    return "killed" if status == "running" and not is_locked(folder) else status
 
 
 def load_samples(run: Run) -> list[dict[str, Any]]:
