@@ -176,6 +176,17 @@ def test_two_algorithms_that_differ_are_told_apart_at_equal_kl_too(make_runs) ->
     assert text.endswith("less KL at equal score.")
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_policy_that_has_not_moved_is_in_no_ratio_of_kl(make_runs) -> None:
+    """Its KL is measured as a little below 0, as rounding has it."""
+    runs = make_runs(grpo=spread(0.6, 0.4), opo=spread(0.8, 0.2))
+    for record in (row for run in runs if run.algorithm == "opo" for row in run.records):
+        record["kl_policy_initial"] = -1e-9
+    (pair,) = compare_runs(runs).settings[0].pairs
+    assert isnan(pair.kl_saved.value)
+    assert pair.final.value == pytest.approx(0.2)
+
+
 def test_two_that_do_not_differ_are_not_and_the_verdict_says_what_would_tell(make_runs) -> None:
     runs = make_runs(grpo=spread(0.6, 0.3, width=0.1), opo=spread(0.62, 0.3, width=0.1))
     comparison = compare_runs(runs)

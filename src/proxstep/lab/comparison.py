@@ -264,7 +264,8 @@ def _pair(
     target = _shared_score([*ours.outcomes, *theirs.outcomes])
 
     def kl_at_target(outcome: Outcome) -> float:
-        return outcome.kl_at_score(target) or nan  # a policy that has not moved has spent nothing
+        spent = outcome.kl_at_score(target)
+        return spent if spent > 0 else nan  # nothing, as computed, where the policy has not moved
 
     final = against(statistics.difference, lambda o: o.final)
     seeds = min(map(_num_seeds, (ours, theirs)))
