@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from proxstep.lab.panels import Curve, Panel
+from proxstep.lab.panels import LARGEST, Curve, Panel
 from proxstep.lab.strokes import Stroke
 
 WIDTH, HEIGHT = 400, 270
@@ -22,7 +22,6 @@ LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT = 48, 24, 346, 206
 MOST_POINTS = 250
 """Of a curve; of more, every n-th."""
 _MOST_POINTS_WITH_DOTS = 15
-_LARGEST = 1e30  # browsers keep coordinates in single precision
 _NUM_TICKS = 6
 
 Point = tuple[float, ...]
@@ -142,7 +141,7 @@ class _Paths(NamedTuple):
         points = [tuple(map(float, point)) for point in zip(*columns, strict=True)]
         segments: list[list[Point]] = [[]]
         for point in _thinned(points):
-            if not all(isfinite(v) and abs(v) < _LARGEST for v in point):
+            if not all(isfinite(v) and abs(v) < LARGEST for v in point):
                 segments.append([])
             elif not panel.log:
                 segments[-1].append(point)
