@@ -13,6 +13,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from proxstep.errors import ProxstepError
 from proxstep.lab.choosing import Chosen
 from proxstep.lab.comparison import BEST, Comparison, compare_runs, contrast
 from proxstep.lab.outcomes import Outcome
@@ -345,6 +346,23 @@ def test_tasks_are_averaged_and_are_no_tuning(make_run, tmp_path) -> None:
     assert setting.standings[0].final.value == pytest.approx(0.61)
     assert setting.pairs[0].better.value == 1.0
     assert not comparison.tuned
+
+
+@pytest.mark.parametrize("plan", [{"seeds": 4}, {"vary": None}, {"vary": ["seed"]}])
+def test_a_plan_that_does_not_say_what_it_varies_is_named(make_run, tmp_path, plan) -> None:
+    make_run()
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(ProxstepError, match=r"plan\.yaml: lacks `vary`; restore it"):
+        compare_runs(find_runs([tmp_path]))
+
+
+@pytest.mark.parametrize("note", [{}, {"budget_seconds": "long", "spent_seconds": 1, "rounds": []}])
+def test_a_damaged_note_of_a_halving_is_named(make_run, tmp_path, note) -> None:
+    make_run()
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"vary": {}, "halving": True}))
+    (tmp_path / "halving.yaml").write_text(yaml.safe_dump(note))
+    with pytest.raises(ProxstepError, match=r"halving\.yaml: damaged; restore it"):
+        compare_runs(find_runs([tmp_path]))
 
 
 def test_all_can_be_compared_with_one(make_run, tmp_path) -> None:

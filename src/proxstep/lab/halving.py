@@ -19,6 +19,7 @@ from time import monotonic
 from typing import Any
 
 from proxstep.config.yamlfile import dump_yaml, read_yaml
+from proxstep.errors import ProxstepError
 from proxstep.lab.plan import CHOOSING, Cell, Plan
 from proxstep.runs.durable import write_file
 
@@ -127,10 +128,22 @@ def write_note(folder: Path, plan: Plan, budget: float, spent: float, scores: Sc
 
 
 def read_note(folder: Path) -> list[str]:
-    """Return what a report tells of the halving in a folder; nothing where there was none."""
+    """Return what a report tells of the halving in a folder; nothing where there was none.
+
+    Raises:
+        ProxstepError: If it is not as it was written.
+    """
     if not (folder / NOTE).is_file():
         return []
-    held = read_yaml(folder / NOTE)
+    try:
+        return _told(read_yaml(folder / NOTE))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise ProxstepError(
+            f"{folder / NOTE}: damaged; restore it as proxstep compare wrote it, or move it away."
+        ) from None
+
+
+def _told(held: dict[str, Any]) -> list[str]:
     told = [
         f"Budget of {held['budget_seconds'] / 60:.1f} minutes, {held['spent_seconds'] / 60:.1f} "
         "spent: successive halving, at most half of it for choosing; the seeds that chose "

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from proxstep.config.yamlfile import read_yaml
+from proxstep.errors import ProxstepError
 from proxstep.lab.plan import CHOOSING, PLAN, label
 from proxstep.lab.statistics import area_under_curve, value_at
 from proxstep.runs.reading import Run, by_algorithm, flatten
@@ -100,9 +101,20 @@ def _series(
 
 
 def plans_of(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
-    """Return the plans beside the runs, by their folder."""
+    """Return the plans beside the runs, by their folder.
+
+    Raises:
+        ProxstepError: If one does not say what it varies.
+    """
     folders = dict.fromkeys(run.path.parent for run in runs)
-    return {f: read_yaml(f / PLAN) for f in folders if (f / PLAN).is_file()}
+    plans = {f: read_yaml(f / PLAN) for f in folders if (f / PLAN).is_file()}
+    for folder, plan in plans.items():
+        if not isinstance(plan.get("vary"), dict):
+            raise ProxstepError(
+                f"{folder / PLAN}: lacks `vary`; restore it as proxstep compare wrote it, or move "
+                "it away to report its runs without it."
+            )
+    return plans
 
 
 def varied_keys(runs: Sequence[Run]) -> list[str]:
