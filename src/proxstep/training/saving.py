@@ -39,6 +39,7 @@ class Resumable:
     Attributes:
         step: Rollout steps done.
         num_updates: Optimizer steps done.
+        num_prompts: Prompts drawn for training in them.
         num_sequences: Completions sampled for training in them.
         unrecorded: What the last step measured, while it is not in metrics.jsonl yet. Step 0 is the
             evaluation before any training.
@@ -62,7 +63,7 @@ class Resumable:
     probe: Probe | None
 
     def __init__(self) -> None:
-        self.step, self.num_updates, self.num_sequences = 0, 0, 0
+        self.step, self.num_updates, self.num_prompts, self.num_sequences = 0, 0, 0, 0
         self.unrecorded: dict[str, Any] | None = {"step": 0}
         self.best: dict[str, Any] | None = None
         self.good: int | None = None
@@ -181,6 +182,7 @@ class Resumable:
         return {
             "step": self.step,
             "num_updates": self.num_updates,
+            "num_prompts": self.num_prompts,
             "num_sequences": self.num_sequences,
             "elapsed_seconds": self.elapsed(),
             "optimizer": self.optimizer.state_dict(),
@@ -223,6 +225,7 @@ class Resumable:
         except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
             raise foreign from error
         self.step, self.num_updates = state["step"], state["num_updates"]
+        self.num_prompts = state["num_prompts"]
         self.num_sequences, self.unrecorded = state["num_sequences"], state["unrecorded"]
         self.best = state["best"]
         self.good, self.returns = state["guard"]["good"], list(state["guard"]["returns"])
