@@ -68,10 +68,11 @@ def trainer_of(recipe: Path, keys: Mapping[str, Any], folder: Path) -> Trainer:
 def batches(trainer: Trainer, numbers: Iterable[int]) -> Iterator[Batch]:
     """Yield one batch after another, of other prompts, from the same policy."""
     for number in numbers:
+        first = number * trainer.recipe.rollout.num_prompts
         torch.manual_seed(number)
         batch, _ = collect(
             *(trainer.recipe, trainer.objective, trainer.model, trainer.sampler),
-            *(trainer.tokenizer, trainer.train_prompts, number, trainer.clock.phase),
+            *(trainer.tokenizer, trainer.train_prompts, first, trainer.clock.phase),
         )
         assert batch is not None
         yield batch

@@ -110,7 +110,7 @@ def collected(trainer: Trainer, first_batch: int = 0) -> tuple[Batch | None, dic
         trainer.sampler,
         trainer.tokenizer,
         trainer.train_prompts,
-        first_batch,
+        first_batch * trainer.recipe.rollout.num_prompts,
         trainer.clock.phase,
         trainer.initial,
     )

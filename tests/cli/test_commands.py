@@ -150,6 +150,17 @@ def test_chats_go_through_the_template(capsys: pytest.CaptureFixture[str], model
     assert sample["prompt"] == [{"role": "user", "content": "2+1="}]
 
 
+def test_half_a_character_in_the_data_does_not_lose_an_evaluation(
+    capsys: pytest.CaptureFixture[str], models: Path
+) -> None:
+    rows = [{"prompt": f"{i}+1=", "answer": "\ud83d"} for i in range(4)]
+    _, *keys = table(models, rows)
+    keys = [*keys, "--task.rewards=exact_match", "--output=scored.jsonl"]
+    run(capsys, "eval", *keys)
+    scored = [json.loads(line) for line in Path("scored.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in scored] == ["\ud83d"] * 2
+
+
 def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

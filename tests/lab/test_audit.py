@@ -71,6 +71,15 @@ def test_runs_are_audited_by_algorithm(make_run, tmp_path) -> None:
     assert "+0.350 [+0.226, +0.474]" in page
 
 
+def test_a_baseline_that_was_no_number_is_left_out(make_run, tmp_path) -> None:
+    samples = rows(0, right=12) + rows(6, right=30)
+    baselines = {**BASELINES, "copied": {"what": "the first number", "score": None}}
+    make_run("isopo", samples=samples, info={"baselines": baselines})
+    page = write_report(find_runs([tmp_path]), tmp_path / "page.html").read_text()
+    assert "The best constant answer, 7, would score 0.100." in page
+    assert "copying" not in page
+
+
 @pytest.mark.parametrize("samples", [None, rows(0, 3, 4) + rows(6, 3, 4), rows(6, 3)])
 def test_runs_that_kept_little_are_not_audited(make_run, tmp_path, samples) -> None:
     make_run("isopo", samples=samples)

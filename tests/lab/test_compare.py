@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -144,8 +145,30 @@ def test_the_last_record_carries_the_last_score(tmp_path: Path) -> None:
     assert job.last_record() == {**RECORD, "step": 2, "score": 0.25}
     path.write_text(path.read_text() + "\n")
     assert job.last_record() == {**RECORD, "step": 3, "score": 0.25}
+    path.write_text(path.read_text() + json.dumps({**RECORD, "score_mean_length": 3.0}) + "\n")
+    assert job.last_record()["score"] is None  # its last evaluation gave none
     path.write_text("")
     assert job.last_record() == {}
+
+
+def test_a_run_without_a_score_counts_as_done_without_one(tmp_path: Path) -> None:
+    """As where the reward function applied to no validation prompt at the end."""
+    jobs = jobs_of(tmp_path, "grpo", "opo", "dro")
+    lines = {
+        "grpo": [{"step": 0, "score": 0.5, "score_mean_length": 3.0}],
+        "opo": [{"step": 0, "score": None, "score_mean_length": 3.0}],
+        "dro": [],
+    }
+    for job in jobs:
+        job.folder.mkdir(parents=True)
+        last = {"step": 3, "score": None, "score_mean_length": 3.0, "elapsed_seconds": 7.0}
+        rows = [*lines[job.recipe.algorithm], last] if lines[job.recipe.algorithm] else []
+        (job.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+        job.code = 0
+    scores = compare._scores(jobs)
+    assert all(map(math.isnan, scores.values()))
+    assert list(scores) == ["grpo-seed0", "opo-seed0", "dro-seed0"]
+    assert compare._longest(jobs) == 7.0
 
 
 @pytest.mark.usefixtures("quick")

@@ -13,11 +13,13 @@ import pytest
 import yaml
 from rich.console import Console
 
+from proxstep.errors import ProxstepError
 from proxstep.lab.choosing import Chosen
 from proxstep.lab.comparison import BEST, Comparison, compare_runs, contrast
 from proxstep.lab.outcomes import Outcome
 from proxstep.lab.report import write_report
 from proxstep.lab.statistics import difference
+from proxstep.lab.summary import summarize
 from proxstep.lab.tables import comma_separated, markdown, terminal_tables
 from proxstep.lab.verdict import verdict
 from proxstep.runs.reading import find_runs, load_run
@@ -95,6 +97,44 @@ def test_what_one_evaluation_did_not_measure_is_not_interpolated(make_run) -> No
     assert isnan(setting.standings[0].at_kl.value)
 
 
+def without_score(records: list[dict], place: int) -> list[dict]:
+    """The same, but of one evaluation no score is a number."""
+    for record in records:
+        record["score_mean_length"] = 3.0
+    records[place]["score"] = None
+    return records
+
+
+def test_the_score_of_the_last_evaluation_is_none_of_the_ones_before(make_run) -> None:
+    run = load_run(make_run(records=without_score(curve(0.8), -1)))
+    outcome = Outcome.of(run, [])
+    assert isnan(outcome.final)
+    assert isnan(outcome.area)
+    assert outcome.best == pytest.approx(0.6)
+    assert isnan(outcome.score_at_kl(0.3))
+    assert outcome.score_at_kl(0.15) == pytest.approx(0.5)
+    assert outcome.kl_at_score(0.4) == pytest.approx(0.1)
+    between = Outcome.of(load_run(make_run("b", records=without_score(curve(0.8), 1))), [])
+    assert (between.final, between.kl_at_score(0.6)) == pytest.approx((0.8, 0.2))
+    assert isnan(between.score_after(10.0))
+
+
+def test_a_run_without_a_last_score_does_not_win(make_run, tmp_path) -> None:
+    """It was the best of all, up to its last evaluation."""
+    for seed in range(2):
+        make_run("grpo", seed, curve(0.4 + seed / 100))
+        make_run("opo", seed, without_score(curve(0.9), -1))
+    runs = find_runs([tmp_path])
+    comparison = compare_runs(runs)
+    assert verdict(comparison) == "No verdict: fewer than two algorithms have a score."
+    notes = [f"opo, seed {seed}: no score at its last evaluation." for seed in range(2)]
+    assert [note for note in comparison.notes if "no score" in note] == notes
+    grpo, opo = summarize(runs)
+    assert (opo.final_score, opo.gain) == (None, None)
+    assert grpo.final_score is not None
+    assert "opo ends without a value for 0.3 nats" in write_report(runs, tmp_path / "x").read_text()
+
+
 def fake(tuned: str, seed: int, final: float, make_run) -> Outcome:
     run = load_run(make_run("opo", seed, curve(final), name=f"opo-{tuned}-{seed}"))
     return Outcome(run, tuned, "", final, final, final, [0.0], [0.0], [final])
@@ -135,6 +175,17 @@ def test_two_algorithms_that_differ_are_told_apart_at_equal_kl_too(make_runs) ->
     assert text.startswith("opo ends 0.200 [0.1")
     assert "above grpo (5 seeds); opo spends 67 % [6" in text
     assert text.endswith("less KL at equal score.")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_policy_that_has_not_moved_is_in_no_ratio_of_kl(make_runs) -> None:
+    """Its KL is measured as a little below 0, as rounding has it."""
+    runs = make_runs(grpo=spread(0.6, 0.4), opo=spread(0.8, 0.2))
+    for record in (row for run in runs if run.algorithm == "opo" for row in run.records):
+        record["kl_policy_initial"] = -1e-9
+    (pair,) = compare_runs(runs).settings[0].pairs
+    assert isnan(pair.kl_saved.value)
+    assert pair.final.value == pytest.approx(0.2)
 
 
 def test_two_that_do_not_differ_are_not_and_the_verdict_says_what_would_tell(make_runs) -> None:
@@ -295,6 +346,23 @@ def test_tasks_are_averaged_and_are_no_tuning(make_run, tmp_path) -> None:
     assert setting.standings[0].final.value == pytest.approx(0.61)
     assert setting.pairs[0].better.value == 1.0
     assert not comparison.tuned
+
+
+@pytest.mark.parametrize("plan", [{"seeds": 4}, {"vary": None}, {"vary": ["seed"]}])
+def test_a_plan_that_does_not_say_what_it_varies_is_named(make_run, tmp_path, plan) -> None:
+    make_run()
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(ProxstepError, match=r"plan\.yaml: lacks `vary`; restore it"):
+        compare_runs(find_runs([tmp_path]))
+
+
+@pytest.mark.parametrize("note", [{}, {"budget_seconds": "long", "spent_seconds": 1, "rounds": []}])
+def test_a_damaged_note_of_a_halving_is_named(make_run, tmp_path, note) -> None:
+    make_run()
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"vary": {}, "halving": True}))
+    (tmp_path / "halving.yaml").write_text(yaml.safe_dump(note))
+    with pytest.raises(ProxstepError, match=r"halving\.yaml: damaged; restore it"):
+        compare_runs(find_runs([tmp_path]))
 
 
 def test_all_can_be_compared_with_one(make_run, tmp_path) -> None:

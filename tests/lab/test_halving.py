@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,16 @@ def test_what_found_no_time_is_not_kept_before_what_ran(tmp_path: Path) -> None:
     kept = survivors(plan, 2, scores)
     assert kept["opo"] == ["learning_rate 0.3"]
     assert kept["grpo"] == ["learning_rate 0.1"]  # nothing ran: the first
+
+
+def test_a_value_without_a_score_is_kept_last_and_did_have_its_time(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, (0.1, 0.2))
+    chose = {f"opo-learning_rate={rate}-seed1000": s for rate, s in ((0.1, math.nan), (0.2, -1.0))}
+    assert survivors(plan, 1, chose)["opo"] == ["learning_rate 0.2"]
+    done = {cell.name: math.nan for cell in reported_cells(plan, chose)}
+    write_note(tmp_path, plan, 3600.0, 1800.0, chose | done)
+    *_, opo = read_note(tmp_path)
+    assert opo == "opo after 1 choosing seeds: learning_rate 0.2 -1.000; kept learning_rate 0.2."
 
 
 def test_one_value_needs_no_round(tmp_path: Path) -> None:

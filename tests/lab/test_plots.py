@@ -35,3 +35,14 @@ def test_gradient_norms_of_different_units_share_a_log_scale(make_run):
     norm = overview_figure([load_run(make_run(records=records))]).axes[-1]
     assert norm.get_yscale() == "log"
     assert "log scale" in norm.get_ylabel()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("huge", [1e308, -1e308])
+def test_what_no_axis_can_show_is_a_gap(make_run, tmp_path, huge):
+    scores = [0.5, huge, -huge, 0.75]
+    records = [{"step": step, "score": score} for step, score in enumerate(scores)]
+    figure = overview_figure([load_run(make_run(seed=seed, records=records)) for seed in (0, 1)])
+    figure.savefig(tmp_path / "figure.png")
+    low, high = figure.axes[1].get_ylim()
+    assert -1 < low < 0.5 < 0.75 < high < 2

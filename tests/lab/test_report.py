@@ -12,6 +12,7 @@ from proxstep.errors import ProxstepError
 from proxstep.lab.panels import CHARTS
 from proxstep.lab.report import write_report
 from proxstep.lab.summary import AlgorithmSummary, comparison_table, summarize
+from proxstep.runs.lock import locked
 from proxstep.runs.reading import load_run
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.com/x onerror=alert(1)>"
@@ -205,6 +206,16 @@ def test_page_lists_recipes_versions_and_differences(make_run, page):
     assert "812,345 parameters" in text
     assert "2026-11-21T01:32:11" in text
     assert "Yes, as far as the records tell" not in text
+
+
+def test_a_run_that_was_killed_does_not_run_in_the_page(make_run, page):
+    folder = make_run(info={"status": "running"})
+    text = page(folder)
+    assert "isopo, seed 0: killed after step 6 of 6." in text
+    assert "<td>killed</td>" in text
+    assert "<td>running</td>" not in text
+    with locked(folder, "output_dir"):
+        assert "isopo, seed 0: running after step 6 of 6." in page(folder)
 
 
 def test_page_says_when_nothing_speaks_against_the_comparison(make_run, page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from datetime import datetime
 from pathlib import Path
@@ -166,6 +167,16 @@ def test_run_json_changes_all_or_nothing(
     folder.update_info(status="failed")
     names = sorted(path.name for path in folder.path.iterdir())
     assert names == ["recipe.yaml", "run.json"]
+
+
+def test_run_json_is_json_whatever_a_reward_function_gives(folder: RunFolder) -> None:
+    folder.create(tiny_recipe(folder.path), CPU, 1)
+    folder.update_info(baselines={"constant": {"what": "7", "score": math.nan}, "all": [math.inf]})
+    text = (folder.path / "run.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    found = folder.info()["baselines"]
+    assert found == {"constant": {"what": "7", "score": None}, "all": [None]}
 
 
 def test_no_run_has_no_info(folder: RunFolder) -> None:

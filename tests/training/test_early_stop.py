@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.engine import Silent, records, tiny_recipe
 
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import checkpoints
+from proxstep.runs.folder import RunFolder
 from proxstep.runs.reading import fairness_notes, load_run
 from proxstep.training import lifecycle, trainer
 
@@ -48,6 +50,18 @@ def test_it_ends_and_says_so_and_keeps_the_best(tmp_path: Path) -> None:
     assert "its best score was at step 2" in note
     with pytest.raises(ProxstepError, match="the run is finished, at step 5 of 7"):
         lifecycle.resume(tmp_path / "run", Silent())
+
+
+@pytest.mark.parametrize("none", [math.nan, math.inf])
+def test_what_is_no_score_is_never_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, none: float
+) -> None:
+    """Nothing is more than NaN: a run that began with it would have been stopped as it rose."""
+    monkeypatch.setattr(sys.modules[__name__], "SCORES", [none, 0.1, 0.2, 0.3, 0.4, none])
+    recipe = recipe_in(tmp_path / "run").model_copy(update={"steps": 5})
+    assert lifecycle.train(recipe, Silent()) == "finished"
+    info = RunFolder(tmp_path / "run").info()
+    assert (info["best_step"], info["best_score"], info["stopped_early"]) == (4, 0.4, False)
 
 
 @pytest.mark.parametrize("stop_at", [2, 4])

@@ -8,6 +8,8 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -269,21 +271,41 @@ def test_a_full_disk_at_a_row_costs_nothing(
     check_same_run(whole, folder)
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_ones_before(tmp_path: Path, whole: Path) -> None:
-    """No file may grow beyond 100 kB from step 3 on; the model has 3 MB."""
+@contextmanager
+def full_from(step: int) -> Iterator[Silent]:
+    """No file may grow beyond 100 kB from a step on; the model has 3 MB."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Full(Silent):
         def record(self, record: Any) -> None:
-            if record["step"] == 3:
+            if record["step"] == step:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
 
-    folder = tmp_path / "run"
     try:
-        with pytest.raises(ProxstepError, match="step 4: the checkpoint cannot be written below"):
-            lifecycle.train(recipe_in(folder, logging={"checkpoint_every": 2}), Full())
+        yield Full()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_first_checkpoint_that_does_not_fit_is_no_promise_of_others(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with full_from(1) as progress, pytest.raises(ProxstepError) as caught:
+        lifecycle.train(recipe_in(folder, logging={"checkpoint_every": 2}), progress)
+    assert str(caught.value).startswith("step 2: the checkpoint cannot be written below")
+    assert str(caught.value).endswith(
+        "make room, then begin again with --overwrite: there is no checkpoint yet"
+    )
+    assert checkpoints(folder) == []
+    with pytest.raises(ProxstepError, match="no checkpoint there"):
+        lifecycle.resume(folder, Silent())
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_ones_before(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+    with full_from(3) as progress, pytest.raises(ProxstepError) as caught:
+        lifecycle.train(recipe_in(folder, logging={"checkpoint_every": 2}), progress)
+    assert str(caught.value).startswith("step 4: the checkpoint cannot be written below")
+    assert str(caught.value).endswith(f"last checkpoint: proxstep train --resume {folder}")
     assert status(folder) == "failed"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
     assert lifecycle.resume(folder, Silent()) == "finished"

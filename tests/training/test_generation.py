@@ -24,7 +24,7 @@ from proxstep.config.loading import load_recipe
 from proxstep.runs.checkpoint import latest_checkpoint
 from proxstep.training import lifecycle
 from proxstep.training.batch import Batch, informative_groups
-from proxstep.training.prompts import batch_rows
+from proxstep.training.prompts import Prompts, batch_rows
 from proxstep.training.rollout import Completions, joined
 from proxstep.training.trainer import Trainer
 
@@ -121,6 +121,34 @@ def test_without_it_one_batch_is_taken_as_it_is(tmp_path: Path) -> None:
     assert prompts_of(made, batch) == drawn
     assert measured["generation_batches"] == 1
     assert measured["frac_informative_groups"] == sum(map(differs, drawn)) / PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "num_generations"), [(4, 2), (4, 8), (2, 4), (3, 4), (5, 3), (16, 2)]
+)
+def test_a_resumed_run_with_batches_of_another_size_goes_on_with_the_next_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_prompts: int, num_generations: int
+) -> None:
+    """It took those that as many of the new batches would have come to."""
+    drawn: list[int] = []
+    tokens = Prompts.tokens
+
+    def watched(self: Prompts, row: int) -> list[int]:
+        drawn.append(row)
+        return tokens(self, row)
+
+    before = made_trainer(tmp_path)
+    changed = {"num_prompts": num_prompts, "num_generations": num_generations}
+    after = made_trainer(tmp_path, rollout=changed)
+    monkeypatch.setattr(Prompts, "tokens", watched)
+    for _ in range(3):
+        before._train_step()
+    after.restore(before._state())
+    for _ in range(2):
+        after._train_step()
+    number = 3 * 4 + 2 * num_prompts
+    assert drawn == batch_rows(len(after.train_prompts), number, 0, after.recipe.seed)
+    assert after.num_sequences == 3 * 16 + 2 * num_prompts * num_generations
 
 
 def test_no_prompt_is_drawn_twice_or_skipped(

@@ -228,7 +228,7 @@ def _eval(arguments: Namespace, overrides: Overrides, console: Any) -> int:
     if arguments.output:
         with arguments.output.open("w", encoding="utf-8") as file:
             for row in result.rows(validation):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row) + "\n")
     return 0
 
 

@@ -99,13 +99,18 @@ def audit(runs: Sequence[Run]) -> Audit | None:
     first, baselines = kept[0][1][0], kept[0][0].info.get("baselines") or {}
     return Audit(
         len(first),
-        baselines.get("constant"),
-        baselines.get("copied"),
+        _measured(baselines.get("constant")),
+        _measured(baselines.get("copied")),
         [
             _of_algorithm(algorithm, [completions[id(run)] for run in members])
             for algorithm, members in by_algorithm(run for run, _ in kept).items()
         ],
     )
+
+
+def _measured(guess: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a baseline, or None where its score was not a number."""
+    return None if guess is None or guess["score"] is None else guess
 
 
 def _of_algorithm(algorithm: str, runs: Sequence[tuple[list[Row], list[Row]]]) -> AlgorithmAudit:

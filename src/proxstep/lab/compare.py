@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import islice
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from proxstep.runs.children import die_with_parent
 from proxstep.runs.console import cell
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.lock import is_locked
+from proxstep.runs.reading import is_evaluation
 from proxstep.training.lifecycle import load_run_recipe
 
 _MOST_SHOWN = 20
@@ -79,17 +81,20 @@ class Job:
         return "waiting" if self.process is None else "running"
 
     def last_record(self) -> dict[str, Any]:
-        """Return the newest line of the run's metrics, with the last score measured."""
+        """Return the newest line of the run's metrics, with the score of its last evaluation.
+
+        None stands for a score that is not a number, or that there is none yet.
+        """
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return {}
         lines = path.read_bytes().split(b"\n")[:-1]
         try:
             records = [json.loads(line) for line in lines]
-            scores = [record["score"] for record in records if record["score"] is not None]
-        except (ValueError, LookupError, TypeError):  # damaged; the run itself will say so
+            scores = [record.get("score") for record in records if is_evaluation(record)]
+        except (ValueError, AttributeError):  # damaged; the run itself will say so
             return {}
-        return {**records[-1], "score": scores[-1]} if scores else {}
+        return {**records[-1], "score": scores[-1] if scores else None} if records else {}
 
 
 def make_jobs(cells: Iterable[Cell], output: Path, engine: str = "local") -> list[Job]:
@@ -191,13 +196,14 @@ def run_plan(
 
 
 def _scores(jobs: Sequence[Job]) -> dict[str, float]:
-    return {job.folder.name: job.last_record()["score"] for job in jobs if job.code == 0}
+    found = {job.folder.name: job.last_record().get("score") for job in jobs if job.code == 0}
+    return {name: nan if score is None else score for name, score in found.items()}
 
 
 def _longest(jobs: Sequence[Job]) -> float:
     """Return the seconds of the longest run so far."""
     records = (job.last_record() for job in jobs if job.code == 0)
-    return max((record["elapsed_seconds"] for record in records), default=0.0)
+    return max((record.get("elapsed_seconds") or 0.0 for record in records), default=0.0)
 
 
 def run_jobs(

@@ -264,7 +264,8 @@ def _pair(
     target = _shared_score([*ours.outcomes, *theirs.outcomes])
 
     def kl_at_target(outcome: Outcome) -> float:
-        return outcome.kl_at_score(target) or nan  # a policy that has not moved has spent nothing
+        spent = outcome.kl_at_score(target)
+        return spent if spent > 0 else nan  # nothing, as computed, where the policy has not moved
 
     final = against(statistics.difference, lambda o: o.final)
     seeds = min(map(_num_seeds, (ours, theirs)))
@@ -344,6 +345,7 @@ def _better(ours: Chosen, theirs: Chosen) -> Estimate:
 
 def _shared_score(outcomes: Sequence[Outcome]) -> float:
     """Return the highest score that every run reached, NaN where one of them never rose to it."""
-    highest = _shared(max(o.scores, default=nan) for o in outcomes)
-    lowest = max((o.scores[0] for o in outcomes if o.scores), default=nan)
+    measured = [[score for score in o.scores if not isnan(score)] for o in outcomes]
+    highest = _shared(max(scores, default=nan) for scores in measured)
+    lowest = max((scores[0] for scores in measured if scores), default=nan)
     return highest if highest > lowest else nan

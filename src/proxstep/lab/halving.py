@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isnan, nan
 from pathlib import Path
 from statistics import mean
 from time import monotonic
 from typing import Any
 
 from proxstep.config.yamlfile import dump_yaml, read_yaml
+from proxstep.errors import ProxstepError
 from proxstep.lab.plan import CHOOSING, Cell, Plan
 from proxstep.runs.durable import write_file
 
@@ -27,7 +28,7 @@ CLOCK = "clock.json"
 _SAVE_SECONDS = 5.0
 
 Scores = Mapping[str, float]
-"""The final score of each finished run by the name of its folder."""
+"""The final score of each finished run by the name of its folder, NaN where it has none."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Round:
     Attributes:
         algorithm: Its name.
         seeds: Number of seeds so far, those of the rounds before included.
-        scores: Mean score of each value that took part, best first; those that did not run are
-            not in it.
+        scores: Mean score of each value that took part, best first; those that did not run, or
+            have no score, are not in it.
         kept: The values that went on.
     """
 
@@ -110,7 +111,7 @@ def rounds(plan: Plan, number: int, scores: Scores) -> list[Round]:
 def _mean(plan: Plan, algorithm: str, tuned: str, seeds: list[int], scores: Scores) -> float | None:
     variants = [v for v in plan.variants if (v.algorithm, v.tuned) == (algorithm, tuned)]
     names = [Cell(variant, seed).name for variant in variants for seed in seeds]
-    measured = [scores[name] for name in names if name in scores]
+    measured = [score for name in names if not isnan(score := scores.get(name, nan))]
     return mean(measured) if measured else None
 
 
@@ -127,10 +128,22 @@ def write_note(folder: Path, plan: Plan, budget: float, spent: float, scores: Sc
 
 
 def read_note(folder: Path) -> list[str]:
-    """Return what a report tells of the halving in a folder; nothing where there was none."""
+    """Return what a report tells of the halving in a folder; nothing where there was none.
+
+    Raises:
+        ProxstepError: If it is not as it was written.
+    """
     if not (folder / NOTE).is_file():
         return []
-    held = read_yaml(folder / NOTE)
+    try:
+        return _told(read_yaml(folder / NOTE))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise ProxstepError(
+            f"{folder / NOTE}: damaged; restore it as proxstep compare wrote it, or move it away."
+        ) from None
+
+
+def _told(held: dict[str, Any]) -> list[str]:
     told = [
         f"Budget of {held['budget_seconds'] / 60:.1f} minutes, {held['spent_seconds'] / 60:.1f} "
         "spent: successive halving, at most half of it for choosing; the seeds that chose "

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from proxstep.config.yamlfile import read_yaml
+from proxstep.errors import ProxstepError
 from proxstep.lab.plan import CHOOSING, PLAN, label
 from proxstep.lab.statistics import area_under_curve, value_at
 from proxstep.runs.reading import Run, by_algorithm, flatten
@@ -28,13 +29,13 @@ class Outcome:
         run: The run.
         tuned: Its values of the tuned keys, as text; empty where none is tuned.
         task: Its values of the varied keys of task and model, as text.
-        final: The last score after step 0.
+        final: The score of the last evaluation after step 0.
         best: The highest of them, which is an optimist's figure: it is chosen by its own score.
-        area: The mean score over all steps.
+        area: The mean score over all steps; NaN where an evaluation gave no score.
         kl: KL(policy || initial) at the evaluations, in nats per token; empty where one of them did
             not measure it.
         seconds: Seconds since the beginning at the evaluations, likewise.
-        scores: The scores at the evaluations.
+        scores: The scores at the evaluations, NaN where one gave none.
     """
 
     run: Run
@@ -50,8 +51,8 @@ class Outcome:
     @classmethod
     def of(cls, run: Run, varied: Sequence[str]) -> Outcome:
         """Return a run's outcome."""
-        measured = [record for record in run.records if record.get("score") is not None]
-        scores = [float(record["score"]) for record in measured]
+        measured = run.evaluations
+        scores = [nan if (score := row.get("score")) is None else float(score) for row in measured]
         steps = [record["step"] for record in measured]
         trained = [score for step, score in zip(steps, scores, strict=True) if step > 0]
         own = dict(flatten(run.recipe))
@@ -61,7 +62,7 @@ class Outcome:
             label(values, of_task=False),
             label(values, of_task=True),
             trained[-1] if trained else nan,
-            max(trained, default=nan),
+            max((score for score in trained if not isnan(score)), default=nan),
             area_under_curve(steps, scores),
             _series(measured, "kl_policy_initial", at_start=0.0),
             _series(measured, "elapsed_seconds"),
@@ -100,9 +101,20 @@ def _series(
 
 
 def plans_of(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
-    """Return the plans beside the runs, by their folder."""
+    """Return the plans beside the runs, by their folder.
+
+    Raises:
+        ProxstepError: If one does not say what it varies.
+    """
     folders = dict.fromkeys(run.path.parent for run in runs)
-    return {f: read_yaml(f / PLAN) for f in folders if (f / PLAN).is_file()}
+    plans = {f: read_yaml(f / PLAN) for f in folders if (f / PLAN).is_file()}
+    for folder, plan in plans.items():
+        if not isinstance(plan.get("vary"), dict):
+            raise ProxstepError(
+                f"{folder / PLAN}: lacks `vary`; restore it as proxstep compare wrote it, or move "
+                "it away to report its runs without it."
+            )
+    return plans
 
 
 def varied_keys(runs: Sequence[Run]) -> list[str]:

@@ -18,6 +18,9 @@ from proxstep.runs.reading import (
 
 MOST_CURVES = 8
 """Algorithms in one figure."""
+LARGEST = 1e30
+"""What is larger is a gap: browsers keep coordinates in single precision, and matplotlib's axes end
+before 1e308."""
 
 _LOG_SCALE_ABOVE_RATIO = 30.0
 

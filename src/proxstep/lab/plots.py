@@ -6,6 +6,7 @@ Figures are made with matplotlib's object-oriented interface, so no state outliv
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from typing import Any
 
 import matplotlib as mpl
@@ -16,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from proxstep.lab.panels import Panel, band_note, charts_of, step_panel
+from proxstep.lab.panels import LARGEST, Panel, band_note, charts_of, step_panel
 from proxstep.lab.strokes import strokes
 from proxstep.runs.reading import Run, by_algorithm
 
@@ -68,11 +69,10 @@ def _draw(axes: Axes, panel: Panel) -> None:
     for curve in panel.curves:
         look: dict[str, Any] = looks[curve.algorithm].matplotlib
         if curve.low:
-            axes.fill_between(
-                curve.x, curve.low, curve.high, color=look["color"], alpha=0.16, linewidth=0
-            )
+            band = _drawn(curve.low), _drawn(curve.high)
+            axes.fill_between(curve.x, *band, color=look["color"], alpha=0.16, linewidth=0)
         marker = "o" if len(curve.x) <= _MOST_POINTS_WITH_MARKERS else None
-        axes.plot(curve.x, curve.y, marker=marker, **look)
+        axes.plot(curve.x, _drawn(curve.y), marker=marker, **look)
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
@@ -87,6 +87,10 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
         axes.set_xticks([])
         axes.set_yticks([])
+
+
+def _drawn(values: Sequence[float]) -> list[float]:
+    return [value if abs(value) < LARGEST else nan for value in values]
 
 
 def _add_legend(figure: Figure, runs: Sequence[Run]) -> None:

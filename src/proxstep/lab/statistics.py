@@ -304,11 +304,12 @@ def value_at(spent: Sequence[float], values: Sequence[float], budget: float) -> 
     """Return what a run had when it had first spent a budget, interpolated; NaN if it never did.
 
     What is spent is taken at its running maximum: a policy that comes back has been there.
+    NaN in it was not measured.
 
     >>> value_at([0.0, 0.1, 0.05, 0.3], [0.2, 0.4, 0.5, 0.7], 0.2)
     0.6
     """
-    most = np.maximum.accumulate(np.asarray(spent, dtype=float))
+    most = np.fmax.accumulate(np.asarray(spent, dtype=float))
     if not len(most) or not most[0] <= budget <= most[-1]:
         return nan
     after = int(np.searchsorted(most, budget))

@@ -23,7 +23,7 @@ class AlgorithmSummary:
         algorithm: The algorithm's name.
         num_seeds: Number of distinct seeds.
         start_score: Greedy score before training (step 0).
-        final_score: Greedy score at the last evaluation after step 0.
+        final_score: Greedy score at the last evaluation after step 0, of the runs that have one.
         gain: Final minus start score, run by run.
         kl_policy_initial: Last KL(policy || initial), in nats per token.
         kl_initial_policy: Last KL(initial || policy), in nats per token.
@@ -87,7 +87,7 @@ def _summarize(algorithm: str, runs: Sequence[Run], entropy: str) -> AlgorithmSu
         algorithm=algorithm,
         num_seeds=len({run.seed for run in runs}),
         start_score=over_runs(_start_score),
-        final_score=last("score"),
+        final_score=over_runs(_final_score),
         gain=over_runs(_gain),
         kl_policy_initial=last("kl_policy_initial"),
         kl_initial_policy=last("kl_initial_policy"),
@@ -112,9 +112,14 @@ def _start_score(run: Run) -> float | None:
     return dict(zip(*run.series("score"), strict=True)).get(0)
 
 
+def _final_score(run: Run) -> float | None:
+    scores = [record.get("score") for record in run.evaluations if record["step"] > 0]
+    return scores[-1] if scores else None
+
+
 def _gain(run: Run) -> float | None:
-    start, scores = _start_score(run), _trained(run, "score")
-    return scores[-1] - start if scores and start is not None else None
+    start, final = _start_score(run), _final_score(run)
+    return None if start is None or final is None else final - start
 
 
 def _seconds_per_step(run: Run) -> float | None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from proxstep.lab.panels import Curve, Panel
+from proxstep.lab.panels import LARGEST, Curve, Panel
 from proxstep.lab.strokes import Stroke
 
 WIDTH, HEIGHT = 400, 270
@@ -22,7 +22,6 @@ LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT = 48, 24, 346, 206
 MOST_POINTS = 250
 """Of a curve; of more, every n-th."""
 _MOST_POINTS_WITH_DOTS = 15
-_LARGEST = 1e30  # browsers keep coordinates in single precision
 _NUM_TICKS = 6
 
 Point = tuple[float, ...]
@@ -142,7 +141,7 @@ class _Paths(NamedTuple):
         points = [tuple(map(float, point)) for point in zip(*columns, strict=True)]
         segments: list[list[Point]] = [[]]
         for point in _thinned(points):
-            if not all(isfinite(v) and abs(v) < _LARGEST for v in point):
+            if not all(isfinite(v) and abs(v) < LARGEST for v in point):
                 segments.append([])
             elif not panel.log:
                 segments[-1].append(point)
@@ -204,6 +203,7 @@ def _describe(panel: Panel) -> str:
     told = []
     for name, points in ends.items():
         x, y = (sum(values) / len(values) for values in zip(*points, strict=True))
-        told.append(f"{name} ends at {y:.3g}" + (f" for {x:.3g} nats" if panel.by_run else ""))
+        at = f"at {y:.3g}" if isfinite(y) else "without a value"
+        told.append(f"{name} ends {at}" + (f" for {x:.3g} nats" if panel.by_run else ""))
     listed = ", ".join(told) if told else "not measured"
     return f"{panel.title} by {panel.x_label}, {panel.y_label}: {listed}."

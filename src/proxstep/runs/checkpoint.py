@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 STATE_KEYS = {
     "step",
     "num_updates",
+    "num_prompts",
     "num_sequences",
     "elapsed_seconds",
     "optimizer",

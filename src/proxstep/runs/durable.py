@@ -1,10 +1,12 @@
-"""Files that are whole after a crash: on disk before they get their names."""
+"""Files that are whole after a crash, on disk before they get their names, and valid JSON."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -42,3 +44,16 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 sum of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finite(tree: Any) -> Any:
+    """Return the same with None for every number that is not finite, which JSON cannot hold.
+
+    >>> finite({"score": float("nan"), "guard": {"returns": [1.5, float("inf")]}})
+    {'score': None, 'guard': {'returns': [1.5, None]}}
+    """
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

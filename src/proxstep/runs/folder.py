@@ -21,10 +21,10 @@ from proxstep.config.loading import dump_recipe, load_recipe, with_absolute_path
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo.diagnostics.noise_split import NoiseSplit, pooled
-from proxstep.runs.durable import sha256, sync, write_file
+from proxstep.runs.durable import finite, sha256, sync, write_file
 from proxstep.runs.guard import Verdict, after_returns, verdict
-from proxstep.runs.lock import LOCK, is_locked, locked
-from proxstep.runs.reading import read_metrics, read_rows
+from proxstep.runs.lock import LOCK, locked
+from proxstep.runs.reading import read_metrics, read_rows, true_status
 from proxstep.runs.tracking import drop_later_steps, lines_until
 
 
@@ -158,11 +158,12 @@ class RunFolder:
             )
 
     def update_info(self, **changes: Any) -> None:
-        """Change fields of run.json, all or nothing."""
+        """Change fields of run.json, all or nothing; what is not finite is null."""
         self._write_info({**self.info(), **changes})
 
     def _write_info(self, info: Mapping[str, Any]) -> None:
-        write_file(self._info, (json.dumps(info, indent=2) + "\n").encode())
+        text = json.dumps(finite(info), indent=2, allow_nan=False) + "\n"
+        write_file(self._info, text.encode())
 
     def conclude(self, status: str) -> None:
         """Write how a run ended; on a full disk into the room that run.json has already."""
@@ -197,8 +198,7 @@ class RunFolder:
 
     def status(self) -> str | None:
         """Return how the run ended, "running" or "killed"; None where there is none."""
-        status = self.info().get("status")
-        return "killed" if status == "running" and not is_locked(self.path) else status
+        return true_status(self.path, self.info().get("status"))
 
     def log_sums(self) -> dict[str, str]:
         """Return the SHA-256 sums of the files of JSON lines, once they are on disk."""

@@ -8,7 +8,7 @@ A run folder holds `recipe.yaml` (the resolved recipe), `run.json` (status, vers
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from proxstep.config.yamlfile import read_yaml
 from proxstep.errors import ProxstepError
+from proxstep.runs.lock import is_locked
 from proxstep.runs.schema import FIELDS, PREFIXES
 from proxstep.tasks.data import json_object
 
@@ -38,7 +39,8 @@ class Run:
         algorithm: The recipe's `label`, else its `algorithm`.
         seed: The recipe's `seed`.
         recipe: The resolved recipe.
-        info: The content of `run.json`.
+        info: The content of `run.json`; its status is "killed" where it says "running" and no
+            process writes there.
         records: The lines of `metrics.jsonl` in order of their step.
     """
 
@@ -53,6 +55,16 @@ class Run:
         """Return the steps in which a field was measured, and its values there."""
         measured = [record for record in self.records if record.get(name) is not None]
         return [record["step"] for record in measured], [float(record[name]) for record in measured]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The records of its evaluations, also of those that gave no score."""
+        return [record for record in self.records if is_evaluation(record)]
+
+    @property
+    def lacks_last_score(self) -> bool:
+        """Whether its last evaluation gave no score: no reward applied, or one was not finite."""
+        return bool(self.evaluations) and self.evaluations[-1].get("score") is None
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ class Spread:
         return cls(sum(values) / len(values), min(values), max(values))
 
 
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of an evaluation; its score is null where that is not a number."""
+    return any(record.get(name) is not None for name in ("score", "score_mean_length"))
+
+
 def load_run(path: str | Path) -> Run:
     """Read a run folder.
 
@@ -85,9 +102,16 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     recipe = _read_recipe(folder / "recipe.yaml")
     info = _read_json(folder / "run.json")
+    if "status" in info:
+        info["status"] = true_status(folder, info["status"])
     records = read_metrics(folder / "metrics.jsonl")
     name = recipe.get("label") or recipe["algorithm"]
     return Run(folder, name, recipe["seed"], recipe, info, records)
+
+
+def true_status(folder: Path, status: str | None) -> str | None:
+    """Return a run's status as its file has it, but "killed" where no process writes any more."""
+    return "killed" if status == "running" and not is_locked(folder) else status
 
 
 def load_samples(run: Run) -> list[dict[str, Any]]:
@@ -174,6 +198,8 @@ def _unfinished_notes(runs: Sequence[Run]) -> Iterator[str]:
                 f"{run.algorithm}, seed {run.seed}: no step learned anything; its rewards were "
                 "missing, not finite or equal."
             )
+        if run.lacks_last_score:
+            yield f"{run.algorithm}, seed {run.seed}: no score at its last evaluation."
         if run.info.get("stopped_early"):
             best = f"its best score was at step {run.info.get('best_step')}"
             yield f"{run.algorithm}, seed {run.seed}: stopped early, {best} (evaluation.patience)."

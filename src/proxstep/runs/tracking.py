@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
-from proxstep.runs.durable import write_file
+from proxstep.runs.durable import finite, write_file
 from proxstep.runs.schema import FIELDS, unknown_fields
 from proxstep.runs.waiting import Waits
 
@@ -46,11 +46,7 @@ class MetricsLog:
         if unknown:
             raise KeyError(f"not in proxstep.runs.schema: {', '.join(unknown)}")
         full = {**dict.fromkeys(FIELDS), **record}
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in full.items()
-        }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(full), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

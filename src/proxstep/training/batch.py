@@ -163,7 +163,7 @@ def collect(
     sampler: Sampler,
     tokenizer: Any,
     prompts: Prompts,
-    first_batch: int,
+    first_prompt: int,
     phase: Phase,
     initial: nn.Module | None = None,
 ) -> tuple[Batch | None, dict[str, Any]]:
@@ -174,14 +174,14 @@ def collect(
     to them, differ. A truncated completion that the recipe masks counts in its group's advantages
     and in an objective's weights of the rollout, and is left out after that.
 
-    Which prompts are drawn follows from `first_batch`, the batches of prompts that the run sampled
+    Which prompts are drawn follows from `first_prompt`, the number of those that the run drew
     before. `initial` is the initial policy, where a KL penalty in the reward needs it; None for a
     model whose adapters can be switched off.
 
     Returns:
         The batch, or None where nothing is left to learn from, and what was measured.
     """
-    graded, num_batches = generate(recipe, sampler, tokenizer, prompts, first_batch, phase)
+    graded, num_batches = generate(recipe, sampler, tokenizer, prompts, first_prompt, phase)
     measured = {**graded.describe(), "generation_batches": num_batches}
     reward_B = graded.reward_B
     if (punishment_B := overlong(recipe, graded.completions)) is not None:
@@ -328,7 +328,7 @@ def generate(
     sampler: Sampler,
     tokenizer: Any,
     prompts: Prompts,
-    first_batch: int,
+    first_prompt: int,
     phase: Phase,
 ) -> tuple[Graded, int]:
     """Return a step's completions, graded, and from how many batches of prompts they are.
@@ -344,8 +344,8 @@ def generate(
     parts: list[Graded] = []
     found = 0
     while len(parts) < (section.dynamic_sampling_max_batches or 1) and found < section.num_prompts:
-        batch = first_batch + len(parts)
-        parts.append(_generation_batch(recipe, sampler, tokenizer, prompts, batch, phase))
+        first = first_prompt + len(parts) * section.num_prompts
+        parts.append(_generation_batch(recipe, sampler, tokenizer, prompts, first, phase))
         found += len(informative_groups(parts[-1].reward_B, parts[-1].group_B))
     return _joined(parts, tokenizer.pad_token_id), len(parts)
 
@@ -355,12 +355,12 @@ def _generation_batch(
     sampler: Sampler,
     tokenizer: Any,
     prompts: Prompts,
-    batch: int,
+    first_prompt: int,
     phase: Phase,
 ) -> Graded:
     """Sample and grade `num_generations` completions of each prompt of one batch."""
     section = recipe.rollout
-    rows = batch_rows(len(prompts), section.num_prompts, batch, recipe.seed)
+    rows = _next_rows(len(prompts), section.num_prompts, first_prompt, recipe.seed)
     with phase("rollout"):
         completions = sampler([prompts.tokens(row) for row in rows])
     repeated = [row for row in rows for _ in range(section.num_generations)]
@@ -372,6 +372,15 @@ def _generation_batch(
     usable_B = reward_B.float().isfinite()
     reward_B = reward_B.masked_fill(~usable_B, math.nan)
     return Graded(completions, reward_B, group_B, table.per_function)
+
+
+def _next_rows(num_rows: int, number: int, first: int, seed: int) -> list[int]:
+    """Return the rows of as many prompts, from the place of the first in the order of all on."""
+    batch, skipped = divmod(first, number)
+    rows = batch_rows(num_rows, number, batch, seed)
+    if skipped:  # the run was resumed with another number of prompts
+        rows = rows[skipped:] + batch_rows(num_rows, number, batch + 1, seed)[:skipped]
+    return rows
 
 
 def _joined(parts: Sequence[Graded], pad_token: int) -> Graded:

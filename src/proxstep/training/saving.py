@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from proxstep.config.loading import with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.errors import ProxstepError
 from proxstep.isopo import Isopo
-from proxstep.runs.checkpoint import save_checkpoint
+from proxstep.runs.checkpoint import checkpoints, save_checkpoint
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.tracking import Progress
 from proxstep.training.evaluation import Probe
@@ -38,11 +39,12 @@ class Resumable:
     Attributes:
         step: Rollout steps done.
         num_updates: Optimizer steps done.
+        num_prompts: Prompts drawn for training in them.
         num_sequences: Completions sampled for training in them.
         unrecorded: What the last step measured, while it is not in metrics.jsonl yet. Step 0 is the
             evaluation before any training.
         best: The validation's best score, its step, and how many evaluations ago that was; None
-            before the first.
+            before the first score that is finite.
         good: The step of the checkpoint that the guard would go back to, if any.
         returns: Where the guard went back: after step "from" to the policy of step "to".
         torn: Whether parameters or optimizer are in the middle of a step, which nothing can
@@ -61,7 +63,7 @@ class Resumable:
     probe: Probe | None
 
     def __init__(self) -> None:
-        self.step, self.num_updates, self.num_sequences = 0, 0, 0
+        self.step, self.num_updates, self.num_prompts, self.num_sequences = 0, 0, 0, 0
         self.unrecorded: dict[str, Any] | None = {"step": 0}
         self.best: dict[str, Any] | None = None
         self.good: int | None = None
@@ -93,9 +95,9 @@ class Resumable:
 
     def judge(self, score: float) -> None:
         """Compare an evaluation's score, which is recorded by now, with the best one."""
-        if self.best is None or score > self.best["score"]:
+        if math.isfinite(score) and (self.best is None or score > self.best["score"]):
             self.best = {"score": score, "step": self.step, "ago": 0}
-        else:
+        elif self.best is not None:
             self.best = {**self.best, "ago": self.best["ago"] + 1}
 
     def tell_best(self) -> None:
@@ -141,8 +143,8 @@ class Resumable:
             save_checkpoint(*saved, kept, self.besides)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own
             raise ProxstepError(
-                f"step {self.step}: the checkpoint cannot be written below {path} ({error}); those "
-                f"before it are whole. Make room, then proxstep train --resume {path}"
+                f"step {self.step}: the checkpoint cannot be written below {path} ({error}): make "
+                f"room, then {self._way_on()}"
             ) from error
         self._saved_step, self._saved_time = self.step, time.monotonic()
 
@@ -165,14 +167,22 @@ class Resumable:
             path = self.folder.path
             return ProxstepError(
                 f"{step}: {error.filename or path} cannot be written ({error.strerror}): make "
-                f"room or mend the folder, then proxstep train --resume {path}"
+                f"room or mend the folder, then {self._way_on()}"
             )
         return None
+
+    def _way_on(self) -> str:
+        """Return how a run goes on that could not write something."""
+        path = self.folder.path
+        if checkpoints(path):
+            return f"go on from the last checkpoint: proxstep train --resume {path}"
+        return "begin again with --overwrite: there is no checkpoint yet"
 
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "num_updates": self.num_updates,
+            "num_prompts": self.num_prompts,
             "num_sequences": self.num_sequences,
             "elapsed_seconds": self.elapsed(),
             "optimizer": self.optimizer.state_dict(),
@@ -215,6 +225,7 @@ class Resumable:
         except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
             raise foreign from error
         self.step, self.num_updates = state["step"], state["num_updates"]
+        self.num_prompts = state["num_prompts"]
         self.num_sequences, self.unrecorded = state["num_sequences"], state["unrecorded"]
         self.best = state["best"]
         self.good, self.returns = state["guard"]["good"], list(state["guard"]["returns"])

@@ -164,7 +164,6 @@ class Trainer(Guarding):
         # Everything random of a step follows from seed and step: a resumed run repeats it exactly.
         # Which prompts are drawn follows from how many were, for a step can take several batches.
         torch.manual_seed(recipe.seed * 1_000_003 + self.step)
-        batch_size = recipe.rollout.num_prompts * recipe.rollout.num_generations
         batch, measured = collect(
             recipe,
             self.objective,
@@ -172,7 +171,7 @@ class Trainer(Guarding):
             self.sampler,
             self.tokenizer,
             self.train_prompts,
-            self.num_sequences // batch_size,
+            self.num_prompts,
             self.clock.phase,
             self.initial,
         )
@@ -189,7 +188,9 @@ class Trainer(Guarding):
             if measured["advantage_range"] > 0:
                 half_range = measured["advantage_range"] / 2
                 measured["grad_response_efficiency"] = measured["grad_norm"] / half_range
-        self.num_sequences += measured["generation_batches"] * batch_size
+        drawn = measured["generation_batches"] * recipe.rollout.num_prompts
+        self.num_prompts += drawn
+        self.num_sequences += drawn * recipe.rollout.num_generations
         self.step += 1
         self.unrecorded = {"step": self.step, **measured}
         self.torn = False
