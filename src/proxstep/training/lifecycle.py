@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,7 @@ def resume(path: str | Path, progress: Progress) -> str:
                 f"{path}: the run is finished, at step {state['step']} of {recipe.steps}; a larger "
                 "--steps extends it"
             )
-        if changed := _changed_keys(state["recipe"], recipe.model_dump()):
-            progress.note(f"recipe.yaml is not what the run wrote: {'; '.join(changed)}")
+        note_changes(state["recipe"], recipe, progress)
         folder.check_logs(state["step"] - waiting, state["logs"], progress.note)
         check(recipe)
         tokenizer, prompts = _tokenized(recipe, str(checkpoint), progress)
@@ -113,6 +113,12 @@ def resume(path: str | Path, progress: Progress) -> str:
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
         trainer.restore(state)
         return trainer.run()
+
+
+def note_changes(before: Mapping[str, Any], recipe: Recipe, progress: Progress) -> None:
+    """Say which keys of a run's recipe are not what they were at its checkpoint."""
+    if changed := _changed_keys(before, recipe.model_dump()):
+        progress.note(f"recipe.yaml is not what the run wrote: {'; '.join(changed)}")
 
 
 def _changed_keys(before: Any, now: Any, key: str = "") -> list[str]:

@@ -19,6 +19,7 @@ from proxstep.runs.checkpoint import save_checkpoint
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.tracking import Progress
 from proxstep.training.evaluation import Probe
+from proxstep.training.optimizers import recipe_kept, set_peaks
 
 _OF_THE_DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
@@ -196,6 +197,8 @@ class Resumable:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's state; the model was loaded from the same one.
 
+        Hyper-parameters and the schedule are those of the recipe, which may have changed.
+
         Raises:
             ProxstepError: If the state is another model's or optimizer's.
         """
@@ -206,8 +209,12 @@ class Resumable:
         if state["trained"] != self._trained():
             raise foreign
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            returns = list(state["guard"]["returns"])
+            peaks = [rate / 2 ** len(returns) for rate in self.schedule.base_lrs]
+            with recipe_kept(self.optimizer):
+                self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
+            set_peaks(self.optimizer, self.schedule, peaks)
             if self.isopo is not None:
                 self.isopo.load_state_dict(state["isopo"])
             if state["probe"] is not None:
@@ -217,6 +224,6 @@ class Resumable:
         self.step, self.num_updates = state["step"], state["num_updates"]
         self.num_sequences, self.unrecorded = state["num_sequences"], state["unrecorded"]
         self.best = state["best"]
-        self.good, self.returns = state["guard"]["good"], list(state["guard"]["returns"])
+        self.good, self.returns = state["guard"]["good"], returns
         self._started = time.perf_counter() - state["elapsed_seconds"]
         self._saved_step = self.step
