@@ -95,6 +95,12 @@ def resume(path: str | Path, progress: Progress) -> str:
             if folder.status() in ("killed", "failed"):  # after its last checkpoint
                 folder.conclude("finished")
                 return "finished"
+            if state["step"] < recipe.steps:
+                raise ProxstepError(
+                    f"{path}: evaluation.patience {recipe.evaluation.patience} ended the run "
+                    f"early, at step {state['step']} of {recipe.steps}: set it higher, or to null, "
+                    "in its recipe.yaml"
+                )
             raise ProxstepError(
                 f"{path}: the run is finished, at step {state['step']} of {recipe.steps}; a larger "
                 "--steps extends it"
