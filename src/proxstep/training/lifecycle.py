@@ -28,6 +28,7 @@ from proxstep.training.models import (
     quiet_transformers,
 )
 from proxstep.training.optimizers import check_optimizer
+from proxstep.training.positions import check_positions
 from proxstep.training.precision import with_autocast
 from proxstep.training.prompts import Prompts, load_prompts, load_rewards
 from proxstep.training.rollout import autocast
@@ -63,6 +64,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         torch.manual_seed(recipe.seed)  # adapters are drawn at random
         with progress.wait(f"loading {source}"):
             model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
+        check_positions(recipe, model, *prompts)
         recipe = with_autocast(recipe, model, progress.note)
         folder.check_room(model)
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
@@ -111,6 +113,7 @@ def resume(path: str | Path, progress: Progress) -> str:
         tokenizer, prompts = _tokenized(recipe, str(checkpoint), progress)
         device = pick_device(recipe.device)
         model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
+        check_positions(recipe, model, *prompts)
         if recipe.keeps_initial:
             source = prepared_source(recipe, progress)
             with progress.wait(f"loading the initial policy, {source}"):
@@ -157,6 +160,7 @@ def evaluate(
     else:
         with progress.wait(f"loading {source}"):
             model = load_model(source, recipe.model.dtype, device)
+    check_positions(recipe, model, validation)
     recipe = with_autocast(recipe, model, progress.note)
     with autocast(recipe, model):
         result = greedy_score(

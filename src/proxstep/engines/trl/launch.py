@@ -34,6 +34,7 @@ from proxstep.training import lifecycle
 from proxstep.training.guarded import guarded
 from proxstep.training.models import load_model, load_tokenizer
 from proxstep.training.optimizers import recipe_kept, set_peaks
+from proxstep.training.positions import check_positions
 from proxstep.training.prompts import Prompts, appends_end, load_prompts
 
 ADDED = ("completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -109,6 +110,7 @@ class _Prepared:
     source: str
     tokenizer: Any
     task: Task
+    train: Prompts
     validation: Prompts
 
 
@@ -133,7 +135,8 @@ def _prepare(recipe: Recipe, progress: Progress) -> _Prepared:
             f"rollout.num_prompts {recipe.rollout.num_prompts} is more than the {len(task.train)} "
             "training prompts, of which TRL would then take none: lower it"
         )
-    prepared = _Prepared(translate(recipe, chat=chat), source, tokenizer, task, validation)
+    made = translate(recipe, chat=chat)
+    prepared = _Prepared(made, source, tokenizer, task, train, validation)
     _check_rewards(make(prepared.translation.rewards, 1))
     return prepared
 
@@ -172,6 +175,7 @@ def _make_trainer(recipe: Recipe, prepared: _Prepared) -> Any:
         peft_config=make(made.lora, world_size),
     )
     trainer.remove_callback(PrinterCallback)
+    check_positions(recipe, trainer.model, prepared.train, prepared.validation)
     return trainer
 
 
