@@ -48,6 +48,15 @@ def test_it_ends_and_says_so_and_keeps_the_best(tmp_path: Path) -> None:
     assert "its best score was at step 2" in note
 
 
+def test_the_policy_before_any_training_is_kept_where_it_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.SCORES", [0.9, *SCORES[1:]])
+    assert lifecycle.train(recipe_in(tmp_path / "run"), Silent()) == "finished"
+    kept = [path.name for path in checkpoints(tmp_path / "run")]
+    assert kept == ["step-000000", "step-000003"]
+
+
 def test_what_it_ended_goes_on_with_more_patience(tmp_path: Path) -> None:
     """Steps were left, so that more of them would change nothing."""
     lifecycle.train(recipe_in(tmp_path / "run"), Silent())

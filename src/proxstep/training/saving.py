@@ -115,10 +115,9 @@ class Resumable:
     def save_if_due(self) -> None:
         """Save the run if the recipe wants it: by steps, by time, or the best one."""
         section = self.recipe.logging
-        if self.step == 0:
-            return
         if self.at_best:
             self.save()
+        if self.step == 0:
             return
         by_steps = section.checkpoint_every and self.step % section.checkpoint_every == 0
         seconds = time.monotonic() - self._saved_time
