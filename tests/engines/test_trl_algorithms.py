@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tests.engine import tiny_recipe
 from tests.engines.test_trl_gradients import difference, local_gradients
-from tests.engines.trl_case import Watch, copied, made, quiet, tiny, trained
+from tests.engines.trl_case import Watch, copied, dataset, made, quiet, tiny, trained
 from tests.selection import slow
 from torch import Tensor, nn
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -119,6 +120,8 @@ def test_advantages_that_are_not_left_to_trl(tmp_path: Path, kind: str) -> None:
     rewards = [list(trainer._logs["rewards"][name]) for name in ("sometimes", "seldom")]
     value_FB = torch.tensor(rewards) * torch.tensor([[0.5], [2.0]])
     scored_B = ~value_FB.isnan().all(dim=0)
+    number_P = scored_B.reshape(4, 4).sum(dim=1)
+    scored_B &= number_P.repeat_interleave(4) > 1  # one alone has nothing to be compared with
     assert value_FB.isnan().any()
     assert scored_B.any()
     assert not scored_B.all()
@@ -131,6 +134,42 @@ def test_advantages_that_are_not_left_to_trl(tmp_path: Path, kind: str) -> None:
     }
     assert [found[key] for key in range(16)] == pytest.approx(expected_B.tolist())
     assert list(trainer._logs["advantages"]) == pytest.approx(expected_B.tolist())
+
+
+@pytest.mark.parametrize("bad", [None, math.inf])
+@pytest.mark.parametrize("algorithm", ["rloo", *slow("maxrl", "reinforce-plus-plus")])
+def test_a_completion_that_is_left_alone_in_its_group_has_no_advantage(
+    tmp_path: Path, algorithm: str, bad: float | None
+) -> None:
+    """As in the local engine, which leaves it out as it does those without a finite reward."""
+
+    def reward(completions: list[str], **columns: Any) -> list[float | None]:
+        del columns
+        return [bad if 5 <= i < 8 else float(len(set(t))) for i, t in enumerate(completions)]
+
+    tokenizer, model = tiny()
+    options: Any = {"loss_type": algorithm, "rewards": reward}
+    trainer, watch = made(PolicyTrainer, tmp_path, model, tokenizer, **options)
+    trained(trainer)
+    advantages = list(trainer._logs["advantages"])
+    assert advantages[4:8] == [0.0] * 4
+    assert any(advantages[:4])
+    assert all(gradient.isfinite().all() for gradient in watch.gradients[0].values())
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", *slow("maxrl")])
+def test_one_completion_a_prompt_can_be_evaluated(tmp_path: Path, algorithm: str) -> None:
+    """By their rewards: TRL's own advantages are 0 then."""
+    tokenizer, model = tiny()
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 1}
+    options: Any = {"loss_type": algorithm, "eval_dataset": dataset(), **evaluation}
+    trainer, watch = made(
+        PolicyTrainer, tmp_path, model, tokenizer, per_device_eval_batch_size=2, **options
+    )
+    trained(trainer)
+    (found,) = [log for log in watch.logs if "eval_loss" in log]
+    assert found["eval_loss"] == 0.0
+    assert found["eval_reward"] > 0.0
 
 
 # -- ratios to the sampler -------------------------------------------------------------------------

@@ -192,6 +192,23 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
         launch.resume(tmp_path / "run", Silent())
 
 
+def test_a_resumed_run_has_the_optimizer_that_its_recipe_says_now(tmp_path: Path) -> None:
+    """Its rates are those of the schedule over all steps, from the first new update on."""
+    folder, progress = tmp_path / "run", Silent()
+    changes: Any = {"optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "linear"}}
+    trained(recipe_of(folder, "reinforce", steps=1, **changes))
+    changes["optimizer"] |= {"learning_rate": 1e-5, "weight_decay": 0.5}
+    recipe = recipe_of(folder, "reinforce", steps=4, **changes)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    with quiet():
+        assert launch.resume(folder, progress) == "finished"
+    rates = [record["learning_rate"] for record in records(folder)[1:]]
+    assert rates == pytest.approx([1e-3, 7.5e-6, 5e-6, 2.5e-6])
+    kept = torch.load(latest_checkpoint(folder) / "optimizer.pt", weights_only=True)
+    assert [group["weight_decay"] for group in kept["param_groups"]] == [0.5, 0.0]
+    assert "optimizer.learning_rate 0.001 is now 1e-05" in progress.notes[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["isopo", "opo"])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, algorithm: str) -> None:

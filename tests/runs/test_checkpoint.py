@@ -75,6 +75,14 @@ def test_only_the_newest_are_kept(tmp_path: Path, kept: int) -> None:
         assert held(tmp_path) == [f"step-{n:06d}" for n in steps[:number][-kept:]]
 
 
+def test_steps_of_more_digits_are_later(tmp_path: Path) -> None:
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        save(tmp_path, step, kept=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-1000000", "step-1000001"]
+    save(tmp_path, 999_999, kept=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-999999"]
+
+
 def test_what_a_run_that_went_on_from_an_older_one_left_behind_goes(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, kept=3)

@@ -48,8 +48,27 @@ def test_it_ends_and_says_so_and_keeps_the_best(tmp_path: Path) -> None:
     assert progress.notes[-1].startswith("stopped early at step 5: 3 evaluations without a better")
     (note,) = [n for n in fairness_notes([load_run(tmp_path / "run")]) if "early" in n]
     assert "its best score was at step 2" in note
-    with pytest.raises(ProxstepError, match="the run is finished, at step 5 of 7"):
+
+
+def test_the_policy_before_any_training_is_kept_where_it_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.SCORES", [0.9, *SCORES[1:]])
+    assert lifecycle.train(recipe_in(tmp_path / "run"), Silent()) == "finished"
+    kept = [path.name for path in checkpoints(tmp_path / "run")]
+    assert kept == ["step-000000", "step-000003"]
+
+
+def test_what_it_ended_goes_on_with_more_patience(tmp_path: Path) -> None:
+    """Steps were left, so that more of them would change nothing."""
+    lifecycle.train(recipe_in(tmp_path / "run"), Silent())
+    told = "evaluation.patience 3 ended the run early, at step 5 of 7: set it higher, or to null,"
+    with pytest.raises(ProxstepError, match=told):
         lifecycle.resume(tmp_path / "run", Silent())
+    file = tmp_path / "run" / "recipe.yaml"
+    file.write_text(file.read_text().replace("patience: 3", "patience: null"))
+    assert lifecycle.resume(tmp_path / "run", Silent()) == "finished"
+    assert [r["step"] for r in records(tmp_path / "run")] == [*range(8)]
 
 
 @pytest.mark.parametrize("none", [math.nan, math.inf])

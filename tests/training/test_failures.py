@@ -271,6 +271,26 @@ def test_a_full_disk_at_a_row_costs_nothing(
     check_same_run(whole, folder)
 
 
+def test_a_row_that_cannot_be_flushed_is_told_once(tmp_path: Path, whole: Path) -> None:
+    """What a file could not flush it tries again to flush when it is closed."""
+    before, folder = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "run"
+
+    class Full(Silent):
+        def record(self, record: Any) -> None:
+            if record["step"] == 3:
+                size = (folder / "metrics.jsonl").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    try:
+        with pytest.raises(ProxstepError, match=f"step 4: {folder} cannot be written .File too"):
+            lifecycle.train(recipe_in(folder, logging={"checkpoint_every": 2}), Full())
+        assert status(folder) == "failed"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert lifecycle.resume(folder, Silent()) == "finished"
+    check_same_run(whole, folder)
+
+
 @contextmanager
 def full_from(step: int) -> Iterator[Silent]:
     """No file may grow beyond 100 kB from a step on; the model has 3 MB."""

@@ -23,11 +23,13 @@ from tests.engine import (
 )
 from tests.selection import slow
 
+from proxstep.config.loading import dump_recipe
 from proxstep.config.recipe import algorithm_names
 from proxstep.errors import ProxstepError
 from proxstep.runs.checkpoint import latest_checkpoint, load_state
+from proxstep.runs.folder import RunFolder
 from proxstep.runs.schema import FIELDS, unknown_fields
-from proxstep.training import lifecycle
+from proxstep.training import lifecycle, trainer
 from proxstep.training.objective import Objective
 
 EVERY = [*algorithm_names(), "isopo+opo", "isopo-natural+gspo"]
@@ -128,6 +130,42 @@ def test_resuming_repeats_the_run_to_the_bit(
     first, second = records(tmp_path / "whole"), records(tmp_path / "cut")
     assert [r["step"] for r in first] == [r["step"] for r in second] == [0, 1, 2, 3, 4]
     assert_same_records(first, second)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_has_the_optimizer_that_its_recipe_says_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """Rate, weight decay and the like, which the checkpoint's state has as they were."""
+    folder, seen, progress = tmp_path / "run", [], Silent()
+    changes: Any = {"optimizer": {"name": optimizer, "learning_rate": 1e-3}, "steps": 1}
+    lifecycle.train(tiny_recipe(folder, **changes), Silent())
+    changes["optimizer"] |= {"learning_rate": 1e-5, "weight_decay": 0.5, "betas": [0.5, 0.6]}
+    recipe = tiny_recipe(folder, **changes | {"steps": 3})
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    train_step = trainer.Trainer._train_step
+
+    def watched(self: Any) -> dict[str, Any]:
+        seen[:] = [{**group} for group in self.optimizer.param_groups]
+        return train_step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", watched)
+    assert lifecycle.resume(folder, progress) == "finished"
+    assert [record["learning_rate"] for record in records(folder)[1:]] == [1e-3, 1e-5, 1e-5]
+    assert {group["lr"] for group in seen} == {group["initial_lr"] for group in seen} == {1e-5}
+    assert {group["weight_decay"] for group in seen} == {0.5}
+    assert list(seen[0]["betas"]) == [0.5, 0.6]
+    assert "optimizer.learning_rate 0.001 is now 1e-05" in progress.notes[0]
+
+
+def test_an_extended_run_has_the_rates_of_the_longer_schedule(tmp_path: Path) -> None:
+    """From its first new update on, which the shorter schedule would have given a rate of 0."""
+    falling = {"learning_rate": 1e-3, "lr_scheduler_type": "linear"}
+    lifecycle.train(tiny_recipe(tmp_path / "run", steps=2, optimizer=falling), Silent())
+    RunFolder(tmp_path / "run").extend([("steps", "4")])
+    assert lifecycle.resume(tmp_path / "run", Silent()) == "finished"
+    rates = [record["learning_rate"] for record in records(tmp_path / "run")[1:]]
+    assert rates == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
 
 
 def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:

@@ -112,6 +112,32 @@ def test_a_comparisons_runs_begin_with_one_evaluation(
     assert len(completed) == 2 + 1 + 2  # before and after; after alone; before and after
 
 
+@pytest.mark.parametrize("other", ["autocast", "end tokens"])
+def test_completions_that_were_computed_otherwise_are_not_recalled(
+    source: str, tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    completed: list[int] = []
+    complete = evaluation._completed
+
+    def counted(*arguments: object, **options: object) -> object:
+        completed.append(1)
+        return complete(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation, "_completed", counted)
+    for run, autocast in enumerate((None, "bfloat16" if other == "autocast" else None)):
+        recipe = tiny_recipe(
+            tmp_path / f"run{run}",
+            model={"name": source, "autocast": autocast},
+            evaluation={"every": 3, "remember_first": True},
+        )
+        lifecycle.train(recipe, Silent())
+        if other == "end tokens":
+            file = Path(source) / "generation_config.json"
+            held = json.loads(file.read_text())
+            file.write_text(json.dumps(held | {"eos_token_id": [1, 2, 3]}))
+    assert len(completed) == 2 + 2
+
+
 def test_a_damaged_memory_is_none(source: str, tmp_path: Path) -> None:
     for seed in range(2):
         recipe = tiny_recipe(

@@ -50,6 +50,11 @@ def advantage(
     return register
 
 
+def compares_completions(name: str) -> bool:
+    """Whether a kind of advantage compares the completions of a prompt, of which it needs two."""
+    return name != "batch-normalized"
+
+
 @dataclass(frozen=True)
 class Groups:
     """Which group each sequence belongs to, with the groups renumbered 0 ... P-1.

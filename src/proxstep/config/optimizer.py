@@ -58,7 +58,8 @@ class OptimizerSection(Section):
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
         description="What the learning rate does after the warm-up: stay, or fall to min_lr_rate "
-        "times the peak at the run's last optimizer step. TRL's name.",
+        "times the peak at the run's last optimizer step; each step that is skipped leaves it that "
+        "much higher. TRL's name.",
     )
     min_lr_rate: float = Field(
         default=0.0,

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
-from proxstep.algorithms import ADVANTAGES, ALGORITHMS, Algorithm
-from proxstep.algorithms.advantages import NONNEGATIVE
+from proxstep.algorithms import ALGORITHMS, Algorithm
+from proxstep.algorithms.advantages import NONNEGATIVE, compares_completions
 from proxstep.config.geometry import GeometrySection
 from proxstep.config.names import rule_and_objective
 from proxstep.config.objectives import ObjectiveSection, section_of
@@ -60,9 +60,6 @@ def undefined_composition(rule: str, objective: str) -> str | None:
         f"geometry.rule {rule} with objective {objective}: a token-level objective has no "
         f"coefficient per sequence to transform; use one of {able}, or geometry.rule none"
     )
-
-
-_COMPARES = tuple(name for name in ADVANTAGES if name != "batch-normalized")
 
 
 class Recipe(Section):
@@ -132,7 +129,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_sampling(self) -> Recipe:
         rollout, update = self.rollout, self.update
-        compares = self.objective.advantage in _COMPARES
+        compares = compares_completions(self.objective.advantage)
         remedy = self.objective.algorithm.compares(self.objective.options())
         if rollout.num_generations == 1 and (compares or remedy):
             what = self.objective.name

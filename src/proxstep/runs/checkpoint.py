@@ -99,7 +99,7 @@ def publish(
     os.replace(scratch, final)
     sync(parent)
     whole = checkpoints(folder)
-    newest = [path for path in whole if path.name <= final.name][-kept:]
+    newest = [path for path in whole if _step(path) <= step][-kept:]
     newest += [checkpoint_path(folder, other) for other in besides]
     leftovers = [*parent.glob("*.incomplete"), *parent.glob("*.replaced")]
     for other in {*whole, *leftovers} - {*newest}:
@@ -116,14 +116,19 @@ def drop_later_checkpoints(folder: Path, step: int, besides: Collection[int] = (
     """Delete a run's checkpoints of later steps, but those of some."""
     kept = [checkpoint_path(folder, other) for other in besides]
     for path in checkpoints(folder):
-        if path.name > checkpoint_path(folder, step).name and path not in kept:
+        if _step(path) > step and path not in kept:
             shutil.rmtree(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints that a run wrote to their end, oldest first."""
     found = (folder / "checkpoints").glob("step-[0-9]*")
-    return sorted(path for path in found if path.name.removeprefix("step-").isdigit())
+    return sorted((path for path in found if path.name.removeprefix("step-").isdigit()), key=_step)
+
+
+def _step(path: Path) -> int:
+    """Return a checkpoint's step; its name has six digits, or more from step 1,000,000 on."""
+    return int(path.name.removeprefix("step-"))
 
 
 def latest_checkpoint(folder: Path, note: Callable[[str], None] | None = None) -> Path:

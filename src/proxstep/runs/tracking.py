@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -50,8 +51,9 @@ class MetricsLog:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; a row that could not be written was an error when it came."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def drop_later_steps(path: Path, step: int) -> None:

@@ -213,7 +213,7 @@ def collect(
 def _chosen(recipe: Recipe, graded: Graded) -> Tensor:
     """Return the rows of the completions whose rewards become advantages."""
     section = recipe.rollout
-    kept = _with_reward(graded.reward_B, graded.group_B, minimum=min(2, section.num_generations))
+    kept = with_reward(graded.reward_B, graded.group_B, minimum=min(2, section.num_generations))
     if len(kept) < 2:  # nothing to be compared with
         return kept[:0]
     if section.dynamic_sampling_max_batches is None:
@@ -289,7 +289,7 @@ def _whole_groups(group_B: Tensor, size: int) -> Iterator[Tensor]:
     yield torch.tensor(gathered)
 
 
-def _with_reward(reward_B: Tensor, group_B: Tensor, minimum: int) -> Tensor:
+def with_reward(reward_B: Tensor, group_B: Tensor, minimum: int) -> Tensor:
     """Return the rows whose reward is finite, in groups that keep at least `minimum` of them."""
     finite_B = reward_B.isfinite()
     left = torch.zeros(int(group_B.max()) + 1, dtype=torch.long)

@@ -249,7 +249,7 @@ def evaluate(
         with waits.wait("sampling the initial policy's probe"):
             probe = Probe.draw(model, tokenizer, prompts, limit, head, cut, stop)
         if section.remember_first:
-            memory = memory_of(model, validation, limit, section.batch_size, stop)
+            memory = memory_of(model, tokenizer, validation, limit, section.batch_size, stop)
     greedy = greedy_score(
         *(model, tokenizer, validation),
         max_new_tokens=limit,

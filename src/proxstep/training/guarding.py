@@ -11,6 +11,7 @@ from proxstep.runs.checkpoint import checkpoint_path, damage, drop_later_checkpo
 from proxstep.runs.guard import Verdict, after_returns, signs, verdict
 from proxstep.runs.reading import read_rows
 from proxstep.training.models import reload_weights
+from proxstep.training.optimizers import recipe_kept, set_peaks
 from proxstep.training.saving import Resumable
 
 MOST_RETURNS = 3
@@ -104,22 +105,19 @@ class Guarding(Resumable):
         state = load_state(checkpoint)
         self.torn = True
         reload_weights(self.model, checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
+        with recipe_kept(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.isopo is not None:
             self.isopo.load_state_dict(state["isopo"])
         self.returns.append({"from": self.step, "to": good})
-        schedule: Any = self.schedule
-        schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]
-        rates = [rate / 2 for rate in schedule.get_last_lr()]
-        begun = zip(self.optimizer.param_groups, rates, schedule.base_lrs, strict=True)
-        for group, rate, first in begun:
-            group |= {"lr": rate, "initial_lr": first}
+        before = self.schedule.get_last_lr()[0]
+        set_peaks(self.optimizer, self.schedule, [rate / 2 for rate in self.schedule.base_lrs])
         self._scale_budget()
         self.torn, self._collapsing = False, False
         self._write_down(found)
         self.progress.note(
             f"step {self.step}: the guard went back to the policy of step {good}, and the learning "
-            f"rate from {2 * rates[0]:.3g} to {rates[0]:.3g}"
+            f"rate from {before:.3g} to {before / 2:.3g}"
         )
 
     def _scale_budget(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from proxstep.training.models import (
     quiet_transformers,
 )
 from proxstep.training.optimizers import check_optimizer
+from proxstep.training.positions import check_positions
 from proxstep.training.precision import with_autocast
 from proxstep.training.prompts import Prompts, load_prompts, load_rewards
 from proxstep.training.rollout import autocast
@@ -62,6 +64,7 @@ def train(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> str
         torch.manual_seed(recipe.seed)  # adapters are drawn at random
         with progress.wait(f"loading {source}"):
             model = load_model(source, recipe.model.dtype, device, recipe.model.lora)
+        check_positions(recipe, model, *prompts)
         recipe = with_autocast(recipe, model, progress.note)
         folder.check_room(model)
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress)
@@ -94,17 +97,23 @@ def resume(path: str | Path, progress: Progress) -> str:
             if folder.status() in ("killed", "failed"):  # after its last checkpoint
                 folder.conclude("finished")
                 return "finished"
+            if state["step"] < recipe.steps:
+                raise ProxstepError(
+                    f"{path}: evaluation.patience {recipe.evaluation.patience} ended the run "
+                    f"early, at step {state['step']} of {recipe.steps}: set it higher, or to null, "
+                    "in its recipe.yaml"
+                )
             raise ProxstepError(
                 f"{path}: the run is finished, at step {state['step']} of {recipe.steps}; a larger "
                 "--steps extends it"
             )
-        if changed := _changed_keys(state["recipe"], recipe.model_dump()):
-            progress.note(f"recipe.yaml is not what the run wrote: {'; '.join(changed)}")
+        note_changes(state["recipe"], recipe, progress)
         folder.check_logs(state["step"] - waiting, state["logs"], progress.note)
         check(recipe)
         tokenizer, prompts = _tokenized(recipe, str(checkpoint), progress)
         device = pick_device(recipe.device)
         model, initial = _load_checkpoint(recipe, checkpoint, device, progress), None
+        check_positions(recipe, model, *prompts)
         if recipe.keeps_initial:
             source = prepared_source(recipe, progress)
             with progress.wait(f"loading the initial policy, {source}"):
@@ -113,6 +122,12 @@ def resume(path: str | Path, progress: Progress) -> str:
         trainer = Trainer(recipe, model, tokenizer, *prompts, folder, progress, initial)
         trainer.restore(state)
         return trainer.run()
+
+
+def note_changes(before: Mapping[str, Any], recipe: Recipe, progress: Progress) -> None:
+    """Say which keys of a run's recipe are not what they were at its checkpoint."""
+    if changed := _changed_keys(before, recipe.model_dump()):
+        progress.note(f"recipe.yaml is not what the run wrote: {'; '.join(changed)}")
 
 
 def _changed_keys(before: Any, now: Any, key: str = "") -> list[str]:
@@ -145,6 +160,7 @@ def evaluate(
     else:
         with progress.wait(f"loading {source}"):
             model = load_model(source, recipe.model.dtype, device)
+    check_positions(recipe, model, validation)
     recipe = with_autocast(recipe, model, progress.note)
     with autocast(recipe, model):
         result = greedy_score(

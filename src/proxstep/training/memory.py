@@ -21,6 +21,7 @@ from proxstep.hub import hub_or_cache
 from proxstep.isopo.plan import Shape, choose, held
 from proxstep.isopo.settings import Settings
 from proxstep.training.gguf import found_config, is_gguf
+from proxstep.training.merging import base_of, has_adapters
 from proxstep.training.rollout import SCORED_TOKENS
 
 _OPTIMIZER_STATES = {"adamw": 2, "muon": 2, "soap": 4, "kron": 3}
@@ -156,6 +157,8 @@ def config_of(recipe: Recipe) -> Any:
         return build_embedded_model(task=recipe.task.name, name=name)[1].config
     if is_gguf(name):
         return found_config(name)
+    if has_adapters(name):
+        name = base_of(name)
     try:
         with hub_or_cache(name):
             return AutoConfig.from_pretrained(name, trust_remote_code=False)

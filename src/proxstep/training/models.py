@@ -122,6 +122,11 @@ def load_model(
             f"model.name {source}: {len(missing)} of its weights are missing, such as "
             f"{missing[0]}; they would be random. Is it a causal language model, saved completely?"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # those of a recipe's folder are merged
+        raise ProxstepError(
+            f"model.name {source}: these are adapters, which are merged with their base model only "
+            "from a local folder: download them, and give the folder"
+        )
     if lora is not None:
         model = _with_lora(model, lora)
     return model.to(device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,6 +98,34 @@ def make_schedule(
         return 1.0 - (1.0 - floor) * fall
 
     return LambdaLR(optimizer, share)
+
+
+_OF_THE_RECIPE = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
+"""What a group of parameters has of the recipe; the rest of it is the optimizer's own count."""
+
+
+@contextmanager
+def recipe_kept(optimizer: Any) -> Iterator[None]:
+    """Leave the recipe's hyper-parameters as they are while a checkpoint's state is loaded."""
+    said = [{k: group[k] for k in _OF_THE_RECIPE if k in group} for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, said, strict=True):
+        group |= own
+
+
+def set_peaks(optimizer: Any, schedule: Any, peaks: Sequence[float]) -> None:
+    """Give each group another peak of its learning rate, and what the schedule makes of it now.
+
+    Args:
+        optimizer: The optimizer.
+        schedule: Its schedule, torch's LambdaLR.
+        peaks: One for each group.
+    """
+    shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
+    rates = [peak * share for peak, share in zip(peaks, shares, strict=True)]
+    schedule.base_lrs, schedule._last_lr = [*peaks], rates
+    for group, rate, peak in zip(optimizer.param_groups, rates, peaks, strict=True):
+        group |= {"lr": rate, "initial_lr": peak}
 
 
 def check_optimizer(name: str) -> None:

@@ -20,6 +20,7 @@ from proxstep.runs.checkpoint import checkpoints, save_checkpoint
 from proxstep.runs.folder import RunFolder
 from proxstep.runs.tracking import Progress
 from proxstep.training.evaluation import Probe
+from proxstep.training.optimizers import recipe_kept, set_peaks
 
 _OF_THE_DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
@@ -116,10 +117,9 @@ class Resumable:
     def save_if_due(self) -> None:
         """Save the run if the recipe wants it: by steps, by time, or the best one."""
         section = self.recipe.logging
-        if self.step == 0:
-            return
         if self.at_best:
             self.save()
+        if self.step == 0:
             return
         by_steps = section.checkpoint_every and self.step % section.checkpoint_every == 0
         seconds = time.monotonic() - self._saved_time
@@ -206,6 +206,8 @@ class Resumable:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's state; the model was loaded from the same one.
 
+        Hyper-parameters and the schedule are those of the recipe, which may have changed.
+
         Raises:
             ProxstepError: If the state is another model's or optimizer's.
         """
@@ -216,8 +218,12 @@ class Resumable:
         if state["trained"] != self._trained():
             raise foreign
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            returns = list(state["guard"]["returns"])
+            peaks = [rate / 2 ** len(returns) for rate in self.schedule.base_lrs]
+            with recipe_kept(self.optimizer):
+                self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
+            set_peaks(self.optimizer, self.schedule, peaks)
             if self.isopo is not None:
                 self.isopo.load_state_dict(state["isopo"])
             if state["probe"] is not None:
@@ -228,6 +234,6 @@ class Resumable:
         self.num_prompts = state["num_prompts"]
         self.num_sequences, self.unrecorded = state["num_sequences"], state["unrecorded"]
         self.best = state["best"]
-        self.good, self.returns = state["guard"]["good"], list(state["guard"]["returns"])
+        self.good, self.returns = state["guard"]["good"], returns
         self._started = time.perf_counter() - state["elapsed_seconds"]
         self._saved_step = self.step

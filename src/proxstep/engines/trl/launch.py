@@ -15,6 +15,7 @@ import trl
 from datasets import Dataset
 from transformers import PrinterCallback, set_seed
 
+from proxstep.budget import KlBudget
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.expressions import make
 from proxstep.engines.trl.record import CHECKPOINTS, RunRecorder
@@ -32,6 +33,8 @@ from proxstep.tasks import Task
 from proxstep.training import lifecycle
 from proxstep.training.guarded import guarded
 from proxstep.training.models import load_model, load_tokenizer
+from proxstep.training.optimizers import recipe_kept, set_peaks
+from proxstep.training.positions import check_positions
 from proxstep.training.prompts import Prompts, appends_end, load_prompts
 
 ADDED = ("completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -107,6 +110,7 @@ class _Prepared:
     source: str
     tokenizer: Any
     task: Task
+    train: Prompts
     validation: Prompts
 
 
@@ -131,7 +135,8 @@ def _prepare(recipe: Recipe, progress: Progress) -> _Prepared:
             f"rollout.num_prompts {recipe.rollout.num_prompts} is more than the {len(task.train)} "
             "training prompts, of which TRL would then take none: lower it"
         )
-    prepared = _Prepared(translate(recipe, chat=chat), source, tokenizer, task, validation)
+    made = translate(recipe, chat=chat)
+    prepared = _Prepared(made, source, tokenizer, task, train, validation)
     _check_rewards(make(prepared.translation.rewards, 1))
     return prepared
 
@@ -170,6 +175,7 @@ def _make_trainer(recipe: Recipe, prepared: _Prepared) -> Any:
         peft_config=make(made.lora, world_size),
     )
     trainer.remove_callback(PrinterCallback)
+    check_positions(recipe, trainer.model, prepared.train, prepared.validation)
     return trainer
 
 
@@ -207,6 +213,7 @@ def _run(
         )
         if checkpoint is not None:
             recorder.restore(checkpoint)
+            _resume_with_recipe(trainer)
         trainer.add_callback(recorder)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finished = trainer.state.global_step >= trainer.state.max_steps
@@ -214,6 +221,27 @@ def _run(
     # A process that ends in its group can abort with all work done (pytorch/pytorch#190489).
     trainer.accelerator.end_training()
     return status
+
+
+def _resume_with_recipe(trainer: Any) -> None:
+    """Let the optimizer that a run resumes with have the recipe's hyper-parameters and schedule.
+
+    transformers takes those of the checkpoint.
+    """
+    load = trainer._load_optimizer_and_scheduler
+
+    def load_states(checkpoint: str | None) -> None:
+        optimizer, schedule = trainer.optimizer, trainer.lr_scheduler
+        schedule = getattr(schedule, "scheduler", schedule)  # accelerate's hides it
+        peaks = list(schedule.base_lrs)
+        with recipe_kept(optimizer):
+            load(checkpoint)
+        set_peaks(optimizer, schedule, peaks)
+        budget = getattr(optimizer, "optimizer", optimizer)
+        if isinstance(budget, KlBudget):
+            budget.rescale(budget.nats)
+
+    trainer._load_optimizer_and_scheduler = load_states
 
 
 class _NoProgress:

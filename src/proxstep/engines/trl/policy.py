@@ -19,11 +19,13 @@ from transformers import TrainerCallback, set_seed
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from proxstep.algorithms import ADVANTAGES, Aggregation, OldPolicy, SignalInputs
+from proxstep.algorithms.advantages import compares_completions
 from proxstep.engines.trl.budget import StepBudget
 from proxstep.engines.trl.configs import IsopoConfig, OpoConfig, PolicyConfig
 from proxstep.engines.trl.release import SCORING_INPUTS
 from proxstep.engines.trl.scoring import rebind_forwards, response_mask
 from proxstep.errors import ProxstepError
+from proxstep.training.batch import with_reward
 from proxstep.training.rollout import vocabulary_size
 from proxstep.typing import Tensor
 
@@ -150,7 +152,7 @@ class PolicyTrainer(GRPOTrainer):
         key_W = torch.arange(len(advantage_W), device=advantage_B.device)
         group_W = key_W // size
         if self._advantage is not None:
-            advantage_W = self._advantages(self._advantage, group_W).to(advantage_W)
+            advantage_W = self._advantages(self._advantage, group_W, size).to(advantage_W)
         response_BT = response_mask(output)
         weight_W = output.get("importance_sampling_ratio")
         if weight_W is not None:
@@ -176,15 +178,20 @@ class PolicyTrainer(GRPOTrainer):
             self._metrics[mode][f"objective/{name}"].append(value)
         return output
 
-    def _advantages(self, kind: str, group_W: Tensor) -> Tensor:
-        """Return the advantages of all ranks' completions; 0 where no reward function applies."""
+    def _advantages(self, kind: str, group_W: Tensor, size: int) -> Tensor:
+        """Return the advantages of all ranks' completions, in groups of a size.
+
+        Those that the local engine leaves out have 0: without a finite reward, or alone in a group.
+        """
         assert self._rewards_WF is not None
         reward_W = (self._rewards_WF * self.reward_weights.to(self._rewards_WF)).nansum(dim=1)
-        scored_W = ~self._rewards_WF.isnan().all(dim=1)
         advantage_W = torch.zeros_like(reward_W)
-        if scored_W.any():
-            value, _ = ADVANTAGES[kind](reward_W[scored_W].cpu(), group_W[scored_W].cpu())
-            advantage_W[scored_W] = value.to(advantage_W)
+        reward_W = reward_W.masked_fill(self._rewards_WF.isnan().all(dim=1), torch.nan).cpu()
+        minimum = 2 if compares_completions(kind) else min(2, size)
+        kept = with_reward(reward_W, group_W.cpu(), minimum)
+        if len(kept) > 1:
+            value, _ = ADVANTAGES[kind](reward_W[kept], group_W.cpu()[kept])
+            advantage_W[kept.to(advantage_W.device)] = value.to(advantage_W)
         logged = self._logs["advantages"]  # TRL's own, of this rollout
         for _ in range(min(len(logged), len(advantage_W))):
             logged.pop()

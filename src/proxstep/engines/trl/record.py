@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from proxstep.config.loading import with_absolute_paths
 from proxstep.config.recipe import Recipe
 from proxstep.engines.trl.logs import record_of
 from proxstep.errors import ProxstepError
@@ -23,6 +24,7 @@ from proxstep.runs.stop import StopRequest
 from proxstep.runs.tracking import MetricsLog, Progress, Tracker
 from proxstep.training.clock import Clock
 from proxstep.training.evaluation import Probe, evaluate
+from proxstep.training.lifecycle import note_changes
 from proxstep.training.objective import Objective
 from proxstep.training.prompts import Prompts
 from proxstep.training.rollout import autocast
@@ -73,7 +75,7 @@ class RunRecorder(TrainerCallback):
         self._saved, self._started = time.monotonic(), time.perf_counter()
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint's probe and time."""
+        """Continue from a checkpoint's probe and time, and say what of the recipe has changed."""
         path = checkpoint / STATE_FILE
         if not path.exists():
             raise ProxstepError(f"{path} is missing, so the run cannot be continued")
@@ -81,6 +83,8 @@ class RunRecorder(TrainerCallback):
         self._probe = Probe.from_state_dict(state["probe"], self._trainer.accelerator.device)
         self._started = time.perf_counter() - state["elapsed_seconds"]
         self._recorded = state["elapsed_seconds"]
+        if "recipe" in state:  # those of earlier releases have none
+            note_changes(state["recipe"], self._recipe, self._progress)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the initial policy."""
@@ -127,7 +131,11 @@ class RunRecorder(TrainerCallback):
         assert self._probe is not None  # the run began with an evaluation
         parent = self._folder.path / CHECKPOINTS
         written = parent / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        kept = {"probe": self._probe.state_dict(), "elapsed_seconds": self._seconds()}
+        kept = {
+            "probe": self._probe.state_dict(),
+            "elapsed_seconds": self._seconds(),
+            "recipe": with_absolute_paths(self._recipe).model_dump(),
+        }
         torch.save(kept, written / STATE_FILE)
         publish(
             *(written, self._folder.path, state.global_step // self._num_updates),

@@ -29,6 +29,7 @@ from proxstep.errors import ProxstepError
 from proxstep.rewards import BUILTIN_REWARDS
 from proxstep.tasks import REWARDS
 from proxstep.training.gguf import is_gguf
+from proxstep.training.merging import has_adapters
 from proxstep.training.task import task_call
 
 PUNISHMENT = "soft_overlong_punishment_reward"
@@ -205,6 +206,9 @@ def _model(recipe: Recipe) -> str | Call:
     if is_gguf(recipe.model.name):
         return Call(Name("proxstep.training.gguf", "ensure_converted"), {"name": recipe.model.name})
     if recipe.model.name not in EMBEDDED_MODELS:
+        if has_adapters(recipe.model.name):
+            merged = Name("proxstep.training.merging", "ensure_merged")
+            return Call(merged, {"name": recipe.model.name})
         return recipe.model.name
     warmed_up = Name("proxstep.training.demo_model", "ensure_embedded_model")
     keys: dict[str, Any] = {
