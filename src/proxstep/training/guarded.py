@@ -14,6 +14,7 @@ from typing import Any
 from proxstep.errors import ProxstepError
 from proxstep.rewards import MeasuredRewards, RewardFunction, reward_name
 from proxstep.rewards.returns import awaited, checked_rewards
+from proxstep.rewards.scoring import apart
 
 _SECONDS_TO_SEARCH = 60.0
 SECONDS_AFTER_SIGTERM = 5.0
@@ -96,7 +97,7 @@ def guarded(function: RewardFunction, seconds: float) -> RewardFunction:
         given = _by_name(function, arguments, columns)
         try:
             with time_limit(seconds):
-                rewards = awaited(function(**given))
+                rewards = awaited(function(**apart(given)))
             if isinstance(rewards, MeasuredRewards):
                 return rewards
             return checked_rewards(name, rewards, len(given["completions"]))
@@ -149,7 +150,8 @@ def _culprit(function: RewardFunction, given: Mapping[str, Any], error: Exceptio
     with suppress(TimeIsUp, Exception), time_limit(_SECONDS_TO_SEARCH):
         for index in range(number):
             try:
-                awaited(function(**{key: alone(index, value) for key, value in given.items()}))
+                part = {key: alone(index, value) for key, value in given.items()}
+                awaited(function(**apart(part)))
             except type(error):
                 return f"completion {index}: {given['completions'][index]!r:.200}"
     return f"{number} completions, not on one of them alone"
