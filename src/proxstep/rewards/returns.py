@@ -24,14 +24,20 @@ def awaited(value: Any) -> Any:
     if not inspect.isawaitable(value):
         return value
 
-    async def finish() -> Any:
-        return await value
+    async def finish() -> tuple[Any, SystemExit | None]:
+        try:
+            return await value, None
+        except SystemExit as error:  # it would end the loop, and nobody would be told
+            return None, error
 
     future = asyncio.run_coroutine_threadsafe(finish(), _loop())
     try:
-        return future.result()
+        result, exited = future.result()
     finally:
         future.cancel()  # where the wait was interrupted
+    if exited is not None:
+        raise exited
+    return result
 
 
 def _loop() -> asyncio.AbstractEventLoop:
