@@ -97,6 +97,51 @@ WRONG = [
     ("5,8", "1=1, 2=2"),
     ("5,8", "3<3 or 4<5"),
 ]
+# What is still to be computed, whatever stands around it.
+WRONG += [
+    ("5", undone)
+    for undone in (
+        "x=20-15",
+        "20-15=x",
+        "5=x=20-15",
+        r"20-15 \text{ dollars}",
+        r"\$20-\$15",
+        r"\text{Total}=20-15",
+        "(20-15)^1",
+        "|20-15|",
+        "|-5|",
+        r"\frac{20-15}{1}",
+        r"\frac{5!}{4!}",
+        r"\sqrt{25}",
+        "25^{1/2}",
+        r"\binom{5}{1}",
+        r"{5 \choose 4}",
+        r"\gcd(10,15)",
+        r"\operatorname{gcd}(10,15)",
+        r"\log_2 32",
+        r"\lfloor 5.2\rfloor",
+        r"0.5\cdot 10",
+        r"50\% \cdot 10",
+        r"e^{\ln 5}",
+        "2(3)",  # 5 to math-verify, like 2 1/2
+        "x-x+5",
+        "3=5",
+        r"5 \text{ dollars} + 3 \text{ dollars}",
+        r"5 \text{ cm} \times 5 \text{ cm}",
+    )
+]
+WRONG += [
+    ("5040", "7!"),
+    ("0.5", r"\frac{1.5}{3}"),
+    ("0.5", r"\frac{\frac12}{1}"),
+    ("x=5", "x=20-15"),
+    ("x=5", "20-15"),
+    ("5,8", "2+3, 4+4"),
+    ("(5,8)", "(2+3,8)"),
+    ("(2,3)", "1+1<x<3"),
+    ("[2,3]", r"x\in[1+1,3]"),
+    (r"\begin{pmatrix}5\\8\end{pmatrix}", r"\begin{pmatrix}2+3\\8\end{pmatrix}"),
+]
 RIGHT = [
     ("5", "5."),
     (r"\emptyset", r"\varnothing"),
@@ -163,6 +208,26 @@ RIGHT = [
     (r"10^{-20}", r"1 \times 10^{-20}"),
     (r"\left(3,4\right)", "(3,4)"),
     ("5,8", "2+3=5, 4+4=8"),
+    ("5", "x=20-15=5"),
+    ("5", r"\frac{10}{2}=5"),
+    ("5", "f^{-1}(2)=5"),
+    ("5", r"5\text{-year}"),
+    ("5", r"5\text{ ft}\cdot\text{lb}"),
+    ("5", r"5 \operatorname{cm}"),
+    ("5", r"-\frac{20}{-4}"),
+    ("6", "(2)(3)=6"),
+    ("1024", "x=2^{10}"),
+    ("-8", "(-2)^3"),
+    (r"\frac{1}{1024}", r"\frac{1}{2^{10}}"),
+    (r"\frac{3}{4}", "0.75"),
+    (r"\frac{3}{4}", r"x=\frac{6}{8}"),
+    (r"\frac{3}{4}", r"75\%"),
+    ("2.5", r"x=2\frac12"),
+    ("(1500,2)", r"(1.5\times 10^3, 2)"),
+    (r"\binom{10}{3}", r"\binom{10}{7}"),
+    (r"\binom{10}{3}", "120"),
+    (r"\frac{1}{2}", r"\cos 60^\circ=\frac{1}{2}"),
+    ("x^2+1", "1+x^2"),
 ]
 
 

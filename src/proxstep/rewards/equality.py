@@ -55,7 +55,7 @@ def decided(reference: str, answer: str) -> bool | None:
     other = _number(answer)
     if other is not None:
         return number == other or _may_be_rounded(number, other, reference + answer)
-    return False if _is_undone(answer) else None
+    return False if _is_undone(answer) or _is_false(answer) else None
 
 
 def _same_point(reference: str, answer: str) -> bool | None:
@@ -85,7 +85,26 @@ def _may_be_rounded(number: Fraction, other: Fraction, texts: str) -> bool | Non
 def _is_undone(answer: str) -> bool:
     """Whether an answer is a sum, difference, product or quotient of numbers, not worked out."""
     kinds = [token.kind for token in tokenize(normalize(answer))]
-    return all(kind in _ARITHMETIC for kind in kinds) and any(kind in _UNDONE for kind in kinds[1:])
+    if all(kind in _ARITHMETIC for kind in kinds):
+        return any(kind in _UNDONE for kind in kinds[1:])
+    # math-verify reads "5 cm + 3 cm" up to its first unit.
+    values = [kind for kind in kinds if kind != "word"]
+    return (
+        "word" in kinds
+        and any(
+            one == other == "number" and joint in _UNDONE
+            for one, joint, other in zip(values, values[1:], values[2:], strict=False)
+        )
+        and "=" not in kinds
+    )
+
+
+def _is_false(answer: str) -> bool:
+    """Whether an answer sets a number equal to another: 3 = 5."""
+    if "=" not in answer or not re.fullmatch(r"[-0-9.,/= ]+", answer):
+        return False
+    numbers = {_number(side) for side in answer.split("=")}
+    return None not in numbers and len(numbers) > 1
 
 
 def _same_in_base(reference: str, answer: str) -> bool:

@@ -238,9 +238,9 @@ def math_verify(
     r"""Return 1 for each completion whose last box equals the reference answer, else 0.
 
     Equality is mathematical: \frac{1}{2} is 0.5, [0, 1) is not (0, 1), \{1, 2\} is \{2, 1\}, and
-    units and dollar signs do not count. Where the reference is a number, a sum that is not worked
-    out is wrong; where it is a list, the last boxes may hold its items. An answer of more than
-    `LONGEST_ANSWER` characters is wrong unless it is the reference answer to the letter.
+    units and dollar signs do not count. Where the reference is in numbers, what is still to
+    be computed is wrong; where it is a list, the last boxes may hold its items. An answer of more
+    than `LONGEST_ANSWER` characters is wrong unless it is the reference answer to the letter.
 
     Args:
         prompts: B prompts; not read.
