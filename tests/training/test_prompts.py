@@ -17,6 +17,7 @@ from proxstep.training.prompts import (
     appends_end,
     batch_rows,
     encode_prompt,
+    load_prompts,
     load_rewards,
 )
 
@@ -146,3 +147,18 @@ def test_a_reward_is_checked_with_the_columns_of_every_row(tmp_path: Path) -> No
     recipe = resolve({"algorithm": "grpo", "task": {"rewards": [f"{file}:narrow"]}}, {}, "test")
     with pytest.raises(ProxstepError, match=r"'narrow' does not accept the data's columns .*x"):
         load_rewards(recipe, table_task(data, num_validation=1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared"), [([1, 2, 3, 4], None), ([1, 3, 3, 4], 1), ([1] * 4, 2)]
+)
+def test_validation_prompts_that_are_trained_on_are_counted(
+    tmp_path: Path, rows: list[int], shared: int | None
+) -> None:
+    data, notes = tmp_path / "data.jsonl", []
+    data.write_text("".join(f'{{"prompt": "{row}+1=", "answer": 1}}\n' for row in rows))
+    recipe = resolve({"algorithm": "grpo", "task": {}}, {}, "test")
+    tokenizer, _ = build_embedded_model()
+    load_prompts(recipe, tokenizer, table_task(data, num_validation=2), notes.append)
+    told = f"{shared} of 2 validation prompts are training prompts too"
+    assert [note.split(":")[0] for note in notes] == ([told] if shared else [])
