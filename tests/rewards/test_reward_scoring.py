@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from decimal import Decimal
 
 import numpy
 import pytest
@@ -116,6 +117,11 @@ def test_integers_booleans_and_numpy_scalars_are_numbers():
     table = score_completions([returns(rewards)], [1.0], batch, batch, {})
     assert table.per_function["fixed"] == [1.0, 1.0, 0.5, 2.0]
     assert all(type(reward) is float for reward in table.per_function["fixed"])
+
+
+def test_decimals_are_numbers():
+    assert total([Decimal("0.5"), Decimal("NaN")])[0] == 0.5
+    assert math.isnan(total([Decimal("NaN")])[0])
 
 
 def test_an_empty_batch():

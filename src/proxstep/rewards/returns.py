@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import threading
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -86,7 +87,7 @@ def _checked_reward(name: str, index: int, reward: Any) -> float | None:
         reward = reward.item()
     if reward is None:
         return None
-    if not isinstance(reward, Real):
+    if not isinstance(reward, Real | Decimal):
         raise ProxstepError(
             f"reward function {name!r} returned a {kind} for completion {index}; "
             "return a number or None"
