@@ -304,11 +304,12 @@ def _of_level(rows: list[Row], level: int) -> list[Row]:
 def _level(row: Row) -> int | None:
     """Return a row's level, None where the data say "Level ?"; raise where it is none.
 
-    >>> _level(Row("line 1", {"level": "Level 3"})), _level(Row("line 2", {"level": 5}))
-    (3, 5)
+    >>> [_level(Row("line 1", {"level": level})) for level in ("Level 3", 5, 4.0)]
+    [3, 5, 4]
     """
     value = cell(row, "level")
-    text = str(value).removeprefix("Level ")
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    text = str(whole).removeprefix("Level ")
     if text == "?":
         return None
     if not re.fullmatch("[1-5]", text):
