@@ -281,6 +281,9 @@ def test_what_is_still_to_be_solved_is_no_solution(reference: str, answer: str) 
         (r"the answer is: - \boxed{7}", "7", 1.0),
         (r"minus \boxed{7}", "-7", 1.0),
         (r"$= -\boxed{x+1}$", "-x-1", 1.0),
+        (r"$\boxed{9}$ wait, no: 7", "9", 0.0),
+        (r"\boxed{9}. No, $\boxed{7}$", "7", 1.0),
+        (r"\boxed{9}. Wait, let me check: yes.", "9", 1.0),
     ],
 )
 def test_which_boxes_count(completion: str, reference: str, reward: float) -> None:
