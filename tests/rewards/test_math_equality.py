@@ -142,6 +142,18 @@ WRONG += [
     ("[2,3]", r"x\in[1+1,3]"),
     (r"\begin{pmatrix}5\\8\end{pmatrix}", r"\begin{pmatrix}2+3\\8\end{pmatrix}"),
 ]
+# What math-verify does not see.
+WRONG += [
+    (r"11\text{ a.m.}", r"11\text{ p.m.}"),
+    ("11 a.m.", "11 PM"),
+    ("2:30", "1:15"),
+    ("12:30", "0.4"),
+    ("1:2", "0.5"),
+    ("30:15", "2"),
+    (r"(1,\infty)", r"(1,\infty]"),
+    (r"(-\infty,1)\cup(2,\infty)", r"\left[-\infty,1\right)\cup(2,\infty)"),
+    ("east", "seat"),
+]
 RIGHT = [
     ("5", "5."),
     (r"\emptyset", r"\varnothing"),
@@ -228,6 +240,13 @@ RIGHT = [
     (r"\binom{10}{3}", "120"),
     (r"\frac{1}{2}", r"\cos 60^\circ=\frac{1}{2}"),
     ("x^2+1", "1+x^2"),
+    (r"11\text{ a.m.}", r"11 \text{ AM}"),
+    ("1:2", r"\frac{1}{2}"),
+    ("1:2", "2:4"),
+    ("2:30", r"2:30\text{ p.m.}"),
+    (r"[-\infty,1)", r"[-\infty,1)"),
+    ("east", r"\text{East}"),
+    ("xyz", "zyx"),
 ]
 
 
