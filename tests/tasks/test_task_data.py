@@ -133,6 +133,11 @@ def test_a_json_file_of_one_row(write):
     assert read_rows(path) == [(f"{path}, line 1", row)]
 
 
+@pytest.mark.parametrize("name", ["D.JSONL", "D.Json"])
+def test_upper_case_suffixes(write, name):
+    assert [row.values for row in load_rows(write(lines(), name))] == ROWS
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "train.parquet"
     chat = [{"role": "user", "content": "hi"}]

@@ -51,7 +51,7 @@ def load_rows(source: str | Path, config: str | None = None, split: str = "train
         ProxstepError: The source cannot be read or has no rows.
     """
     path = Path(source)
-    if path.is_file() or path.suffix in (*JSONL_SUFFIXES, PARQUET_SUFFIX):
+    if path.is_file() or _suffix(path) in (*JSONL_SUFFIXES, PARQUET_SUFFIX):
         return read_rows(path, split)
     return load_hub_rows(str(source), config, split)
 
@@ -73,9 +73,9 @@ def read_rows(path: str | Path, split: str = "train") -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise ProxstepError(f"{path} is not a file; check the path")
-    if path.suffix in JSONL_SUFFIXES:
+    if _suffix(path) in JSONL_SUFFIXES:
         rows = _read_json(path, split)
-    elif path.suffix == PARQUET_SUFFIX:
+    elif _suffix(path) == PARQUET_SUFFIX:
         rows = _read_parquet(path)
     else:
         known = ", ".join((*JSONL_SUFFIXES, PARQUET_SUFFIX))
@@ -83,6 +83,10 @@ def read_rows(path: str | Path, split: str = "train") -> list[Row]:
     if not rows:
         raise ProxstepError(f"{path} has no rows; give a file with at least one")
     return rows
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def load_hub_rows(name: str, config: str | None, split: str) -> list[Row]:
@@ -127,7 +131,7 @@ def load_hub_rows(name: str, config: str | None, split: str) -> list[Row]:
 def _read_json(path: Path, split: str) -> list[Row]:
     """Return one row per line that is not blank, or the items of a file that is one document."""
     content = path.read_bytes()
-    if path.suffix == ".json" and (document := _document(content)) is not None:
+    if _suffix(path) == ".json" and (document := _document(content)) is not None:
         return _items(path, document, split)
     lines = enumerate(content.split(b"\n"), start=1)
     numbered = [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
