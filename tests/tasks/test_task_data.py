@@ -138,6 +138,25 @@ def test_upper_case_suffixes(write, name):
     assert [row.values for row in load_rows(write(lines(), name))] == ROWS
 
 
+def test_single_precision_in_every_kind_of_column(tmp_path):
+    path = tmp_path / "TRAIN.PARQUET"
+    single = pyarrow.float32()
+    kinds = {
+        "one": (0.1, single),
+        "list": ([0.1], pyarrow.list_(single)),
+        "large": ([0.1], pyarrow.large_list(single)),
+        "fixed": ([0.1, 0.2], pyarrow.list_(single, 2)),
+        "map": ([("x", 0.1)], pyarrow.map_(pyarrow.string(), single)),
+        "within": (
+            {"a": [[0.1]]},
+            pyarrow.struct([("a", pyarrow.list_(pyarrow.list_(single, 1)))]),
+        ),
+    }
+    columns = {name: pyarrow.array([value], kind) for name, (value, kind) in kinds.items()}
+    parquet.write_table(pyarrow.table(columns), path)
+    assert load_rows(path)[0].values == {name: value for name, (value, _) in kinds.items()}
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "train.parquet"
     chat = [{"role": "user", "content": "hi"}]

@@ -222,7 +222,10 @@ def _short_floats(value: Any, kind: Any) -> Any:
 
     if isinstance(value, dict) and (isinstance(kind, pyarrow.Schema) or types.is_struct(kind)):
         return {key: _short_floats(each, kind.field(key).type) for key, each in value.items()}
-    if isinstance(value, list) and (types.is_list(kind) or types.is_large_list(kind)):
+    if isinstance(value, list) and types.is_map(kind):  # pairs of a key and a value
+        inside = (kind.key_type, kind.item_type)
+        return [tuple(map(_short_floats, pair, inside)) for pair in value]
+    if isinstance(value, list) and hasattr(kind, "value_type"):  # each kind of list
         return [_short_floats(each, kind.value_type) for each in value]
     if isinstance(value, float) and (types.is_float32(kind) or types.is_float16(kind)):
         return _shortest(value, "f" if types.is_float32(kind) else "e")
