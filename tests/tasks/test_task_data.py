@@ -157,6 +157,12 @@ def test_single_precision_in_every_kind_of_column(tmp_path):
     assert load_rows(path)[0].values == {name: value for name, (value, _) in kinds.items()}
 
 
+def test_a_row_of_lists_and_objects_is_no_file_of_splits(write):
+    row = {"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": 1}}
+    path = write(json.dumps(row), "train.json")
+    assert read_rows(path) == [(f"{path}, line 1", row)]
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "train.parquet"
     chat = [{"role": "user", "content": "hi"}]

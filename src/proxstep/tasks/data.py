@@ -145,14 +145,18 @@ def _document(content: bytes) -> Any:
     except (ValueError, RecursionError):  # the reader of lines says where it is malformed
         return None
     if isinstance(document, dict):
-        return document if any(isinstance(rows, list) for rows in _splits(document)) else None
+        return document if _has_splits(document) else None
     return document if isinstance(document, list) else None
 
 
-def _splits(document: dict[str, Any]) -> list[Any]:
-    """Return the values of an object whose values are all lists or objects, else nothing."""
+def _has_splits(document: dict[str, Any]) -> bool:
+    """Whether an object holds a list for each split, and is no row with a chat in it."""
     values = list(document.values())
-    return values if all(isinstance(value, list | dict) for value in values) else []
+    lists = [value for value in values if isinstance(value, list)]
+    firsts = [value[0] for value in lists if value and isinstance(value[0], dict)]
+    if any({"role", "content"} <= first.keys() for first in firsts):
+        return False
+    return bool(lists) and all(isinstance(value, list | dict) for value in values)
 
 
 def _items(path: Path, document: Any, split: str) -> list[Row]:
