@@ -163,6 +163,12 @@ def test_a_row_of_lists_and_objects_is_no_file_of_splits(write):
     assert read_rows(path) == [(f"{path}, line 1", row)]
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_a_key_given_twice_is_refused(write, name):
+    fails("an object has the key 'x' twice", read_rows, write('{"x": 1, "y": 2, "x": 3}', name))
+    fails("the key 'b' twice", read_rows, write('{"x": {"b": 1, "b": 1}}', name))
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "train.parquet"
     chat = [{"role": "user", "content": "hi"}]

@@ -131,17 +131,17 @@ def load_hub_rows(name: str, config: str | None, split: str) -> list[Row]:
 def _read_json(path: Path, split: str) -> list[Row]:
     """Return one row per line that is not blank, or the items of a file that is one document."""
     content = path.read_bytes()
-    if _suffix(path) == ".json" and (document := _document(content)) is not None:
+    if _suffix(path) == ".json" and (document := _document(path, content)) is not None:
         return _items(path, document, split)
     lines = enumerate(content.split(b"\n"), start=1)
     numbered = [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
     return [Row(where, json_object(line, where)) for where, line in numbered]
 
 
-def _document(content: bytes) -> Any:
+def _document(path: Path, content: bytes) -> Any:
     """Return what a JSON file holds as a whole, unless it is an object a line or malformed."""
     try:
-        document = json.loads(content.decode("utf-8-sig"))
+        document = _loads(content)
     except (ValueError, RecursionError):  # the reader of lines says where it is malformed
         return None
     if isinstance(document, dict):
@@ -185,7 +185,7 @@ def _items(path: Path, document: Any, split: str) -> list[Row]:
 def json_object(line: bytes, where: str) -> dict[str, Any]:
     """Return the JSON object on one line, which a message calls `where`."""
     try:
-        values = json.loads(line.decode("utf-8-sig"))
+        values = _loads(line)
     except json.JSONDecodeError as error:
         raise ProxstepError(
             f"{where}: not valid JSON ({error.msg}, column {error.colno}); "
@@ -198,6 +198,24 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
             f"{where}: a JSON {type(values).__name__}, not an object; write one object per line"
         )
     return values
+
+
+class _TwiceError(ValueError):
+    pass
+
+
+def _loads(content: bytes) -> Any:
+    """Return what JSON says; raise where an object has a key twice, of which one is lost."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise _TwiceError(f"an object has the key {twice!r} twice")
+        return found
+
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=once)
 
 
 def _read_parquet(path: Path) -> list[Row]:
