@@ -168,6 +168,25 @@ def test_what_is_at_a_limit_is_tried_once(tmp_path: Path, monkeypatch: pytest.Mo
     pool.close()
 
 
+def test_what_raises_is_not_equal_and_costs_no_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another process would raise it again."""
+    source = (
+        f"import sys; sys.path.insert(0, {str(grading_pool.WORKER.parent)!r})\n"
+        "import grading_worker\n"
+        "grading_worker._warm_up = lambda: None\n"
+        "grading_worker.is_equal = lambda reference, answer: 1 // int(answer)\n"
+        "grading_worker.main()\n"
+    )
+    worker_script(monkeypatch, tmp_path, source)
+    pool = GradingPool(1)
+    assert pool.grade([("1", "1"), ("1", "0"), ("1", "1")]) == [True, False, True]
+    [worker] = pool._workers
+    assert worker.num_jobs == 3
+    pool.close()
+
+
 @pytest.mark.parametrize("deaths", [1, 2])
 def test_a_process_that_is_killed_while_it_starts_is_started_again(
     deaths: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -93,6 +93,66 @@ WRONG = [
     (r"\infty", r"-\infty"),
     ("1+i", "1-i"),
     ("2i", "2"),
+    ("5,8", r"7 = 7 \text{ or } 9 = 9"),
+    ("5,8", "1=1, 2=2"),
+    ("5,8", "3<3 or 4<5"),
+]
+# What is still to be computed, whatever stands around it.
+WRONG += [
+    ("5", undone)
+    for undone in (
+        "x=20-15",
+        "20-15=x",
+        "5=x=20-15",
+        r"20-15 \text{ dollars}",
+        r"\$20-\$15",
+        r"\text{Total}=20-15",
+        "(20-15)^1",
+        "|20-15|",
+        "|-5|",
+        r"\frac{20-15}{1}",
+        r"\frac{5!}{4!}",
+        r"\sqrt{25}",
+        "25^{1/2}",
+        r"\binom{5}{1}",
+        r"{5 \choose 4}",
+        r"\gcd(10,15)",
+        r"\operatorname{gcd}(10,15)",
+        r"\log_2 32",
+        r"\lfloor 5.2\rfloor",
+        r"0.5\cdot 10",
+        r"50\% \cdot 10",
+        r"e^{\ln 5}",
+        "2(3)",  # 5 to math-verify, like 2 1/2
+        "x-x+5",
+        "3=5",
+        r"5 \text{ dollars} + 3 \text{ dollars}",
+        r"5 \text{ cm} \times 5 \text{ cm}",
+    )
+]
+WRONG += [
+    ("5040", "7!"),
+    ("0.5", r"\frac{1.5}{3}"),
+    ("0.5", r"\frac{\frac12}{1}"),
+    ("x=5", "x=20-15"),
+    ("x=5", "20-15"),
+    ("5,8", "2+3, 4+4"),
+    ("(5,8)", "(2+3,8)"),
+    ("(2,3)", "1+1<x<3"),
+    ("[2,3]", r"x\in[1+1,3]"),
+    (r"\begin{pmatrix}5\\8\end{pmatrix}", r"\begin{pmatrix}2+3\\8\end{pmatrix}"),
+]
+# What math-verify does not see.
+WRONG += [
+    (r"11\text{ a.m.}", r"11\text{ p.m.}"),
+    ("11 a.m.", "11 PM"),
+    ("2:30", "1:15"),
+    ("12:30", "0.4"),
+    ("1:2", "0.5"),
+    ("30:15", "2"),
+    (r"(1,\infty)", r"(1,\infty]"),
+    (r"(-\infty,1)\cup(2,\infty)", r"\left[-\infty,1\right)\cup(2,\infty)"),
+    ("east", "seat"),
 ]
 RIGHT = [
     ("5", "5."),
@@ -159,6 +219,34 @@ RIGHT = [
     ("30^\\circ", "30"),
     (r"10^{-20}", r"1 \times 10^{-20}"),
     (r"\left(3,4\right)", "(3,4)"),
+    ("5,8", "2+3=5, 4+4=8"),
+    ("5", "x=20-15=5"),
+    ("5", r"\frac{10}{2}=5"),
+    ("5", "f^{-1}(2)=5"),
+    ("5", r"5\text{-year}"),
+    ("5", r"5\text{ ft}\cdot\text{lb}"),
+    ("5", r"5 \operatorname{cm}"),
+    ("5", r"-\frac{20}{-4}"),
+    ("6", "(2)(3)=6"),
+    ("1024", "x=2^{10}"),
+    ("-8", "(-2)^3"),
+    (r"\frac{1}{1024}", r"\frac{1}{2^{10}}"),
+    (r"\frac{3}{4}", "0.75"),
+    (r"\frac{3}{4}", r"x=\frac{6}{8}"),
+    (r"\frac{3}{4}", r"75\%"),
+    ("2.5", r"x=2\frac12"),
+    ("(1500,2)", r"(1.5\times 10^3, 2)"),
+    (r"\binom{10}{3}", r"\binom{10}{7}"),
+    (r"\binom{10}{3}", "120"),
+    (r"\frac{1}{2}", r"\cos 60^\circ=\frac{1}{2}"),
+    ("x^2+1", "1+x^2"),
+    (r"11\text{ a.m.}", r"11 \text{ AM}"),
+    ("1:2", r"\frac{1}{2}"),
+    ("1:2", "2:4"),
+    ("2:30", r"2:30\text{ p.m.}"),
+    (r"[-\infty,1)", r"[-\infty,1)"),
+    ("east", r"\text{East}"),
+    ("xyz", "zyx"),
 ]
 
 
@@ -212,6 +300,9 @@ def test_what_is_still_to_be_solved_is_no_solution(reference: str, answer: str) 
         (r"the answer is: - \boxed{7}", "7", 1.0),
         (r"minus \boxed{7}", "-7", 1.0),
         (r"$= -\boxed{x+1}$", "-x-1", 1.0),
+        (r"$\boxed{9}$ wait, no: 7", "9", 0.0),
+        (r"\boxed{9}. No, $\boxed{7}$", "7", 1.0),
+        (r"\boxed{9}. Wait, let me check: yes.", "9", 1.0),
     ],
 )
 def test_which_boxes_count(completion: str, reference: str, reward: float) -> None:

@@ -114,10 +114,25 @@ def test_a_file_that_cannot_be_imported(body, source):
         load_reward(f"{source}:short")
 
 
-def test_an_error_of_the_file_itself_keeps_its_traceback(source):
-    source.write_text("1 / 0")
-    with pytest.raises(ZeroDivisionError):
-        load_reward(f"{source}:short")
+@pytest.mark.parametrize(
+    ("body", "raised"),
+    [
+        ("x = 1\n1 / 0", "ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3"),
+        ("import json\njson.loads('')", "JSONDecodeError: Expecting value: line 1 column 1"),
+    ],
+)
+def test_what_a_file_does_when_it_is_imported_is_named_with_its_line(
+    body, raised, source, monkeypatch
+):
+    source.write_text(body)
+    monkeypatch.syspath_prepend(source.parent)
+    for spec, culprit in ((f"{source}:f", "file"), (f"{source.stem}:f", "module")):
+        with pytest.raises(ProxstepError, match=f"importing .* raised {raised}.*line") as error:
+            load_reward(spec)
+        assert str(error.value).endswith(f"; correct that {culprit}")
+    with pytest.raises(ProxstepError, match=r"my_rewards\.py, line 2\)"):
+        load_reward(f"{source}:f")
 
 
 def test_name_of_a_callable_object():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from decimal import Decimal
 
 import numpy
 import pytest
@@ -51,6 +52,43 @@ def test_columns_arrive_as_keywords():
     assert received == {"prompts": ["p"], "completions": ["c"], **columns}
 
 
+def test_what_a_function_changes_is_its_own():
+    def judge(prompts, completions, answer, notes, truncated):
+        for prompt, completion in zip(prompts, completions, strict=True):
+            prompt += completion
+            completion[0]["content"] = "6"
+            assert len(prompt) == 2  # one chat, sampled twice, is two lists
+        notes[0]["seen"].append("x")
+        answer[:] = "66"
+        truncated[:] = [True, True]
+        return [0.0, 0.0]
+
+    def later(prompts, completions, answer, notes, truncated):
+        assert (prompts, notes, truncated) == ([[user]] * 2, [{"seen": []}] * 2, [False, False])
+        return exact_match(prompts, completions, answer)
+
+    user, note = {"role": "user", "content": "2+3="}, {"seen": []}
+    chat, completion = [user], [{"role": "assistant", "content": "5"}]
+    columns = {"answer": ["5", "6"], "notes": [note, note]}
+    arguments = [[chat, chat], [completion, completion], columns]
+    table = score_completions([judge, later], [1.0, 1.0], *arguments)
+    assert table.per_function == {"judge": [0.0, 0.0], "later": [1.0, 0.0]}
+    assert (chat, note) == ([{"role": "user", "content": "2+3="}], {"seen": []})
+    assert completion == [{"role": "assistant", "content": "5"}]
+    guarded(judge, 9)(*arguments[:2], **columns, truncated=[False, False])
+    assert len(chat) == 1
+
+
+def test_a_function_that_empties_the_completions_returned_too_little():
+    def empties(prompts, completions):
+        completions.clear()
+        return []
+
+    for function in (empties, guarded(empties, 9)):
+        with pytest.raises(ProxstepError, match="'empties' returned 0 rewards for 2 completions"):
+            score_completions([function], [1.0], ["", ""], ["", ""], {})
+
+
 def test_none_is_left_out_of_the_sum():
     assert total([1.0, None], [None, 3.0], weights=[2.0, -1.0]) == [2.0, -3.0]
 
@@ -79,6 +117,11 @@ def test_integers_booleans_and_numpy_scalars_are_numbers():
     table = score_completions([returns(rewards)], [1.0], batch, batch, {})
     assert table.per_function["fixed"] == [1.0, 1.0, 0.5, 2.0]
     assert all(type(reward) is float for reward in table.per_function["fixed"])
+
+
+def test_decimals_are_numbers():
+    assert total([Decimal("0.5"), Decimal("NaN")])[0] == 0.5
+    assert math.isnan(total([Decimal("NaN")])[0])
 
 
 def test_an_empty_batch():

@@ -57,6 +57,18 @@ def test_table_with_named_columns(write):
     assert num_overlapping(task) == 1
 
 
+def test_every_example_has_the_columns_of_all(write):
+    train = [{**row, "hint": "h"} if i else row for i, row in enumerate(numbered(3))]
+    validation = [{**row, "level": 1} for row in numbered(1, 5)]
+    task = table_task(write(train), write(validation, "validation.jsonl"))
+    assert [example.columns for example in (*task.train, *task.validation)] == [
+        {"hint": None, "level": None},
+        {"hint": "h", "level": None},
+        {"hint": "h", "level": None},
+        {"hint": None, "level": 1},
+    ]
+
+
 def test_chat_prompts(write):
     rows = [{"prompt": CHAT, "answer": "7"}]
     assert table_task(write(rows), write(rows)).train[0].prompt == CHAT

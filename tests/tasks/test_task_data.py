@@ -133,6 +133,42 @@ def test_a_json_file_of_one_row(write):
     assert read_rows(path) == [(f"{path}, line 1", row)]
 
 
+@pytest.mark.parametrize("name", ["D.JSONL", "D.Json"])
+def test_upper_case_suffixes(write, name):
+    assert [row.values for row in load_rows(write(lines(), name))] == ROWS
+
+
+def test_single_precision_in_every_kind_of_column(tmp_path):
+    path = tmp_path / "TRAIN.PARQUET"
+    single = pyarrow.float32()
+    kinds = {
+        "one": (0.1, single),
+        "list": ([0.1], pyarrow.list_(single)),
+        "large": ([0.1], pyarrow.large_list(single)),
+        "fixed": ([0.1, 0.2], pyarrow.list_(single, 2)),
+        "map": ([("x", 0.1)], pyarrow.map_(pyarrow.string(), single)),
+        "within": (
+            {"a": [[0.1]]},
+            pyarrow.struct([("a", pyarrow.list_(pyarrow.list_(single, 1)))]),
+        ),
+    }
+    columns = {name: pyarrow.array([value], kind) for name, (value, kind) in kinds.items()}
+    parquet.write_table(pyarrow.table(columns), path)
+    assert load_rows(path)[0].values == {name: value for name, (value, _) in kinds.items()}
+
+
+def test_a_row_of_lists_and_objects_is_no_file_of_splits(write):
+    row = {"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": 1}}
+    path = write(json.dumps(row), "train.json")
+    assert read_rows(path) == [(f"{path}, line 1", row)]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_a_key_given_twice_is_refused(write, name):
+    fails("an object has the key 'x' twice", read_rows, write('{"x": 1, "y": 2, "x": 3}', name))
+    fails("the key 'b' twice", read_rows, write('{"x": {"b": 1, "b": 1}}', name))
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "train.parquet"
     chat = [{"role": "user", "content": "hi"}]

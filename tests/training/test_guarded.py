@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -18,6 +19,14 @@ def divides(prompts: list[Any], completions: list[Any], answer: list[Any], **col
 
 def unreachable(completions: list[Any], **columns: Any) -> Any:
     raise ConnectionError
+
+
+def leaves(completions: list[Any], **columns: Any) -> Any:
+    return [1.0 if completion else sys.exit(3) for completion in completions]
+
+
+async def leaves_later(completions: list[Any], **columns: Any) -> Any:
+    return leaves(completions)
 
 
 def needs_two(completions: list[Any], **columns: Any) -> Any:
@@ -49,8 +58,10 @@ def test_a_function_that_works_is_called_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("function", "complaint"),
     [
-        (divides, r"ZeroDivisionError: .* \(.*test_guarded.py, line 16\) on completion 2: ''"),
-        (unreachable, r"ConnectionError \(.*, line 20\) on completion 0: 'a'"),
+        (divides, r"ZeroDivisionError: .* \(.*test_guarded.py, line 17\) on completion 2: ''"),
+        (unreachable, r"ConnectionError \(.*, line 21\) on completion 0: 'a'"),
+        (leaves, r"SystemExit: 3 \(.*test_guarded.py, line \d+\) on completion 2: ''"),
+        (leaves_later, r"SystemExit: 3 .* on completion 2: ''"),
         (needs_two, r"KeyError: 'mean' .* on 3 completions, not on one of them alone"),
     ],
 )

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from proxstep.config.loading import resolve
 from proxstep.errors import ProxstepError
 from proxstep.rewards import exact_match, load_reward
-from proxstep.tasks import Example, arithmetic_task
+from proxstep.tasks import Example, arithmetic_task, table_task
 from proxstep.training.demo_model import build_embedded_model
 from proxstep.training.models import load_tokenizer
 from proxstep.training.prompts import (
@@ -17,6 +17,7 @@ from proxstep.training.prompts import (
     appends_end,
     batch_rows,
     encode_prompt,
+    load_prompts,
     load_rewards,
 )
 
@@ -136,3 +137,28 @@ def test_a_reward_does_not_take_the_name_of_what_is_added(tmp_path: Path, name: 
     recipe = resolve({"algorithm": "grpo", "task": {"rewards": [f"{file}:{name}"]}}, {}, "test")
     with pytest.raises(ProxstepError, match=f"a reward function is named '{name}'"):
         load_rewards(recipe, arithmetic_task(1, 4))
+
+
+def test_a_reward_is_checked_with_the_columns_of_every_row(tmp_path: Path) -> None:
+    """Before the run, and not at the first batch with a row that has more."""
+    file, data = tmp_path / "reward.py", tmp_path / "data.jsonl"
+    file.write_text("def narrow(prompts, completions, answer):\n    return [1.0]\n")
+    data.write_text('{"prompt": "1", "answer": 1}\n' * 2 + '{"prompt": "1", "answer": 1, "x": 2}\n')
+    recipe = resolve({"algorithm": "grpo", "task": {"rewards": [f"{file}:narrow"]}}, {}, "test")
+    with pytest.raises(ProxstepError, match=r"'narrow' does not accept the data's columns .*x"):
+        load_rewards(recipe, table_task(data, num_validation=1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared"), [([1, 2, 3, 4], None), ([1, 3, 3, 4], 1), ([1] * 4, 2)]
+)
+def test_validation_prompts_that_are_trained_on_are_counted(
+    tmp_path: Path, rows: list[int], shared: int | None
+) -> None:
+    data, notes = tmp_path / "data.jsonl", []
+    data.write_text("".join(f'{{"prompt": "{row}+1=", "answer": 1}}\n' for row in rows))
+    recipe = resolve({"algorithm": "grpo", "task": {}}, {}, "test")
+    tokenizer, _ = build_embedded_model()
+    load_prompts(recipe, tokenizer, table_task(data, num_validation=2), notes.append)
+    told = f"{shared} of 2 validation prompts are training prompts too"
+    assert [note.split(":")[0] for note in notes] == ([told] if shared else [])

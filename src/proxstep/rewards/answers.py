@@ -21,6 +21,15 @@ _MARKER = re.compile("####+")
 _PHRASE = re.compile(r"answer[*_ ]{0,4}(?:is\b|:|=)", re.IGNORECASE)
 _NOT = re.compile(r"[*_ ]{0,4}(?:not|never)\b", re.IGNORECASE)
 _TAKEN_BACK = re.compile(r"\b(?:wait|actually|correction|oops|sorry|mistake)\b", re.IGNORECASE)
+# Right after an answer: "5? No, it is 7", "5 is wrong", "9 wait, no: 7".
+_REJECTED = re.compile(
+    r"[\s$*.,:;!?)\]}\\-]{0,6}(?:wait[\s,.:-]{1,3})?no(?:[,.:;!]|\s*\Z)", re.IGNORECASE
+)
+_IS_WRONG = re.compile(
+    r"[\s$*.,]{0,6}(?:it |that |this |which )?(?:is|was) "
+    r"(?:wrong|incorrect|false|not (?:the|my|right|correct|it)\b)",
+    re.IGNORECASE,
+)
 MAX_NAME_WORDS = 4
 _MAY_HOLD_A_NUMBER = re.compile(r"[0-9]|[^\x00-\x7f]")
 
@@ -63,6 +72,16 @@ def boxed_list(text: str) -> str | None:
     """
     boxes = _boxes(text, several=True)
     return ", ".join(content for content, _, _ in reversed(boxes)) or None
+
+
+def is_taken_back(text: str) -> bool:
+    r"""Whether a text rejects its last box: "\boxed{9} Wait, no: 7".
+
+    >>> is_taken_back(r"$\boxed{9}$ Wait, no: 7"), is_taken_back(r"\boxed{9} No more.")
+    (True, False)
+    """
+    boxes = _boxes(text)
+    return bool(boxes) and _REJECTED.match(text, boxes[0][2]) is not None
 
 
 _BETWEEN_BOXES = re.compile(
@@ -223,7 +242,12 @@ def _is_first(run: Run, tokens: list[Token]) -> bool:
 
 def _kept(run: Run, tokens: list[Token], piece: str) -> Run:
     """Return the run, without its value where the text takes it back: "5. Wait, no: 7"."""
-    taken_back = run.end and _TAKEN_BACK.search(piece, tokens[run.end - 1].end)
+    if not run.end:
+        return run
+    end = tokens[run.end - 1].end
+    taken_back = (
+        _TAKEN_BACK.search(piece, end) or _REJECTED.match(piece, end) or _IS_WRONG.match(piece, end)
+    )
     return run._replace(value=None) if taken_back else run
 
 
@@ -249,6 +273,8 @@ def _in_box(text: str) -> Run | None:
     if not boxes:
         return None
     content, _, end = boxes[0]
+    if is_taken_back(text):
+        return Run(None, 0, 0, is_equation=False, is_listed=False)
     if scale := _SCALE_AFTER_BOX.match(text, end):
         content += scale[0]
     tokens = tokenize(content)

@@ -19,6 +19,12 @@ _TUPLE = re.compile(
     r"(?:\\left)?([(\[])((?:(?![0-9],[0-9]{3})[^()\[\]])*,[^()\[\]]*?)(?:\\right)?([)\]])"
 )
 _DOTS = re.compile(r"\\(?:[lc]?dots|dotsc|dotsb)(?![A-Za-z])|\u2026|\.\.\.")
+# Four letters and more are a word; to math-verify they are factors, and "seat" is "east".
+_WORD = re.compile(r"(?:\\(?:text|textbf|mathrm)\{)?\s*([A-Za-z]{4,})\s*\}?")
+_HALF_OF_DAY = re.compile(r"(?<![A-Za-z])([ap])\.? ?m\b", re.IGNORECASE)
+_CLOCK = re.compile(r"(?<![0-9])[0-9]{1,2} ?: ?[0-5][0-9](?![0-9])")
+_RATIO = re.compile(r"[0-9] ?: ?[0-9]")
+_CLOSED = re.compile(r"\\infty ?(?:\\right ?)?\]|\[ ?[-+]? ?\\infty")
 _ARITHMETIC = ("number", "power", "fraction", "+", "-", "*", "/", "(", ")", "=", "operator")
 _UNDONE = ("+", "-", "*", "operator")
 _SPELLINGS = {r"\varnothing": r"\emptyset", r"\{\}": r"\emptyset", r"\{ \}": r"\emptyset"}
@@ -49,13 +55,42 @@ def decided(reference: str, answer: str) -> bool | None:
         return _same_in_base(reference, answer)
     if _DOTS.search(reference) or _DOTS.search(answer):
         return _without_dots(reference) == _without_dots(answer)
+    words = [_WORD.fullmatch(text) for text in (reference, answer)]
+    if words[0] and words[1]:
+        return words[0][1].casefold() == words[1][1].casefold()
+    if _differs(reference, answer):
+        return False
     number = _number(reference)
     if number is None:
         return _same_point(reference, answer)
     other = _number(answer)
     if other is not None:
         return number == other or _may_be_rounded(number, other, reference + answer)
-    return False if _is_undone(answer) else None
+    return False if _is_undone(answer) or _is_false(answer) else None
+
+
+def _differs(reference: str, answer: str) -> bool:
+    r"""Whether what math-verify does not see makes two answers different.
+
+    Times of day (to it, 2:30 is 1:15, and a.m. is p.m.), a ratio and a number that is no fraction,
+    and a bracket that includes an infinity.
+
+    >>> _differs("2:30", "1:15"), _differs("1:2", r"\frac{1}{2}"), _differs("1:2", "0.5")
+    (True, False, True)
+    """
+    halves, clocks, ratios = (
+        [found.findall(text) for text in (reference, answer)]
+        for found in (_HALF_OF_DAY, _CLOCK, _RATIO)
+    )
+    if all(halves) and halves[0][-1].lower() != halves[1][-1].lower():
+        return True
+    if all(clocks):
+        return [each.replace(" ", "") for each in clocks[0]] != [
+            each.replace(" ", "") for each in clocks[1]
+        ]
+    if bool(ratios[0]) != bool(ratios[1]) and "frac" not in reference + answer:
+        return "/" not in reference + answer
+    return bool(_CLOSED.search(answer)) and not _CLOSED.search(reference)
 
 
 def _same_point(reference: str, answer: str) -> bool | None:
@@ -85,7 +120,26 @@ def _may_be_rounded(number: Fraction, other: Fraction, texts: str) -> bool | Non
 def _is_undone(answer: str) -> bool:
     """Whether an answer is a sum, difference, product or quotient of numbers, not worked out."""
     kinds = [token.kind for token in tokenize(normalize(answer))]
-    return all(kind in _ARITHMETIC for kind in kinds) and any(kind in _UNDONE for kind in kinds[1:])
+    if all(kind in _ARITHMETIC for kind in kinds):
+        return any(kind in _UNDONE for kind in kinds[1:])
+    # math-verify reads "5 cm + 3 cm" up to its first unit.
+    values = [kind for kind in kinds if kind != "word"]
+    return (
+        "word" in kinds
+        and any(
+            one == other == "number" and joint in _UNDONE
+            for one, joint, other in zip(values, values[1:], values[2:], strict=False)
+        )
+        and "=" not in kinds
+    )
+
+
+def _is_false(answer: str) -> bool:
+    """Whether an answer sets a number equal to another: 3 = 5."""
+    if "=" not in answer or not re.fullmatch(r"[-0-9.,/= ]+", answer):
+        return False
+    numbers = {_number(side) for side in answer.split("=")}
+    return None not in numbers and len(numbers) > 1
 
 
 def _same_in_base(reference: str, answer: str) -> bool:

@@ -9,7 +9,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from proxstep.errors import ProxstepError, shown
-from proxstep.rewards.answers import boxed_answer, boxed_list, final_number, reference_number
+from proxstep.rewards.answers import (
+    boxed_answer,
+    boxed_list,
+    final_number,
+    is_taken_back,
+    reference_number,
+)
 from proxstep.rewards.equality import decided, spelled
 from proxstep.rewards.grading_pool import shared_pool
 
@@ -238,9 +244,9 @@ def math_verify(
     r"""Return 1 for each completion whose last box equals the reference answer, else 0.
 
     Equality is mathematical: \frac{1}{2} is 0.5, [0, 1) is not (0, 1), \{1, 2\} is \{2, 1\}, and
-    units and dollar signs do not count. Where the reference is a number, a sum that is not worked
-    out is wrong; where it is a list, the last boxes may hold its items. An answer of more than
-    `LONGEST_ANSWER` characters is wrong unless it is the reference answer to the letter.
+    units and dollar signs do not count. Where the reference is in numbers, what is still to
+    be computed is wrong; where it is a list, the last boxes may hold its items. An answer of more
+    than `LONGEST_ANSWER` characters is wrong unless it is the reference answer to the letter.
 
     Args:
         prompts: B prompts; not read.
@@ -298,8 +304,11 @@ def _decided(reference: str, box: str) -> bool | None:
 
 
 def _box(text: str, reference: str) -> str:
-    """Return what the last box holds, or the last boxes where the reference is a list."""
-    box = boxed_answer(text) or ""
+    """Return what the last box holds, or the last boxes where the reference is a list.
+
+    Nothing where the text takes it back.
+    """
+    box = "" if is_taken_back(text) else boxed_answer(text) or ""
     is_list = "," in reference and not re.search(r"[0-9],[0-9]{3}|[(\[{]", reference)
     return boxed_list(text) or box if is_list and box and "," not in box else box
 

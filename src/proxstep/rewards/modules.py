@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import traceback
 import zlib
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -22,7 +23,7 @@ def load_module(place: str, what: str) -> ModuleType:
         what: What names it, for messages.
 
     Raises:
-        ProxstepError: It is not there, or cannot be imported.
+        ProxstepError: It is not there, or cannot be imported, or raises or exits when it is.
     """
     return _of_file(Path(place), what) if place.endswith(".py") else _of_name(place, what)
 
@@ -36,6 +37,12 @@ def _of_name(name: str, what: str) -> ModuleType:
         raise ProxstepError(
             f"{what}: cannot import {name!r} ({_one_line(error)}); check the spelling, install the "
             "package, or name a file, FILE.py"
+        ) from error
+    except ProxstepError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
+        raise ProxstepError(
+            f"{what}: importing {name!r} raised {_raised(error)}; correct that module"
         ) from error
 
 
@@ -61,8 +68,26 @@ def _of_file(path: Path, what: str) -> ModuleType:
         raise ProxstepError(
             f"{what}: cannot import {path} ({_one_line(error)}); correct that file"
         ) from error
+    except ProxstepError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ProxstepError(
+            f"{what}: importing {path} raised {_raised(error, resolved)}; correct that file"
+        ) from error
     return module
 
 
-def _one_line(error: Exception) -> str:
+def place_of(error: BaseException, file: str | None = None) -> str:
+    """Return the line that raised, the last one in a file where it went through that file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+    return f"{frame.filename}, line {frame.lineno}"
+
+
+def _raised(error: BaseException, file: str | None = None) -> str:
+    text = f": {_one_line(error)}" if str(error) else ""
+    return f"{type(error).__name__}{text} ({place_of(error, file)})"
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

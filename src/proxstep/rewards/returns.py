@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import threading
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -24,14 +25,20 @@ def awaited(value: Any) -> Any:
     if not inspect.isawaitable(value):
         return value
 
-    async def finish() -> Any:
-        return await value
+    async def finish() -> tuple[Any, SystemExit | None]:
+        try:
+            return await value, None
+        except SystemExit as error:  # it would end the loop, and nobody would be told
+            return None, error
 
     future = asyncio.run_coroutine_threadsafe(finish(), _loop())
     try:
-        return future.result()
+        result, exited = future.result()
     finally:
         future.cancel()  # where the wait was interrupted
+    if exited is not None:
+        raise exited
+    return result
 
 
 def _loop() -> asyncio.AbstractEventLoop:
@@ -80,7 +87,7 @@ def _checked_reward(name: str, index: int, reward: Any) -> float | None:
         reward = reward.item()
     if reward is None:
         return None
-    if not isinstance(reward, Real):
+    if not isinstance(reward, Real | Decimal):
         raise ProxstepError(
             f"reward function {name!r} returned a {kind} for completion {index}; "
             "return a number or None"

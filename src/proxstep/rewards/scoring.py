@@ -144,6 +144,21 @@ def reward_columns(examples: Sequence[Answered]) -> dict[str, list[Any]]:
     return {"answer": [example.answer for example in examples], **columns}
 
 
+def apart(value: Any) -> Any:
+    """Return a value with lists and dictionaries of its own, down to what is neither.
+
+    Each reward function gets its arguments so: what it changes in them stays its own.
+
+    >>> shared = {"content": "?"}
+    >>> [first, second] = apart([shared, shared])
+    >>> first == second == shared, first is second or first is shared
+    (True, False)
+    """
+    if isinstance(value, dict):
+        return {key: apart(each) for key, each in value.items()}
+    return [apart(each) for each in value] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class RewardTable:
     """The rewards of B completions.
@@ -170,7 +185,8 @@ def score_completions(
     """Return every function's rewards and their weighted sum, which leaves None out, as TRL's does.
 
     Args:
-        functions: At least one; each is called as f(prompts=..., completions=..., **columns).
+        functions: At least one; each is called as f(prompts=..., completions=..., **columns), with
+            lists of its own.
         weights: One finite weight per function.
         prompts: B strings or lists of chat messages.
         completions: B strings or lists of chat messages.
@@ -195,7 +211,7 @@ def score_completions(
     cut = [False] * len(completions) if truncated is None else list(truncated)
     per_function: dict[str, list[float | None]] = {}
     for name, function in zip(names, functions, strict=True):
-        call = _bind(name, function, prompts, completions, columns, cut)
+        call = _bind(name, function, *apart([prompts, completions, columns, cut]))
         rewards = awaited(function(*call.args, **call.kwargs))
         per_function[name] = checked_rewards(name, rewards, len(completions))
         if isinstance(rewards, MeasuredRewards):

@@ -51,7 +51,7 @@ def load_rows(source: str | Path, config: str | None = None, split: str = "train
         ProxstepError: The source cannot be read or has no rows.
     """
     path = Path(source)
-    if path.is_file() or path.suffix in (*JSONL_SUFFIXES, PARQUET_SUFFIX):
+    if path.is_file() or _suffix(path) in (*JSONL_SUFFIXES, PARQUET_SUFFIX):
         return read_rows(path, split)
     return load_hub_rows(str(source), config, split)
 
@@ -73,9 +73,9 @@ def read_rows(path: str | Path, split: str = "train") -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise ProxstepError(f"{path} is not a file; check the path")
-    if path.suffix in JSONL_SUFFIXES:
+    if _suffix(path) in JSONL_SUFFIXES:
         rows = _read_json(path, split)
-    elif path.suffix == PARQUET_SUFFIX:
+    elif _suffix(path) == PARQUET_SUFFIX:
         rows = _read_parquet(path)
     else:
         known = ", ".join((*JSONL_SUFFIXES, PARQUET_SUFFIX))
@@ -83,6 +83,10 @@ def read_rows(path: str | Path, split: str = "train") -> list[Row]:
     if not rows:
         raise ProxstepError(f"{path} has no rows; give a file with at least one")
     return rows
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def load_hub_rows(name: str, config: str | None, split: str) -> list[Row]:
@@ -127,28 +131,32 @@ def load_hub_rows(name: str, config: str | None, split: str) -> list[Row]:
 def _read_json(path: Path, split: str) -> list[Row]:
     """Return one row per line that is not blank, or the items of a file that is one document."""
     content = path.read_bytes()
-    if path.suffix == ".json" and (document := _document(content)) is not None:
+    if _suffix(path) == ".json" and (document := _document(path, content)) is not None:
         return _items(path, document, split)
     lines = enumerate(content.split(b"\n"), start=1)
     numbered = [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
     return [Row(where, json_object(line, where)) for where, line in numbered]
 
 
-def _document(content: bytes) -> Any:
+def _document(path: Path, content: bytes) -> Any:
     """Return what a JSON file holds as a whole, unless it is an object a line or malformed."""
     try:
-        document = json.loads(content.decode("utf-8-sig"))
+        document = _loads(content)
     except (ValueError, RecursionError):  # the reader of lines says where it is malformed
         return None
     if isinstance(document, dict):
-        return document if any(isinstance(rows, list) for rows in _splits(document)) else None
+        return document if _has_splits(document) else None
     return document if isinstance(document, list) else None
 
 
-def _splits(document: dict[str, Any]) -> list[Any]:
-    """Return the values of an object whose values are all lists or objects, else nothing."""
+def _has_splits(document: dict[str, Any]) -> bool:
+    """Whether an object holds a list for each split, and is no row with a chat in it."""
     values = list(document.values())
-    return values if all(isinstance(value, list | dict) for value in values) else []
+    lists = [value for value in values if isinstance(value, list)]
+    firsts = [value[0] for value in lists if value and isinstance(value[0], dict)]
+    if any({"role", "content"} <= first.keys() for first in firsts):
+        return False
+    return bool(lists) and all(isinstance(value, list | dict) for value in values)
 
 
 def _items(path: Path, document: Any, split: str) -> list[Row]:
@@ -177,7 +185,7 @@ def _items(path: Path, document: Any, split: str) -> list[Row]:
 def json_object(line: bytes, where: str) -> dict[str, Any]:
     """Return the JSON object on one line, which a message calls `where`."""
     try:
-        values = json.loads(line.decode("utf-8-sig"))
+        values = _loads(line)
     except json.JSONDecodeError as error:
         raise ProxstepError(
             f"{where}: not valid JSON ({error.msg}, column {error.colno}); "
@@ -190,6 +198,24 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
             f"{where}: a JSON {type(values).__name__}, not an object; write one object per line"
         )
     return values
+
+
+class _TwiceError(ValueError):
+    pass
+
+
+def _loads(content: bytes) -> Any:
+    """Return what JSON says; raise where an object has a key twice, of which one is lost."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise _TwiceError(f"an object has the key {twice!r} twice")
+        return found
+
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=once)
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -218,7 +244,10 @@ def _short_floats(value: Any, kind: Any) -> Any:
 
     if isinstance(value, dict) and (isinstance(kind, pyarrow.Schema) or types.is_struct(kind)):
         return {key: _short_floats(each, kind.field(key).type) for key, each in value.items()}
-    if isinstance(value, list) and (types.is_list(kind) or types.is_large_list(kind)):
+    if isinstance(value, list) and types.is_map(kind):  # pairs of a key and a value
+        inside = (kind.key_type, kind.item_type)
+        return [tuple(map(_short_floats, pair, inside)) for pair in value]
+    if isinstance(value, list) and hasattr(kind, "value_type"):  # each kind of list
         return [_short_floats(each, kind.value_type) for each in value]
     if isinstance(value, float) and (types.is_float32(kind) or types.is_float16(kind)):
         return _shortest(value, "f" if types.is_float32(kind) else "e")

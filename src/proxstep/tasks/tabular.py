@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -303,11 +304,12 @@ def _of_level(rows: list[Row], level: int) -> list[Row]:
 def _level(row: Row) -> int | None:
     """Return a row's level, None where the data say "Level ?"; raise where it is none.
 
-    >>> _level(Row("line 1", {"level": "Level 3"})), _level(Row("line 2", {"level": 5}))
-    (3, 5)
+    >>> [_level(Row("line 1", {"level": level})) for level in ("Level 3", 5, 4.0)]
+    [3, 5, 4]
     """
     value = cell(row, "level")
-    text = str(value).removeprefix("Level ")
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    text = str(whole).removeprefix("Level ")
     if text == "?":
         return None
     if not re.fullmatch("[1-5]", text):
@@ -357,7 +359,11 @@ def task_of_rows(
     to_example: Callable[[Row], Example],
     rewards: tuple[str, ...] | None = None,
 ) -> Task:
-    """Return a task from rows; raise where a number is graded and an answer is not one."""
+    """Return a task from rows; raise where a number is graded and an answer is not one.
+
+    Every example has every row's columns, None where its own row lacks one, as in a Parquet file:
+    what reward functions are called with does not depend on the batch.
+    """
     graded_by = REWARDS[name] if rewards is None else rewards
 
     def checked(row: Row) -> Example:
@@ -371,6 +377,15 @@ def task_of_rows(
                 raise ProxstepError(f"{row.where}: {error}") from None
         return example
 
+    of_train, of_validation = ([checked(row) for row in rows] for rows in (train, validation))
+    names = dict.fromkeys(name for each in (*of_train, *of_validation) for name in each.columns)
     return Task(
-        name, [checked(row) for row in train], [checked(row) for row in validation], graded_by
+        name,
+        [_with_columns(each, names) for each in of_train],
+        [_with_columns(each, names) for each in of_validation],
+        graded_by,
     )
+
+
+def _with_columns(example: Example, names: Iterable[str]) -> Example:
+    return replace(example, columns={name: example.columns.get(name) for name in names})

@@ -6,14 +6,15 @@ import functools
 import inspect
 import signal
 import threading
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from proxstep.errors import ProxstepError
 from proxstep.rewards import MeasuredRewards, RewardFunction, reward_name
+from proxstep.rewards.modules import place_of
 from proxstep.rewards.returns import awaited, checked_rewards
+from proxstep.rewards.scoring import apart
 
 _SECONDS_TO_SEARCH = 60.0
 SECONDS_AFTER_SIGTERM = 5.0
@@ -96,7 +97,7 @@ def guarded(function: RewardFunction, seconds: float) -> RewardFunction:
         given = _by_name(function, arguments, columns)
         try:
             with time_limit(seconds):
-                rewards = awaited(function(**given))
+                rewards = awaited(function(**apart(given)))
             if isinstance(rewards, MeasuredRewards):
                 return rewards
             return checked_rewards(name, rewards, len(given["completions"]))
@@ -107,11 +108,12 @@ def guarded(function: RewardFunction, seconds: float) -> RewardFunction:
             ) from None
         except ProxstepError:
             raise
-        except Exception as error:  # whatever a user's function raises
+        except (Exception, SystemExit) as error:  # whatever a user's function raises
+            own = getattr(getattr(function, "__code__", None), "co_filename", None)
             text = f": {error}" if str(error) else ""
             raise ProxstepError(
                 f"reward function {name!r} raised {type(error).__name__}{text} "
-                f"({_place(function, error)}) on {_culprit(function, given, error)}"
+                f"({place_of(error, own)}) on {_culprit(function, given, error)}"
             ) from error
 
     call.__name__ = name
@@ -130,15 +132,7 @@ def _by_name(
     return given
 
 
-def _place(function: RewardFunction, error: Exception) -> str:
-    """Return the line that raised, in the function's own file if there is one."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = getattr(getattr(function, "__code__", None), "co_filename", None)
-    frame = next((f for f in reversed(frames) if f.filename == own), frames[-1])
-    return f"{frame.filename}, line {frame.lineno}"
-
-
-def _culprit(function: RewardFunction, given: Mapping[str, Any], error: Exception) -> str:
+def _culprit(function: RewardFunction, given: Mapping[str, Any], error: BaseException) -> str:
     """Return the first completion that raises the same when it is graded alone."""
     number = len(given["completions"])
 
@@ -146,10 +140,11 @@ def _culprit(function: RewardFunction, given: Mapping[str, Any], error: Exceptio
         whole = isinstance(values, list) and len(values) == number
         return values[index : index + 1] if whole else values
 
-    with suppress(TimeIsUp, Exception), time_limit(_SECONDS_TO_SEARCH):
+    with suppress(TimeIsUp, Exception, SystemExit), time_limit(_SECONDS_TO_SEARCH):
         for index in range(number):
             try:
-                awaited(function(**{key: alone(index, value) for key, value in given.items()}))
+                part = {key: alone(index, value) for key, value in given.items()}
+                awaited(function(**apart(part)))
             except type(error):
                 return f"completion {index}: {given['completions'][index]!r:.200}"
     return f"{number} completions, not on one of them alone"

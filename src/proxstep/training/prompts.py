@@ -218,7 +218,8 @@ def load_prompts(
 ) -> tuple[Prompts, Prompts]:
     """Return the training and the validation prompts of a task.
 
-    `note` is told how many were too long, where a recipe says to leave those out.
+    `note` is told how many were too long, where a recipe says to leave those out, and how many of
+    the validation prompts are training prompts.
 
     Raises:
         ProxstepError: If a reward cannot be loaded, or a prompt does not fit the tokenizer.
@@ -237,7 +238,20 @@ def load_prompts(
                 f"task.drop_long_prompts: {dropped} of {total} {what} prompts have more than "
                 f"{section.max_prompt_length} tokens"
             )
+    if shared := _num_shared(train.examples, validation.examples):
+        note(
+            f"{shared} of {len(validation)} validation prompts are training prompts too: their "
+            "score says little of other prompts"
+        )
     return train, validation
+
+
+def _num_shared(train: Sequence[Example], validation: Sequence[Example]) -> int:
+    """Return how many validation prompts are trained on; a procedural task's are none."""
+    if not isinstance(train, list | tuple):
+        return 0
+    trained = {str(example.prompt) for example in train}
+    return sum(str(example.prompt) in trained for example in validation)
 
 
 def batch_rows(num_rows: int, num_per_batch: int, batch: int, seed: int) -> list[int]:
