@@ -111,7 +111,8 @@ class Guarding(Resumable):
             self.isopo.load_state_dict(state["isopo"])
         self.returns.append({"from": self.step, "to": good})
         before = self.schedule.get_last_lr()[0]
-        set_peaks(self.optimizer, self.schedule, [rate / 2 for rate in self.schedule.base_lrs])
+        peaks = [float(rate) / 2 for rate in self.schedule.base_lrs]
+        set_peaks(self.optimizer, self.schedule, peaks)
         self._scale_budget()
         self.torn, self._collapsing = False, False
         self._write_down(found)
