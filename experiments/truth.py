@@ -55,6 +55,8 @@ KEPT = (
     *("completions_max_length", "elapsed_seconds", "seconds_update", "seconds_step"),
 )
 """Fields of metrics.jsonl that a line of rows.jsonl has; geometry/... beside them."""
+MOST_STEPS = 100
+"""Steps that a line keeps of a field, the last among them: of longer runs every so many."""
 SECONDS_A_TOKEN = {"arithmetic": 1.4e-3, "stories": 2e-2}
 """Processor seconds of a run by its task for each token that may be sampled; see `guess`."""
 SECONDS_A_START = 12.0
@@ -221,11 +223,21 @@ def _row(run: Run) -> dict[str, Any]:
     names = [name for record in run.records for name in record if name.startswith("geometry/")]
     series = {}
     for name in (*KEPT, *dict.fromkeys(names)):
-        steps, values = run.series(name)
+        steps, values = map(thinned, run.series(name))
         if values:
             series[name] = [steps, [float(f"{value:.6g}") for value in values]]
     info = {key: v for key, v in run.info.items() if isinstance(v, str | int | float | bool)}
     return {"info": info, "series": series}
+
+
+def thinned(values: list[Any]) -> list[Any]:
+    """Return every so many of the values, counted from the last.
+
+    >>> thinned(list(range(250)))[:2], len(thinned(list(range(250))))
+    ([0, 3], 84)
+    """
+    every = max(1, -(-len(values) // MOST_STEPS))
+    return values[::-every][::-1]
 
 
 def _records(series: dict[str, list[list[Any]]]) -> Iterator[str]:
