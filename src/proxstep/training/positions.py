@@ -14,6 +14,7 @@ _MOST_OFFSET = 2
 """Positions that a family's table has more than its configuration says: OPT's."""
 
 _MADE = 1000
+"""Problems of a procedural task that are made to find the longest."""
 
 
 def check_positions(recipe: Recipe, model: Any, *prompts: Prompts) -> None:
