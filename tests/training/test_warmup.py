@@ -88,17 +88,23 @@ def test_more_solutions_than_there_are(source: str, tmp_path: Path) -> None:
         model_source(recipe, print)
 
 
-def test_a_comparisons_runs_begin_with_one_evaluation(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    completed: list[int] = []
+@pytest.fixture
+def completed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One number for each time that an evaluation computes its completions."""
+    times: list[int] = []
     complete = evaluation._completed
 
     def counted(*arguments: object, **options: object) -> object:
-        completed.append(1)
+        times.append(1)
         return complete(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(evaluation, "_completed", counted)
+    return times
+
+
+def test_a_comparisons_runs_begin_with_one_evaluation(
+    source: str, tmp_path: Path, completed: list[int]
+) -> None:
     scores = []
     for seed, remember in enumerate((True, True, False)):
         changes = {"seed": seed, "evaluation": {"every": 3, "remember_first": remember}}
@@ -114,16 +120,8 @@ def test_a_comparisons_runs_begin_with_one_evaluation(
 
 @pytest.mark.parametrize("other", ["autocast", "end tokens"])
 def test_completions_that_were_computed_otherwise_are_not_recalled(
-    source: str, tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch
+    source: str, tmp_path: Path, other: str, completed: list[int]
 ) -> None:
-    completed: list[int] = []
-    complete = evaluation._completed
-
-    def counted(*arguments: object, **options: object) -> object:
-        completed.append(1)
-        return complete(*arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(evaluation, "_completed", counted)
     for run, autocast in enumerate((None, "bfloat16" if other == "autocast" else None)):
         recipe = tiny_recipe(
             tmp_path / f"run{run}",
