@@ -1,12 +1,11 @@
-"""What single steps of a method and an optimizer are worth, measured at one fixed policy.
+"""What single steps of a method and an optimizer are worth, measured at a fixed policy.
 
     python experiments/directions.py               # what is missing, then the page
-    python experiments/directions.py --chains 2    # fewer batches, a first look
+    python experiments/directions.py products      # one policy alone
 
-The task and batches of experiments/truth/drift-fisher: long additions, 8 x 8 completions, gradients
-clipped at 1. From a policy that does not change, chains of 20 batches are sampled; each method's
-gradients of a chain go through each optimizer, whose step is taken back each time. A step's
-direction Delta is then held against three things:
+At each of `PLACES`, a policy that does not change, chains of batches are sampled; each method's
+gradients of a chain, clipped at 1, go through each optimizer, whose step is taken back each time. A
+step's direction Delta is then held against three things:
 
 - <grad J, Delta>, the reward that it gains to first order, with grad J the mean of REINFORCE's
   gradients over the batches of all other chains;
@@ -28,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isnan, log
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from experiments.shared import POLICIES, batches, stamp, trainer_of
 
-from proxstep.budget.prediction import quadratic_kl, slopes
+from proxstep.budget.prediction import judges, quadratic_kl, slopes
 from proxstep.lab.statistics import Estimate, mean_interval, share_saved
 from proxstep.training.batch import Batch
 from proxstep.training.optimizers import make_optimizer
@@ -57,8 +57,6 @@ RESULTS = Path(__file__).with_suffix(".json")
 PAGE = ROOT / "docs" / "findings" / "directions.md"
 FIGURE = ROOT / "docs" / "figures" / "findings" / "directions.svg"
 BEGIN, END = "<!-- results: python experiments/directions.py -->", "<!-- end of the results -->"
-RECIPE = ROOT / "experiments" / "truth" / "drift-fisher" / "plan.yaml"
-METHODS = ("reinforce", "isopo", "isopo-euclidean")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "learning_rate": 1.0},
     "sgd with momentum": {"name": "sgd", "learning_rate": 1.0, "momentum": 0.9},
@@ -67,25 +65,87 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"name": "muon", "learning_rate": 1e-2},
 }
 """Rates do not matter here, so long as a step is far above the weights' rounding."""
-STEPS_BEFORE = (0, 10)
-"""Steps of REINFORCE with AdamW that the policies have behind them, at the rate best for it."""
-LENGTH, MEASURED = 20, (1, 20)
-"""Batches of a chain, and those whose steps are measured."""
-NUM_HELD_OUT = 3
-"""Batches on which divergences are measured."""
 CROSSED = ("reinforce", "isopo")
 Direction = list[Tensor]
 
 
-def trainers(folder: Path, steps_before: int) -> dict[str, Trainer]:
+@dataclass(frozen=True)
+class Place:
+    """A task and a policy, and what is measured there.
+
+    Attributes:
+        title: What stands over its tables.
+        short: What stands over its panel of the figure.
+        recipe: The task, the model and the batches.
+        keys: Recipe keys that are set otherwise.
+        steps_before: Steps of REINFORCE that the policy has behind it.
+        chains: How many of them.
+        length: Batches of a chain.
+        measured: Those of them whose steps are measured.
+        num_held_out: Batches on which divergences are measured.
+        num_own: Completions of a step's own batch on which its divergence is measured; None: all.
+        methods: Rules whose gradients are taken.
+        optimizers: Names in `OPTIMIZERS`.
+        crossed: Whether AdamW's two averages are taken apart as well.
+    """
+
+    title: str
+    short: str
+    recipe: Path
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    steps_before: int = 0
+    chains: int = 8
+    length: int = 20
+    measured: tuple[int, ...] = (1, 20)
+    num_held_out: int = 3
+    num_own: int | None = None
+    methods: tuple[str, ...] = ("reinforce", "isopo", "isopo-euclidean")
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    crossed: bool = False
+
+
+DRIFT_FISHER = ROOT / "experiments" / "truth" / "drift-fisher" / "plan.yaml"
+BEST_RATE = {"model.name": POLICIES / "sums", "optimizer.learning_rate": 4e-5}
+PLACES = {
+    "0": Place(
+        "`sums`, the initial policy", "sums, initial", DRIFT_FISHER, BEST_RATE, crossed=True
+    ),
+    "10": Place(
+        *("`sums`, the policy after 10 steps", "sums, after 10 steps", DRIFT_FISHER, BEST_RATE, 10),
+        crossed=True,
+    ),
+    "products": Place(
+        *("`products`, the initial policy", "products, initial", ROOT / "recipes" / "worked.yaml"),
+        {"task.name": "products"},
+        measured=(20,),
+        methods=CROSSED,
+        optimizers=("sgd with momentum", "adamw"),
+    ),
+    "stories": Place(
+        "SmolLM2-135M-Instruct on `stories`, the policy after 3 rollouts",
+        "SmolLM2 on stories,\nafter 3 rollouts",
+        ROOT / "recipes" / "smollm2.yaml",
+        steps_before=3,
+        chains=5,
+        length=8,
+        measured=(8,),
+        num_held_out=1,
+        num_own=12,
+        methods=CROSSED,
+        optimizers=("sgd with momentum", "adamw"),
+    ),
+}
+"""Of the long additions two policies, then another task, and a pretrained model."""
+
+
+def trainers(place: Place, folder: Path) -> dict[str, Trainer]:
     """Return a trainer for each method, all with the same policy."""
     found = {}
-    for method in METHODS:
-        keys = {"algorithm": method, "model.name": POLICIES / "sums", "device": "cpu"}
-        keys |= {"optimizer.learning_rate": 4e-5, "optimizer.warmup_updates": 3}
-        found[method] = trainer_of(RECIPE, keys, folder / method)
+    for method in place.methods:
+        keys = {"algorithm": method, "device": "cpu", **place.keys}
+        found[method] = trainer_of(place.recipe, keys, folder / method)
     first = found["reinforce"]
-    for _ in range(steps_before):
+    for _ in range(place.steps_before):
         first._train_step()
     for trainer in found.values():
         trainer.model.load_state_dict(first.model.state_dict())
@@ -105,77 +165,95 @@ def gradient(trainer: Trainer, batch: Batch) -> tuple[Direction, float]:
     return grads, norm
 
 
-def steps_of(trainer: Trainer, section: Mapping[str, Any], grads: Sequence[Direction]) -> Any:
-    """Yield an optimizer's steps on a chain of gradients, each taken back."""
-    settings = trainer.recipe.optimizer.model_dump() | dict(section) | {"warmup_updates": 0}
-    optimizer = make_optimizer(type(trainer.recipe.optimizer)(**settings), trainer.model)
-    parameters = _parameters(trainer)
-    before = [p.detach().clone() for p in parameters]
-    for grad in grads:
-        for parameter, own in zip(parameters, grad, strict=True):
+class Proposer:
+    """An optimizer whose steps are taken back.
+
+    Args:
+        trainer: Whose model it moves.
+        section: The optimizer, as a recipe has it.
+    """
+
+    def __init__(self, trainer: Trainer, section: Mapping[str, Any]) -> None:
+        settings = trainer.recipe.optimizer.model_dump() | dict(section) | {"warmup_updates": 0}
+        self.model = trainer.model
+        self.optimizer = make_optimizer(type(trainer.recipe.optimizer)(**settings), self.model)
+        self.parameters = _parameters(trainer)
+
+    def step(self, grads: Direction) -> Direction:
+        """Return the step that follows from one more gradient."""
+        before = [p.detach().clone() for p in self.parameters]
+        for parameter, own in zip(self.parameters, grads, strict=True):
             parameter.grad = own.clone()
-        optimizer.step()
+        self.optimizer.step()
         with torch.no_grad():
-            delta = [p - old for p, old in zip(parameters, before, strict=True)]
-            for parameter, old in zip(parameters, before, strict=True):
+            delta = [p - old for p, old in zip(self.parameters, before, strict=True)]
+            for parameter, old in zip(self.parameters, before, strict=True):
                 parameter.copy_(old)
-        yield delta
-    trainer.model.zero_grad()
+        self.model.zero_grad()
+        return delta
 
 
 def moved(trainer: Trainer, delta: Direction, batch: Batch) -> tuple[float, Float[Tensor, " n"]]:
     """Return a direction's divergence in nats per completion, and each token's slope."""
-    completions = batch.completions
-    response_BT = completions.response_BT[:, 1:]
     direction = dict(zip(_parameters(trainer), delta, strict=True))
+    kl_B, slope_N = [], []
+    for part in batch.microbatches(trainer.recipe.update):
+        response_BT = part.completions.response_BT[:, 1:]
 
-    def log_probs() -> tuple[Tensor, Tensor]:
-        return completion_log_probs(trainer.model, completions, 1.0, Cut()), response_BT
+        def log_probs(
+            part: Batch = part, response_BT: Tensor = response_BT
+        ) -> tuple[Tensor, Tensor]:
+            return completion_log_probs(trainer.model, part.completions, 1.0, Cut()), response_BT
 
-    _, slope_BT, _ = slopes(trainer.model, log_probs, direction)
-    slope_N = slope_BT[response_BT].double() / (2 * len(batch)) ** 0.5
-    return quadratic_kl(slope_BT, response_BT).mean().item(), slope_N
+        _, slope_BT, _ = slopes(trainer.model, log_probs, direction)
+        kl_B.append(quadratic_kl(slope_BT, response_BT))
+        slope_N.append(slope_BT[response_BT].double() / (2 * len(batch)) ** 0.5)
+    return torch.cat(kl_B).mean().item(), torch.cat(slope_N)
 
 
-def measured(steps_before: int, chains: int, folder: Path) -> dict[str, Any]:
+def measured(place: Place, folder: Path) -> dict[str, Any]:
     """Return what every direction is, by method, optimizer and step of the chain."""
-    found = trainers(folder, steps_before)
-    sampled, held_out, n = _sampled(found["reinforce"], chains)
+    found = trainers(place, folder)
+    sampled, held_out, n = _sampled(found["reinforce"], place)
     rows: dict[str, dict[str, Any]] = {}
     sums: list[Direction] = []
     for method, trainer in found.items():
-        made = [[gradient(trainer, batch) for batch in chain] for chain in sampled]
-        if method == "reinforce":
-            sums = [_sum(chain) for chain in made]
-        for name, section in OPTIMIZERS.items():
-            at: dict[int, list[Direction]] = {step: [] for step in MEASURED}
-            for chain in made:
-                grads = [grads for grads, _ in chain]
-                for step, delta in enumerate(steps_of(trainer, section, grads), 1):
-                    if step in at:
-                        at[step].append(delta)
-            for step, deltas in at.items():
-                own = [chain[step - 1] for chain in sampled]
-                row = _row(trainer, deltas, sums, own, held_out, n)
-                rows[f"{method}, {name}, {step}"] = row
+        deltas: dict[tuple[str, int], list[Direction]] = {}
+        for chain in sampled:
+            proposers = {name: Proposer(trainer, OPTIMIZERS[name]) for name in place.optimizers}
+            total: Direction = []
+            for step, batch in enumerate(chain, 1):
+                grads, norm = gradient(trainer, batch)
+                total = _added(total, grads, norm)
+                for name, proposer in proposers.items():
+                    delta = proposer.step(grads)
+                    if step in place.measured:
+                        deltas.setdefault((name, step), []).append(delta)
+            if method == "reinforce":
+                sums.append(total)
+        for (name, step), own in deltas.items():
+            batches_of = [chain[step - 1] for chain in sampled]
+            row = _row(place, trainer, own, sums, batches_of, held_out, n)
+            rows[f"{method}, {name}, {step}"] = row
     return rows
 
 
-def _sampled(trainer: Trainer, chains: int) -> tuple[list[list[Batch]], list[Batch], int]:
+def _sampled(trainer: Trainer, place: Place) -> tuple[list[list[Batch]], list[Batch], int]:
     """Return the chains' batches, those held out, and how many completions a prompt has."""
-    numbers = range(1000, 1000 + chains * LENGTH + NUM_HELD_OUT)
-    sampled = list(batches(trainer, numbers))
-    chained = [sampled[i * LENGTH : (i + 1) * LENGTH] for i in range(chains)]
-    return chained, sampled[chains * LENGTH :], trainer.recipe.rollout.num_generations
+    chained = place.chains * place.length
+    sampled = list(batches(trainer, range(1000, 1000 + chained + place.num_held_out)))
+    chains = [sampled[i : i + place.length] for i in range(0, chained, place.length)]
+    return chains, sampled[chained:], trainer.recipe.rollout.num_generations
 
 
-def _sum(chain: Sequence[tuple[Direction, float]]) -> Direction:
-    """Return the sum of a chain's gradients as they were before clipping."""
-    whole = [[g * max(norm, 1.0) for g in grads] for grads, norm in chain]
-    return [torch.stack(parts).sum(0) for parts in zip(*whole, strict=True)]
+def _added(total: Direction, grads: Direction, norm: float) -> Direction:
+    """Return a sum of gradients and one more, as it was before clipping."""
+    whole = [g * max(norm, 1.0) for g in grads]
+    return [old + new for old, new in zip(total, whole, strict=True)] if total else whole
 
 
 def _row(
+    place: Place,
     trainer: Trainer,
     deltas: Sequence[Direction],
     sums: Sequence[Direction],
@@ -191,12 +269,13 @@ def _row(
             for d, parts in zip(delta, zip(*others, strict=True), strict=True)
         )
         # A group's mean is of all its rewards, the completion's own too: hence n / (n - 1).
-        gains.append(-descent / (len(others) * LENGTH) * n / (n - 1))
+        gains.append(-descent / (len(others) * place.length) * n / (n - 1))
         slope_CN.append(torch.cat([moved(trainer, delta, batch)[1] for batch in held_out]))
     stacked_CN = torch.stack(slope_CN) / len(held_out) ** 0.5
+    parts = [batch.rows(_spread(len(batch), place.num_own)) for batch in own]
     return {
         "gain": gains,
-        "kl_own": [moved(trainer, d, b)[0] for d, b in zip(deltas, own, strict=True)],
+        "kl_own": [moved(trainer, d, part)[0] for d, part in zip(deltas, parts, strict=True)],
         "gram": (stacked_CN @ stacked_CN.mT).tolist(),
     }
 
@@ -205,13 +284,23 @@ def _parameters(trainer: Trainer) -> list[nn.Parameter]:
     return [p for p in trainer.model.parameters() if p.requires_grad]
 
 
-def crossed(steps_before: int, chains: int, folder: Path) -> dict[str, Any]:
+def _spread(count: int, number: int | None) -> Tensor:
+    """Return so many rows of a batch, evenly spread over its prompts."""
+    return torch.arange(count) if number is None else judges(count, number)
+
+
+def crossed(place: Place, folder: Path) -> dict[str, Any]:
     """Return AdamW's last direction with one method's average and another's average square."""
-    found = trainers(folder, steps_before)
+    found = trainers(place, folder)
     reinforce = found["reinforce"]
-    sampled, held_out, n = _sampled(reinforce, chains)
+    sampled, held_out, n = _sampled(reinforce, place)
     made = {m: [[gradient(found[m], b) for b in chain] for chain in sampled] for m in CROSSED}
-    sums = [_sum(chain) for chain in made["reinforce"]]
+    sums = []
+    for chain in made["reinforce"]:
+        total: Direction = []
+        for grads, norm in chain:
+            total = _added(total, grads, norm)
+        sums.append(total)
     rows = {}
     for first, second in itertools.product(CROSSED, repeat=2):
         deltas = [
@@ -219,7 +308,7 @@ def crossed(steps_before: int, chains: int, folder: Path) -> dict[str, Any]:
             for one, other in zip(made[first], made[second], strict=True)
         ]
         last = [chain[-1] for chain in sampled]
-        rows[f"{first}, {second}"] = _row(reinforce, deltas, sums, last, held_out, n)
+        rows[f"{first}, {second}"] = _row(place, reinforce, deltas, sums, last, held_out, n)
     return rows
 
 
@@ -286,75 +375,89 @@ def lines(rows: Mapping[str, Any], names: Mapping[str, str], plain: str) -> Iter
 
 def tables(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield what was run, and the tables of all policies."""
-    made = [found for found in results.values() if "machine" in found]
-    machines, dates = (sorted({found[key] for found in made}) for key in ("machine", "date"))
-    yield f"{'; '.join(machines)}; {' to '.join(dates)}; {made[0]['chains']} chains."
-    for before, step in itertools.product(STEPS_BEFORE, MEASURED):
-        rows = results[str(before)]["rows"]
-        own = OPTIMIZERS if step > 1 else [name for name in OPTIMIZERS if "with" not in name]
-        names = {
-            f"{method}, {name}, {step}": f"{method}, {name}"
-            for name, method in itertools.product(own, METHODS)
-        }
-        yield f"{_policy(before)}, batch {step} of a chain:"
-        yield "\n".join(lines(rows, names, f"reinforce, adamw, {step}"))
-    for before in STEPS_BEFORE:
-        rows = results[str(before)]["crossed"]
-        names = {
-            f"{first}, {second}": f"{first} over the root of {second}'s squares"
-            for first, second in itertools.product(CROSSED, repeat=2)
-        }
-        yield f"{_policy(before)}, AdamW's two averages apart, batch {LENGTH} of a chain:"
-        yield "\n".join(lines(rows, names, "reinforce, reinforce"))
-
-
-def _policy(before: int) -> str:
-    return f"The policy after {before} steps" if before else "The initial policy"
+    made = {key: place for key, place in PLACES.items() if "rows" in results.get(key, {})}
+    for machine, date in sorted({(results[key]["machine"], results[key]["date"]) for key in made}):
+        yield f"{machine}; {date}."
+    for key, place in made.items():
+        for step in place.measured:
+            names = {
+                f"{method}, {name}, {step}": f"{method}, {name}"
+                for name, method in itertools.product(place.optimizers, place.methods)
+                if step > 1 or "with" not in name
+            }
+            yield f"{place.title}, batch {step} of a chain, {place.chains} chains:"
+            yield "\n".join(lines(results[key]["rows"], names, f"reinforce, adamw, {step}"))
+    for key, place in made.items():
+        if place.crossed:
+            names = {
+                f"{first}, {second}": f"{first} over the root of {second}'s squares"
+                for first, second in itertools.product(CROSSED, repeat=2)
+            }
+            yield f"{place.title}, AdamW's two averages apart, batch {place.length} of a chain:"
+            yield "\n".join(lines(results[key]["crossed"], names, "reinforce, reinforce"))
 
 
 def plot(results: Mapping[str, Any]) -> None:
     """Draw what a step's direction is worth, by optimizer and method."""
+    made = [(results[key]["rows"], place) for key, place in PLACES.items() if key in results]
+    shown = [[name for name in place.optimizers if _is_shown(name)] for _, place in made]
     figure, panels = plt.subplots(
-        1, len(STEPS_BEFORE), figsize=(9, 3.2), layout="constrained", sharey=True
+        *(1, len(made)),
+        figsize=(9, 3.4),
+        layout="constrained",
+        width_ratios=[len(own) for own in shown],
+        squeeze=False,
     )
-    own = [name for name in OPTIMIZERS if "without" not in name and name != "sgd"]
-    looks = dict(zip(METHODS, ("#6b7280", "#0072b2", "#d55e00"), strict=True))
-    for panel, before in zip(panels, STEPS_BEFORE, strict=True):
-        rows = results[str(before)]["rows"]
-        for place, method in enumerate(METHODS):
-            found = [described(rows[f"{method}, {name}, {LENGTH}"])["efficiency"] for name in own]
+    methods = max((place.methods for _, place in made), key=len)
+    looks = dict(zip(methods, ("#6b7280", "#0072b2", "#d55e00"), strict=True))
+    for panel, own, (rows, place) in zip(panels[0], shown, made, strict=True):
+        step = place.measured[-1]
+        for number, method in enumerate(place.methods):
+            found = [described(rows[f"{method}, {name}, {step}"])["efficiency"] for name in own]
             means = [estimated(values) for values in found]
-            at = [column + 0.2 * (place - 1) for column in range(len(own))]
+            at = [column + 0.2 * (number - 1) for column in range(len(own))]
             errors = [[m.value - m.low for m in means], [m.high - m.value for m in means]]
             panel.errorbar(
                 at, [m.value for m in means], errors, fmt="o", color=looks[method], label=method
             )
         panel.set_xticks(range(len(own)), [name.replace(" with", "\nwith") for name in own])
-        panel.set(title=_policy(before), ylim=(0, None))
+        panel.set_title(place.short, fontsize=10)
+        panel.set(xlim=(-0.6, len(own) - 0.4), ylim=(0, None))
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set(ylabel="reward gained by sqrt(nat)")
-    panels[-1].legend(frameon=False, loc="lower right")
+    panels[0, 0].set(ylabel="reward gained by sqrt(nat)")
+    panels[0, 0].legend(frameon=False, loc="lower right")
     figure.savefig(FIGURE, metadata={"Date": None})
+
+
+def _is_shown(optimizer: str) -> bool:
+    return optimizer != "sgd" and "without" not in optimizer
+
+
+def read() -> dict[str, Any]:
+    """Return what was measured so far, by the policy."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
 
 def main() -> None:
     """Measure what is missing, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chains", type=int, default=8)
+    parser.add_argument("place", nargs="*", help=f"of {', '.join(PLACES)}; all of them if none")
     options = parser.parse_args()
+    if unknown := set(options.place) - set(PLACES):
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(PLACES)}")
     torch.set_num_threads(1)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    for before, (part, measure) in itertools.product(
-        STEPS_BEFORE, {"rows": measured, "crossed": crossed}.items()
-    ):
-        found = results.setdefault(str(before), {})
-        if part not in found:
+    for key in options.place or PLACES:
+        for part, measure in {"rows": measured, "crossed": crossed}.items():
+            found = read().get(key, {})
+            if part in found or (part == "crossed" and not PLACES[key].crossed):
+                continue
             start = time.process_time()
             with tempfile.TemporaryDirectory() as name:
-                found[part] = measure(before, options.chains, Path(name))
-            found |= {**stamp(), "chains": options.chains}
+                found[part] = measure(PLACES[key], Path(name))
+            found |= stamp()
             found[f"seconds_{part}"] = round(time.process_time() - start, 1)
-            RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
+            RESULTS.write_text(json.dumps(read() | {key: found}) + "\n", encoding="utf-8")
+    results = read()
     text = "\n\n".join(tables(results))
     page = PAGE.read_text(encoding="utf-8")
     before, after = page.split(BEGIN)[0], page.split(END)[1]

@@ -15,6 +15,7 @@ from proxstep.runs.waiting import UNSEEN
 from proxstep.training import lifecycle
 from proxstep.training.batch import Batch, collect
 from proxstep.training.models import load_model, load_tokenizer
+from proxstep.training.precision import with_autocast
 from proxstep.training.prompts import load_prompts
 from proxstep.training.task import load_task
 from proxstep.training.trainer import Trainer
@@ -60,6 +61,7 @@ def trainer_of(recipe: Path, keys: Mapping[str, Any], folder: Path) -> Trainer:
     loaded, progress = load_recipe(recipe, given), Quiet()
     source = lifecycle.prepared_source(loaded, progress)
     tokenizer, model = load_tokenizer(source), load_model(source, "float32", torch.device("cpu"))
+    loaded = with_autocast(loaded, model, progress.note)
     task = load_task(loaded, chat=False)
     data = load_prompts(loaded, tokenizer, task, progress.note)
     return Trainer(loaded, model, tokenizer, *data, RunFolder(folder), progress)
