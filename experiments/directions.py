@@ -4,8 +4,8 @@
     python experiments/directions.py products      # one policy alone
 
 At each of `PLACES`, a policy that does not change, chains of batches are sampled; each method's
-gradients of a chain, clipped at 1, go through each optimizer, whose step is taken back each time. A
-step's direction Delta is then held against three things:
+gradients of a chain, clipped at 1, go through each optimizer, whose step is taken back each time.
+The last step of a chain, Delta, is then held against three things:
 
 - <grad J, Delta>, the reward that it gains to first order, with grad J the mean of REINFORCE's
   gradients over the batches of all other chains;
@@ -13,9 +13,12 @@ step's direction Delta is then held against three things:
   Delta>^2, exact by forward-mode derivatives;
 - the same on the batch that made it, which is what a KL budget sees.
 
-What chains have in common is signal, the rest is their batches' luck: the share of the divergence
-that is signal is the mean product of two chains' directions, in the Fisher metric, over the mean
-square.
+What chains have in common is signal, the rest is their batches' luck: the common share of the
+divergence is the mean product of two chains' directions, in the Fisher metric, over the mean
+square. Intervals are by the jackknife, over chains, which grad J is made of too, and over the
+prompts on which divergences are measured.
+
+Legend for shape suffixes: C chains, P prompts that were held out.
 """
 
 from __future__ import annotations
@@ -26,26 +29,29 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import isnan, log
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from math import log, nan, sqrt
 from pathlib import Path
+from statistics import pvariance
 from typing import Any
 
 import matplotlib
 import torch
 from rich.console import Console
+from scipy.stats import t
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.shared import POLICIES, batches, stamp, trainer_of
+from experiments.shared import batches, stamp, trainer_of
 
-from proxstep.budget.prediction import judges, quadratic_kl, slopes
-from proxstep.lab.statistics import Estimate, mean_interval, share_saved
+from proxstep.budget.prediction import judges, slopes
+from proxstep.lab.statistics import Estimate, share_saved
 from proxstep.training.batch import Batch
 from proxstep.training.optimizers import make_optimizer
-from proxstep.training.rollout import Cut, completion_log_probs
+from proxstep.training.rollout import Completions, Cut, completion_log_probs
 from proxstep.training.trainer import Trainer
 from proxstep.typing import Float, Tensor
 
@@ -60,7 +66,6 @@ BEGIN, END = "<!-- results: python experiments/directions.py -->", "<!-- end of 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "learning_rate": 1.0},
     "sgd with momentum": {"name": "sgd", "learning_rate": 1.0, "momentum": 0.9},
-    "adamw without momentum": {"name": "adamw", "learning_rate": 1e-2, "betas": [0.0, 0.999]},
     "adamw": {"name": "adamw", "learning_rate": 1e-2},
     "muon": {"name": "muon", "learning_rate": 1e-2},
 }
@@ -69,19 +74,18 @@ CROSSED = ("reinforce", "isopo")
 Direction = list[Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """A task and a policy, and what is measured there.
 
     Attributes:
-        title: What stands over its tables.
+        title: What stands over its table.
         short: What stands over its panel of the figure.
         recipe: The task, the model and the batches.
         keys: Recipe keys that are set otherwise.
         steps_before: Steps of REINFORCE that the policy has behind it.
         chains: How many of them.
         length: Batches of a chain.
-        measured: Those of them whose steps are measured.
         num_held_out: Batches on which divergences are measured.
         num_own: Completions of a step's own batch on which its divergence is measured; None: all.
         methods: Rules whose gradients are taken.
@@ -92,43 +96,55 @@ class Place:
     title: str
     short: str
     recipe: Path
-    keys: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, str | float] = field(default_factory=dict)
     steps_before: int = 0
     chains: int = 8
     length: int = 20
-    measured: tuple[int, ...] = (1, 20)
-    num_held_out: int = 3
+    num_held_out: int = 4
     num_own: int | None = None
     methods: tuple[str, ...] = ("reinforce", "isopo", "isopo-euclidean")
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
     crossed: bool = False
 
+    def settings(self) -> dict[str, Any]:
+        """Return all that decides the figures."""
+        given = asdict(self) | {"recipe": str(self.recipe.relative_to(ROOT))}
+        return json.loads(
+            json.dumps({k: v for k, v in given.items() if k not in {"title", "short"}})
+        )
 
-DRIFT_FISHER = ROOT / "experiments" / "truth" / "drift-fisher" / "plan.yaml"
-BEST_RATE = {"model.name": POLICIES / "sums", "optimizer.learning_rate": 4e-5}
+
+SUMS = Place(
+    title="`sums`, the initial policy",
+    short="sums, initial",
+    recipe=ROOT / "experiments" / "truth" / "drift-fisher" / "plan.yaml",
+    keys={"optimizer.learning_rate": 4e-5},
+    crossed=True,
+)
 PLACES = {
-    "0": Place(
-        "`sums`, the initial policy", "sums, initial", DRIFT_FISHER, BEST_RATE, crossed=True
-    ),
-    "10": Place(
-        *("`sums`, the policy after 10 steps", "sums, after 10 steps", DRIFT_FISHER, BEST_RATE, 10),
-        crossed=True,
+    "sums": SUMS,
+    "sums-10": replace(
+        SUMS,
+        title="`sums`, after 10 steps",
+        short="sums, after 10 steps",
+        steps_before=10,
+        crossed=False,
     ),
     "products": Place(
-        *("`products`, the initial policy", "products, initial", ROOT / "recipes" / "worked.yaml"),
-        {"task.name": "products"},
-        measured=(20,),
+        title="`products`, the initial policy",
+        short="products, initial",
+        recipe=ROOT / "recipes" / "worked.yaml",
+        keys={"task.name": "products"},
         methods=CROSSED,
         optimizers=("sgd with momentum", "adamw"),
     ),
     "stories": Place(
-        "SmolLM2-135M-Instruct on `stories`, the policy after 3 rollouts",
-        "SmolLM2 on stories,\nafter 3 rollouts",
-        ROOT / "recipes" / "smollm2.yaml",
+        title="SmolLM2-135M-Instruct on `stories`, after 3 rollouts",
+        short="SmolLM2 on stories,\nafter 3 rollouts",
+        recipe=ROOT / "recipes" / "smollm2.yaml",
         steps_before=3,
         chains=5,
         length=8,
-        measured=(8,),
         num_held_out=1,
         num_own=12,
         methods=CROSSED,
@@ -193,48 +209,51 @@ class Proposer:
         return delta
 
 
-def moved(trainer: Trainer, delta: Direction, batch: Batch) -> tuple[float, Float[Tensor, " n"]]:
-    """Return a direction's divergence in nats per completion, and each token's slope."""
+def moved(trainer: Trainer, delta: Direction, batch: Batch) -> dict[int, Float[Tensor, " n"]]:
+    """Return a direction's slope at each token of each prompt's completions."""
     direction = dict(zip(_parameters(trainer), delta, strict=True))
-    kl_B, slope_N = [], []
+    found: dict[int, list[Tensor]] = {}
     for part in batch.microbatches(trainer.recipe.update):
-        response_BT = part.completions.response_BT[:, 1:]
+        completions = part.completions
+        response_BT = completions.response_BT[:, 1:]
 
         def log_probs(
-            part: Batch = part, response_BT: Tensor = response_BT
+            completions: Completions = completions, response_BT: Tensor = response_BT
         ) -> tuple[Tensor, Tensor]:
-            return completion_log_probs(trainer.model, part.completions, 1.0, Cut()), response_BT
+            return completion_log_probs(trainer.model, completions, 1.0, Cut()), response_BT
 
         _, slope_BT, _ = slopes(trainer.model, log_probs, direction)
-        kl_B.append(quadratic_kl(slope_BT, response_BT))
-        slope_N.append(slope_BT[response_BT].double() / (2 * len(batch)) ** 0.5)
-    return torch.cat(kl_B).mean().item(), torch.cat(slope_N)
+        for group, slope_T, response_T in zip(
+            part.group_B.tolist(), slope_BT.double(), response_BT, strict=True
+        ):
+            found.setdefault(group, []).append(slope_T[response_T])
+    return {group: torch.cat(parts) for group, parts in found.items()}
 
 
 def measured(place: Place, folder: Path) -> dict[str, Any]:
-    """Return what every direction is, by method, optimizer and step of the chain."""
+    """Return what the chains' last directions are, by method and optimizer."""
     found = trainers(place, folder)
     sampled, held_out, n = _sampled(found["reinforce"], place)
     rows: dict[str, dict[str, Any]] = {}
     sums: list[Direction] = []
     for method, trainer in found.items():
-        deltas: dict[tuple[str, int], list[Direction]] = {}
+        deltas: dict[str, list[Direction]] = {name: [] for name in place.optimizers}
         for chain in sampled:
             proposers = {name: Proposer(trainer, OPTIMIZERS[name]) for name in place.optimizers}
             total: Direction = []
-            for step, batch in enumerate(chain, 1):
+            last: dict[str, Direction] = {}
+            for batch in chain:
                 grads, norm = gradient(trainer, batch)
-                total = _added(total, grads, norm)
-                for name, proposer in proposers.items():
-                    delta = proposer.step(grads)
-                    if step in place.measured:
-                        deltas.setdefault((name, step), []).append(delta)
+                if method == "reinforce":
+                    total = _added(total, grads, norm)
+                last = {name: proposer.step(grads) for name, proposer in proposers.items()}
+            for name, delta in last.items():
+                deltas[name].append(delta)
             if method == "reinforce":
                 sums.append(total)
-        for (name, step), own in deltas.items():
-            batches_of = [chain[step - 1] for chain in sampled]
-            row = _row(place, trainer, own, sums, batches_of, held_out, n)
-            rows[f"{method}, {name}, {step}"] = row
+        for name, own in deltas.items():
+            row = _row(place, trainer, own, sums, sampled, held_out, n)
+            rows[f"{method}, {name}"] = row
     return rows
 
 
@@ -257,27 +276,35 @@ def _row(
     trainer: Trainer,
     deltas: Sequence[Direction],
     sums: Sequence[Direction],
-    own: Sequence[Batch],
+    chains: Sequence[Sequence[Batch]],
     held_out: Sequence[Batch],
     n: int,
 ) -> dict[str, Any]:
-    gains, slope_CN = [], []
-    for c, delta in enumerate(deltas):
-        others = [total for i, total in enumerate(sums) if i != c]
-        descent = sum(
-            float((d.double() * torch.stack(parts).double().sum(0)).sum())
-            for d, parts in zip(delta, zip(*others, strict=True), strict=True)
-        )
-        # A group's mean is of all its rewards, the completion's own too: hence n / (n - 1).
-        gains.append(-descent / (len(others) * place.length) * n / (n - 1))
-        slope_CN.append(torch.cat([moved(trainer, delta, batch)[1] for batch in held_out]))
-    stacked_CN = torch.stack(slope_CN) / len(held_out) ** 0.5
-    parts = [batch.rows(_spread(len(batch), place.num_own)) for batch in own]
-    return {
-        "gain": gains,
-        "kl_own": [moved(trainer, d, part)[0] for d, part in zip(deltas, parts, strict=True)],
-        "gram": (stacked_CN @ stacked_CN.mT).tolist(),
-    }
+    """Return the gains CC by the chain of grad J, the grams PCC of slopes, and own divergences."""
+    # A group's mean is of all its rewards, the completion's own too: hence n / (n - 1).
+    factor = n / (n - 1) / place.length
+    gains_CC = [[-factor * _inner(delta, total) for total in sums] for delta in deltas]
+    slopes_C = [[moved(trainer, delta, batch) for batch in held_out] for delta in deltas]
+    grams_PCC = []
+    for number, batch in enumerate(held_out):
+        for group, size in zip(*batch.group_B.unique(return_counts=True), strict=True):
+            slope_CN = torch.stack([of_batch[number][int(group)] for of_batch in slopes_C])
+            grams_PCC.append((slope_CN @ slope_CN.mT / (2 * int(size))).tolist())
+    own = []
+    for delta, chain in zip(deltas, chains, strict=True):
+        batch = chain[-1]
+        part = batch.rows(_spread(len(batch), place.num_own))
+        slope_N = torch.cat(list(moved(trainer, delta, part).values()))
+        own.append(float(slope_N.square().sum()) / (2 * len(part)))
+    return {"gains": _rounded(gains_CC), "grams": _rounded(grams_PCC), "own": _rounded(own)}
+
+
+def _rounded(values: Any) -> Any:
+    return [_rounded(own) for own in values] if isinstance(values, list) else float(f"{values:.5g}")
+
+
+def _inner(first: Direction, second: Direction) -> float:
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(first, second, strict=True))
 
 
 def _parameters(trainer: Trainer) -> list[nn.Parameter]:
@@ -295,20 +322,16 @@ def crossed(place: Place, folder: Path) -> dict[str, Any]:
     reinforce = found["reinforce"]
     sampled, held_out, n = _sampled(reinforce, place)
     made = {m: [[gradient(found[m], b) for b in chain] for chain in sampled] for m in CROSSED}
-    sums = []
-    for chain in made["reinforce"]:
-        total: Direction = []
-        for grads, norm in chain:
-            total = _added(total, grads, norm)
-        sums.append(total)
+    sums = [
+        reduce(lambda total, one: _added(total, *one), chain, []) for chain in made["reinforce"]
+    ]
     rows = {}
     for first, second in itertools.product(CROSSED, repeat=2):
         deltas = [
             _adam([g for g, _ in one], [g for g, _ in other])
             for one, other in zip(made[first], made[second], strict=True)
         ]
-        last = [chain[-1] for chain in sampled]
-        rows[f"{first}, {second}"] = _row(place, reinforce, deltas, sums, last, held_out, n)
+        rows[f"{first}, {second}"] = _row(place, reinforce, deltas, sums, sampled, held_out, n)
     return rows
 
 
@@ -325,23 +348,75 @@ def _adam(average: Sequence[Direction], squares: Sequence[Direction]) -> Directi
     return found
 
 
-def described(row: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Return each chain's figures; NaN where its batch had no signal, so that no step was taken."""
-    gram_CC = torch.tensor(row["gram"], dtype=torch.float64)
-    gain_C, own_C = (torch.tensor(row[name], dtype=torch.float64) for name in ("gain", "kl_own"))
-    kl_C = gram_CC.diagonal()
-    others_C = (gram_CC.sum(1) - kl_C) / (len(gram_CC) - 1)
-    found = {
-        "efficiency": gain_C / (2 * kl_C).sqrt(),
-        "signal": others_C / kl_C.mean(),
-        "own": own_C / kl_C,
-    }
-    return {name: values.tolist() for name, values in found.items()}
+@dataclass(frozen=True)
+class Row:
+    """What the directions of a method and an optimizer were measured to be.
+
+    Attributes:
+        gains_CC: The reward gained by a chain's direction, with grad J from another chain.
+        grams_PCC: Products of the chains' directions on a prompt's completions, half of them; the
+            diagonal is KL divergence, in nats a completion.
+        own_C: KL divergence on the batch that made a direction.
+    """
+
+    gains_CC: Tensor
+    grams_PCC: Tensor
+    own_C: Tensor
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Row:
+        """Return a row of the results."""
+        names = ("gains", "grams", "own")
+        return cls(*(torch.tensor(row[name], dtype=torch.float64) for name in names))
+
+    def without(self, chain: int | None = None, prompt: int | None = None) -> Row:
+        """Return the same without a chain, or without a prompt."""
+        c, p = (
+            [i for i in range(size) if i != left_out]
+            for size, left_out in ((len(self.own_C), chain), (len(self.grams_PCC), prompt))
+        )
+        return Row(self.gains_CC[c][:, c], self.grams_PCC[p][:, c][:, :, c], self.own_C[c])
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence elsewhere, in nats a completion."""
+        return float(self.grams_PCC.mean(0).diagonal().mean())
+
+    @property
+    def efficiency(self) -> float:
+        """Reward gained by a step of 1 nat a completion, to first order."""
+        return _off_diagonal(self.gains_CC) / self.kl**0.5
+
+    @property
+    def common(self) -> float:
+        """The share of the divergence that chains have in common."""
+        return _off_diagonal(self.grams_PCC.mean(0)) / self.kl
+
+    @property
+    def own(self) -> float:
+        """KL divergence on its own batch over that elsewhere."""
+        return float(self.own_C.mean()) / self.kl
 
 
-def estimated(values: Sequence[float]) -> Estimate:
-    """Return the mean of what is known with its interval."""
-    return mean_interval([value for value in values if not isnan(value)])
+def _off_diagonal(matrix_CC: Tensor) -> float:
+    number = len(matrix_CC)
+    return float(matrix_CC.sum() - matrix_CC.diagonal().sum()) / (number * (number - 1))
+
+
+def jackknifed(statistic: Callable[..., float], *rows: Row) -> Estimate:
+    """Return a statistic of rows with its 95 % interval, over chains and over prompts."""
+    chains, prompts = len(rows[0].own_C), len(rows[0].grams_PCC)
+    by_chain = [statistic(*(row.without(chain=c) for row in rows)) for c in range(chains)]
+    by_prompt = [statistic(*(row.without(prompt=p) for row in rows)) for p in range(prompts)]
+    error = sqrt(sum((len(v) - 1) * pvariance(v) for v in (by_chain, by_prompt)))
+    half = float(t.ppf(0.975, chains - 1)) * error
+    value = statistic(*rows)
+    return Estimate(value, value - half, value + half, error)
+
+
+def _twice_log_ratio(row: Row, other: Row) -> float:
+    ratio = row.efficiency / other.efficiency
+    return 2 * log(ratio) if ratio > 0 else nan
 
 
 def lines(rows: Mapping[str, Any], names: Mapping[str, str], plain: str) -> Iterator[str]:
@@ -353,84 +428,72 @@ def lines(rows: Mapping[str, Any], names: Mapping[str, str], plain: str) -> Iter
         plain: The one that the others are compared with.
     """
     yield (
-        "| | reward by sqrt(nat) | against the first | less KL for as much reward "
-        "| the batches' common part of the KL | KL on its own batch, over that elsewhere |"
+        f"| | reward of a step of 1 nat | less {names[plain]} | less KL for as much reward "
+        "| the chains' common part of the KL | KL on its own batch, over that elsewhere |"
     )
     yield "|---|---|---|---|---|---|"
-    reference = described(rows[plain])["efficiency"]
+    other = Row.of(rows[plain])
     for name, heading in names.items():
-        own = described(rows[name])
-        pairs = list(zip(own["efficiency"], reference, strict=True))
-        ratio = estimated([log(a / b) for a, b in pairs if a > 0 and b > 0])
-        saved = share_saved(Estimate(*(2 * x for x in (ratio.value, ratio.low, ratio.high))))
-        cells = [heading, estimated(own["efficiency"]).text()]
-        cells += (
-            ["", ""]
-            if name == plain
-            else [estimated([a - b for a, b in pairs]).text("+"), saved.percent()]
-        )
-        cells += [estimated(own["signal"]).text(), estimated(own["own"]).text()]
+        own = Row.of(rows[name])
+        cells = [heading, jackknifed(lambda row: row.efficiency, own).text(), "", ""]
+        if name != plain:
+            more = jackknifed(lambda row, other: row.efficiency - other.efficiency, own, other)
+            saved = share_saved(jackknifed(_twice_log_ratio, own, other))
+            cells[2:] = [more.text("+"), saved.percent()]
+        cells += [jackknifed(lambda row: row.common, own).text()]
+        cells += [jackknifed(lambda row: row.own, own).text()]
         yield f"| {' | '.join(cells)} |"
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield what was run, and the tables of all policies."""
-    made = {key: place for key, place in PLACES.items() if "rows" in results.get(key, {})}
+    made = {key: place for key, place in PLACES.items() if key in results}
     for machine, date in sorted({(results[key]["machine"], results[key]["date"]) for key in made}):
         yield f"{machine}; {date}."
     for key, place in made.items():
-        for step in place.measured:
-            names = {
-                f"{method}, {name}, {step}": f"{method}, {name}"
-                for name, method in itertools.product(place.optimizers, place.methods)
-                if step > 1 or "with" not in name
-            }
-            yield f"{place.title}, batch {step} of a chain, {place.chains} chains:"
-            yield "\n".join(lines(results[key]["rows"], names, f"reinforce, adamw, {step}"))
+        names = {
+            f"{method}, {name}": f"{method}, {name}"
+            for name, method in itertools.product(place.optimizers, place.methods)
+        }
+        yield f"{place.title}, batch {place.length} of each of {place.chains} chains:"
+        yield "\n".join(lines(results[key]["rows"], names, "reinforce, adamw"))
     for key, place in made.items():
-        if place.crossed:
+        if "crossed" in results[key]:
             names = {
                 f"{first}, {second}": f"{first} over the root of {second}'s squares"
                 for first, second in itertools.product(CROSSED, repeat=2)
             }
-            yield f"{place.title}, AdamW's two averages apart, batch {place.length} of a chain:"
+            yield f"{place.title}, AdamW's two averages apart:"
             yield "\n".join(lines(results[key]["crossed"], names, "reinforce, reinforce"))
 
 
 def plot(results: Mapping[str, Any]) -> None:
     """Draw what a step's direction is worth, by optimizer and method."""
     made = [(results[key]["rows"], place) for key, place in PLACES.items() if key in results]
-    shown = [[name for name in place.optimizers if _is_shown(name)] for _, place in made]
+    widths = [len(place.optimizers) for _, place in made]
     figure, panels = plt.subplots(
-        *(1, len(made)),
-        figsize=(9, 3.4),
-        layout="constrained",
-        width_ratios=[len(own) for own in shown],
-        squeeze=False,
+        *(1, len(made)), figsize=(11, 3.6), layout="constrained", width_ratios=widths, squeeze=False
     )
-    methods = max((place.methods for _, place in made), key=len)
-    looks = dict(zip(methods, ("#6b7280", "#0072b2", "#d55e00"), strict=True))
-    for panel, own, (rows, place) in zip(panels[0], shown, made, strict=True):
-        step = place.measured[-1]
+    looks = dict(zip(SUMS.methods, ("#6b7280", "#0072b2", "#d55e00"), strict=True))
+    for panel, (rows, place) in zip(panels[0], made, strict=True):
         for number, method in enumerate(place.methods):
-            found = [described(rows[f"{method}, {name}, {step}"])["efficiency"] for name in own]
-            means = [estimated(values) for values in found]
-            at = [column + 0.2 * (number - 1) for column in range(len(own))]
-            errors = [[m.value - m.low for m in means], [m.high - m.value for m in means]]
+            found = [
+                jackknifed(lambda row: row.efficiency, Row.of(rows[f"{method}, {name}"]))
+                for name in place.optimizers
+            ]
+            at = [column + 0.2 * (number - 1) for column in range(len(found))]
+            errors = [[m.value - m.low for m in found], [m.high - m.value for m in found]]
             panel.errorbar(
-                at, [m.value for m in means], errors, fmt="o", color=looks[method], label=method
+                at, [m.value for m in found], errors, fmt="o", color=looks[method], label=method
             )
-        panel.set_xticks(range(len(own)), [name.replace(" with", "\nwith") for name in own])
+        labels = [name.replace(" with", "\nwith") for name in place.optimizers]
+        panel.set_xticks(range(len(labels)), labels, fontsize=8)
         panel.set_title(place.short, fontsize=10)
-        panel.set(xlim=(-0.6, len(own) - 0.4), ylim=(0, None))
+        panel.set(xlim=(-0.6, len(labels) - 0.4), ylim=(0, None))
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].set(ylabel="reward gained by sqrt(nat)")
-    panels[0, 0].legend(frameon=False, loc="lower right")
+    panels[0, 0].set(ylabel="reward of a step of 1 nat a completion")
+    panels[0, 0].legend(frameon=False, loc="lower right", fontsize=8)
     figure.savefig(FIGURE, metadata={"Date": None})
-
-
-def _is_shown(optimizer: str) -> bool:
-    return optimizer != "sgd" and "without" not in optimizer
 
 
 def read() -> dict[str, Any]:
@@ -447,16 +510,19 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(PLACES)}")
     torch.set_num_threads(1)
     for key in options.place or PLACES:
-        for part, measure in {"rows": measured, "crossed": crossed}.items():
-            found = read().get(key, {})
-            if part in found or (part == "crossed" and not PLACES[key].crossed):
-                continue
-            start = time.process_time()
-            with tempfile.TemporaryDirectory() as name:
-                found[part] = measure(PLACES[key], Path(name))
-            found |= stamp()
-            found[f"seconds_{part}"] = round(time.process_time() - start, 1)
-            RESULTS.write_text(json.dumps(read() | {key: found}) + "\n", encoding="utf-8")
+        place = PLACES[key]
+        found = read().get(key, {})
+        if found.get("settings") != place.settings():
+            found = {}
+        parts = {"rows": measured} | ({"crossed": crossed} if place.crossed else {})
+        for part, measure in parts.items():
+            if part not in found:
+                start = time.process_time()
+                with tempfile.TemporaryDirectory() as name:
+                    found[part] = measure(place, Path(name))
+                found |= {**stamp(), "settings": place.settings()}
+                found[f"seconds_{part}"] = round(time.process_time() - start, 1)
+                RESULTS.write_text(json.dumps(read() | {key: found}) + "\n", encoding="utf-8")
     results = read()
     text = "\n\n".join(tables(results))
     page = PAGE.read_text(encoding="utf-8")

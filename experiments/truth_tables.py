@@ -40,6 +40,7 @@ def tables(comparison: Comparison, parts: Sequence[Comparison], name: str) -> It
     for part in parts:
         if len(part.settings) > 1:
             yield at_equal_values(part)
+            yield from saved_at_equal_values(part)
             yield from on_the_way(part)
     yield training(comparison)
 
@@ -125,6 +126,20 @@ def at_equal_values(comparison: Comparison) -> str:
     if comparison.against:
         title += f", and after a colon what it is more than {comparison.against}'s"
     return f"{title}:\n\n{_table(['', *map(_value, values)], rows)}"
+
+
+def saved_at_equal_values(comparison: Comparison) -> Iterator[str]:
+    """Yield what every arm spends less for an equal score where both have the same value."""
+    found: dict[str, dict[str, str]] = {}
+    values = [setting.name for setting in comparison.settings[1:]]
+    for setting in comparison.settings[1:]:
+        for pair in setting.pairs:
+            if pair.second == comparison.against:
+                found.setdefault(pair.first, {})[setting.name] = pair.kl_saved.percent()
+    if found:
+        title = f"Less KL at equal score, both at the same {comparison.tuned.replace('_', ' ')}"
+        rows = [[name, *(own.get(value, "") for value in values)] for name, own in found.items()]
+        yield f"{title}:\n\n{_table(['', *map(_value, values)], rows)}"
 
 
 def on_the_way(comparison: Comparison) -> Iterator[str]:
