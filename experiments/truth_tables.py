@@ -9,12 +9,12 @@ from math import comb, isnan, nan
 from statistics import fmean
 
 from proxstep.lab.choosing import Chosen
-from proxstep.lab.comparison import Comparison, Pair, compare_runs, contrast
+from proxstep.lab.comparison import Comparison, compare_runs, contrast
 from proxstep.lab.outcomes import Outcome
 from proxstep.lab.statistics import Estimate, difference, interquartile_mean, mean_interval
 from proxstep.runs.reading import MISSING, Run
 
-SPENT = (1, 2, 4, 8, 16)
+SPENT = (1, 2, 4, 8, 16, 32, 64, 128)
 """Milli-nats a token, at which scores are compared on the way."""
 BEST_OF = {"isopo-figures": 3}
 """Experiments whose figure in the paper shows the best of so many runs."""
@@ -57,26 +57,23 @@ def scores(parts: Sequence[Comparison]) -> str:
     columns = ["", *([tuned.replace("_", " ")] if tuned else []), "seeds"]
     columns += ["final score", "KL(policy ‖ initial), mnat a token"]
     if whose:
-        columns += [f"its KL - {whose}", f"score - {whose}"]
-        columns += ["at equal KL", "less KL at equal score"]
+        columns += [f"its KL - {whose}", f"score - {whose}", "less KL at equal score"]
     rows = [cells for part in parts for cells in _score_rows(part)]
     note = (
-        "Interquartile means with 95 % intervals over seeds; KL: mean, interval by Student's t; "
-        "its difference like the scores'."
+        "Interquartile means with 95 % intervals over seeds; KL and its difference, seed by seed: "
+        "means, intervals by Student's t."
     )
     if tuned:
         note += (
             " Each seed is reported at the value that the other seeds chose (in brackets, how many "
             "chose it)."
         )
-    settings = [part.settings[0] for part in parts]
-    if any(setting.pairs for setting in settings) and whose:
+    if whose:
         note += " Intervals are for one pair at a time."
-        if levels := [f"{s.kl * 1000:.3g}" for s in settings if not isnan(s.kl)]:
+        if tuned:
             note += (
-                f" At equal KL: difference of the scores when {', '.join(levels)} mnat a token "
-                "were first spent, the most that every run spent"
-                + (", in the optimizers' order." if len(levels) > 1 else ".")
+                f" Less KL at equal score: both at the same {tuned.replace('_', ' ')}, geometric "
+                "mean over those that both have."
             )
     return f"{_table(columns, rows)}\n\n{note}"
 
@@ -94,10 +91,10 @@ def _score_rows(comparison: Comparison) -> list[list[str]]:
         kl = [drift for outcome in chosen.outcomes if not isnan(drift := _drift(outcome))]
         cells += [str(row.seeds), row.final.text(), _text(mean_interval(kl)) if kl else MISSING]
         if against:
-            cells += [""] * 4
+            cells += [""] * 3
             if pair := pairs.get(row.algorithm):
-                further = contrast(difference, chosen, comparison.chosen[against], _drift)
-                cells[-4:] = [_text(further, "+"), *_against(pair)]
+                further = _drifts_further(chosen, comparison.chosen[against])
+                cells[-3:] = [further, pair.final.text("+"), pair.kl_saved.percent()]
         rows.append(cells)
     return rows
 
@@ -106,8 +103,11 @@ def _drift(outcome: Outcome) -> float:
     return 1000 * outcome.kl[-1] if outcome.kl else nan
 
 
-def _against(pair: Pair) -> list[str]:
-    return [pair.final.text("+"), pair.at_kl.text("+"), pair.kl_saved.percent()]
+def _drifts_further(chosen: Chosen, other: Chosen) -> str:
+    ours, theirs = ({o.run.seed: _drift(o) for o in each.outcomes} for each in (chosen, other))
+    more = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    known = [value for value in more if not isnan(value)]
+    return _text(mean_interval(known), "+") if known else MISSING
 
 
 def at_equal_values(comparison: Comparison) -> str:
@@ -145,38 +145,51 @@ def saved_at_equal_values(comparison: Comparison) -> Iterator[str]:
 def on_the_way(comparison: Comparison) -> Iterator[str]:
     """Yield every arm's score when so much KL was first spent, at the value that is best for it.
 
-    At a KL only the values count at which all of an arm's runs got as far.
+    At a KL only the values count at which all runs got as far, of an arm and of the one it is
+    compared with, and had not gone further at their first evaluation: score and KL between two
+    evaluations are interpolated, and before the first a shorter step has more score for its KL
+    than a longer one, whatever made it.
     """
     rows: dict[str, list[str]] = {name: [] for name in comparison.chosen}
     against = comparison.against
     ours = comparison.chosen.get(against or "")
-    levels = [mnat for mnat in SPENT if ours and _at_kl(ours, mnat)]
+    levels = [mnat for mnat in SPENT if ours and _measured_at(ours, mnat)]
     for mnat in levels:
-        found = {name: _at_kl(chosen, mnat) for name, chosen in comparison.chosen.items()}
-        reference = found[against or ""]
-        for name, own in found.items():
-            if own is None or reference is None:
-                rows[name].append(MISSING)
-                continue
-            middle = interquartile_mean(*own.samples(_final))
-            less = contrast(difference, own, reference, _final)
-            rows[name].append(f"{middle:.3f}" + ("" if name == against else f": {less.text('+')}"))
+        for name, chosen in comparison.chosen.items():
+            rows[name].append(_score_on_the_way(chosen, ours, mnat) if ours else MISSING)
     if levels:
         title = (
             "Score when so much KL(policy ‖ initial) was first spent, in mnat a token, at the "
-            f"{comparison.tuned.replace('_', ' ')} that is best for it and at which all seeds got "
-            f"as far, and after a colon what it is more than {against}'s"
+            f"{comparison.tuned.replace('_', ' ')} that is best for it, of those at which all runs "
+            "were measured before and after, both arms', and after a colon what it is more than "
+            f"{against}'s"
         )
         cells = [[name, *own] for name, own in rows.items()]
         yield f"{title}:\n\n{_table(['', *map(str, levels)], cells)}"
 
 
-def _at_kl(chosen: Chosen, mnat: float) -> Chosen | None:
-    """Return the runs with the score at a KL for a final one; None where no value got as far."""
-    pool = [replace(o, final=o.score_at_kl(mnat / 1000)) for o in chosen.pool]
-    short = {o.tuned for o in pool if isnan(o.final)}
-    pool = [o for o in pool if o.tuned not in short]
-    return Chosen(pool) if pool else None
+def _score_on_the_way(chosen: Chosen, other: Chosen, mnat: float) -> str:
+    """Return a score at a KL and what it is more than another's; the other's own stands alone."""
+    shared = _measured_at(chosen, mnat) & _measured_at(other, mnat)
+    if not shared:
+        return MISSING
+    ours, theirs = (
+        Chosen(
+            [replace(o, final=o.score_at_kl(mnat / 1000)) for o in each.pool if o.tuned in shared]
+        )
+        for each in (chosen, other)
+    )
+    middle = f"{interquartile_mean(*ours.samples(_final)):.3f}"
+    if chosen is other:
+        return middle
+    return f"{middle}: {contrast(difference, ours, theirs, _final).text('+')}"
+
+
+def _measured_at(chosen: Chosen, mnat: float) -> set[str]:
+    """Return the values at which every run had a first evaluation before a KL, and reached it."""
+    kl = mnat / 1000
+    missed = {o.tuned for o in chosen.pool if len(o.kl) < 2 or not o.kl[1] <= kl <= max(o.kl)}
+    return set(chosen.values) - missed
 
 
 def _final(outcome: Outcome) -> float:

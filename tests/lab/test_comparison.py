@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 from dataclasses import replace
+from itertools import product
 from math import isnan, nan
 
 import numpy as np
@@ -175,6 +176,46 @@ def test_two_algorithms_that_differ_are_told_apart_at_equal_kl_too(make_runs) ->
     assert text.startswith("opo ends 0.200 [0.1")
     assert "above grpo (5 seeds); opo spends 67 % [6" in text
     assert text.endswith("less KL at equal score.")
+
+
+def test_a_smaller_step_is_nobodys_saving_of_kl(make_run, tmp_path) -> None:
+    """Both learn alike, and half the rate spends half the KL; each is best at another rate."""
+    rates = [0.1, 0.2]
+    (tmp_path / "plan.yaml").write_text(
+        yaml.safe_dump({"vary": {"optimizer.learning_rate": rates}, "seeds": 5})
+    )
+    for name, rate, seed in product(("grpo", "opo"), rates, range(5)):
+        best = rate == (0.2 if name == "grpo" else 0.1)
+        own = curve((0.61 if best else 0.6) + seed / 100, kl=3 * rate)
+        recipe = {"optimizer": {"learning_rate": rate}}
+        make_run(name, seed, own, recipe, name=f"{name}-{rate}-{seed}")
+    comparison = compare_runs(find_runs([tmp_path]))
+    assert [list(comparison.chosen[name].votes) for name in ("grpo", "opo")] == [
+        ["learning_rate 0.2"],
+        ["learning_rate 0.1"],
+    ]
+    (pair,) = comparison.settings[0].pairs
+    assert abs(pair.kl_saved.value) < 0.001
+    assert "less KL" not in verdict(comparison)
+
+
+def test_a_saving_of_kl_is_that_at_the_values_which_both_have(make_run, tmp_path) -> None:
+    rates = {"grpo": [0.1, 0.2], "opo": [0.1, 0.2, 0.4]}
+    (tmp_path / "plan.yaml").write_text(
+        yaml.safe_dump({"vary": {"optimizer.learning_rate": rates["opo"]}, "seeds": 5})
+    )
+    shares = {0.1: 0.5, 0.2: 0.125, 0.4: 0.001}
+    for name in rates:
+        for rate, seed in product(rates[name], range(5)):
+            kl = 3 * rate * (shares[rate] if name == "opo" else 1) * (1 + seed / 50)
+            recipe = {"optimizer": {"learning_rate": rate}}
+            own = curve((0.601 if name == "opo" else 0.6) + seed / 100, kl)
+            make_run(name, seed, own, recipe, name=f"{name}-{rate}-{seed}")
+    comparison = compare_runs(find_runs([tmp_path]))
+    (pair,) = comparison.settings[0].pairs
+    assert pair.first == "opo"
+    assert pair.kl_saved.value == pytest.approx(0.75, abs=0.01)  # the root of 1/2 * 1/8 is 1/4
+    assert verdict(comparison).endswith("less KL at equal score, both at the same learning_rate.")
 
 
 @pytest.mark.filterwarnings("error")

@@ -46,12 +46,17 @@ class Chosen:
     @cached_property
     def votes(self) -> dict[str, int]:
         """Each choice of values, with the number of seeds that are reported at it."""
-        return dict(Counter(self._values[v] for _, v in self._choice).most_common())
+        return dict(Counter(self.values[v] for _, v in self._choice).most_common())
 
     @property
     def is_tuned(self) -> bool:
         """Whether there was a choice."""
-        return len(self._values) > 1
+        return len(self.values) > 1
+
+    @cached_property
+    def values(self) -> list[str]:
+        """The values that its runs have, in their order."""
+        return list(dict.fromkeys(outcome.tuned for outcome in self.pool))
 
     @property
     def repeats(self) -> bool:
@@ -65,7 +70,7 @@ class Chosen:
             return []
         final = [self._at_choice(task, lambda o: o.final) for task in self._tasks]
         return [
-            (self._seeds[n], self._values[v])
+            (self._seeds[n], self.values[v])
             for own_N in final
             for (n, v), score in zip(self._choice, own_N, strict=True)
             if np.isnan(score)
@@ -107,10 +112,6 @@ class Chosen:
         return drawn
 
     @cached_property
-    def _values(self) -> list[str]:
-        return list(dict.fromkeys(outcome.tuned for outcome in self.pool))
-
-    @cached_property
     def _seeds(self) -> list[int]:
         return sorted({outcome.run.seed for outcome in self.pool})
 
@@ -123,7 +124,7 @@ class Chosen:
         """By task, then by the places of seed and value."""
         runs: dict[str, dict[tuple[int, int], Outcome]] = {task: {} for task in self._tasks}
         for outcome in self.pool:
-            place = self._seeds.index(outcome.run.seed), self._values.index(outcome.tuned)
+            place = self._seeds.index(outcome.run.seed), self.values.index(outcome.tuned)
             runs[outcome.task][place] = outcome
         return runs
 
@@ -139,7 +140,7 @@ class Chosen:
 
     def _table(self, task: str, measure: Measure) -> Array:
         """Return a measure of a task's runs, of shape NV, NaN where there is none."""
-        table_NV = np.full((len(self._seeds), len(self._values)), nan)
+        table_NV = np.full((len(self._seeds), len(self.values)), nan)
         for place, outcome in self._runs[task].items():
             table_NV[place] = measure(outcome)
         return table_NV

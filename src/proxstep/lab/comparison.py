@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from math import isnan, nan
+from math import exp, isnan, log, nan
+from statistics import fmean
 
 from proxstep.lab import statistics
 from proxstep.lab.choosing import Chosen, Measure
@@ -73,7 +74,8 @@ class Pair:
         area: Difference of the mean scores over the steps.
         at_kl: Difference of the scores when the setting's KL was spent.
         after: Difference of the scores after the setting's seconds.
-        kl_saved: Share of the KL that the first spends less at equal score.
+        kl_saved: Share of the KL that the first spends less at equal score, both at the same
+            values.
         adjusted: Whether the difference is told from chance when all pairs are looked at.
         kl_adjusted: The same of the KL.
         seeds_needed: Seeds that would tell a final difference as large as this.
@@ -261,11 +263,10 @@ def _pair(
     ) -> Estimate:
         return contrast(statistic, ours, theirs, measure, **options)
 
-    target = _shared_score([*ours.outcomes, *theirs.outcomes])
+    spent = _spent_at_equal_score(ours, theirs)
 
-    def kl_at_target(outcome: Outcome) -> float:
-        spent = outcome.kl_at_score(target)
-        return spent if spent > 0 else nan  # nothing, as computed, where the policy has not moved
+    def more_spent(**options: float) -> Estimate:
+        return contrast(statistics.log_ratio, *spent, lambda o: o.final, **options)
 
     final = against(statistics.difference, lambda o: o.final)
     seeds = min(map(_num_seeds, (ours, theirs)))
@@ -278,15 +279,50 @@ def _pair(
         against(statistics.difference, lambda o: o.area),
         against(statistics.difference, lambda o: o.score_at_kl(kl)),
         against(statistics.difference, lambda o: o.score_after(seconds)),
-        statistics.share_saved(against(statistics.log_ratio, kl_at_target)),
+        statistics.share_saved(more_spent()),
         against(statistics.difference, lambda o: o.final, confidence=strict).is_certain,
-        against(statistics.log_ratio, kl_at_target, confidence=strict).is_certain,
+        more_spent(confidence=strict).is_certain,
         statistics.seeds_needed(
             *(final.value, final.error, seeds),
             confidence=strict,
             paired=are_paired(*(each.seeds(lambda o: o.final) for each in (ours, theirs))),
         ),
     )
+
+
+def _spent_at_equal_score(ours: Chosen, theirs: Chosen) -> tuple[Chosen, Chosen]:
+    """Return one outcome for each task and seed, its `final` the KL spent for an equal score.
+
+    Tuned algorithms are held against each other at the same values, since a smaller step spends
+    less KL whoever makes it. The geometric mean is taken over the values at which both have the
+    same seeds and rise to a score that all their runs reach.
+    """
+    logs: tuple[dict[tuple[str, int], list[float]], ...] = ({}, {})
+    values = [v for v in ours.values if v in theirs.values]
+    for value in values:
+        both = [
+            {(o.task, o.run.seed): o for o in each.pool if o.tuned == value}
+            for each in (ours, theirs)
+        ]
+        target = _shared_score([o for runs in both for o in runs.values()])
+        if isnan(target) or (len(values) > 1 and both[0].keys() != both[1].keys()):
+            continue
+        for found, runs in zip(logs, both, strict=True):
+            for place, outcome in runs.items():
+                kl = outcome.kl_at_score(target)
+                # 0, as computed, where the policy has not moved
+                found.setdefault(place, []).append(log(kl) if kl > 0 else nan)
+    first, second = (
+        Chosen(
+            [
+                replace(o, tuned="", final=exp(fmean(found[o.task, o.run.seed])))
+                for o in {(o.task, o.run.seed): o for o in each.pool}.values()
+                if (o.task, o.run.seed) in found
+            ]
+        )
+        for each, found in zip((ours, theirs), logs, strict=True)
+    )
+    return first, second
 
 
 def contrast(

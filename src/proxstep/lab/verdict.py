@@ -35,9 +35,10 @@ def verdict(comparison: Comparison) -> str:
             "the same command."
         )
     text = _of_scores(setting) if against is None else _of_reference(setting, against)
+    saved = _of_kl(setting.pairs)
     if any(chosen.is_tuned for chosen in comparison.chosen.values()):
         text = f"Each at its best {comparison.tuned}, chosen on other seeds: {text}"
-    saved = _of_kl(setting.pairs)
+        saved = f"{saved}, both at the same {comparison.tuned}" if saved else ""
     return f"{text}; {saved}." if saved else f"{text}."
 
 
