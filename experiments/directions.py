@@ -45,7 +45,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.shared import batches, stamp, trainer_of
+from experiments.shared import batches, stamp, trainer_of, write_between
 
 from proxstep.budget.prediction import judges, slopes
 from proxstep.lab.statistics import Estimate, share_saved
@@ -525,9 +525,7 @@ def main() -> None:
                 RESULTS.write_text(json.dumps(read() | {key: found}) + "\n", encoding="utf-8")
     results = read()
     text = "\n\n".join(tables(results))
-    page = PAGE.read_text(encoding="utf-8")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    write_between(PAGE, BEGIN, END, text)
     with matplotlib.rc_context({"svg.hashsalt": "proxstep"}):
         plot(results)
     Console().out(text, highlight=False)

@@ -22,6 +22,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from experiments import kl_budget
+from experiments.shared import write_between
 
 from proxstep.lab.statistics import mean_interval, value_at
 
@@ -229,10 +230,7 @@ def main() -> None:
     tables = []
     for task, rows in rows_of.items():
         made = goals(rows, task)
-        begin = BEGIN.format(task=task)
-        before, rest = PAGE.read_text(encoding="utf-8").split(begin, 1)
-        after = rest.split(END, 1)[1]
-        PAGE.write_text(f"{before}{begin}\n\n{made}\n\n{END}{after}", encoding="utf-8")
+        write_between(PAGE, BEGIN.format(task=task), END, made)
         tables.append(f"## {task}\n\n{table(rows)}\n")
         Console().out(f"{task}\n\n{made}\n", highlight=False)
         plot(rows, kl_budget.FOLDER / f"{task}.png")

@@ -49,6 +49,13 @@ def words(keys: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def write_between(page: Path, begin: str, end: str, made: str) -> None:
+    """Write a page anew between two markers, which stay."""
+    before, rest = page.read_text(encoding="utf-8").split(begin, 1)
+    after = rest.split(end, 1)[1]
+    page.write_text(f"{before}{begin}\n\n{made}\n\n{end}{after}", encoding="utf-8")
+
+
 def stamp(device: str | torch.device = "cpu") -> dict[str, str]:
     """Return when and on what a run is made."""
     machine = describe_machine(torch.device(device))

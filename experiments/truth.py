@@ -8,8 +8,9 @@
 experiments/truth/NAME/plan.yaml is the plan. Each finished run becomes a line of rows.jsonl beside
 it, and is never run again, on this machine or another, nor by another plan that asks for the same:
 the initial policies are committed (experiments/policies), so that every machine begins with the
-same weights. An arm whose settings were changed since has no lines. The page is
-docs/findings/NAME.md; what stands between its markers is written anew.
+same weights. An arm whose settings were changed since has no lines; that a default of proxstep was
+changed is not seen. The page is docs/findings/NAME.md; what stands between its markers is written
+anew.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from proxstep.training.lifecycle import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.shared import Quiet
+from experiments.shared import Quiet, write_between
 from experiments.truth_plots import draw
 from experiments.truth_tables import parts_of, reference, tables
 
@@ -172,15 +173,10 @@ class Experiment:
             with mpl.rc_context({**STYLE, "svg.hashsalt": "proxstep"}):
                 draw(comparison, parts).savefig(self.figure, metadata={"Date": None})
             found = list(self._results(comparison, parts, rows))
-        text = self.page.read_text(encoding="utf-8") if self.page.exists() else self._empty_page()
         begin = BEGIN.format(self.name)
-        before, after = text.split(begin)[0], text.split(END)[1]
-        own = "\n\n".join(found)
-        self.page.parent.mkdir(parents=True, exist_ok=True)
-        self.page.write_text(f"{before}{begin}\n\n{own}\n\n{END}{after}", encoding="utf-8")
-
-    def _empty_page(self) -> str:
-        return f"# {self.name}\n\n{BEGIN.format(self.name)}\n{END}\n"
+        if not self.page.exists():
+            self.page.write_text(f"# {self.name}\n\n{begin}\n{END}\n", encoding="utf-8")
+        write_between(self.page, begin, END, "\n\n".join(found))
 
     def _plan_text(self) -> str:
         plan = f"[`plan.yaml`](../../experiments/truth/{self.name}/plan.yaml)"

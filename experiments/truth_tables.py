@@ -66,7 +66,7 @@ def scores(parts: Sequence[Comparison]) -> str:
     if tuned:
         note += (
             " Each seed is reported at the value that the other seeds chose (in brackets, how many "
-            "chose it)."
+            "chose it; edge: the smallest or largest that was tried)."
         )
     if whose:
         note += " Intervals are for one pair at a time."
@@ -86,8 +86,7 @@ def _score_rows(comparison: Comparison) -> list[list[str]]:
         chosen = comparison.chosen[row.algorithm]
         cells = [row.algorithm]
         if comparison.tuned:
-            votes = [f"{_value(value)} ({number})" for value, number in chosen.votes.items()]
-            cells.append(", ".join(votes))
+            cells.append(", ".join(_votes(chosen)))
         kl = [drift for outcome in chosen.outcomes if not isnan(drift := _drift(outcome))]
         cells += [str(row.seeds), row.final.text(), _text(mean_interval(kl)) if kl else MISSING]
         if against:
@@ -97,6 +96,13 @@ def _score_rows(comparison: Comparison) -> list[list[str]]:
                 cells[-3:] = [further, pair.final.text("+"), pair.kl_saved.percent()]
         rows.append(cells)
     return rows
+
+
+def _votes(chosen: Chosen) -> Iterator[str]:
+    """Yield the values at which runs are reported, how many are, and which end the arm's grid."""
+    edges = {chosen.values[0], chosen.values[-1]}
+    for value, number in chosen.votes.items():
+        yield f"{_value(value)} ({number}{', edge' if value in edges else ''})"
 
 
 def _drift(outcome: Outcome) -> float:
