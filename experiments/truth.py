@@ -175,6 +175,7 @@ class Experiment:
             found = list(self._results(comparison, parts, rows))
         begin = BEGIN.format(self.name)
         if not self.page.exists():
+            self.page.parent.mkdir(parents=True, exist_ok=True)
             self.page.write_text(f"# {self.name}\n\n{begin}\n{END}\n", encoding="utf-8")
         write_between(self.page, begin, END, "\n\n".join(found))
 

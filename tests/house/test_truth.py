@@ -45,21 +45,32 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     return Experiment("one")
 
 
-def finish(experiment: Experiment, name: str, final: float) -> None:
+def finish(
+    experiment: Experiment, name: str, final: float, first: tuple[float | None, float] | None = None
+) -> None:
     """Leave a run behind, and keep it."""
-    leave(experiment, name, final)
+    leave(experiment, name, final, first)
     experiment.keep(name)
 
 
-def leave(experiment: Experiment, name: str, final: float) -> None:
-    """Write what a run leaves behind."""
+def leave(
+    experiment: Experiment, name: str, final: float, first: tuple[float | None, float] | None = None
+) -> None:
+    """Write what a run leaves behind; of its first step score and KL, where it was evaluated."""
+    score, kl = first or (None, None)
     folder = experiment.output / name
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(truth.dump_recipe(experiment.recipe(name)))
     (folder / "run.json").write_text(json.dumps(INFO))
     records = [
         {"step": 0, "score": 0.25, "kl_policy_initial": None, "elapsed_seconds": 1.0},
-        {"step": 1, "score": None, "reward": 0.5, "elapsed_seconds": 2.0},
+        {
+            "step": 1,
+            "score": score,
+            "kl_policy_initial": kl,
+            "reward": 0.5,
+            "elapsed_seconds": 2.0,
+        },
         {"step": 2, "score": final, "kl_policy_initial": 0.0123456789, "elapsed_seconds": 3.0},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
@@ -90,17 +101,42 @@ def test_a_page_is_that_of_the_rows(
     assert again.page.read_text() == committed.page.read_text()
 
 
-def test_scores_at_equal_kl_are_of_the_values_that_got_as_far(experiment: Experiment) -> None:
-    """At 12 mnat of 12.3 a run is nearly at its end; nobody gets to 16."""
+def test_scores_at_equal_kl_are_of_the_values_that_were_measured_around_it(
+    experiment: Experiment,
+) -> None:
+    """The first evaluation is at 2 or 3 mnat, the last at 12.3, and nobody gets to 16."""
     for name in experiment.cells:
-        finish(experiment, name, 0.75 if name.startswith("other") else 0.5)
+        other, large = name.startswith("other"), "0.0001" in name
+        final = 0.5 + 0.25 * other - 0.1 * large
+        finish(experiment, name, final, (0.25, 0.003 if large and other else 0.002))
     experiment.publish()
     table = experiment.page.read_text().split("was first spent, in mnat")[1]
-    assert "\n|  | 1 | 2 | 4 | 8 |\n" in table
-    assert f"\n| plain | {0.25 + 0.25 / 12.3457:.3f} |" in table
-    share = 8 / 12.3457
+    assert "\n|  | 2 | 4 | 8 |\n" in table
+    share = 6 / 10.3457
     less = 0.25 * share
-    assert f"| {0.25 + 0.5 * share:.3f}: +{less:.3f} [+{less:.3f}, +{less:.3f}] |\n" in table
+    rows = [line for line in table.splitlines() if line[:7] in ("| plain", "| other")]
+    plain, other = rows[:2]  # the next two are of another table
+    assert plain.endswith(f" | {0.25 + 0.25 * share:.3f} |")
+    assert other.startswith("| other | 0.250: +0.000 [")
+    assert other.endswith(f"| {0.25 + 0.5 * share:.3f}: +{less:.3f} [+{less:.3f}, +{less:.3f}] |")
+
+
+def test_no_kl_before_the_first_evaluation_is_read_off(experiment: Experiment) -> None:
+    """Between no step and the first evaluation nothing was measured, and a chord is not."""
+    for name in experiment.cells:
+        finish(experiment, name, 0.75)
+    experiment.publish()
+    assert "was first spent, in mnat" not in experiment.page.read_text()
+
+
+def test_savings_are_told_at_each_value_too(experiment: Experiment) -> None:
+    for name in experiment.cells:
+        kl = 0.002 if name.startswith("other") else 0.004
+        finish(experiment, name, 0.75, (0.75, kl / 10 if "0.0001" in name else kl))
+    experiment.publish()
+    table = experiment.page.read_text().split("both at the same learning rate:")[1]
+    assert "\n|  | 1e-5 | 0.0001 |\n" in table
+    assert "\n| other | 50 % [50, 50] | 50 % [50, 50] |\n" in table
 
 
 def test_a_row_stands_for_its_run(experiment: Experiment) -> None:
@@ -121,7 +157,7 @@ def test_a_row_stands_for_its_run(experiment: Experiment) -> None:
     experiment.publish()
     text = experiment.page.read_text()
     assert "2 of 8 runs of [`plan.yaml`]" in text
-    assert "| plain | 1e-5 (1) | 1 | 0.500 | 12.3 |" in text
+    assert "| plain | 1e-5 (1, edge) | 1 | 0.500 | 12.3 |" in text
     experiment.page.write_text(text.replace("# one", "# One, by hand"))
     experiment.publish()
     assert experiment.page.read_text() == text.replace("# one", "# One, by hand")
