@@ -91,6 +91,8 @@ PLACES = {
         title="`sums`, after 10 steps",
         short="sums, after 10 steps",
         steps_before=10,
+        methods=CROSSED,
+        optimizers=("sgd with momentum", "adamw"),
         crossed=False,
     ),
     "products": Place(
