@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,6 @@ SUMS = Place(
 )
 PLACES = {
     "sums": SUMS,
-    "sums-10": replace(
-        SUMS,
-        title="`sums`, after 10 steps",
-        short="sums, after 10 steps",
-        steps_before=10,
-        methods=CROSSED,
-        optimizers=("sgd with momentum", "adamw"),
-        crossed=False,
-    ),
     "products": Place(
         title="`products`, the initial policy",
         short="products, initial",
@@ -116,7 +107,7 @@ PLACES = {
         optimizers=("sgd with momentum", "adamw"),
     ),
 }
-"""Of the long additions two policies, then another task, and a pretrained model."""
+"""Long additions, then another task, and a pretrained model."""
 
 
 def trainers(place: Place, folder: Path) -> dict[str, Trainer]:

@@ -153,8 +153,8 @@ ISOPO = (
         (*_GSM8K, "docs/findings/isopo-figures.md"),
         "At step 50, p = -1 and q = -1 both raise the score; only p = -1 lowers the KL drift.",
         "not run yet at its size; in small, at the end of the runs at the best rate, neither score "
-        "nor p = -1's drift differs from REINFORCE's, and q = -1 drifts further; for an equal score "
-        "p = -1 spends 37 % [13, 59] less KL, q = -1 32 % [2, 55], ten seeds",
+        "nor p = -1's drift differs from REINFORCE's, and q = -1 drifts further; for an equal "
+        "score p = -1 spends 37 % [13, 59] less KL, q = -1 32 % [2, 55], ten seeds",
     ),
     Item(
         "section 3",
