@@ -118,8 +118,9 @@ dist: setup  ## The wheel and the source distribution, in dist/, looked into
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python scripts/check_dist.py dist $(if $(TAG),--tag "$(TAG)")
 
-truth-experiments: setup  ## Work on the plans of experiments/truth (hours; goes on where it was stopped)
+truth-experiments: smollm2  ## Work on the plans of experiments/truth, and on single steps (hours; goes on where it was stopped)
 	$(BIN)/python experiments/truth.py $(notdir $(wildcard experiments/truth/*))
+	$(BIN)/python experiments/directions.py
 
 bench: setup  ## Time and memory of ISOPO against plain REINFORCE's, on one thread
 	$(BIN)/python benchmarks/overhead.py
