@@ -189,7 +189,7 @@ def moved(trainer: Trainer, delta: Direction, batch: Batch) -> dict[int, Float[T
 def measured(place: Place, folder: Path) -> dict[str, Any]:
     """Return what the chains' last directions are, by method and optimizer."""
     found = trainers(place, folder)
-    sampled, held_out, n = _sampled(found["reinforce"], place)
+    sampled, held_out = _sampled(found["reinforce"], place)
     rows: dict[str, dict[str, Any]] = {}
     sums: list[Direction] = []
     for method, trainer in found.items():
@@ -208,17 +208,16 @@ def measured(place: Place, folder: Path) -> dict[str, Any]:
             if method == "reinforce":
                 sums.append(total)
         for name, own in deltas.items():
-            row = _row(place, trainer, own, sums, sampled, held_out, n)
-            rows[f"{method}, {name}"] = row
+            rows[f"{method}, {name}"] = _row(place, trainer, own, sums, sampled, held_out)
     return rows
 
 
-def _sampled(trainer: Trainer, place: Place) -> tuple[list[list[Batch]], list[Batch], int]:
-    """Return the chains' batches, those held out, and how many completions a prompt has."""
+def _sampled(trainer: Trainer, place: Place) -> tuple[list[list[Batch]], list[Batch]]:
+    """Return the chains' batches, and those held out."""
     chained = place.chains * place.length
     sampled = list(batches(trainer, range(1000, 1000 + chained + place.num_held_out)))
     chains = [sampled[i : i + place.length] for i in range(0, chained, place.length)]
-    return chains, sampled[chained:], trainer.recipe.rollout.num_generations
+    return chains, sampled[chained:]
 
 
 def _added(total: Direction, grads: Direction, norm: float) -> Direction:
@@ -234,10 +233,10 @@ def _row(
     sums: Sequence[Direction],
     chains: Sequence[Sequence[Batch]],
     held_out: Sequence[Batch],
-    n: int,
 ) -> dict[str, Any]:
     """Return the gains CC by the chain of grad J, the grams PCC of slopes, and own divergences."""
     # A group's mean is of all its rewards, the completion's own too: hence n / (n - 1).
+    n = trainer.recipe.rollout.num_generations
     factor = n / (n - 1) / place.length
     gains_CC = [[-factor * _inner(delta, total) for total in sums] for delta in deltas]
     slopes_C = [[moved(trainer, delta, batch) for batch in held_out] for delta in deltas]
@@ -249,7 +248,7 @@ def _row(
     own = []
     for delta, chain in zip(deltas, chains, strict=True):
         batch = chain[-1]
-        part = batch.rows(_spread(len(batch), place.num_own))
+        part = batch.rows(judges(len(batch), place.num_own or len(batch)))
         slope_N = torch.cat(list(moved(trainer, delta, part).values()))
         own.append(float(slope_N.square().sum()) / (2 * len(part)))
     return {"gains": _rounded(gains_CC), "grams": _rounded(grams_PCC), "own": _rounded(own)}
@@ -267,16 +266,11 @@ def _parameters(trainer: Trainer) -> list[nn.Parameter]:
     return [p for p in trainer.model.parameters() if p.requires_grad]
 
 
-def _spread(count: int, number: int | None) -> Tensor:
-    """Return so many rows of a batch, evenly spread over its prompts."""
-    return torch.arange(count) if number is None else judges(count, number)
-
-
 def crossed(place: Place, folder: Path) -> dict[str, Any]:
     """Return AdamW's last direction with one method's average and another's average square."""
     found = trainers(place, folder)
     reinforce = found["reinforce"]
-    sampled, held_out, n = _sampled(reinforce, place)
+    sampled, held_out = _sampled(reinforce, place)
     made = {m: [[gradient(found[m], b) for b in chain] for chain in sampled] for m in CROSSED}
     sums = [
         reduce(lambda total, one: _added(total, *one), chain, []) for chain in made["reinforce"]
@@ -287,7 +281,7 @@ def crossed(place: Place, folder: Path) -> dict[str, Any]:
             _adam([g for g, _ in one], [g for g, _ in other])
             for one, other in zip(made[first], made[second], strict=True)
         ]
-        rows[f"{first}, {second}"] = _row(place, reinforce, deltas, sums, sampled, held_out, n)
+        rows[f"{first}, {second}"] = _row(place, reinforce, deltas, sums, sampled, held_out)
     return rows
 
 

@@ -47,6 +47,7 @@ from experiments.direction_steps import CROSSED, PLACES, ROOT, SUMS, crossed, me
 from experiments.shared import stamp, write_between
 
 from proxstep.lab.statistics import Estimate, share_saved
+from proxstep.runs.durable import write_file
 from proxstep.typing import Tensor
 
 matplotlib.use("Agg")
@@ -232,7 +233,7 @@ def main() -> None:
                     found[part] = measure(place, Path(name))
                 found |= {**stamp(), "settings": place.settings()}
                 found[f"seconds_{part}"] = round(time.process_time() - start, 1)
-                RESULTS.write_text(json.dumps(read() | {key: found}) + "\n", encoding="utf-8")
+                write_file(RESULTS, (json.dumps(read() | {key: found}) + "\n").encode())
     results = read()
     text = "\n\n".join(tables(results))
     write_between(PAGE, BEGIN, END, text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import comb, isnan, nan
 from statistics import fmean
@@ -126,26 +126,29 @@ def at_equal_values(comparison: Comparison) -> str:
             if row.algorithm in less and comparison.against:
                 text = f"{row.final.value:.3f}: {less[row.algorithm]}"
             found.setdefault(row.algorithm, {})[setting.name] = text
-    values = [setting.name for setting in comparison.settings[1:]]
-    rows = [[name, *(own.get(value, "") for value in values)] for name, own in found.items()]
     title = f"Final score at each {comparison.tuned.replace('_', ' ')}"
     if comparison.against:
         title += f", and after a colon what it is more than {comparison.against}'s"
-    return f"{title}:\n\n{_table(['', *map(_value, values)], rows)}"
+    return _by_value(comparison, title, found)
 
 
 def saved_at_equal_values(comparison: Comparison) -> Iterator[str]:
     """Yield what every arm spends less for an equal score where both have the same value."""
     found: dict[str, dict[str, str]] = {}
-    values = [setting.name for setting in comparison.settings[1:]]
     for setting in comparison.settings[1:]:
         for pair in setting.pairs:
             if pair.second == comparison.against:
                 found.setdefault(pair.first, {})[setting.name] = pair.kl_saved.percent()
     if found:
         title = f"Less KL at equal score, both at the same {comparison.tuned.replace('_', ' ')}"
-        rows = [[name, *(own.get(value, "") for value in values)] for name, own in found.items()]
-        yield f"{title}:\n\n{_table(['', *map(_value, values)], rows)}"
+        yield _by_value(comparison, title, found)
+
+
+def _by_value(comparison: Comparison, title: str, found: Mapping[str, Mapping[str, str]]) -> str:
+    """Return a table of arms by values, from each arm's texts by the value's name."""
+    values = [setting.name for setting in comparison.settings[1:]]
+    rows = [[name, *(own.get(value, "") for value in values)] for name, own in found.items()]
+    return f"{title}:\n\n{_table(['', *map(_value, values)], rows)}"
 
 
 def on_the_way(comparison: Comparison) -> Iterator[str]:

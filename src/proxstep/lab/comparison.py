@@ -297,7 +297,7 @@ def _spent_at_equal_score(ours: Chosen, theirs: Chosen) -> tuple[Chosen, Chosen]
     less KL whoever makes it. The geometric mean is taken over the values at which both have the
     same seeds and rise to a score that all their runs reach.
     """
-    logs: tuple[dict[tuple[str, int], list[float]], ...] = ({}, {})
+    logs: tuple[dict[tuple[str, int], tuple[Outcome, list[float]]], ...] = ({}, {})
     values = [v for v in ours.values if v in theirs.values]
     for value in values:
         both = [
@@ -311,16 +311,10 @@ def _spent_at_equal_score(ours: Chosen, theirs: Chosen) -> tuple[Chosen, Chosen]
             for place, outcome in runs.items():
                 kl = outcome.kl_at_score(target)
                 # 0, as computed, where the policy has not moved
-                found.setdefault(place, []).append(log(kl) if kl > 0 else nan)
+                found.setdefault(place, (outcome, []))[1].append(log(kl) if kl > 0 else nan)
     first, second = (
-        Chosen(
-            [
-                replace(o, tuned="", final=exp(fmean(found[o.task, o.run.seed])))
-                for o in {(o.task, o.run.seed): o for o in each.pool}.values()
-                if (o.task, o.run.seed) in found
-            ]
-        )
-        for each, found in zip((ours, theirs), logs, strict=True)
+        Chosen([replace(o, tuned="", final=exp(fmean(own))) for o, own in found.values()])
+        for found in logs
     )
     return first, second
 
